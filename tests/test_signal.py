@@ -1,0 +1,127 @@
+"""Signals add: tokens sum, rotations multiply as complex numbers, biases concatenate, temperatures multiply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vit2dpe import Positions, Rotation, Signal, attend, rotate
+from vit2dpe.signal import Dense, LowRank, Table
+
+N, WIDTH, HEADS = 3, 4, 2
+angles = st.lists(st.floats(-100, 100), min_size=N * WIDTH // 2, max_size=N * WIDTH // 2)
+
+
+def rotation(values):
+    angle = torch.tensor(values, dtype=torch.float64).view(1, 1, N, WIDTH // 2)
+    return Rotation(angle.cos(), angle.sin())
+
+
+@st.composite
+def signals(draw):
+    """Any of the fields, whole numbers where a float sum would round."""
+    maybe = st.booleans()
+    number = st.integers(-9, 9)
+    q, k = (rotation(draw(angles)) if draw(maybe) else None for _ in range(2))
+    return Signal(
+        token=torch.full((1, N, 2), float(draw(number))) if draw(maybe) else None,
+        q_rotation=q,
+        k_rotation=k,
+        bias=tuple(Dense(torch.full((1, HEADS, N, N), float(draw(number)))) for _ in range(draw(st.integers(0, 2)))),
+        temperature=draw(st.sampled_from([None, 0.5, 1.0, 2.0])),
+    )
+
+
+def same(a, b):
+    for x, y in zip(a.bias, b.bias, strict=True):
+        assert x is y
+    assert a.temperature == b.temperature
+    for x, y in ((a.token, b.token), (a.q_rotation, b.q_rotation), (a.k_rotation, b.k_rotation)):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(signals(), signals(), signals())
+def test_addition_is_associative(a, b, c):
+    same((a + b) + c, a + (b + c))
+
+
+@settings(deadline=None, max_examples=50)
+@given(signals())
+def test_the_empty_signal_is_neutral(a):
+    same(Signal() + a, a)
+    same(a + Signal(), a)
+
+
+def test_the_empty_signal_asks_nothing():
+    assert Signal() == (None, None, None, (), None)
+    x = torch.randn(1, HEADS, N, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(attend(x, x, x, Signal()), attend(x, x, x))
+
+
+def test_fields_add_each_in_its_way():
+    one, two = (Dense(torch.full((1, HEADS, N, N), value)) for value in (1.0, 2.0))
+    a = Signal(token=torch.ones(1, N, 2), bias=(one,), temperature=3.0)
+    b = Signal(token=torch.full((4, N, 2), 2.0), bias=(two, one), temperature=0.5)
+    total = a + b
+    assert isinstance(total, Signal)
+    assert torch.equal(total.token, torch.full((4, N, 2), 3.0))
+    assert len(total.bias) == 3
+    assert all(x is y for x, y in zip(total.bias, (one, two, one), strict=True))
+    assert total.temperature == 1.5
+    assert (a.bias, b.bias) == ((one,), (two, one))
+
+
+@settings(deadline=None, max_examples=50)
+@given(angles, angles)
+def test_rotations_multiply_as_complex_numbers(first, second):
+    a, b = rotation(first), rotation(second)
+    product = torch.complex(*a) * torch.complex(*b)
+    torch.testing.assert_close(torch.complex(*a.times(b)), product, rtol=0, atol=1e-12)
+    x = torch.linspace(-1, 1, HEADS * N * WIDTH, dtype=torch.float64).view(1, HEADS, N, WIDTH)
+    torch.testing.assert_close(rotate(rotate(x, a), b), rotate(x, a.times(b)), rtol=0, atol=1e-12)
+
+
+def test_rotations_of_heads_and_of_samples_broadcast():
+    per_head = Rotation(*(torch.full((1, HEADS, N, 2), value) for value in (0.6, 0.8)))
+    per_sample = Rotation(*(torch.full((5, 1, N, 2), value) for value in (0.8, 0.6)))
+    cos, sin = per_head.times(per_sample)
+    assert cos.shape == sin.shape == (5, HEADS, N, 2)
+    torch.testing.assert_close(cos, torch.zeros_like(cos), rtol=0, atol=1e-7)  # 53.1° and 36.9° make a right angle
+    torch.testing.assert_close(sin, torch.ones_like(sin), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.01, 0.5, 1.0, 3.0, 40.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_temperature_acts_on_logits_and_bias_but_not_on_the_mask(temperature, biased):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, n, WIDTH, generator=generator) for n in (4, 5, 5))
+    bias = torch.randn(1, HEADS, 4, 5, generator=generator)
+    mask = torch.rand(2, 1, 4, 5, generator=generator) > 0.3
+    mask[..., 0] = True
+    v[..., -1, :] = 1e4
+    mask[..., -1] = False  # one key that must never be seen, however hot
+    ours = attend(q, k, v, Signal(bias=(Dense(bias),) if biased else (), temperature=temperature), mask)
+    q, k, v = q.double(), k.double(), v.double()
+    logits = q @ k.transpose(-1, -2) * WIDTH**-0.5 + bias.double() * biased
+    logits = logits * (1.0 if temperature is None else temperature)
+    reference = logits.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(ours.double(), reference, rtol=0, atol=1e-5)
+
+
+def test_terms_of_every_kind_add_up_in_attention():
+    generator = torch.Generator().manual_seed(0)
+    at = Positions.grid((2, 3))
+    q, k, v = (torch.randn(2, HEADS, 6, WIDTH, generator=generator) for _ in range(3))
+    dense = Dense(torch.randn(2, HEADS, 6, 6, generator=generator))
+    table = Table(torch.randn(HEADS, 3, 5, generator=generator), at, at)
+    low = LowRank(torch.randn(1, HEADS, 6, 2, generator=generator), torch.randn(1, HEADS, 6, 2, generator=generator))
+    assert torch.equal(low.dense(), torch.einsum("bhir,bhjr->bhij", low.fq, low.fk))
+    total = Dense(dense.dense() + table.dense() + low.dense())
+    ours = attend(q, k, v, Signal(bias=(dense, table)) + Signal(bias=(low,)))
+    torch.testing.assert_close(ours, attend(q, k, v, Signal(bias=(total,))), rtol=0, atol=1e-6)
+    assert float((ours - attend(q, k, v, Signal(bias=(dense, table)))).abs().max()) > 0.1

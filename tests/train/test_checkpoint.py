@@ -1,0 +1,76 @@
+"""What is saved is what is loaded, or the error says what happened to it."""
+
+import json
+
+import pytest
+import torch
+
+from vit2dpe import ViT, load_run
+from vit2dpe.errors import CheckpointError
+from vit2dpe.train.checkpoint import save_model, write_atomically
+
+ARGUMENTS = dict(
+    position="learned+rope_mixed", img_size=(12, 16), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = ViT(**ARGUMENTS).eval()
+    torch.nn.init.normal_(model.head.weight)
+    save_model(tmp_path / "last", model, ARGUMENTS, classes=["a", "b", "c", "d", "e"])
+    return tmp_path, model
+
+
+def test_round_trip_is_bit_equal_on_a_non_square_grid(saved):
+    folder, model = saved
+    again = load_run(folder)
+    x = torch.randn(2, 3, 12, 16)
+    assert torch.equal(again(x), model(x))
+    assert not again.training
+    assert again.train_grid == (3, 4)
+    assert again.about["classes"] == ["a", "b", "c", "d", "e"]
+    assert json.loads((folder / "last/model.json").read_text())["train_grid"] == [3, 4]
+    assert sorted(p.name for p in (folder / "last").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_flipped_byte_is_found(saved):
+    folder, _ = saved
+    path = folder / "last/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not what was saved"):
+        load_run(folder)
+
+
+def test_what_is_missing_or_too_new_is_named(saved, tmp_path):
+    folder, _ = saved
+    meta = folder / "last/model.json"
+    text = meta.read_text()
+    meta.write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match=r"format 99.*upgrade"):
+        load_run(folder)
+    meta.write_text(text[:50])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_run(folder)
+    meta.write_text(text)
+    (folder / "last/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_run(folder)
+    with pytest.raises(CheckpointError, match=r"model\.json is missing"):
+        load_run(tmp_path / "no such run")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit2dpe.train.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,223 @@
+"""The study end to end on micro models: files, resuming, interruption, and one clear line for bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vit2dpe import load_run
+from vit2dpe.cli import main
+from vit2dpe.resolution import fit_size
+from vit2dpe.train import study as study_module
+from vit2dpe.train.config import StudyConfig, resolve, split_words
+from vit2dpe.train.data import load_images, normalize
+from vit2dpe.train.study import COLUMNS, check, study
+
+MICRO = StudyConfig(
+    encodings="none,rope,sincos+relative", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1,
+    heads=2, batch_size=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    study(replace(MICRO, out=str(out), seeds=2), command="vit2dpe study --micro")
+    return out
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_writes_what_it_promises(finished):
+    rows = read(finished / "results.csv")
+    assert tuple(rows[0]) == COLUMNS
+    # none: 1 policy; rope: 4; a sum of a formula and a table has none in common: its parts do what they do
+    assert len(rows) == 2 * (1 + 4 + 1) * 2 * 2
+    assert {r["policy"] for r in rows if r["encoding"] == "sincos+relative"} == {"default"}
+    assert {(r["height"], r["width"]) for r in rows} == {("16.0", "16.0"), ("24.0", "32.0")}
+    assert {r["seed"] for r in rows} == {"0.0", "1.0"}
+    assert all(float(r["n"]) == 40 and r["value"] == r["top1"] for r in rows)
+    assert (finished / "accuracy_vs_size.png").read_bytes().startswith(b"\x89PNG")
+    summary = (finished / "summary.md").read_text()
+    assert "vit2dpe study --micro" in summary
+    assert "**16**" in summary
+    assert "±" in summary
+    page = (finished / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.split("<pre>")[0], "the page asks for nothing from a network"
+    env = json.loads((finished / "env.json").read_text())
+    assert {"command", "torch", "timm", "python", "hardware", "data", "config"} <= set(env)
+    for cell in (finished / "cells").iterdir():
+        assert len(read(cell / "metrics.csv")) == 1
+
+
+@pytest.mark.parametrize("word", ["none", "rope", "sincos+relative"])
+def test_a_trained_model_loads_again_and_gives_the_same_logits(finished, word):
+    (folder,) = (finished / "cells").glob(f"{word}-seed1-*")
+    model = load_run(folder)
+    about = model.about
+    data = load_images("digits", limit_train=64, limit_test=40)
+    x = fit_size(normalize(data.test.images / 255, about["mean"], about["std"]), (16, 16), "scale", (16, 16))
+    row = next(
+        r for r in read(finished / "results.csv")
+        if (r["encoding"], r["seed"], r["height"], r["mode"]) == (word, "1.0", "16.0", "scale")
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(x)
+    loss = torch.nn.functional.cross_entropy(logits, data.test.labels).item()
+    assert loss == pytest.approx(float(row["loss"]), abs=1e-6)
+    again = load_run(folder / "last")
+    with torch.no_grad():
+        assert torch.equal(again(x), logits)
+    assert about["arguments"]["position"] == word
+
+
+def test_a_finished_cell_is_not_trained_again(finished, monkeypatch, capsys):
+    before = (finished / "results.csv").read_bytes()
+    monkeypatch.setattr(study_module, "fit", None)  # training would fail
+    study(replace(MICRO, out=str(finished), seeds=2), command="again")
+    assert (finished / "results.csv").read_bytes() == before
+    assert capsys.readouterr().out.count("finished before") == 6
+
+
+def test_other_sizes_measure_a_trained_cell_without_training_it(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_module, "fit", None)
+    study(replace(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
+    assert {r["height"] for r in read(finished / "results.csv")} == {"20.0"}
+
+
+def test_a_changed_setting_trains_anew(finished, monkeypatch):
+    monkeypatch.setattr(study_module, "fit", None)
+    with pytest.raises(TypeError):
+        study(replace(MICRO, out=str(finished), lr=0.5), command="again")
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    for name in ("a", "b"):
+        study(replace(MICRO, out=str(tmp_path / name), encodings="rope_mixed"))
+    assert (tmp_path / "a/results.csv").read_bytes() == (tmp_path / "b/results.csv").read_bytes()
+
+
+def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
+    real = study_module.fit
+
+    def interrupted(model, *args, run, **kwargs):
+        if run.name.startswith("rope"):
+            raise KeyboardInterrupt
+        return real(model, *args, run=run, **kwargs)
+
+    monkeypatch.setattr(study_module, "fit", interrupted)
+    args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--out", str(tmp_path)]
+    assert main(args) == 130
+    assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
+    assert "1 of 2 cells" in (tmp_path / "summary.md").read_text()
+    monkeypatch.setattr(study_module, "fit", lambda *a, run, **k: real(*a, run=run, **k))
+    assert main(args) == 0
+    assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none", "rope"}
+
+
+def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypatch):
+    real, seen = study_module.fit, []
+
+    def watched(*args, progress, **kwargs):
+        def spy(row):
+            progress(row)
+            seen.append((tmp_path / "accuracy_vs_size.png").is_file())
+
+        return real(*args, progress=spy, **kwargs)
+
+    monkeypatch.setattr(study_module, "fit", watched)
+    study(replace(MICRO, out=str(tmp_path), encodings="none"))
+    assert seen[0], "the picture is there from the first progress report on"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--encodings", "none,roep"], "unknown encoding 'roep'; did you mean 'rope'"),
+        (["--encodings", "rope(bsae=3)"], "did you mean 'base'"),
+        (["--encodings", "rope", "--width", "36", "--heads", "6"], "multiple of 4: got 6"),
+        (["--sizes", "16,18"], "multiple of the patch 4x4: got 18x18"),
+        (["--sizes", "16,x"], "32 or 32x48"),
+        (["--train-size", "15"], "got 15x15"),
+        (["--modes", "scael"], "did you mean 'scale'"),
+        (["--policies", "interpolte"], "did you mean 'interpolate'"),
+        (["--temperatures", "lgo"], "known: none, log, yarn"),
+        (["--data", "folder", "--root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--data", "digit"], "did you mean 'digits'"),
+        (["--device", "cuda:99"], "--device cpu"),
+        (["--epochs", "many"], "epochs"),
+        (["--seeds", "0"], "one seed"),
+        (["--encodigs", "rope"], "did you mean --encodings"),
+        (["--precision", "float8"], "precision"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_input_costs_one_line_and_status_2(args, message, tmp_path, capsys):
+    assert main(["study", *args, "--smoke", "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("vit2dpe: ")
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_an_extra_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["study"]) == 2
+    assert 'pip install "vit2dpe[recipes]"' in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["study", "--smoke", "--out", str(tmp_path)]) == 2
+    assert 'pip install "vit2dpe[recipes]"' in capsys.readouterr().err
+
+
+def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(study_module, "study", lambda config, command: seen.append((config, command)))
+    assert main(["study", "--config", "recipes/study_cifar10_cpu.yaml", "--limit-train", "500", "--quick"]) == 0
+    assert main(["study", "--config", "recipes/study_digits.yaml"]) == 0
+    assert main(["study", "--config", "recipes/study_cifar10.yaml", "--flip=false"]) == 0
+    (cpu, command), (digits, _), (gpu, _) = seen
+    assert (cpu.limit_train, cpu.width, cpu.quick) == (500, 96, True)
+    assert "--limit-train 500" in command
+    assert resolve(digits) == resolve(replace(StudyConfig(), out=digits.out)), "the recipe states the defaults"
+    assert gpu.flip is False
+    for config, _ in seen:
+        check(config)
+
+
+def test_quick_fills_only_what_was_not_said():
+    quick = resolve(StudyConfig(quick=True, epochs=3))
+    assert quick.epochs == 3
+    assert len(split_words(quick.encodings)) == 3
+
+
+def test_words_keep_their_commas_inside_parentheses():
+    assert split_words("rope(base=3, x=1), none,") == ["rope(base=3, x=1)", "none"]
+
+
+@pytest.mark.parametrize("command", [[], ["study"], ["show"]])
+def test_help_answers_without_torch(command):
+    code = f"import sys; from vit2dpe.cli import main\ntry: main({[*command, '--help']})\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules, 'timm' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: vit2dpe" in result.stdout
+    assert result.stdout.endswith("False False\n")
+
+
+def test_unknown_commands_and_pictures(tmp_path, capsys):
+    assert main(["stduy"]) == 2
+    assert "did you mean 'study'" in capsys.readouterr().err
+    out = tmp_path / "two.png"
+    assert main(["show", "rope", "relative", "--grid", "5x8", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert main(["show", "rope", "--grid", "5xx8"]) == 2
+    assert "14x14" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Any positional encoding in any transformer at any resolution, by one word.
+
+Names are imported on first use, so that `import vit2dpe` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._timm import register_with_timm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Positions": "positions",
+    "Rotation": "signal",
+    "Signal": "signal",
+    "attend": "attention",
+    "rotate": "attention",
+    "Attention": "attention",
+    "ENCODINGS": "encodings",
+    "Dims": "encodings",
+    "PositionEncoding": "encodings",
+    "build": "encodings",
+    "ViT": "models",
+    "use_policy": "resolution",
+    "sweep": "resolution",
+    "load_run": "train.checkpoint",
+    "check_encoding": "testing",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "CheckpointError": "errors",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+if TYPE_CHECKING:
+    from .attention import Attention, attend, rotate  # noqa: F401
+    from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
+    from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
+    from .models import ViT  # noqa: F401
+    from .positions import Positions  # noqa: F401
+    from .resolution import sweep, use_policy  # noqa: F401
+    from .signal import Rotation, Signal  # noqa: F401
+    from .testing import check_encoding  # noqa: F401
+    from .train.checkpoint import load_run  # noqa: F401
+else:
+    register_with_timm()

@@ -1,0 +1,7 @@
+"""`python -m vit2dpe`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,171 @@
+"""The one attention of the project: rotate, merge bias and mask, call the fused kernel.
+
+Encoding-blind: what an encoding asks for arrives as a `Signal`. Pairs of channels are (2i, 2i+1) everywhere.
+
+Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "may attend".
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .signal import Rotation, Signal
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (2i, 2i+1) of x (B, H, N, Dh) by its angle; computed in float32 at least, returned in x's dtype.
+
+    (a, b) -> (a cos - b sin, a sin + b cos), RoPE (arXiv 2104.09864) in its interleaved form.
+    """
+    cos, sin = rotation
+    if cos.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rotations are float32 or float64, got {cos.dtype}: something cast the Signal on its way "
+            "(FSDP's cast_forward_inputs?); cast the activations alone"
+        )
+    if x.shape[-1] != 2 * cos.shape[-1] or x.shape[-2] != cos.shape[-2]:
+        raise ValueError(
+            f"the rotation is for {cos.shape[-2]} tokens of {2 * cos.shape[-1]} channels, "
+            f"got {x.shape[-2]} tokens of {x.shape[-1]}"
+        )
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signal: Signal = Signal(),  # noqa: B008 - an immutable tuple
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(temperature · (scale · R(q) R(k)ᵀ + bias), over keys the mask allows) v.
+
+    Args:
+        q, k, v: (B, H, Nq, Dh), (B, H, Nk, Dh), (B, H, Nk, Dv). Never altered.
+        signal: rotations, bias terms and temperature; its `token` is the model's business.
+        mask: boolean, (Nq, Nk) or (B|1, H|1, Nq, Nk); True may attend. A query that may attend to
+            nothing gives 0.
+        scale: factor on q·k; default 1/sqrt(Dh).
+        dropout: probability, on the attention weights.
+
+    Returns:
+        (B, H, Nq, Dv) in v's dtype.
+
+    Raises:
+        ValueError: for a mask of another kind, or rotations of other sizes than q and k.
+    """
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
+        raise ValueError(
+            f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
+            f"{tuple(mask.shape)}. Biases go into a Signal"
+        )
+    if signal.q_rotation is not None:
+        q = rotate(q, signal.q_rotation)
+    if signal.k_rotation is not None:
+        k = rotate(k, signal.k_rotation)
+    temperature = 1.0 if signal.temperature is None else signal.temperature
+    scale = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
+
+    alive = None
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
+        alive = mask.any(dim=-1, keepdim=True)
+        mask = mask | ~alive
+    added = _merge(signal, mask, temperature, _kernel_dtype(q))
+    with _kernels(added, q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
+    return out if alive is None else out.masked_fill(~alive, 0.0)
+
+
+def _merge(signal: Signal, mask: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
+    """Bias terms and mask as the one tensor the kernel takes: 4-D, never expanded to the batch."""
+    if not signal.bias:
+        return mask
+    bias = signal.bias[0].dense()
+    for term in signal.bias[1:]:
+        bias = bias + term.dense()
+    if temperature != 1.0:
+        bias = bias * temperature
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+    if dtype == torch.float16:
+        # float16 ends at 65,504. Moving a row changes no softmax, so its largest entry becomes 0, and what then
+        # falls below the limit weighs nothing anyway.
+        top = bias.detach().amax(dim=-1, keepdim=True)
+        bias = bias - top.masked_fill(top.isneginf(), 0.0)
+    bias = bias.to(dtype)
+    # A tensor that asks for gradients loses the fused kernel on the CPU, even where gradients are off.
+    return bias if torch.is_grad_enabled() else bias.detach()
+
+
+def _kernel_dtype(q: Tensor) -> torch.dtype:
+    """What the kernel will compute in: q's dtype, or autocast's."""
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return q.dtype
+
+
+def _kernels(added: Tensor | None, *inputs: Tensor):
+    """On CUDA, training with a mask or bias keeps away from cuDNN, whose masked backward gives NaN at 64 tokens.
+
+    pytorch issue 196678: any mask, constant or learned, lengths of 64 modulo 128. Not yet run on such a device.
+    """
+    if added is None or not added.is_cuda or not torch.is_grad_enabled():
+        return nullcontext()
+    if not any(tensor.requires_grad for tensor in (added, *inputs)):
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention under timm's parameter names: `qkv`, `q_norm`, `k_norm`, `proj`.
+
+    Args:
+        dim: width D, a multiple of `heads`.
+        heads: H.
+        qkv_bias: whether `qkv` has a bias.
+        qk_norm: a LayerNorm over each head's channels of q and k, before rotation.
+        position: an encoding of this block's own (a Swin table, learned frequencies). Its signal is added
+            to the shared one by the block, which knows the places.
+        attn_drop, proj_drop: dropout on the weights and on the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        position: nn.Module | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"the width must be a multiple of the heads: got dim={dim}, heads={heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.position = position
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, signal: Signal = Signal(), mask: Tensor | None = None) -> Tensor:  # noqa: B008
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, Dh)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, N, Dh), strided views
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(q, k, v, signal, mask, dropout=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

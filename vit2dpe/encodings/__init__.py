@@ -1,0 +1,206 @@
+"""Every encoding by name: `build("sincos+rope(base=10)", dims)`.
+
+A name is one line in `ENCODINGS`. That line makes the encoding known to every model, to the study and to the
+contract tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
+from typing import Any, get_args, get_type_hints
+
+from ..errors import ConfigError, unknown
+from .alibi import Alibi
+from .base import NoPosition, PositionEncoding, Sum, terms
+from .learned import LearnedTable
+from .relative import RelativeBias
+from .rope import AxialRoPE, MixedRoPE
+from .sincos import SinCos
+
+__all__ = [
+    "ENCODINGS",
+    "Alibi",
+    "AxialRoPE",
+    "Builder",
+    "Dims",
+    "LearnedTable",
+    "MixedRoPE",
+    "NoPosition",
+    "PositionEncoding",
+    "RelativeBias",
+    "SinCos",
+    "Sum",
+    "assign",
+    "build",
+    "parse",
+    "terms",
+]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a model tells an encoding about itself.
+
+    Args:
+        width: D, channels of a token.
+        heads: H.
+        grid: the sizes of the training grid.
+        block, depth: the block an encoding is built for (None: shared by all) and how many there are.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, ...]
+    block: int | None = None
+    depth: int = 1
+
+    @property
+    def axes(self) -> int:
+        return len(self.grid)
+
+    @property
+    def head_dim(self) -> int:
+        if self.width % self.heads:
+            raise ConfigError(f"the width must be a multiple of the heads: got {self.width} and {self.heads}")
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Builder:
+    """An encoding's class and the arguments that come from the model; options come from the word."""
+
+    encoding: type[PositionEncoding]
+    arguments: Callable[[Dims], dict[str, Any]]
+
+    def __call__(self, dims: Dims, **options: Any) -> PositionEncoding:
+        given = self.arguments(dims)
+        known = [name for name in inspect.signature(self.encoding).parameters if name not in given]
+        for name in options:
+            if name not in known:
+                raise unknown(f"option of {self.encoding.__name__}", name, known or ["(it takes none)"])
+            check_option(self.encoding, name, options[name])
+        return self.encoding(**given, **options)
+
+
+def check_option(kind: type, name: str, value: Any) -> None:
+    """Refuse a value that is not of the type the constructor names: rope(base=ten), relative(shared=maybe)."""
+    wanted = get_type_hints(kind.__init__).get(name, Any)  # type: ignore[misc]
+    allowed = get_args(wanted) or (wanted,)
+    fits = Any in allowed or type(value) in allowed or (float in allowed and type(value) is int)
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"option {name} of {kind.__name__} must be {_spell(wanted)}, got {value!r}")
+
+
+def _spell(wanted: Any) -> str:
+    kinds = [kind.__name__ for kind in get_args(wanted) or (wanted,) if kind is not type(None)]
+    return " or ".join("a finite number" if kind == "float" else kind for kind in kinds)
+
+
+ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
+    "none": Builder(NoPosition, lambda d: {}),
+    "learned": Builder(LearnedTable, lambda d: {"dim": d.width, "grid": d.grid}),
+    "sincos": Builder(SinCos, lambda d: {"dim": d.width, "axes": d.axes}),
+    "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "alibi": Builder(Alibi, lambda d: {"heads": d.heads}),
+    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
+    "rope_mixed": Builder(MixedRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
+}
+
+
+def build(word: str, dims: Dims) -> PositionEncoding:
+    """The encoding a word spells: names joined by `+`, options in parentheses: `sincos+rope(base=10)`.
+
+    Raises:
+        ConfigError: for a word that cannot be read, an unknown name or option, or sizes it cannot take.
+    """
+    return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(word)))
+
+
+def parse(word: str, kind: str = "encoding", known: Iterable[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """[(name, options), ...] of a word whose names are among `known` (default: the encodings)."""
+    known = list(ENCODINGS if known is None else known)
+    try:
+        tree = ast.parse(word.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise _unreadable(word) from None
+    parts = [_term(node, word) for node in _summands(tree)]
+    for name, _ in parts:
+        if name not in known:
+            raise unknown(kind, name, known)
+    return parts
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_summands(node.left), *_summands(node.right)]
+    return [node]
+
+
+def _term(node: ast.expr, word: str) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = {}
+    if isinstance(node, ast.Call) and not node.args and all(k.arg for k in node.keywords):
+        options = {str(k.arg): _value(k.value, word) for k in node.keywords}
+        node = node.func
+    if not isinstance(node, ast.Name):
+        raise _unreadable(word)
+    return node.id, options
+
+
+def _value(node: ast.expr, word: str) -> Any:
+    """A number, a quoted string, a tuple, true or false, or a bare word."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False}.get(node.id.lower(), node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise _unreadable(word) from None
+
+
+def _unreadable(word: str) -> ConfigError:
+    return ConfigError(
+        f"cannot read {word!r}: write names joined by '+', options in parentheses, as in 'sincos+rope(base=10)'"
+    )
+
+
+def assign(
+    position: str | PositionEncoding, dims: Dims, block_position: str | PositionEncoding | None = None
+) -> tuple[PositionEncoding, list[PositionEncoding | None]]:
+    """Split an encoding between a model and its blocks: (shared, one per block).
+
+    Terms that are `per_block` are built afresh for every block, the others once for all. `block_position` is an
+    encoding that every block owns, whatever it is. An instance is copied, so that models made from one share nothing;
+    what a block owns has its parameters drawn anew.
+    """
+    makers = _makers(position)
+    built = [make(dims) for make in makers]
+    shared = [term for term in built if not term.per_block]
+    own = [make for make, term in zip(makers, built, strict=True) if term.per_block]
+    own += [] if block_position is None else _makers(block_position)
+    blocks: list[PositionEncoding | None] = []
+    for index in range(dims.depth):
+        at_block = replace(dims, block=index)
+        blocks.append(reduce(add, (make(at_block) for make in own)) if own else None)
+    return reduce(add, shared) if shared else NoPosition(), blocks
+
+
+def _makers(position: str | PositionEncoding) -> list[Callable[[Dims], PositionEncoding]]:
+    """For each term of a word or an instance, what builds it for a model or a block."""
+    if isinstance(position, str):
+        return [partial(ENCODINGS[name], **options) for name, options in parse(position)]
+    if isinstance(position, PositionEncoding):
+        return [partial(_copy, term) for term in terms(position)]
+    raise ConfigError(f"position must be a word or a PositionEncoding, got {type(position).__name__}; 'none' is a word")
+
+
+def _copy(term: PositionEncoding, dims: Dims) -> PositionEncoding:
+    mine = copy.deepcopy(term)
+    if dims.block is not None:
+        mine.reset_parameters()
+    return mine

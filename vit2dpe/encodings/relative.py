@@ -1,0 +1,65 @@
+"""`relative`: a learned number for each offset between two places and each head, added to the logits.
+
+    bias_h(q, k) = relative_position_bias_table[h, q - k + S - 1],    table (H, 2 S_1 - 1, ..., 2 S_d - 1)
+
+Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; timm, `layers/pos_embed_rel.py`.
+
+How ours differs: head-major with the grid in its shape (Swin's is flat, (ΠT, H), and its window has to be guessed from
+a square root); any number of axes; the whole grid of a ViT or the window of a Swin alike; no index buffer. At another
+extent the table is resized bicubic, without antialias, as Swin's own loader does.
+
+Limits: whole coordinates only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from ..signal import Table
+from .base import PositionEncoding
+from .tables import resize
+
+
+class RelativeBias(PositionEncoding):
+    """A table of biases over offsets, one for each head; by default every block owns one.
+
+    Args:
+        heads: H.
+        grid: the sizes (S_1, ..., S_d) of the grid or window it is learned on.
+        shared: one table for all blocks instead of one each.
+    """
+
+    relative = True
+    continuous = False
+    per_block = True
+    gives = frozenset({"bias"})
+    policies = ("resize",)
+
+    def __init__(self, heads: int, grid: Sequence[int], *, shared: bool = False) -> None:
+        super().__init__()
+        if not grid or any(size < 1 for size in grid):
+            raise ConfigError(f"relative needs the sizes of its grid, each at least 1, got {tuple(grid)}")
+        self.per_block = not shared
+        self.relative_position_bias_table = nn.Parameter(torch.empty(heads, *(2 * size - 1 for size in grid)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def bias(self, q: Positions, k: Positions) -> Table:
+        if q.extent != k.extent:
+            raise ValueError(f"queries and keys must live on one grid, got extents {q.extent} and {k.extent}")
+        table = self.relative_position_bias_table
+        if q.axes != table.ndim - 1:
+            raise ValueError(f"the table has {table.ndim - 1} axes, the positions {q.axes}")
+        sizes = tuple(2 * size - 1 for size in q.extent)
+        return Table(resize(table, sizes, antialias=False).to(self.dtype), q, k)
+
+    def extra_repr(self) -> str:
+        heads, *sizes = self.relative_position_bias_table.shape
+        return f"heads={heads}, grid={tuple((size + 1) // 2 for size in sizes)}"

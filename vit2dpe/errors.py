@@ -1,0 +1,26 @@
+"""Errors that name what was required, what came, and the nearest thing that exists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: an unknown name, an impossible size, a combination that makes no sense."""
+
+
+class DataError(ValueError):
+    """Data that are missing, unreadable or not laid out as required."""
+
+
+class CheckpointError(ValueError):
+    """A saved run that is incomplete, altered or for another model."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist: the nearest one, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")

@@ -1,0 +1,155 @@
+"""Where tokens are: the only carrier of geometry in the project.
+
+Coordinates are patch units, rows before columns, patch centres at integers. A token's place is data, so
+the rule for every model is: *whatever is done to tokens is done to Positions*. Masking is `take`, a window
+or a shift is a `take` with the permuted index, a decoding step is a `start`.
+
+Legend: B batch, N tokens that have a place, d axes of the grid, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Places of N tokens on a d-dimensional grid.
+
+    Args:
+        coords: (B|1, N, d) float32 or float64, patch units, rows first, patch centres at integers.
+        extent: the d sizes of the grid the coordinates live on. Never inferred from N: after `take` a
+            few tokens still live on the whole grid.
+        prefix: leading tokens that have no place (class token, registers). They have no row in `coords`.
+
+    Raises:
+        ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
+    """
+
+    coords: Tensor
+    extent: tuple[int, ...]
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coords, Tensor):
+            return  # a tree of something else, while a pytree is mapped over
+        object.__setattr__(self, "extent", tuple(self.extent))
+        # Half precision cannot tell place 257 from 258.
+        if self.coords.ndim != 3 or self.coords.dtype not in (torch.float32, torch.float64):
+            came = f"{self.coords.dtype} {tuple(self.coords.shape)}"
+            raise ValueError(
+                f"coords must be a float32 or float64 tensor (B, N, d), got {came}; "
+                "Positions.grid and Positions.sequence make one"
+            )
+        if self.coords.shape[-1] != len(self.extent):
+            raise ValueError(
+                f"extent must name one size per axis: coords have {self.coords.shape[-1]} axes, extent={self.extent}"
+            )
+
+    @classmethod
+    def grid(cls, extent: Sequence[int], device: torch.device | str | None = None) -> Positions:
+        """All places of a grid in row-major order: `grid((2, 3))` is (0,0) (0,1) (0,2) (1,0) (1,1) (1,2)."""
+        axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
+        coords = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+        return cls(coords[None], tuple(extent))  # (1, N, d)
+
+    @classmethod
+    def sequence(
+        cls,
+        n: int,
+        start: int | Tensor = 0,
+        length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Positions:
+        """n consecutive places on a line.
+
+        Args:
+            n: how many tokens.
+            start: the first place; an int, or (B,) where samples differ (left padding: minus the padding).
+            length: the extent of the line. Decoding step by step must name it, so that it does not change
+                from step to step. Default: start + n, or n where `start` is a tensor.
+        """
+        steps = torch.arange(n, dtype=torch.float32, device=device)
+        if isinstance(start, Tensor):
+            first = start.to(device=steps.device, dtype=torch.float32).reshape(-1)
+            coords, end = first[:, None] + steps, n  # (B, N)
+        else:
+            coords, end = (start + steps)[None], start + n  # (1, N)
+        return cls(coords[..., None], (end if length is None else length,))
+
+    @property
+    def axes(self) -> int:
+        """d, the number of axes."""
+        return len(self.extent)
+
+    def take(self, index: Tensor) -> Positions:
+        """Keep the places at `index`: (K,) the same for all samples, or (B, K) for each sample its own.
+
+        `index` counts tokens that have a place, prefix tokens not among them. The extent stays.
+        """
+        if index.ndim == 1:
+            return Positions(self.coords[:, index], self.extent, self.prefix)
+        if index.ndim != 2:
+            raise ValueError(f"index must be (K,) or (B, K), got {tuple(index.shape)}")
+        if self.coords.shape[0] not in (1, index.shape[0]):
+            raise ValueError(f"index is for {index.shape[0]} samples, coords for {self.coords.shape[0]}")
+        coords = self.coords.expand(index.shape[0], -1, -1)
+        where = index[..., None].expand(-1, -1, self.axes)  # (B, K, d)
+        return Positions(coords.gather(1, where), self.extent, self.prefix)
+
+    def with_prefix(self, prefix: int) -> Positions:
+        """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
+        return Positions(self.coords, self.extent, prefix)
+
+    def places(self) -> Tensor:
+        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
+
+        Raises:
+            ValueError: for fractional coordinates. Checked in eager mode on the CPU only: elsewhere the
+                check would break the graph or stall the device.
+        """
+        index = self.coords.round().long()
+        if checkable(self.coords) and bool((index != self.coords).any()):
+            raise ValueError(
+                "this encoding looks places up in a table and takes whole coordinates only; "
+                "for fractional ones use a continuous encoding (sincos, rope, alibi, ...)"
+            )
+        return index
+
+
+def checkable(tensor: Tensor) -> bool:
+    """Whether its values can be tested at no cost but the test: eager mode, on the CPU, a real tensor."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def exact(coords: Tensor) -> Tensor:
+    """Coordinates in float64, on the CPU where the device has no float64 (Apple's MPS)."""
+    return coords.cpu().double() if coords.device.type == "mps" else coords.double()
+
+
+def offsets(q: Positions, k: Positions, axis: int) -> Tensor:
+    """(B|1, Nq, Nk) float64 distance with sign along one axis, query minus key, patch units."""
+    return exact(q.coords)[..., axis, None] - exact(k.coords)[..., None, :, axis]
+
+
+def distance(q: Positions, k: Positions) -> Tensor:
+    """(B|1, Nq, Nk) float64 Euclidean distance, patch units."""
+    if q.axes == 1:
+        return offsets(q, k, 0).abs()
+    square = offsets(q, k, 0).square()
+    for axis in range(1, q.axes):
+        square = square + offsets(q, k, axis).square()
+    return square.sqrt()
+
+
+_pytree.register_dataclass(
+    Positions,
+    field_names=["coords", "extent", "prefix"],
+    serialized_type_name="vit2dpe.positions.Positions",
+)

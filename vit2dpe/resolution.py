@@ -1,0 +1,228 @@
+"""What happens at a resolution a model was not trained at: `use_policy` chooses, `sweep` measures.
+
+The policies themselves are in `policies.py`. A policy is chosen at evaluation, for any encoding that can take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .encodings import PositionEncoding, Sum, check_option, parse
+from .errors import ConfigError, unknown
+from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
+
+Size = tuple[int, int]
+MODES = ("scale", "canvas")
+
+
+def encodings_of(model: nn.Module) -> list[PositionEncoding]:
+    """Every encoding of a model that does something, shared and per block, sums taken apart."""
+    return [e for e in model.modules() if isinstance(e, PositionEncoding) and e.gives and not isinstance(e, Sum)]
+
+
+def policies_of(model: nn.Module) -> tuple[str, ...]:
+    """The policies that every encoding of a model can take, the default first.
+
+    ("default",) where the parts of a sum have none in common and each does what it does by itself; so too for a
+    module that is not ours. ("extrapolate",) for a model without positions.
+    """
+    found = encodings_of(model)
+    if not found:
+        return ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
+    return tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+
+
+@contextmanager
+def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | bool | None = None) -> Iterator[None]:
+    """Within this context every encoding of `model` follows `policy` at sizes it was not trained at.
+
+    Args:
+        model: a model of ours; it remembers its `train_grid`.
+        policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
+            "resize", or "default": each encoding does what it does by itself.
+        temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
+
+    Changes no key of the state_dict, and on leaving puts back what was there. With gradient checkpointing the backward
+    pass computes blocks again, so it has to run inside the context too.
+
+    Raises:
+        ConfigError: for a policy that one of the encodings cannot take, with the reason.
+    """
+    train = getattr(model, "train_grid", None)
+    if train is None:
+        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+    chosen = None if policy == "default" else _policy(policy, tuple(train))
+    heat = _temperature(temperature, tuple(train))
+    found = encodings_of(model)
+    for encoding in found:
+        if chosen is not None and chosen.name not in encoding.policies:
+            raise ConfigError(
+                f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                f"it can {' or '.join(encoding.policies)}"
+            )
+    before = [(encoding, encoding.policy) for encoding in found]
+    root: PositionEncoding = model.position  # type: ignore[assignment]  # one factor for all its encodings
+    before_heat = root.temperature
+    try:
+        for encoding in found:
+            encoding.policy = chosen
+        root.temperature = heat
+        yield
+    finally:
+        for encoding, policy_before in before:
+            encoding.policy = policy_before
+        root.temperature = before_heat
+
+
+def _policy(word: str, train: Extent) -> Keep:
+    (name, options), *more = parse(word, "policy", [*POLICIES, "default"])
+    if more or name == "default":
+        raise ConfigError(f"a policy is one name, such as 'interpolate(align=corner)'; got {word!r}")
+    kind = POLICIES[name]
+    allowed = [field for field in kind.__dataclass_fields__ if field not in ("train", "name")]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of {name}", option, allowed or ["(it takes none)"])
+        check_option(kind, option, options[option])
+    return kind(train, name=name, **options)
+
+
+def _temperature(word: str | bool | None, train: Extent):
+    if word in (None, False, "none"):
+        return None
+    name = "log" if word is True else str(word)
+    if name not in TEMPERATURES:
+        raise unknown("temperature", name, ["none", *TEMPERATURES])
+    return TEMPERATURES[name](train)
+
+
+def sweep(
+    model: nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    sizes: Sequence[Size],
+    policies: Sequence[str] | None = None,
+    *,
+    modes: Sequence[str] = ("scale",),
+    temperatures: Sequence[str] = ("none",),
+    train_size: Size | None = None,
+    crop: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
+
+    Args:
+        model: any module from images (B, C, H, W) to logits (B, classes); policies need one of ours.
+        data: batches (images, labels), normalised as the model wants them, iterated once for each row.
+        sizes: (height, width) in pixels; rectangles too.
+        policies: words for `use_policy`; default: all that the model can take.
+        modes: "scale": the same picture with more pixels (it is resized to the size). "canvas": more content at the
+            scale of training (the picture at the training size in the middle, continued by its mirror image; smaller
+            canvases see its middle). The two answer different questions and are never mixed in a row.
+        train_size: (height, width) of training; default: the model's.
+        crop: the centre share of each side that is kept, the same for all sizes.
+
+    Returns:
+        rows with mode, policy, temperature, train_height, train_width, height, width, top1 (percent), loss (nats), n.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES)
+    train_size = train_size or train_size_of(model)
+    ours = any(isinstance(module, PositionEncoding) for module in model.modules())
+    rows = []
+    for mode in modes:
+        for policy in policies or policies_of(model):
+            for temperature in temperatures:
+                for size in sizes:
+                    batches = ((fit_size(x, size, mode, train_size, crop), y) for x, y in data)
+                    if ours:
+                        with use_policy(model, policy, temperature=temperature):
+                            score = evaluate(model, batches)
+                    elif policy == "default" and temperature == "none":
+                        score = evaluate(model, batches)
+                    else:
+                        raise ConfigError(
+                            f"policy {policy!r} with temperature {temperature!r} needs a model of ours; "
+                            f"{type(model).__name__} runs with 'default' and 'none' only"
+                        )
+                    rows.append(
+                        dict(
+                            policy=policy,
+                            temperature=temperature,
+                            mode=mode,
+                            train_height=train_size[0],
+                            train_width=train_size[1],
+                            height=size[0],
+                            width=size[1],
+                            **score,
+                        )
+                    )
+    return rows
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back."""
+    was_training = model.training
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right, loss, n = 0, 0.0, 0
+    try:
+        for images, labels in batches:
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            right += int((logits.argmax(-1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            n += len(labels)
+    finally:
+        model.train(was_training)
+    if n == 0:
+        raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
+    return {"top1": 100 * right / n, "loss": loss / n, "n": n}
+
+
+def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size) by one of the two modes of `sweep`."""
+    if crop < 1:
+        h, w = (max(1, round(side * crop)) for side in images.shape[-2:])
+        top, left = (images.shape[-2] - h) // 2, (images.shape[-1] - w) // 2
+        images = images[..., top : top + h, left : left + w]
+    if mode == "scale":
+        return _resize(images, size)
+    images = _resize(images, train_size)
+    for dim, (side, train) in zip((-2, -1), zip(size, train_size, strict=True), strict=True):
+        index = torch.arange(side, device=images.device) + (train - side) // 2
+        index = index.remainder(2 * train)
+        images = images.index_select(dim, torch.where(index < train, index, 2 * train - 1 - index))
+    return images
+
+
+def _resize(images: Tensor, size: Size) -> Tensor:
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def train_size_of(model: nn.Module) -> Size:
+    """The size in pixels a model was trained at: ours remember it, timm's say it in their config."""
+    if hasattr(model, "train_grid") and hasattr(model, "patch_embed"):
+        (rows, cols), (high, wide) = model.train_grid, model.patch_embed.patch_size  # type: ignore[misc, union-attr]
+        return rows * high, cols * wide
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg and cfg.get("input_size"):
+        return cfg["input_size"][-2], cfg["input_size"][-1]
+    raise ConfigError(
+        f"{type(model).__name__} does not say the size it was trained at: give train_size=(height, width)"
+    )
+
+
+def parse_size(text: str | int) -> Size:
+    """(height, width) of "32" or "32x48"."""
+    parts = str(text).lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"a size is written 32 or 32x48 (height x width, pixels), got {text!r}")
+    return int(parts[0]), int(parts[-1])

@@ -1,0 +1,132 @@
+"""What attention should do about where tokens are: tensors, and how they add up.
+
+Legend: B batch, H heads, N tokens (prefix included), D width, Dh head width. A leading 1 stands for "all".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .positions import Positions, checkable
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of one angle for each pair of channels (2i, 2i+1): both (B|1, 1|H, N, Dh/2), float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def times(self, other: Rotation) -> Rotation:
+        """One rotation after the other: the product of cos + i sin."""
+        return Rotation(
+            self.cos * other.cos - self.sin * other.sin,
+            self.sin * other.cos + self.cos * other.sin,
+        )
+
+
+class Bias(Protocol):
+    """A term added to the logits; `.dense()` is the reference for every faster path."""
+
+    def dense(self) -> Tensor:
+        """(B|1, H, Nq, Nk)"""
+        ...
+
+
+class Dense(NamedTuple):
+    """A bias given in full, (B|1, H, Nq, Nk)."""
+
+    tensor: Tensor
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+
+class Table(NamedTuple):
+    """A bias looked up by offset: entry [h, Δ + size - 1] of `table` for Δ = q - k, zero for the prefix.
+
+    Args:
+        table: (H, 2 S_1 - 1, ..., 2 S_d - 1) for a grid of sizes S, head-major.
+        q, k: places of queries and keys, whole coordinates.
+    """
+
+    table: Tensor
+    q: Positions
+    k: Positions
+
+    def dense(self) -> Tensor:
+        sizes = self.table.shape[1:]
+        q, k = self.q.places(), self.k.places()  # (B|1, N, d)
+        if checkable(q) and checkable(k):
+            self._check(q, k)
+        # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs. It counts from 1,
+        # because column 0 is put there for the prefix: zeros, looked up like any other entry.
+        q_index, k_index = torch.ones_like(q[..., 0]), torch.zeros_like(k[..., 0])
+        for axis, size in enumerate(sizes):
+            later = math.prod(sizes[axis + 1 :])
+            q_index = q_index + (q[..., axis] + (size - 1) // 2) * later
+            k_index = k_index + k[..., axis] * later
+        index = q_index[..., :, None] - k_index[..., None, :]  # (B|1, Nq, Nk)
+        index = F.pad(index, (self.k.prefix, 0, self.q.prefix, 0))
+        bias = F.pad(self.table.flatten(1), (1, 0)).index_select(1, index.flatten())
+        return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
+
+    def _check(self, q: Tensor, k: Tensor) -> None:
+        for axis, size in enumerate(self.table.shape[1:]):
+            reach = (size - 1) // 2
+            low = int(q[..., axis].min() - k[..., axis].max())
+            high = int(q[..., axis].max() - k[..., axis].min())
+            if low < -reach or high > reach:
+                raise ValueError(f"offsets along axis {axis} leave the table: it covers ±{reach}, got {low} to {high}")
+
+
+class LowRank(NamedTuple):
+    """A bias that is a product: fq (B|1, H, Nq, r) times fk (B|1, H, Nk, r) transposed."""
+
+    fq: Tensor
+    fk: Tensor
+
+    def dense(self) -> Tensor:
+        return self.fq @ self.fk.transpose(-1, -2)
+
+
+class Signal(NamedTuple):
+    """Everything an encoding may ask of attention. A field that is None (or empty) asks nothing.
+
+    Signals add: tokens sum, rotations multiply, bias terms concatenate, temperatures multiply. So
+    encodings compose with `+`, and the empty Signal is the ablation.
+
+    Args:
+        token: (B|1, N, D), added to tokens.
+        q_rotation, k_rotation: turn each pair of channels of queries and keys.
+        bias: terms added to the logits.
+        temperature: factor on q·k and on the bias, not on a mask.
+    """
+
+    token: Tensor | None = None
+    q_rotation: Rotation | None = None
+    k_rotation: Rotation | None = None
+    bias: tuple[Bias, ...] = ()
+    temperature: float | None = None
+
+    def plus(self, other: Signal) -> Signal:
+        return Signal(
+            _both(self.token, other.token, lambda a, b: a + b),
+            _both(self.q_rotation, other.q_rotation, Rotation.times),
+            _both(self.k_rotation, other.k_rotation, Rotation.times),
+            (*self.bias, *other.bias),
+            _both(self.temperature, other.temperature, lambda a, b: a * b),
+        )
+
+    def __add__(self, other: Signal) -> Signal:  # type: ignore[override]  # tuples would concatenate
+        return self.plus(other)
+
+
+def _both(a, b, combine):
+    if a is None:
+        return b
+    return a if b is None else combine(a, b)

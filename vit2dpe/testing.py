@@ -1,0 +1,351 @@
+"""The public contract: what every encoding must do, so that models never need to know which one they hold.
+
+    from vit2dpe.testing import check_encoding
+    check_encoding("rope")                                  # a name in ENCODINGS, with options too
+    check_encoding(lambda dims: MyEncoding(dims.heads))     # or anything that builds one
+
+Each promise is one function below; a broken one raises `ContractError` that says which, for how many axes, and by how
+much. Grids are never square, so rows and columns cannot be exchanged unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from .attention import rotate
+from .encodings import Dims, NoPosition, PositionEncoding, build
+from .positions import Positions
+from .signal import Signal
+
+GRIDS: dict[int, tuple[int, ...]] = {1: (7,), 2: (3, 5), 3: (2, 3, 4)}
+Make = Callable[[Dims], PositionEncoding]
+
+
+class ContractError(AssertionError):
+    """A promise that an encoding does not keep."""
+
+
+def check_encoding(encoding: str | Make, axes: Sequence[int] = (1, 2, 3)) -> None:
+    """Prove the contract for an encoding on lines, non-square grids and volumes.
+
+    Args:
+        encoding: a word, or a function from Dims to a PositionEncoding.
+        axes: for which numbers of axes its idea exists.
+
+    Raises:
+        ContractError: for the first promise that is broken.
+    """
+    make: Make = (lambda dims: build(encoding, dims)) if isinstance(encoding, str) else encoding
+    for d in axes:
+        dims = Dims(width=36, heads=3, grid=GRIDS[d], depth=4)
+        for promise in PROMISES:
+            torch.manual_seed(0)
+            try:
+                promise(make, dims)
+            except ContractError as error:
+                raise ContractError(f"{encoding}, {d} axes: {error}") from None
+
+
+def fills_what_it_gives(make: Make, dims: Dims) -> None:
+    """Exactly the fields it declares, in shapes that broadcast over the batch."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    n, signal = at.coords.shape[1], encoding(at)
+    given = {"token": signal.token, "rotation": signal.q_rotation, "bias": signal.bias or None}
+    found = {name for name, value in given.items() if value is not None}
+    _require(found == set(encoding.gives), f"gives {sorted(found)}, declares {sorted(encoding.gives)}")
+    for name, tensor in tensors(signal).items():
+        if name == "token":
+            ok = tensor.shape == (1, n, dims.width)
+        elif name.startswith("bias"):
+            ok = tensor.shape == (1, dims.heads, n, n)
+        else:
+            ok = tensor.shape in ((1, 1, n, dims.head_dim // 2), (1, dims.heads, n, dims.head_dim // 2))
+        _require(ok, f"{name} has shape {tuple(tensor.shape)} for {n} tokens")
+        _require(tensor.dtype == torch.float32, f"{name} is {tensor.dtype}, tables are float32")
+        _require(bool(tensor.isfinite().all()), f"{name} is not finite")
+    _require(bool(encoding.policies), "names no resolution policy")
+
+
+def leaves_prefix_alone(make: Make, dims: Dims) -> None:
+    """Prefix tokens get no token row, the identity rotation and no bias; the others what they get without prefix."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    plain, behind = tensors(encoding(at)), tensors(encoding(at.with_prefix(2)))
+    for name, tensor in behind.items():
+        idle = 1.0 if name.endswith("cos") else 0.0
+        if name.startswith("bias"):
+            edges, rest = torch.cat([tensor[..., :2, :].flatten(), tensor[..., :2].flatten()]), tensor[..., 2:, 2:]
+        else:
+            edges, rest = tensor[..., :2, :], tensor[..., 2:, :]
+        _require(bool((edges == idle).all()), f"{name} touches the prefix")
+        _same(rest, plain[name], f"{name} changes behind a prefix")
+
+
+def subset_is_gather(make: Make, dims: Dims) -> None:
+    """The Signal of some tokens, in any order, shared or per sample, is the gather of the whole; queries and keys may
+    differ."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    n, whole = at.coords.shape[1], encoding(at)
+    q = torch.stack([torch.randperm(n)[: n - 2] for _ in range(2)])  # (B, K), per sample
+    k = torch.stack([torch.randperm(n) for _ in range(2)])
+    parts = {"per sample": (q, k), "shared": (q[:1], k[:1])}
+    for name, (qi, ki) in parts.items():
+        taken = (at.take(qi), at.take(ki)) if name == "per sample" else (at.take(qi[0]), at.take(ki[0]))
+        expected = tensors(_gather(whole, qi, ki))
+        for field, tensor in tensors(encoding(*taken)).items():
+            _same(tensor, expected[field], f"{field} of a {name} subset is not the gather of the whole")
+
+
+def relative_as_declared(make: Make, dims: Dims) -> None:
+    """Moving all tokens together changes no logit between them if it says so, and some if it does not."""
+    encoding, at = _drawn(make, dims).double(), Positions.grid(dims.grid)
+    inner = (at.coords[0] < torch.tensor(dims.grid) - 1).all(-1).nonzero().flatten()
+    here = at.take(inner) if len(inner) > 1 else at
+    steps = [1.0, 0.375] if encoding.continuous else [1.0]
+    for axis in range(at.axes):
+        for step in steps:
+            move = torch.zeros(at.axes)
+            move[axis] = step
+            there = Positions(here.coords + move, here.extent)
+            change = (_logits(encoding(here), dims) - _logits(encoding(there), dims)).abs().max().item()
+            if encoding.relative:
+                _require(change < 1e-9, f"is declared relative, but a shift by {step} changes logits by {change:.1e}")
+            else:
+                _require(change > 1e-9, "is not declared relative, but a shift changes nothing")
+
+
+def takes_fractions_as_declared(make: Make, dims: Dims) -> None:
+    """Fractional places give finite values close to those of their neighbours, or are refused."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    if not encoding.continuous:
+        _raises(lambda: [b.dense() for b in encoding(_moved(at, 0.25)).bias], "fractional places are not refused")
+        return
+    here, near = tensors(encoding(_moved(at, 0.25))), tensors(encoding(_moved(at, 0.25 + 2**-12)))
+    for name, tensor in here.items():
+        _require(bool(tensor.isfinite().all()), f"{name} is not finite at fractional places")
+        jump = (tensor - near[name]).abs().max().item()
+        _require(jump < 0.05, f"{name} jumps by {jump:.2g} over 1/4096 of a patch")
+
+
+def keeps_its_precision(make: Make, dims: Dims) -> None:
+    """Tables are those of float64, cast once; half precision and autocast around them change no bit."""
+    encoding = _drawn(make, dims)
+    at = Positions.grid(dims.grid) if not encoding.continuous else _moved(Positions.grid(dims.grid), 300.0)
+    exact = Positions(at.coords.double(), at.extent)
+    tables = tensors(encoding(at))
+    with _Float64():
+        truth = tensors(copy.deepcopy(encoding).double()(exact))
+    learned = any(True for _ in encoding.parameters())
+    for name, tensor in tables.items():
+        # A learned encoding computes in its parameters' float32, so its error grows with its angle.
+        reach = float(at.coords.abs().max()) * at.axes if learned and encoding.continuous else 0.0
+        error = ((tensor.double() - truth[name]).abs() / truth[name].abs().clamp(min=1 + reach)).max().item()
+        _require(error <= 1e-7 * (1 if not learned else 4), f"{name} is off by {error:.1e} against float64")
+    for name, tensor in tensors(copy.deepcopy(encoding).double()(at)).items():
+        _require(tensor.dtype == torch.float64, f"{name} of a .double() module is {tensor.dtype}")
+    with torch.autocast("cpu", torch.bfloat16):
+        _identical(tables, tensors(encoding(at)), "under autocast")
+    if not learned:
+        _identical(tables, tensors(encoding.bfloat16().float()(at)), "after .bfloat16().float()")
+
+
+def learns(make: Make, dims: Dims) -> None:
+    """Every parameter gets a gradient, and the right one."""
+    encoding, at = _drawn(make, dims).double(), Positions.grid(dims.grid)
+    names = [name for name, p in encoding.named_parameters() if p.requires_grad]
+    if not names:
+        return
+    values = tuple(p.detach().clone().requires_grad_() for _, p in encoding.named_parameters())
+
+    def outputs(*parameters: Tensor) -> tuple[Tensor, ...]:
+        signal = torch.func.functional_call(encoding, dict(zip(names, parameters, strict=True)), (at,))
+        return tuple(tensors(signal).values())
+
+    total = torch.stack([(t * torch.randn_like(t)).sum() for t in outputs(*values)]).sum()
+    grads = torch.autograd.grad(total, values, allow_unused=True) if total.requires_grad else [None] * len(names)
+    for name, grad in zip(names, grads, strict=True):
+        _require(grad is not None and bool(grad.any()), f"parameter {name} gets no gradient")
+    try:
+        torch.autograd.gradcheck(outputs, values, fast_mode=True)
+    except RuntimeError as error:
+        raise ContractError(f"gradients are wrong: {error}") from None
+
+
+def survives_copies(make: Make, dims: Dims) -> None:
+    """state_dict, deepcopy, pickle, and a build on the meta device that is loaded later: all give the same tables."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    tables = tensors(encoding(at))
+    again = make(dims)
+    again.load_state_dict(encoding.state_dict())
+    _identical(tables, tensors(again(at)), "after a state_dict round trip")
+    _identical(tables, tensors(copy.deepcopy(encoding)(at)), "after deepcopy")
+    _identical(tables, tensors(pickle.load(io.BytesIO(pickle.dumps(encoding)))(at)), "after pickling")
+    with torch.device("meta"):
+        empty = make(dims)
+    empty.to_empty(device="cpu").load_state_dict(encoding.state_dict())
+    _identical(tables, tensors(empty(at)), "after a build on the meta device")
+    if not any(True for _ in encoding.parameters()):
+        _require(not encoding.state_dict(), "learns nothing, but has a state_dict")
+
+
+def compiles_whole(make: Make, dims: Dims) -> None:
+    """torch.compile traces it without a break."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid).with_prefix(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda where: tensors(encoding(where)), fullgraph=True, backend="aot_eager")
+    expected = tensors(encoding(at))
+    for name, tensor in compiled(at).items():
+        _same(tensor, expected[name], f"{name} differs when compiled")
+
+
+def has_no_memory(make: Make, dims: Dims) -> None:
+    """Two calls are equal, and instances of other sizes do not touch each other."""
+    encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
+    first = tensors(encoding(at))
+    larger = tuple(size + 2 for size in dims.grid)
+    other = make(Dims(2 * dims.width, 2 * dims.heads, larger, depth=dims.depth)).eval()
+    other(Positions.grid(larger))
+    encoding(Positions.grid(larger))
+    _identical(first, tensors(encoding(at)), "at a second call")
+    with_none = tensors((encoding + NoPosition())(at))
+    _identical(first, with_none, "when `none` is added")
+
+
+def names_wrong_sizes(make: Make, dims: Dims) -> None:
+    """Positions of another number of axes raise a ValueError naming both, or count in full."""
+    encoding, at = _drawn(make, dims), Positions.grid((*dims.grid, 2))
+    try:
+        found = tensors(encoding(at))
+    except ValueError as error:
+        both = str(dims.axes) in str(error) and str(dims.axes + 1) in str(error)
+        _require(both, f"the error for {dims.axes + 1} axes instead of {dims.axes} does not name both: {error}")
+        return
+    coords = at.coords.clone()
+    coords[..., -1] *= 3
+    if found:
+        moved = tensors(encoding(Positions(coords, at.extent)))
+        _require(any(not torch.equal(found[name], moved[name]) for name in found), "an additional axis is ignored")
+
+
+PROMISES: list[Callable[[Make, Dims], None]] = [
+    fills_what_it_gives,
+    leaves_prefix_alone,
+    subset_is_gather,
+    relative_as_declared,
+    takes_fractions_as_declared,
+    keeps_its_precision,
+    learns,
+    survives_copies,
+    compiles_whole,
+    has_no_memory,
+    names_wrong_sizes,
+]
+
+
+def tensors(signal: Signal) -> dict[str, Tensor]:
+    """The tensors of a Signal by name, bias terms in full."""
+    found: dict[str, Tensor | None] = {"token": signal.token}
+    for name, rotation in (("q_rotation", signal.q_rotation), ("k_rotation", signal.k_rotation)):
+        if rotation is not None:
+            found |= {f"{name}.cos": rotation.cos, f"{name}.sin": rotation.sin}
+    found |= {f"bias[{i}]": term.dense() for i, term in enumerate(signal.bias)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+class _Float64(TorchDispatchMode):
+    """Within it everything is computed in float64, whatever the code casts to: a reference that shares no rounding."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs or {}))
+        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Draw every parameter from N(0, 1/4): what is zero at initialisation must not hide a fault."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def _drawn(make: Make, dims: Dims) -> PositionEncoding:
+    encoding = make(dims).eval()
+    randomise(encoding)
+    return encoding
+
+
+def _moved(at: Positions, step: float) -> Positions:
+    return Positions(at.coords + step, at.extent, at.prefix)
+
+
+def _gather(signal: Signal, q: Tensor, k: Tensor) -> Signal:
+    """The whole Signal (batch 1) at queries q and keys k, both (B, K)."""
+
+    def rows(tensor: Tensor, index: Tensor) -> Tensor:  # (1, ..., N, C) -> (B, ..., K, C)
+        return torch.cat([tensor[..., i, :] for i in index])
+
+    def rotation(whole, index):
+        return None if whole is None else type(whole)(rows(whole.cos, index), rows(whole.sin, index))
+
+    from .signal import Dense
+
+    return Signal(
+        token=None if signal.token is None else rows(signal.token, q),
+        q_rotation=rotation(signal.q_rotation, q),
+        k_rotation=rotation(signal.k_rotation, k),
+        bias=tuple(
+            Dense(torch.cat([term.dense()[:, :, i][..., j] for i, j in zip(q, k, strict=True)])) for term in signal.bias
+        ),
+    )
+
+
+def _logits(signal: Signal, dims: Dims) -> Tensor:
+    """q·k + bias for fixed random tokens and projections, float64."""
+    generator = torch.Generator().manual_seed(1)
+    some = next(iter(tensors(signal).values()), None)
+    n = 1 if some is None else some.shape[-2]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = draw(1, n, dims.width) + (0 if signal.token is None else signal.token)
+    q, k = ((x @ draw(dims.width, dims.width)).unflatten(-1, (dims.heads, -1)).transpose(1, 2) for _ in range(2))
+    if signal.q_rotation is not None and signal.k_rotation is not None:
+        q, k = rotate(q, signal.q_rotation), rotate(k, signal.k_rotation)
+    logits = q @ k.transpose(-1, -2)
+    for term in signal.bias:
+        logits = logits + term.dense()
+    return logits
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ContractError(message)
+
+
+def _same(a: Tensor, b: Tensor, message: str) -> None:
+    _require(a.shape == b.shape, f"{message}: {tuple(a.shape)} against {tuple(b.shape)}")
+    worst = (a - b).abs().max().item() if a.numel() else 0.0
+    _require(worst <= 2e-6 * max(1.0, b.abs().max().item()), f"{message} (by {worst:.1e})")
+
+
+def _identical(a: dict[str, Tensor], b: dict[str, Tensor], when: str) -> None:
+    for name, tensor in a.items():
+        _require(torch.equal(tensor, b[name]), f"{name} is not the same {when}")
+
+
+def _raises(call: Callable[[], object], message: str) -> None:
+    try:
+        call()
+    except ValueError:
+        return
+    raise ContractError(message)

@@ -1,0 +1,1 @@
+"""Training: data, augmentation, the engine, checkpoints and reports."""

@@ -1,0 +1,128 @@
+"""What a study is told, as a dataclass that the command line and YAML fill. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+DEFAULT_ENCODINGS = "none,learned,sincos,relative,alibi,rope,rope_mixed"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Train a ViT with each encoding at one size, then measure it at others.
+
+    Settings left at None take the preset of the data source.
+
+    Args:
+        data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
+        root: folder of the data.
+        encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi.
+        train_size: pixels of training images, 32 or 32x48 (height x width).
+        sizes: comma-separated sizes to measure at.
+        modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
+        policies: comma-separated resolution policies; "all" that an encoding can take, or "default".
+        temperatures: comma-separated: none, log (logits x ln N / ln N_train), yarn.
+        seeds: how many seeds, 0 upward.
+        source_size: size that pictures of differing sizes are brought to once.
+        limit_train: use only so many training images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes.
+        patch: patch side in pixels.
+        width: channels of a token.
+        depth: blocks.
+        heads: attention heads.
+        mlp_ratio: hidden channels of the MLP over width.
+        epochs: passes over the training images.
+        batch_size: images of a step.
+        lr: peak learning rate.
+        weight_decay: of AdamW; tables, tokens and frequencies are exempt.
+        warmup_epochs: linear warm-up before the cosine.
+        drop_path: stochastic depth rate of the last block.
+        label_smoothing: of the cross-entropy.
+        shift: random shift in training, pixels of the training size.
+        flip: random horizontal flip in training.
+        clip_grad: largest gradient norm.
+        precision: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
+        device: auto, cpu, cuda, cuda:1, mps.
+        out: folder that the results go to.
+        quick: three encodings in under 90 seconds.
+        smoke: two steps an encoding, to see that everything runs.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    encodings: str = DEFAULT_ENCODINGS
+    train_size: str | None = None
+    sizes: str | None = None
+    modes: str = "scale,canvas"
+    policies: str = "all"
+    temperatures: str = "none"
+    seeds: int = 1
+    source_size: str | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    patch: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float = 2.0
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float = 0.05
+    warmup_epochs: float = 2
+    drop_path: float = 0.0
+    label_smoothing: float = 0.1
+    shift: int | None = None
+    flip: bool | None = None
+    clip_grad: float = 1.0
+    precision: str = "auto"
+    device: str = "auto"
+    out: str = "runs/study"
+    quick: bool = False
+    smoke: bool = False
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=4, epochs=40, batch_size=64,
+        lr=3e-3, shift=1, flip=False,
+    ),
+    "folder": dict(
+        train_size="32", sizes="24,32,48,64,96", patch=4, width=192, depth=9, heads=3, epochs=60, batch_size=128,
+        lr=1e-3, shift=4, flip=True,
+    ),
+}  # fmt: skip
+PRESETS["cifar10"] = PRESETS["folder"]
+QUICK = dict(encodings="none,learned,rope", sizes="16,24,32", modes="scale", policies="default", epochs=12)
+
+
+def resolve(config: StudyConfig) -> StudyConfig:
+    """Every setting that is None filled from the preset of its data source; `quick` and `smoke` applied."""
+    if config.quick and config.data == "digits":
+        default = StudyConfig()
+        changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+        config = replace(config, **{k: v for k, v in QUICK.items() if k not in changed})  # type: ignore[arg-type]
+    preset = PRESETS.get(config.data, PRESETS["folder"])
+    missing = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    config = replace(config, **missing)
+    if config.smoke:
+        config = replace(
+            config, epochs=1, seeds=min(1, config.seeds), limit_train=2 * int(config.batch_size or 1), limit_test=40
+        )
+    return config
+
+
+def split_words(text: str) -> list[str]:
+    """Comma-separated words; commas inside parentheses stay: "rope(base=10),yarn(beta_fast=2, beta_slow=1)"."""
+    words, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            words.append(text[start:i])
+            start = i + 1
+    return [word.strip() for word in [*words, text[start:]] if word.strip()]
+
+
+def as_dict(config: StudyConfig) -> dict[str, Any]:
+    return asdict(config)

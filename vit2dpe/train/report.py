@@ -1,0 +1,272 @@
+"""What a study leaves behind for people: the table, the picture, the summary, one HTML page without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import platform
+import shlex
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import ConfigError
+from .checkpoint import write_atomically
+from .config import StudyConfig, as_dict
+
+Row = dict[str, Any]
+
+
+def environment(command: str, config: StudyConfig, digest: str, device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it: command, versions, hardware, data, settings."""
+    import timm
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return dict(
+        command=command,
+        vit2dpe=__version__,
+        torch=torch.__version__,
+        timm=timm.__version__,
+        python=platform.python_version(),
+        hardware=gpu or f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        device=str(device),
+        data=f"{config.data} (sha256 {digest[:12]})",
+        config=as_dict(config),
+    )
+
+
+class Report:
+    """Collects rows cell by cell and writes every file anew each time, so that a stopped study is readable."""
+
+    def __init__(self, out: Path, about: dict[str, Any], total: int, started: float) -> None:
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError:
+            raise ConfigError('a study draws with matplotlib: pip install "vit2dpe[recipes]"') from None
+        self.out, self.about, self.total, self.started = out, about, total, started
+        self.rows: list[Row] = []
+        self.finished = 0
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+        self.drawn = float("-inf")
+
+    @property
+    def picture(self) -> Path:
+        return self.out / "accuracy_vs_size.png"
+
+    def progress(self, word: str, seed: int, row: Row) -> None:
+        """Called while a cell trains; redraws at most every 20 seconds."""
+        self.curves.setdefault(f"{word}, seed {seed}", []).append((row["step"], row["train_loss"]))
+        if time.monotonic() - self.drawn > 20:
+            self._draw(f"training {word}, seed {seed}, epoch {row['epoch']} of {row['epochs']}")
+
+    def add(self, word: str, rows: list[Row]) -> None:
+        """A finished cell."""
+        from .study import to_csv
+
+        self.rows += rows
+        self.finished += 1
+        write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
+        at_train = [r["top1"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
+        seen = f", {at_train[0]:.1f}% at the training size" if at_train else ""
+        minutes = (time.monotonic() - self.started) / 60
+        print(f"[{self.finished}/{self.total}] {word}{seen} ({minutes:.1f} min)", flush=True)
+        self._draw("")
+        self._write(minutes)
+
+    def finish(self) -> Path:
+        print(f"\n{table(self.rows)}\n")
+        print(f"table    {self.out / 'results.csv'}")
+        print(f"report   {self.out / 'report.html'}")
+        print(f"picture  {self.picture}")
+        print(f"next     vit2dpe show {' '.join(shlex.quote(w) for w in best(self.rows)[:2])} --grid 14x14")
+        return self.picture
+
+    def _draw(self, status: str) -> None:
+        self.drawn = time.monotonic()
+        figure = draw(self.rows, self.curves, status)
+        temporary = self.picture.with_name(f".{self.picture.name}.tmp.png")
+        figure.savefig(temporary, dpi=110)
+        temporary.replace(self.picture)
+
+    def _write(self, minutes: float) -> None:
+        state = "" if self.finished == self.total else f"**{self.finished} of {self.total} cells finished.**\n\n"
+        seeds = sorted({int(row["seed"]) for row in self.rows})
+        lines = [
+            "# Resolution study",
+            "",
+            f"{state}    {self.about['command']}",
+            "",
+            f"{self.about['data']}; seeds {seeds}; {minutes:.1f} minutes on {self.about['hardware']}; "
+            f"torch {self.about['torch']}, timm {self.about['timm']}, vit2dpe {self.about['vit2dpe']}.",
+            "",
+            table(self.rows),
+            "",
+            "![accuracy over size](accuracy_vs_size.png)",
+            "",
+        ]
+        text = "\n".join(lines)
+        write_atomically(self.out / "summary.md", text.encode())
+        write_atomically(self.out / "report.html", _page(text, self.picture, self.about).encode())
+
+
+def default_rows(rows: list[Row]) -> list[Row]:
+    """Those of each encoding's first policy, without temperature."""
+    first: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        first.setdefault(row["encoding"], (row["policy"], row["temperature"]))
+    return [row for row in rows if (row["policy"], row["temperature"]) == first[row["encoding"]]]
+
+
+def best(rows: list[Row]) -> list[str]:
+    """Encodings, the best mean accuracy over all default rows first."""
+    score: dict[str, list[float]] = {}
+    for row in default_rows(rows):
+        score.setdefault(row["encoding"], []).append(row["top1"])
+    return sorted(score, key=lambda word: -statistics.mean(score[word]))
+
+
+def spell(size: tuple[float, float]) -> str:
+    h, w = (int(side) for side in size)
+    return str(h) if h == w else f"{h}x{w}"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: top-1 over size, a line for each mode, encoding and policy; mean ± deviation over several seeds."""
+    sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
+    train = {(r["train_height"], r["train_width"]) for r in rows}
+    cells: dict[tuple, dict[tuple, list[float]]] = {}
+    for r in rows:
+        key = (r["mode"], r["encoding"], r["policy"], r["temperature"])
+        cells.setdefault(key, {}).setdefault((r["height"], r["width"]), []).append(r["top1"])
+    heads = [f"**{spell(s)}**" if s in train else spell(s) for s in sizes]
+    lines = [
+        "top-1 in percent over image size; the training size in bold",
+        "",
+        "| " + " | ".join(["mode", "encoding", "policy", "temperature", *heads]) + " |",
+        "|" + "---|" * 4 + "---:|" * len(sizes),
+    ]
+    for key, by_size in sorted(cells.items(), key=lambda item: item[0][0] != "scale"):
+        numbers = [_mean(by_size.get(size, [])) for size in sizes]
+        lines.append("| " + " | ".join([*key, *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = None, status: str = ""):
+    """Accuracy over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
+
+    Before a cell is finished the panel shows the training loss instead.
+    """
+    from matplotlib.figure import Figure
+
+    modes = list(dict.fromkeys(row["mode"] for row in rows)) or [""]
+    figure = Figure(figsize=(6.2 * len(modes) + 1.6, 5), layout="constrained")
+    axes = figure.subplots(1, len(modes), squeeze=False)[0]
+    if not rows:
+        for name, curve in (curves or {}).items():
+            axes[0].plot(*zip(*curve, strict=True), label=name)
+        axes[0].set(xlabel="step", ylabel="training loss", title="no encoding is finished yet")
+        axes[0].legend()
+    colours = {word: f"C{i}" for i, word in enumerate(dict.fromkeys(row["encoding"] for row in rows))}
+    for ax, mode in zip(axes, modes, strict=True):
+        if not rows:
+            break
+        _panel(ax, [row for row in rows if row["mode"] == mode], colours)
+        more = {"scale": "the same picture with more pixels", "canvas": "more content at the scale of training"}[mode]
+        ax.set_title(f"{mode}: {more}", fontsize=10)
+    if rows:
+        axes[0].set_ylabel("top-1 [%]")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.suptitle(f"accuracy over image size{f' ({status})' if status else ''}", fontsize=11)
+    return figure
+
+
+def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
+    import numpy as np
+
+    sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: s[0] * s[1])
+    at = {size: (size[0] * size[1]) ** 0.5 for size in sizes}
+    for word, colour in colours.items():
+        mine = [row for row in rows if row["encoding"] == word]
+        lines = list(dict.fromkeys((row["policy"], row["temperature"]) for row in mine))
+        score = {
+            line: statistics.mean([r["top1"] for r in mine if (r["policy"], r["temperature"]) == line])
+            for line in lines
+        }
+        shown = lines[:1] + sorted(lines[1:], key=lambda line: -score[line])[:1]
+        for i, (policy, temperature) in enumerate(shown):
+            values = [
+                [r["top1"] for r in mine if (r["policy"], r["temperature"]) == (policy, temperature)
+                 and (r["height"], r["width"]) == size]
+                for size in sizes
+            ]  # fmt: skip
+            mean = np.array([np.mean(v) if v else np.nan for v in values])
+            spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
+            x = np.array([at[size] for size in sizes])
+            label = word if i == 0 else f"{word} · {policy}" + ("" if temperature == "none" else f" · {temperature}")
+            ax.plot(x, mean, "o-" if i == 0 else "--", color=colour, label=label, ms=4, lw=1.8 if i == 0 else 1)
+            if spread.any():
+                ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.12, lw=0)
+    train = rows[0]["train_height"], rows[0]["train_width"]
+    ax.axvline((train[0] * train[1]) ** 0.5, color="0.6", lw=1, ls=":")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([at[size] for size in sizes], [spell(size) for size in sizes])
+    ax.minorticks_off()
+    ax.set_xlabel("image size [pixels]; dotted: training")
+    ax.grid(alpha=0.25)
+
+
+def _page(markdown: str, picture: Path, about: dict[str, Any]) -> str:
+    """The summary as one HTML file; the picture is inside, nothing is fetched."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, *body = [[html.escape(c.replace("**", "")) for c in row] for row in rows]
+    image = base64.b64encode(picture.read_bytes()).decode()
+    cells = "\n".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Resolution study</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ max-width: 100%; background: white }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884 }}
+td:nth-child(-n+4), th:nth-child(-n+4) {{ text-align: left }}
+pre {{ overflow-x: auto; padding: .6rem; background: #8882 }}
+</style>
+<h1>Resolution study</h1>
+<pre>{html.escape(about["command"])}</pre>
+<img alt="accuracy over image size" src="data:image/png;base64,{image}">
+<p>Top-1 in percent over image size.</p>
+<div class="wide"><table><thead><tr>{"".join(f"<th>{c}</th>" for c in head)}</tr></thead>
+<tbody>
+{cells}
+</tbody></table></div>
+<h2>Where these numbers come from</h2>
+<pre>{html.escape(json.dumps(about, indent=1))}</pre>
+</html>
+"""
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

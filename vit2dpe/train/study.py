@@ -1,0 +1,242 @@
+"""`vit2dpe study`: train a ViT with each encoding at one size, change the resolution, see which encoding survives.
+
+A cell is one encoding with one seed. It is trained, measured and written at once; run again, the same command trains
+only what is missing. Ctrl-C loses no finished cell.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..encodings import parse
+from ..errors import ConfigError, unknown
+from ..models import ViT
+from ..policies import POLICIES, TEMPERATURES
+from ..resolution import MODES, parse_size, policies_of, sweep
+from .checkpoint import read_meta, save_model, write_atomically
+from .config import StudyConfig, as_dict, resolve, split_words
+from .data import Images, load_images
+from .engine import evaluation_batches, fit, keyed, pick_device
+from .report import Report, environment
+
+COLUMNS = (
+    "encoding", "policy", "temperature", "mode", "seed", "train_height", "train_width", "height", "width",
+    "top1", "loss", "n", "metric", "value",
+)  # fmt: skip
+# What a finished training depends on; anything else may change between runs of one folder.
+_TRAINING = (
+    "train_size", "patch", "width", "depth", "heads", "mlp_ratio", "epochs", "batch_size", "lr",
+    "weight_decay", "warmup_epochs", "drop_path", "label_smoothing", "shift", "flip", "clip_grad", "precision", "smoke",
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """A study's settings, read and checked."""
+
+    config: StudyConfig
+    encodings: list[str]
+    train_size: tuple[int, int]
+    sizes: list[tuple[int, int]]
+    modes: list[str]
+    policies: list[str]
+    temperatures: list[str]
+
+
+def study(config: StudyConfig, command: str = "") -> Path:
+    """Run a study and write `results.csv`, `accuracy_vs_size.png`, `summary.md`, `report.html` under `config.out`.
+
+    Args:
+        config: settings; those at None take the preset of the data source.
+        command: what was typed, for the record.
+
+    Returns:
+        the path of the picture.
+
+    Raises:
+        ConfigError, DataError: before anything is trained, for settings or data that cannot work.
+    """
+    plan = check(config)
+    config = plan.config
+    data = load_images(
+        config.data,
+        config.root,
+        source_size=None if config.source_size is None else parse_size(config.source_size),
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+    )
+    for note in data.notes:
+        print(f"note: {note}")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.yaml", _yaml(config).encode())
+    about = environment(command, config, data.digest, pick_device(config.device))
+    write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
+    print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
+
+    cells = [(word, seed) for seed in range(config.seeds) for word in plan.encodings]
+    report = Report(out, about, total=len(cells), started=time.monotonic())
+    for word, seed in cells:
+        rows = run_cell(plan, data, word, seed, out / "cells", report)
+        report.add(word, rows)
+    return report.finish()
+
+
+def check(config: StudyConfig) -> Plan:
+    """Everything that can be refused before data are read."""
+    if config.data not in ("digits", "folder", "cifar10"):
+        raise unknown("data source", config.data, ("digits", "folder", "cifar10"))
+    config = resolve(config)
+    words = split_words(config.encodings)
+    for word in words:
+        parse(word)
+    train_size = parse_size(str(config.train_size))
+    sizes = [parse_size(size) for size in split_words(str(config.sizes))]
+    modes = _known("mode", config.modes, MODES)
+    temperatures = _known("temperature", config.temperatures, ["none", *TEMPERATURES])
+    policies = split_words(config.policies)
+    for policy in policies:
+        parse(policy, "policy", ["all", "default", *POLICIES])
+    if not words or not sizes or config.seeds < 1 or int(config.epochs or 0) < 1:
+        raise ConfigError("a study needs at least one encoding, one size, one seed and one epoch")
+    pick_device(config.device)
+    plan = Plan(config, words, train_size, sizes, modes, policies, temperatures)
+    with torch.device("meta"):
+        for word in words:
+            embed = ViT(**_arguments(plan, word, channels=3, classes=2)).patch_embed
+    for size in (train_size, *sizes):
+        embed.grid(*size)
+    return plan
+
+
+def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report: Report) -> list[dict[str, Any]]:
+    """Rows of one encoding with one seed: read where they are finished, else trained and measured."""
+    config = plan.config
+    trained = {name: getattr(config, name) for name in _TRAINING} | dict(encoding=word, seed=seed, data=data.digest)
+    measured = plan._replace(config=config)[2:]
+    folder = cells / f"{_slug(word)}-seed{seed}-{_digest(trained)}"
+    results = folder / f"sweep-{_digest(measured)}.csv"
+    if results.is_file():
+        print(f"{word} seed {seed}: finished before, read from {results}")
+        return _read(results)
+    model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
+    if _finished(folder, trained):
+        from .checkpoint import load_run
+
+        model = load_run(folder, pick_device(config.device))  # type: ignore[assignment]
+    else:
+        torch.manual_seed(keyed(seed, "init"))
+        model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
+        curve = fit(
+            model,
+            data,
+            config,
+            train_size=plan.train_size,
+            seed=seed,
+            run=folder,
+            progress=lambda row: report.progress(word, seed, row),
+            stop_after=2 if config.smoke else None,
+        )
+        save_model(
+            folder / "last",
+            model,
+            _arguments(plan, word, len(data.mean), len(data.classes)),
+            trained=trained,
+            classes=list(data.classes),
+            mean=list(data.mean),
+            std=list(data.std),
+            final=curve[-1],
+        )
+    able = policies_of(model)
+    chosen = able if "all" in plan.policies else [p for p in plan.policies if p.split("(")[0] in (*able, "default")]
+    rows = sweep(
+        model,
+        _Batches(data),
+        plan.sizes,
+        chosen or able[:1],
+        modes=plan.modes,
+        temperatures=plan.temperatures,
+        train_size=plan.train_size,
+    )
+    rows = [dict(encoding=word, seed=seed, metric="top1", value=row["top1"], **row) for row in rows]
+    write_atomically(results, to_csv(rows).encode())
+    return _read(results)
+
+
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class _Batches:
+    """Test batches at native size, iterated as often as the sweep has rows."""
+
+    def __init__(self, data: Images) -> None:
+        self.data = data
+
+    def __iter__(self):
+        return evaluation_batches(self.data)
+
+
+def _arguments(plan: Plan, word: str, channels: int, classes: int) -> dict[str, Any]:
+    config = plan.config
+    return dict(
+        position=word,
+        img_size=plan.train_size,
+        patch_size=config.patch,
+        in_chans=channels,
+        num_classes=classes,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=False,
+        global_pool="avg",
+        drop_path_rate=config.drop_path,
+    )
+
+
+def _finished(folder: Path, trained: dict[str, Any]) -> bool:
+    return (folder / "last" / "model.json").is_file() and read_meta(folder / "last").get("trained") == trained
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in ("encoding", "policy", "temperature", "mode", "metric") else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _known(kind: str, text: str, known: Iterable[str]) -> list[str]:
+    words = split_words(text)
+    for word in words:
+        if word not in known:
+            raise unknown(kind, word, known)
+    return words
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _slug(word: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+=]+", "_", word).strip("_")
+
+
+def _yaml(config: StudyConfig) -> str:
+    import yaml
+
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
