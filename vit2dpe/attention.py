@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .signal import Rotation, Signal
+from .signal import Bias, LowRank, Rotation, Signal
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -80,18 +80,37 @@ def attend(
         # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
         alive = mask.any(dim=-1, keepdim=True)
         mask = mask | ~alive
-    added = _merge(signal, mask, temperature, _kernel_dtype(q))
+    width, terms = v.shape[-1], list(signal.bias)
+    products = [term for term in terms if isinstance(term, LowRank)]
+    if products and _kernel_dtype(q) in (torch.float32, torch.float64):
+        q, k, v = _append_channels(q, k, v, products, scale, temperature)
+        terms, scale = [term for term in terms if not isinstance(term, LowRank)], 1.0
+    added = _merge(terms, mask, temperature, _kernel_dtype(q))
     with _kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
+    out = out if out.shape[-1] == width else out[..., :width]
     return out if alive is None else out.masked_fill(~alive, 0.0)
 
 
-def _merge(signal: Signal, mask: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
+def _append_channels(q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], scale: float, temperature: float):
+    """A bias that is a product becomes channels: [t fq, scale q] · [fk, k] = t fq·fk + scale q·k. No matrix is built.
+
+    They come first: near neighbours' squares of places cancel before the small products of contents are added.
+    In half precision the squares of places cancel too coarsely (1 to 4 logits on a 64x64 grid); there the bias is
+    dense. v is filled up with zeros, because the fused kernel of the CPU wants one width.
+    """
+    fq = torch.cat([term.fq.expand(*q.shape[:2], -1, -1) for term in products], dim=-1).to(q.dtype)
+    fk = torch.cat([term.fk.expand(*k.shape[:2], -1, -1) for term in products], dim=-1).to(k.dtype)
+    q, k = torch.cat([fq * temperature, q * scale], dim=-1), torch.cat([fk, k], dim=-1)
+    return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])) if k.shape[-1] > v.shape[-1] else v
+
+
+def _merge(terms: list[Bias], mask: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
     """Bias terms and mask as the one tensor the kernel takes: 4-D, never expanded to the batch."""
-    if not signal.bias:
+    if not terms:
         return mask
-    bias = signal.bias[0].dense()
-    for term in signal.bias[1:]:
+    bias = terms[0].dense()
+    for term in terms[1:]:
         bias = bias + term.dense()
     if temperature != 1.0:
         bias = bias * temperature

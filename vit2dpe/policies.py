@@ -66,6 +66,9 @@ class Interpolate(Keep):
     def place(self, at: Positions) -> Positions:
         if at.extent == self.train:
             return at
+        return at.shared(self, lambda: self._scaled(at))  # the same object for every block of a forward
+
+    def _scaled(self, at: Positions) -> Positions:
         ratio = torch.tensor([t / e for t, e in zip(self.train, at.extent, strict=True)], dtype=torch.float64)
         ratio, shift = ratio.to(at.coords.device, at.coords.dtype), 0.5 if self.align == "half_pixel" else 0.0
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)

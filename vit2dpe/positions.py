@@ -9,12 +9,15 @@ Legend: B batch, N tokens that have a place, d axes of the grid, P prefix tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
+    _shared: dict = field(default_factory=dict, init=False, repr=False)  # see `shared`
 
     def __post_init__(self) -> None:
         if not isinstance(self.coords, Tensor):
@@ -105,6 +109,19 @@ class Positions:
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
         return Positions(self.coords, self.extent, prefix)
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` derives from these places alone, made once for all blocks that are handed them.
+
+        It lives and dies with this object, and so with one forward; nothing is kept on a shape. Not while compiling,
+        where the compiler sees the repetition itself. (docs/decisions/0004)
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        key = (key, torch.is_inference_mode_enabled())  # inference tensors cannot serve a later training step
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def places(self) -> Tensor:
         """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.

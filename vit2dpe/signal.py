@@ -59,21 +59,24 @@ class Table(NamedTuple):
     k: Positions
 
     def dense(self) -> Tensor:
+        index = self.q.shared(("offsets", id(self.k), self.table.shape[1:]), self._index)
+        bias = F.pad(self.table.flatten(1), (1, 0)).index_select(1, index.flatten())
+        return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
+
+    def _index(self) -> Tensor:
+        """(B|1, Nq, Nk) entry of the flat table with a column of zeros in front, for the prefix."""
         sizes = self.table.shape[1:]
         q, k = self.q.places(), self.k.places()  # (B|1, N, d)
         if checkable(q) and checkable(k):
             self._check(q, k)
-        # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs. It counts from 1,
-        # because column 0 is put there for the prefix: zeros, looked up like any other entry.
+        # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
         q_index, k_index = torch.ones_like(q[..., 0]), torch.zeros_like(k[..., 0])
         for axis, size in enumerate(sizes):
             later = math.prod(sizes[axis + 1 :])
             q_index = q_index + (q[..., axis] + (size - 1) // 2) * later
             k_index = k_index + k[..., axis] * later
-        index = q_index[..., :, None] - k_index[..., None, :]  # (B|1, Nq, Nk)
-        index = F.pad(index, (self.k.prefix, 0, self.q.prefix, 0))
-        bias = F.pad(self.table.flatten(1), (1, 0)).index_select(1, index.flatten())
-        return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
+        index = q_index[..., :, None] - k_index[..., None, :]
+        return F.pad(index, (self.k.prefix, 0, self.q.prefix, 0))
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         for axis, size in enumerate(self.table.shape[1:]):

@@ -8,7 +8,7 @@ from vit2dpe.positions import distance, exact
 from vit2dpe.testing import ContractError, check_encoding
 
 # An idea that exists for some numbers of axes only says so here.
-AXES: dict[str, tuple[int, ...]] = {}
+AXES = {"lookhere": (1, 2)}
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

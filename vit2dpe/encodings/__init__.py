@@ -19,24 +19,42 @@ from typing import Any, get_args, get_type_hints
 from ..errors import ConfigError, unknown
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding, Sum, terms
+from .factorized import Factorized
+from .fire import Fire
+from .fourier import Fourier
+from .jitter import Jitter
 from .learned import LearnedTable
+from .logcpb import LogCPB
+from .lookhere import LookHere
 from .relative import RelativeBias
-from .rope import AxialRoPE, MixedRoPE
+from .rope import AxialRoPE, CentredRoPE, GoldenRoPE, MixedRoPE
 from .sincos import SinCos
+from .t5 import T5Bias
+from .windowed import WindowedTable
 
 __all__ = [
     "ENCODINGS",
     "Alibi",
     "AxialRoPE",
     "Builder",
+    "CentredRoPE",
     "Dims",
+    "Factorized",
+    "Fire",
+    "Fourier",
+    "GoldenRoPE",
+    "Jitter",
     "LearnedTable",
+    "LogCPB",
+    "LookHere",
     "MixedRoPE",
     "NoPosition",
     "PositionEncoding",
     "RelativeBias",
     "SinCos",
     "Sum",
+    "T5Bias",
+    "WindowedTable",
     "assign",
     "build",
     "parse",
@@ -108,9 +126,18 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "learned": Builder(LearnedTable, lambda d: {"dim": d.width, "grid": d.grid}),
     "sincos": Builder(SinCos, lambda d: {"dim": d.width, "axes": d.axes}),
     "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "factorized": Builder(Factorized, lambda d: {"dim": d.width, "grid": d.grid}),
+    "windowed": Builder(WindowedTable, lambda d: {"dim": d.width, "grid": d.grid}),
+    "fourier": Builder(Fourier, lambda d: {"dim": d.width, "axes": d.axes}),
+    "logcpb": Builder(LogCPB, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "t5": Builder(T5Bias, lambda d: {"heads": d.heads, "axes": d.axes}),
     "alibi": Builder(Alibi, lambda d: {"heads": d.heads}),
+    "lookhere": Builder(LookHere, lambda d: {"heads": d.heads, "axes": d.axes, "block": d.block, "depth": d.depth}),
+    "fire": Builder(Fire, lambda d: {"heads": d.heads, "grid": d.grid}),
     "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
     "rope_mixed": Builder(MixedRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
+    "rope_golden": Builder(GoldenRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
+    "rope_dinov3": Builder(CentredRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
 }
 
 

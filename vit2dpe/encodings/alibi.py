@@ -2,6 +2,10 @@
 
     bias_h(q, k) = -m_h ‖q - k‖₂,    m_h = 2^(-8 h / H) for h = 1..H, H a power of two
 
+With `distance="squared"` it is -m_h ‖q - k‖², which is a product: ‖q - k‖² = ‖q‖² - 2⟨q, k⟩ + ‖k‖². It reaches
+attention as d + 2 additional channels of q and k instead of a matrix of N² entries. Euclidean distance has no such
+form.
+
 For other H the slopes are those of the power of two below, then every second one of the power above.
 
 Sources: ALiBi, arXiv 2108.12409 (one axis, `get_slopes`); CROMA, arXiv 2311.00566 (Euclidean, two axes).
@@ -15,10 +19,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..positions import Positions, distance
+from ..errors import ConfigError, unknown
+from ..positions import Positions, distance, exact
+from ..signal import LowRank
 from .base import PositionEncoding
 
 
@@ -27,24 +33,40 @@ class Alibi(PositionEncoding):
 
     Args:
         heads: H, any number.
+        distance: "euclidean" or "squared".
     """
 
     relative = True
     gives = frozenset({"bias"})
     policies = ("extrapolate", "interpolate")
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, *, distance: str = "euclidean") -> None:
         super().__init__()
+        if distance not in ("euclidean", "squared"):
+            raise unknown("distance of alibi", distance, ("euclidean", "squared"))
         if heads < 1:
             raise ConfigError(f"alibi needs at least one head, got heads={heads}")
-        self.slopes = slopes(heads)
+        self.slopes, self.distance = slopes(heads), distance
 
-    def bias(self, q: Positions, k: Positions) -> Tensor:
+    def bias(self, q: Positions, k: Positions) -> Tensor | LowRank:
+        if self.distance == "squared":
+            return self._channels(q, k)
         far = distance(q, k)  # (B|1, Nq, Nk) float64; a head at a time, to hold one such matrix and not H
         return torch.stack([(-slope * far).to(self.dtype) for slope in self.slopes], dim=1)
 
+    def _channels(self, q: Positions, k: Positions) -> LowRank:
+        """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""
+        middle = torch.tensor([(size - 1) / 2 for size in q.extent], dtype=torch.float64)
+        p, o = (exact(at.coords) - middle.to(at.coords.device) for at in (q, k))  # (B|1, N, d)
+        fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
+        fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)
+        slope = torch.tensor(self.slopes, dtype=torch.float64, device=fq.device)[:, None, None]
+        fq, fk = (-slope * fq[:, None]).to(self.dtype), fk[:, None].to(self.dtype)
+        # Zero channels: no bias for what has no place.
+        return LowRank(F.pad(fq, (0, 0, q.prefix, 0)), F.pad(fk, (0, 0, k.prefix, 0)))
+
     def extra_repr(self) -> str:
-        return f"heads={len(self.slopes)}"
+        return f"heads={len(self.slopes)}, distance={self.distance!r}"
 
 
 def slopes(heads: int) -> list[float]:

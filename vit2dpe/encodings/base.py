@@ -7,7 +7,7 @@ sine once in float64 and casts once. Nothing is cached: a second call computes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import reduce
 from typing import Protocol, final
@@ -77,6 +77,10 @@ class PositionEncoding(nn.Module):
         """(B|1, H, Nq, Nk) to be added to the logits between tokens that have a place, or a Bias term."""
         return None
 
+    def perturb(self, at: Positions) -> Callable[[Positions], Positions] | None:
+        """In training, a random map of places, drawn once a forward from the global generator; else None."""
+        return None
+
     def reset_parameters(self) -> None:
         """Draw learned parameters anew. Formulas have none."""
 
@@ -88,9 +92,12 @@ class PositionEncoding(nn.Module):
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
         same, temperature = q is k, self._temperature(k)
-        if self.policy is not None:
-            q = self.policy.place(q)
-            k = q if same else self.policy.place(k)
+        moves: list[Callable[[Positions], Positions]] = [] if self.policy is None else [self.policy.place]
+        if self.training and (perturb := self.perturb(q)) is not None:
+            moves.append(perturb)
+        for move in moves:
+            q, k = move(q), k if same else move(k)
+        k = q if same else k
         q_rotation = self._rotation(q)
         return Signal(
             token=self._token(q),

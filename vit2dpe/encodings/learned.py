@@ -6,7 +6,7 @@ Sources: ViT, arXiv 2010.11929; timm, `VisionTransformer.pos_embed` and `resampl
 
 How ours differs: the table carries its grid, so a non-square one is never mistaken for a square one; there is no row
 for the class token (timm's is folded into `cls_token` on loading); any number of axes. At another extent the table
-is resized from the stored one at each call, in float32: bicubic with antialias, as timm does.
+is resized from the stored one at each call, in float32, by a named mode; nothing is resized in place.
 
 Limits: whole coordinates only.
 """
@@ -18,26 +18,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..positions import Positions, checkable
+from ..errors import ConfigError, unknown
+from ..positions import Positions
 from .base import PositionEncoding
-from .tables import resize
+from .tables import flat_index, resize
+
+MODES: dict[str, dict] = {
+    "antialias": {"antialias": True},
+    "plain": {"antialias": False},
+    "dino": {"antialias": False, "offset": 0.1},
+}
 
 
 class LearnedTable(PositionEncoding):
     """A table of vectors, resized to the extent at hand.
 
     Args:
-        dim: width D.
-        grid: the sizes (S_1, ..., S_d) it is learned on.
+        dim: width D. grid: the sizes (S_1, ..., S_d) it is learned on. resize: how the table meets another extent:
+        "antialias" (bicubic with antialias, timm), "plain" (bicubic without,
+            MAE, rope-vit, transformers), or "dino" (plain, by a scale factor with 0.1 patch added to each side, as
+            DINO's and the first DINOv2 weights were used).
     """
 
     continuous = False
     gives = frozenset({"token"})
     policies = ("resize",)
 
-    def __init__(self, dim: int, grid: Sequence[int]) -> None:
+    def __init__(self, dim: int, grid: Sequence[int], *, resize: str = "antialias") -> None:
         super().__init__()
+        if resize not in MODES:
+            raise unknown("resize of learned", resize, MODES)
+        self.resize = resize
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"learned needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, dim))
@@ -49,25 +60,9 @@ class LearnedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = resize(self.pos_embed[0].movedim(-1, 0), at.extent)  # (D, *extent)
+        table = resize(self.pos_embed[0].movedim(-1, 0), at.extent, **MODES[self.resize])  # (D, *extent)
         index = flat_index(at)  # (B|1, N)
         return table.flatten(1).t()[index]  # (B|1, N, D)
 
     def extra_repr(self) -> str:
-        return f"dim={self.pos_embed.shape[-1]}, grid={tuple(self.pos_embed.shape[1:-1])}"
-
-
-def flat_index(at: Positions) -> Tensor:
-    """(B|1, N) row-major index of each place in its grid."""
-    places = at.places()
-    if checkable(places):
-        sizes = places.new_tensor(at.extent)
-        if bool(((places < 0) | (places >= sizes)).any()):
-            raise ValueError(
-                f"places from {places.amin((0, 1)).tolist()} to {places.amax((0, 1)).tolist()} "
-                f"leave the grid of {at.extent}, which this table covers"
-            )
-    index = places[..., 0]
-    for axis in range(1, at.axes):
-        index = index * at.extent[axis] + places[..., axis]
-    return index
+        return f"dim={self.pos_embed.shape[-1]}, grid={tuple(self.pos_embed.shape[1:-1])}, resize={self.resize!r}"

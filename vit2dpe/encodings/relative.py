@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
-from .tables import resize
+from .tables import axis_offsets, resize, resize_geometric
 
 
 class RelativeBias(PositionEncoding):
@@ -32,6 +32,8 @@ class RelativeBias(PositionEncoding):
         heads: H.
         grid: the sizes (S_1, ..., S_d) of the grid or window it is learned on.
         shared: one table for all blocks instead of one each.
+        resize: how the table meets another extent: "bicubic" (Swin's own loader: all offsets are stretched alike) or
+            "geometric" (BEiT, timm: near offsets keep their entries, far ones are stretched).
     """
 
     relative = True
@@ -40,8 +42,11 @@ class RelativeBias(PositionEncoding):
     gives = frozenset({"bias"})
     policies = ("resize",)
 
-    def __init__(self, heads: int, grid: Sequence[int], *, shared: bool = False) -> None:
+    def __init__(self, heads: int, grid: Sequence[int], *, shared: bool = False, resize: str = "bicubic") -> None:
         super().__init__()
+        if resize not in ("bicubic", "geometric"):
+            raise unknown("resize of relative", resize, ("bicubic", "geometric"))
+        self.resize = resize
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"relative needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.per_block = not shared
@@ -52,12 +57,10 @@ class RelativeBias(PositionEncoding):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def bias(self, q: Positions, k: Positions) -> Table:
-        if q.extent != k.extent:
-            raise ValueError(f"queries and keys must live on one grid, got extents {q.extent} and {k.extent}")
         table = self.relative_position_bias_table
-        if q.axes != table.ndim - 1:
-            raise ValueError(f"the table has {table.ndim - 1} axes, the positions {q.axes}")
-        sizes = tuple(2 * size - 1 for size in q.extent)
+        sizes = tuple(len(offsets) for offsets in axis_offsets(q, k, table.ndim - 1))
+        if self.resize == "geometric":
+            return Table(resize_geometric(table, sizes).to(self.dtype), q, k)
         return Table(resize(table, sizes, antialias=False).to(self.dtype), q, k)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Resizing a learned table: what happens to it when the grid is not the one it was learned on."""
+"""Tables over a grid: looking places up in them, the offsets they cover, and resizing them to another grid."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..positions import Positions, checkable
 
-def resize(table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True) -> Tensor:
+
+def resize(
+    table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True, offset: float = 0.0
+) -> Tensor:
     """Resize the last d dimensions of `table` (C, *old) to `sizes`, in float32 at least.
 
-    Both bicubic and bilinear kernels are products of kernels along the axes, so the axes are done one after
-    the other: the same for a line, an image and a volume. An axis that keeps its size keeps its bits.
-    `size=` is always given, never a scale factor, whose rounding is off by one at some sizes. While compiling no axis
-    is skipped: resizing to the same size changes no bit, and a branch on the size would be a graph for each.
+    Both bicubic and bilinear kernels are products of kernels along the axes, so the axes are done one after the other:
+    the same for a line, an image and a volume. An axis that keeps its size keeps its bits. `size=` is given, not a
+    scale factor, whose rounding is off by one at some sizes; but with an `offset` the samples are those of the factor
+    (size + offset) / old, which is how DINO's tables were resized. While compiling no axis is skipped: resizing to the
+    same size changes no bit, and a branch on the size would be a graph for each.
     """
     dtype = table.dtype
     wide = table.float() if dtype.itemsize < 4 else table
@@ -22,6 +27,83 @@ def resize(table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", anti
             continue
         moved = wide.movedim(axis, -2)  # (..., old, last)
         image = moved.reshape(1, -1, moved.shape[-2], moved.shape[-1])
-        image = F.interpolate(image, (size, image.shape[-1]), mode=mode, antialias=antialias, align_corners=False)
+        if offset:
+            image = F.interpolate(image, scale_factor=((size + offset) / image.shape[-2], 1.0), mode=mode)
+        else:
+            image = F.interpolate(image, (size, image.shape[-1]), mode=mode, antialias=antialias, align_corners=False)
         wide = image.reshape(*moved.shape[:-2], size, moved.shape[-1]).movedim(-2, axis)
     return wide.to(dtype)
+
+
+def resize_geometric(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Resize a table over offsets (H, 2 S_1 - 1, ...): near offsets keep their entries, far ones are stretched.
+
+    Along each axis the old entries are put at 0, ±1, ±(1 + q), ±(1 + q + q²), ..., with q so that the last one lies
+    where the new table ends, and read linearly at the new offsets. Source: BEiT, `interpolate_relative_position_bias`,
+    in timm's form (`resize_rel_pos_bias_table`; linear where BEiT is cubic).
+    """
+    wide = table.float() if table.dtype.itemsize < 4 else table
+    for axis, size in enumerate(sizes, start=1):
+        old = wide.shape[axis]
+        if old == size:
+            continue
+        at = _geometric_places(old // 2, size // 2, wide)  # (old,), rising, symmetric
+        new = torch.arange(size, dtype=wide.dtype, device=wide.device) - (size - 1) / 2
+        right = torch.searchsorted(at, new).clamp(1, max(1, old - 1))
+        if old == 1:
+            wide = wide.index_select(axis, torch.zeros_like(right))
+            continue
+        share = (new - at[right - 1]) / (at[right] - at[right - 1])  # beyond the ends the last line goes on
+        share = share.view(-1, *[1] * (wide.ndim - axis - 1))
+        wide = wide.index_select(axis, right - 1) * (1 - share) + wide.index_select(axis, right) * share
+    return wide.to(table.dtype)
+
+
+def _geometric_places(count: int, reach: int, like: Tensor) -> Tensor:
+    """0 and ± the partial sums of 1, q, q², ..., `count` of them, q by bisection in (1.01, 1.5) as the sources do."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**count) / (1 - q) > reach else (q, high)
+    q = (low + high) / 2
+    sums, total = [], 1.0
+    for i in range(count):
+        sums.append(total)
+        total += q ** (i + 1)
+    return like.new_tensor([-s for s in reversed(sums)] + [0.0] + sums)
+
+
+def check_places(at: Positions) -> Tensor:
+    """(B|1, N, d) whole coordinates inside the extent; outside is an error wherever testing costs nothing."""
+    places = at.places()
+    if checkable(places) and places.numel() and bool(((places < 0) | (places >= places.new_tensor(at.extent))).any()):
+        raise ValueError(
+            f"places from {places.amin((0, 1)).tolist()} to {places.amax((0, 1)).tolist()} leave the grid of "
+            f"{at.extent}, which this table covers"
+        )
+    return places
+
+
+def flat_index(at: Positions) -> Tensor:
+    """(B|1, N) row-major index of each place in its grid."""
+    places = check_places(at)
+    index = places[..., 0]
+    for axis in range(1, at.axes):
+        index = index * at.extent[axis] + places[..., axis]
+    return index
+
+
+def axis_offsets(q: Positions, k: Positions, axes: int) -> list[Tensor]:
+    """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
+    if q.extent != k.extent:
+        raise ValueError(f"queries and keys must live on one grid, got extents {q.extent} and {k.extent}")
+    if q.axes != axes:
+        raise ValueError(f"this bias was built for {axes} axes, the positions have {q.axes}")
+    return [torch.arange(1 - size, size, device=q.coords.device) for size in q.extent]
+
+
+def offset_grid(q: Positions, k: Positions, axes: int) -> Tensor:
+    """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64 (float32 where a device has no other)."""
+    dtype = torch.float32 if q.coords.device.type == "mps" else torch.float64
+    along = [offset.to(dtype) for offset in axis_offsets(q, k, axes)]
+    return torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1)

@@ -1,0 +1,60 @@
+"""`factorized`: one learned vector for each row and one for each column, added up.
+
+    token(p) = Σ_a tables[a][p_a],    tables[a] (S_a, D) ~ N(0, 0.02)
+
+Sources: NaViT, arXiv 2307.06304; timm, `naflexvit.py` (`pos_embed='factorized'`).
+
+How ours differs: any number of axes. At another extent each axis is resized on its own, linearly and without
+antialias, as timm does, so any aspect ratio is met.
+
+Limits: whole coordinates only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from .base import PositionEncoding
+from .tables import check_places, resize
+
+
+class Factorized(PositionEncoding):
+    """A table for each axis.
+
+    Args:
+        dim: width D.
+        grid: the sizes (S_1, ..., S_d) it is learned on.
+    """
+
+    continuous = False
+    gives = frozenset({"token"})
+    policies = ("resize",)
+
+    def __init__(self, dim: int, grid: Sequence[int]) -> None:
+        super().__init__()
+        if not grid or any(size < 1 for size in grid):
+            raise ConfigError(f"factorized needs the sizes of its grid, each at least 1, got {tuple(grid)}")
+        self.tables = nn.ParameterList(torch.empty(size, dim) for size in grid)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in self.tables:
+            nn.init.normal_(table, std=0.02)
+
+    def token(self, at: Positions) -> Tensor:
+        if at.axes != len(self.tables):
+            raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
+        places = check_places(at)
+        rows = [
+            resize(table.t(), (size,), mode="bilinear", antialias=False).t()[places[..., axis]]
+            for axis, (table, size) in enumerate(zip(self.tables, at.extent, strict=True))
+        ]
+        return torch.stack(rows).sum(0)  # (B|1, N, D)
+
+    def extra_repr(self) -> str:
+        return f"grid={tuple(len(table) for table in self.tables)}"

@@ -1,0 +1,104 @@
+"""`fire`: a bias that a small network computes from the relative distance, progressively interpolated.
+
+    bias_h(q, k) = MLP( ψ(‖q - k‖) / ψ(reach) )_h,    ψ(x) = log(1 + c x)
+
+c > 0 is learned, a number for all heads. `reach` is the largest distance there is, so the argument stays below 1 at
+every size: the diagonal of the extent ("extent"), or on one axis the query's own place, at least a learned L ("query").
+
+Source: FIRE, arXiv 2310.04418 (one axis, causal: reach is max(L, place of the query)).
+
+How ours differs: Euclidean distance on any number of axes. Beyond one axis there is no past for a query's place to
+measure, so reach is the diagonal, and L, which it always exceeds, is not there. The network is evaluated once for each
+offset.
+
+Limits: whole coordinates only, because offsets are looked up. "query" is not relative: moving all tokens moves the
+queries' places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown
+from ..positions import Positions, exact
+from ..signal import Table
+from .base import PositionEncoding
+from .mlp import lifted, lifted_mlp, redraw
+from .tables import offset_grid
+
+
+class Fire(PositionEncoding):
+    """Functional interpolation for relative positions; every block owns a network.
+
+    Args:
+        heads: H.
+        grid: the training grid; half its length is where L starts.
+        hidden: width of the hidden layer.
+        reach: "extent" or, on one axis, "query". Default: "query" on one axis.
+        shared: one network for all blocks.
+    """
+
+    relative = True
+    continuous = False
+    per_block = True
+    gives = frozenset({"bias"})
+    policies = ("extrapolate",)
+
+    def __init__(
+        self,
+        heads: int,
+        grid: Sequence[int],
+        *,
+        hidden: int = 32,
+        reach: str | None = None,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        reach = reach or ("query" if len(grid) == 1 else "extent")
+        if reach not in ("extent", "query"):
+            raise unknown("reach of fire", reach, ("extent", "query"))
+        if not grid or any(size < 1 for size in grid) or hidden < 1:
+            raise ConfigError(f"fire needs a grid and a hidden width of at least 1, got {tuple(grid)} and {hidden}")
+        if reach == "query" and len(grid) != 1:
+            raise ConfigError(f"reach='query' is for one axis, where the past is a line; the grid is {tuple(grid)}")
+        self.grid, self.reach = tuple(grid), reach
+        self.per_block, self.relative = not shared, reach == "extent"
+        self.log_scale = nn.Parameter(torch.empty(()))  # c = exp(log_scale) > 0
+        self.threshold = nn.Parameter(torch.empty(())) if reach == "query" else None
+        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_scale, math.log(0.1))
+        if self.threshold is not None:
+            nn.init.constant_(self.threshold, max(1.0, _diagonal(self.grid) / 2))
+        redraw(self.mlp)
+
+    def bias(self, q: Positions, k: Positions) -> Tensor | Table:
+        if self.threshold is None:
+            far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()  # (2 S_1 - 1, ...)
+            return Table(self._network(far, far.new_tensor(_diagonal(q.extent))).movedim(-1, 0), q, k)
+        if q.axes != 1:
+            raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
+        place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])
+        far = (place[..., :, None] - other[..., None, :]).abs()  # (B|1, Nq, Nk)
+        reach = torch.maximum(place.abs()[..., None], self.threshold.abs())
+        return self._network(far, reach).movedim(-1, 1)
+
+    def _network(self, far: Tensor, reach: Tensor) -> Tensor:
+        """(...) distances, reach broadcast to them -> (..., H)."""
+        c = lifted(self.log_scale).exp()
+        far, reach = far.to(c.device, c.dtype), reach.to(c.device, c.dtype)
+        share = torch.log1p(c * far) / torch.log1p(c * reach).clamp(min=1e-6)
+        return lifted_mlp(self.mlp, share[..., None])
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, reach={self.reach!r}"
+
+
+def _diagonal(extent: Sequence[int]) -> float:
+    return sum((size - 1) ** 2 for size in extent) ** 0.5

@@ -1,0 +1,66 @@
+"""`logcpb`: a bias that a small network computes from the logarithm of the offset (Swin V2).
+
+    bias_h(q, k) = 16 σ(W₂ ReLU(W₁ c + b₁))_h,    c_a = sign(u_a) log₂(1 + 8 |u_a|) / log₂ 8,    u_a = (q - k)_a / (S_a
+    - 1)
+
+Sources: Swin V2, arXiv 2111.09883, `models/swin_transformer_v2.py`; timm, `swin_transformer_v2.py` (`cpb_mlp`).
+
+How ours differs: any number of axes; evaluated once for each offset that the grid has, then looked up; an axis of one
+patch has u = 0 (the original divides by zero). S is the training grid and stays: at another extent the network is
+evaluated at larger offsets, as Swin V2 does with `pretrained_window_size`.
+
+Limits: whole coordinates only, because offsets are looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from ..signal import Table
+from .base import PositionEncoding
+from .mlp import lifted_mlp, redraw
+from .tables import offset_grid
+
+
+class LogCPB(PositionEncoding):
+    """Log-spaced continuous position bias; every block owns a network.
+
+    Args:
+        heads: H.
+        grid: the sizes (S_1, ..., S_d) of the training grid or window.
+        hidden: width of the hidden layer.
+        shared: one network for all blocks.
+    """
+
+    relative = True
+    continuous = False
+    per_block = True
+    gives = frozenset({"bias"})
+    policies = ("extrapolate",)
+
+    def __init__(self, heads: int, grid: Sequence[int], *, hidden: int = 512, shared: bool = False) -> None:
+        super().__init__()
+        if not grid or any(size < 1 for size in grid) or hidden < 1:
+            raise ConfigError(f"logcpb needs a grid and a hidden width of at least 1, got {tuple(grid)} and {hidden}")
+        self.per_block = not shared
+        self.grid = tuple(grid)
+        self.cpb_mlp = nn.Sequential(nn.Linear(len(grid), hidden), nn.ReLU(), nn.Linear(hidden, heads, bias=False))
+
+    def reset_parameters(self) -> None:
+        redraw(self.cpb_mlp)
+
+    def bias(self, q: Positions, k: Positions) -> Table:
+        offsets = offset_grid(q, k, len(self.grid))  # (2 S_1 - 1, ..., d) float64
+        span = offsets.new_tensor([max(1, size - 1) for size in self.grid])
+        u = offsets / span
+        c = u.sign() * torch.log2(1 + 8 * u.abs()) / math.log2(8)
+        return Table((16 * lifted_mlp(self.cpb_mlp, c).sigmoid()).movedim(-1, 0), q, k)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"

@@ -1,0 +1,30 @@
+"""Small networks inside encodings, computed in float32 at least, whatever their parameters were cast to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def lifted(parameter: Tensor) -> Tensor:
+    """A parameter in float32, or float64 where it is."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def lifted_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`layers` of x (..., in), linear maps with lifted weights; x is cast to them."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            weight = lifted(layer.weight)
+            bias = None if layer.bias is None else lifted(layer.bias)
+            x = nn.functional.linear(x.to(weight.device, weight.dtype), weight, bias)
+        else:
+            x = layer(x)
+    return x
+
+
+def redraw(layers: nn.Sequential) -> None:
+    """Draw every layer's parameters anew."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()

@@ -1,0 +1,61 @@
+"""`windowed`: a learned table for the whole image, resized, plus one for a window, repeated.
+
+    token(p) = pos_embed[p] + pos_embed_window[p mod W],    both N(0, 0.02), truncated
+
+Sources: absolute windows, arXiv 2311.05613; timm, `hiera.py` (`abs_pos_embed` with `pos_embed_window`); SAM 2.
+
+How ours differs: any number of axes; the window need not divide the grid (timm tiles a whole number of times and needs
+it to). At another extent the global table is resized bicubic with antialias, as `learned` is, and the window table is
+repeated as it is: what resizing a table would blur, a model of windows has learned at the scale of its window.
+
+Limits: whole coordinates only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from .base import PositionEncoding
+from .tables import flat_index, resize
+
+
+class WindowedTable(PositionEncoding):
+    """A global and a repeated window table.
+
+    Args:
+        dim: width D.
+        grid: the sizes the global table is learned on.
+        window: W, the side of the window in patches, along every axis.
+    """
+
+    continuous = False
+    gives = frozenset({"token"})
+    policies = ("resize",)
+
+    def __init__(self, dim: int, grid: Sequence[int], *, window: int = 4) -> None:
+        super().__init__()
+        if not grid or any(size < 1 for size in grid) or window < 1:
+            raise ConfigError(f"windowed needs a grid and a window of at least 1, got {tuple(grid)} and {window}")
+        self.pos_embed = nn.Parameter(torch.empty(1, *grid, dim))
+        self.pos_embed_window = nn.Parameter(torch.empty(1, *[window] * len(grid), dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed_window, std=0.02)
+
+    def token(self, at: Positions) -> Tensor:
+        if at.axes != self.pos_embed.ndim - 2:
+            raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
+        table = resize(self.pos_embed[0].movedim(-1, 0), at.extent).flatten(1).t()  # (N, D)
+        window = self.pos_embed_window[0]
+        inside = at.places().remainder(window.shape[0]).unbind(-1)
+        return table[flat_index(at)] + window[inside]
+
+    def extra_repr(self) -> str:
+        return f"grid={tuple(self.pos_embed.shape[1:-1])}, window={self.pos_embed_window.shape[1]}"
