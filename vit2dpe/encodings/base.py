@@ -157,7 +157,8 @@ class Sum(PositionEncoding):
         if not parts:
             raise ConfigError("a sum needs at least one encoding; no position is `none`")
         self.gives = frozenset().union(*(part.gives for part in parts))
-        common = tuple(p for p in parts[0].policies if all(p in part.policies for part in parts))
+        active = [part for part in parts if part.gives] or parts[:1]
+        common = tuple(p for p in active[0].policies if all(p in part.policies for part in active))
         self.policies = common or ("default",)  # each part does what it does by itself
         self.relative = all(part.relative for part in parts)
         self.continuous = all(part.continuous for part in parts)

@@ -81,16 +81,15 @@ class LookHere(PositionEncoding):
 
     def _unscaled(self, q: Positions, k: Positions) -> Tensor:
         """(B|1, H, Nq, Nk) with s_g s_l = 1, the same for all blocks; a head at a time."""
-        far = distance(q, k)  # float64
+        far = distance(q, k).to(self.dtype)  # taken in float64
+        apart = [-offsets(q, k, axis).to(self.dtype) for axis in range(q.axes)]  # k - q along each axis
+        edge = far * math.cos(math.radians(self.view / 2)) - 1e-4  # keys on the edge of the view are in it
         heads = []
         for direction in self._directions():
-            ahead = far.new_zeros(())
-            for axis, along in enumerate(direction):
-                ahead = ahead - along * offsets(q, k, axis)  # k - q, along the direction
-            seen = ahead >= far * math.cos(math.radians(self.view / 2)) - 1e-9
-            heads.append(torch.where(seen, -far, UNSEEN).to(self.dtype))
+            ahead = sum(along * step for along, step in zip(direction, apart, strict=True))
+            heads.append(torch.where(ahead >= edge, -far, UNSEEN))
         for i in range(self.wide_heads):
-            heads.append((-(2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1))) * far).to(self.dtype))
+            heads.append(-(2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1))) * far)
         return F.pad(torch.stack(heads, dim=1), (k.prefix, 0, q.prefix, 0))
 
     def _directions(self) -> list[tuple[float, ...]]:

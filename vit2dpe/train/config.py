@@ -85,7 +85,7 @@ class StudyConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(
-        train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=4, epochs=40, batch_size=64,
+        train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=8, epochs=40, batch_size=64,
         lr=3e-3, shift=1, flip=False,
     ),
     "folder": dict(
