@@ -184,7 +184,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, signal: Signal = Signal(), mask: Tensor | None = None) -> Tensor:  # noqa: B008
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, Dh)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, N, Dh), strided views
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, N, Dh), strided views
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, signal, mask, dropout=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -5,6 +5,8 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
@@ -22,20 +24,34 @@ class PatchEmbed(nn.Module):
         patch: (rows, columns) of a patch in pixels.
         in_chans: C.
         dim: D.
+        img_size: (height, width) that is expected where `any_size` is off.
+        any_size: whether images of other sizes are taken.
+        pad: fill images up to a multiple of the patch with zeros, below and on the right.
     """
 
-    def __init__(self, patch: tuple[int, int], in_chans: int, dim: int) -> None:
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        in_chans: int,
+        dim: int,
+        *,
+        img_size: tuple[int, int] | None = None,
+        any_size: bool = True,
+        pad: bool = False,
+    ) -> None:
         super().__init__()
-        self.patch_size = patch
+        self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each axis of an image.
 
         Raises:
-            ConfigError: if the patch does not divide the image.
+            ConfigError: if the size is not one this model takes.
         """
         p_rows, p_cols = self.patch_size
+        if self.pad:
+            return -(-height // p_rows), -(-width // p_cols)
         if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
             near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
             raise ConfigError(
@@ -45,10 +61,40 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""
-        extent = self.grid(images.shape[-2], images.shape[-1])
+        height, width = images.shape[-2:]
+        if not self.any_size and (height, width) != self.img_size:
+            raise ConfigError(
+                f"this model takes {self.img_size} images only, got {(height, width)}; dynamic_img_size=True or "
+                "set_input_size change that"
+            )
+        extent = self.grid(height, width)
+        if self.pad:
+            below, right = (n * p - side for n, p, side in zip(extent, self.patch_size, (height, width), strict=True))
+            images = F.pad(images, (0, right, 0, below))
         tokens = self.proj(images).flatten(2).transpose(1, 2)
         # The residual stream keeps the precision of the weights under autocast, with any encoding.
         return tokens.to(self.proj.weight.dtype), Positions.grid(extent, images.device)
+
+
+class PatchDrop(nn.Module):
+    """In training, keep a random part of each sample's tokens, and their places with them.
+
+    Args:
+        rate: the part that is dropped, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ConfigError(f"patch_drop_rate must be in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        if not self.training or self.rate == 0:
+            return x, at
+        keep = max(1, int(x.shape[1] * (1 - self.rate)))
+        index = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :keep]  # (B, K)
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
 class Block(nn.Module):

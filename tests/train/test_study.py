@@ -114,7 +114,8 @@ def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
         return real(model, *args, run=run, **kwargs)
 
     monkeypatch.setattr(study_module, "fit", interrupted)
-    args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--out", str(tmp_path)]
+    args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--heads", "2"]
+    args += ["--out", str(tmp_path)]
     assert main(args) == 130
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
     assert "1 of 2 cells" in (tmp_path / "summary.md").read_text()

@@ -84,6 +84,9 @@ class PositionEncoding(nn.Module):
     def reset_parameters(self) -> None:
         """Draw learned parameters anew. Formulas have none."""
 
+    def set_grid(self, grid: tuple[int, ...]) -> None:
+        """Make another grid the one that tables are learned on. Formulas have nothing to change."""
+
     @final  # type: ignore[misc]
     def forward(self, q: Positions, k: Positions | None = None) -> Signal:
         """The Signal for queries at q and keys at k (default: the same places)."""

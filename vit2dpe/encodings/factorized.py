@@ -46,6 +46,13 @@ class Factorized(PositionEncoding):
         for table in self.tables:
             nn.init.normal_(table, std=0.02)
 
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, ...]) -> None:
+        for axis, size in enumerate(grid):
+            old = self.tables[axis]
+            table = resize(old.t(), (size,), mode="bilinear", antialias=False).t().contiguous()
+            self.tables[axis] = nn.Parameter(table, old.requires_grad)
+
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")

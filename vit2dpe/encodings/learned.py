@@ -57,6 +57,11 @@ class LearnedTable(PositionEncoding):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, ...]) -> None:
+        table = resize(self.pos_embed[0].movedim(-1, 0), tuple(grid), **MODES[self.resize])
+        self.pos_embed = nn.Parameter(table.movedim(0, -1)[None].contiguous(), self.pos_embed.requires_grad)
+
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
-from .tables import axis_offsets, resize, resize_geometric
+from .tables import check_extents, resize, resize_geometric
 
 
 class RelativeBias(PositionEncoding):
@@ -57,11 +57,19 @@ class RelativeBias(PositionEncoding):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def bias(self, q: Positions, k: Positions) -> Table:
-        table = self.relative_position_bias_table
-        sizes = tuple(len(offsets) for offsets in axis_offsets(q, k, table.ndim - 1))
+        check_extents(q, k, self.relative_position_bias_table.ndim - 1)
+        sizes = tuple(2 * size - 1 for size in q.extent)
+        return Table(self._resized(sizes).to(self.dtype), q, k)
+
+    def _resized(self, sizes: tuple[int, ...]) -> Tensor:
         if self.resize == "geometric":
-            return Table(resize_geometric(table, sizes).to(self.dtype), q, k)
-        return Table(resize(table, sizes, antialias=False).to(self.dtype), q, k)
+            return resize_geometric(self.relative_position_bias_table, sizes)
+        return resize(self.relative_position_bias_table, sizes, antialias=False)
+
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, ...]) -> None:
+        table = self._resized(tuple(2 * size - 1 for size in grid)).contiguous()
+        self.relative_position_bias_table = nn.Parameter(table, self.relative_position_bias_table.requires_grad)
 
     def extra_repr(self) -> str:
         heads, *sizes = self.relative_position_bias_table.shape

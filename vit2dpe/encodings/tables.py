@@ -53,7 +53,7 @@ def resize_geometric(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if old == 1:
             wide = wide.index_select(axis, torch.zeros_like(right))
             continue
-        share = (new - at[right - 1]) / (at[right] - at[right - 1])  # beyond the ends the last line goes on
+        share = ((new - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)  # beyond the ends: the last entry
         share = share.view(-1, *[1] * (wide.ndim - axis - 1))
         wide = wide.index_select(axis, right - 1) * (1 - share) + wide.index_select(axis, right) * share
     return wide.to(table.dtype)
@@ -61,11 +61,10 @@ def resize_geometric(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def _geometric_places(count: int, reach: int, like: Tensor) -> Tensor:
     """0 and ± the partial sums of 1, q, q², ..., `count` of them, q by bisection in (1.01, 1.5) as the sources do."""
-    low, high = 1.01, 1.5
+    low, high, q = 1.01, 1.5, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
         low, high = (low, q) if (1 - q**count) / (1 - q) > reach else (q, high)
-    q = (low + high) / 2
     sums, total = [], 1.0
     for i in range(count):
         sums.append(total)
@@ -93,12 +92,17 @@ def flat_index(at: Positions) -> Tensor:
     return index
 
 
-def axis_offsets(q: Positions, k: Positions, axes: int) -> list[Tensor]:
-    """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
+def check_extents(q: Positions, k: Positions, axes: int) -> None:
+    """Queries and keys of a bias over offsets live on one grid, of the axes it was built for."""
     if q.extent != k.extent:
         raise ValueError(f"queries and keys must live on one grid, got extents {q.extent} and {k.extent}")
     if q.axes != axes:
         raise ValueError(f"this bias was built for {axes} axes, the positions have {q.axes}")
+
+
+def axis_offsets(q: Positions, k: Positions, axes: int) -> list[Tensor]:
+    """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
+    check_extents(q, k, axes)
     return [torch.arange(1 - size, size, device=q.coords.device) for size in q.extent]
 
 

@@ -1,6 +1,17 @@
 """Models; importing this package registers their names with timm."""
 
+from timm.models import register_notrace_function, register_notrace_module
+
+from ..attention import attend
+from ..encodings import PositionEncoding
+from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
 from .vit import ViT
+
+# torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
+for _module in (PatchEmbed, PatchDrop, PositionEncoding):
+    register_notrace_module(_module)
+for _function in (attend, add_token):
+    register_notrace_function(_function)
 
 __all__ = ["ViT", "registry"]

@@ -8,6 +8,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from .vit import ViT
+from .weights import checkpoint_filter_fn
 
 __all__ = [
     "vit2dpe_base_patch16_224",
@@ -53,6 +54,7 @@ def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[
         ViT,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **{**sizes, **kwargs},
     )

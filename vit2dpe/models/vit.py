@@ -7,23 +7,23 @@ and width that the patch divides is taken at run time, and the class token owns 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..encodings import Dims, PositionEncoding, assign
-from ..errors import ConfigError, unknown
-from ..layers import Block, PatchEmbed, add_token
+from ..errors import ConfigError
+from ..layers import Block, PatchDrop, PatchEmbed, add_token
 from ..positions import Positions
-from .weights import accept_timm_names
+from ..signal import Signal
+from .contract import TimmContract, check_pool, pair
+from .weights import accept_foreign
 
-POOLS = ("token", "avg", "map", "")
 
-
-class ViT(nn.Module):
+class ViT(TimmContract):
     """Vision transformer.
 
     Args:
@@ -37,7 +37,10 @@ class ViT(nn.Module):
         class_token, reg_tokens: leading tokens that have no place.
         fc_norm: norm after pooling instead of before; default as timm: with "avg".
         qkv_bias, qk_norm, mlp_ratio, init_values (LayerScale), drop_rate (head), pos_drop_rate, proj_drop_rate,
-            attn_drop_rate, drop_path_rate: as in timm.
+            attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
+        dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
+        dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
+        device, dtype: where the parameters are made, and of which type.
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.
@@ -67,10 +70,15 @@ class ViT(nn.Module):
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_pool(global_pool, class_token)
+        check_pool(global_pool, class_token)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
         self.num_classes = num_classes
@@ -79,74 +87,72 @@ class ViT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
-
-        self.patch_embed = PatchEmbed(_pair(patch_size), in_chans, embed_dim)
-        self.train_grid = self.patch_embed.grid(*_pair(img_size))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
-        dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-        self.position, own = assign(position, dims, block_position)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        block = partial(
-            Block,
-            embed_dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            init_values=init_values,
-            attn_drop=attn_drop_rate,
-            proj_drop=proj_drop_rate,
-        )
+        self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        after = global_pool == "avg" if fc_norm is None else fc_norm
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
-        self.blocks = nn.ModuleList(block(position=own[i], drop_path=rates[i]) for i in range(depth))
+        with torch.device(device) if device is not None else nullcontext():
+            self.patch_embed = PatchEmbed(
+                pair(patch_size),
+                in_chans,
+                embed_dim,
+                img_size=pair(img_size),
+                any_size=dynamic_img_size,
+                pad=dynamic_img_pad,
+            )
+            self.train_grid = self.patch_embed.grid(*pair(img_size))
+            self.patch_drop = PatchDrop(patch_drop_rate)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+            dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
+            self.position, own = assign(position, dims, block_position)
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.blocks = nn.ModuleList(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    position=own[i],
+                    init_values=init_values,
+                    attn_drop=attn_drop_rate,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rates[i],
+                )
+                for i in range(depth)
+            )
+            self.norm = nn.Identity() if after else norm(embed_dim)
+            self.attn_pool = None
+            if global_pool == "map":
+                self.attn_pool = AttentionPoolLatent(
+                    embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm
+                )
+            self.fc_norm = norm(embed_dim) if after else nn.Identity()
+            self.head_drop = nn.Dropout(drop_rate)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.patch_size[0])
             for i in range(depth)
         ]
-        after = global_pool == "avg" if fc_norm is None else fc_norm
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.norm = nn.Identity() if after else norm(embed_dim)
-        self.attn_pool = (
-            AttentionPoolLatent(embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm)
-            if global_pool == "map"
-            else None
-        )
-        self.fc_norm = norm(embed_dim) if after else nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
-        self.register_load_state_dict_pre_hook(accept_timm_names)
-
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Truncated normal 0.02 for linear maps with zero biases, as timm does; encodings draw their own.
-
-        With `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
-        """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if needs_reset and name and hasattr(module, "reset_parameters") and not name.startswith(own):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear) and not name.startswith(own):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
+        self.to(dtype=dtype)
+        self.register_load_state_dict_pre_hook(accept_foreign)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling."""
+        x, signal, at = self.embed(images)
+        for block in self.blocks:
+            x = self.run_block(block, x, signal, at)
+        return self.norm(x)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
+        """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
         x, at = self.patch_embed(images)
+        x, at = self.patch_drop(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
         signal = self.position(at)  # geometry becomes tensors, once
-        x = self.pos_drop(add_token(x, signal))
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-                x = checkpoint(block, x, signal, at, use_reentrant=False)
-            else:
-                x = block(x, signal, at)
-        return self.norm(x)
+        return self.pos_drop(add_token(x, signal)), signal, at
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, prefix + N, D) -> (B, classes); the features before the classifier with `pre_logits`."""
@@ -168,55 +174,3 @@ class ViT(nn.Module):
     def _prepend(self, x: Tensor) -> Tensor:
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1) if prefix else x
-
-    def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
-        return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool is not None:
-            _check_pool(global_pool, self.cls_token is not None)
-            if global_pool == "map" and self.attn_pool is None:
-                raise ConfigError("global_pool='map' has parameters of its own: build the model with it")
-            if global_pool != "map":
-                self.attn_pool = None
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Full names of tokens, tables and frequencies."""
-        tokens = {"cls_token", "reg_token"}
-        inside = {name for name, module in self.named_modules() if isinstance(module, PositionEncoding)}
-        return tokens | {
-            f"{owner}.{name}" for owner in inside for name, _ in self.get_submodule(owner).named_parameters()
-        }
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer-decay groups: stem, blocks, the rest; a block's own encoding is in its block."""
-        return dict(
-            stem=r"^cls_token|^reg_token|^patch_embed|^position",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm|^attn_pool", (99999,))],
-        )
-
-
-def _check_pool(global_pool: str, class_token: bool) -> None:
-    if global_pool not in POOLS:
-        raise unknown("global_pool", global_pool, POOLS)
-    if global_pool == "token" and not class_token:
-        raise ConfigError("global_pool='token' needs class_token=True; use 'avg' to pool over patches")
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,36 +1,61 @@
-"""Names and layouts of others' checkpoints, translated on the way in.
+"""Names, layouts and sizes of checkpoints, translated on the way in.
 
 timm's ViT keeps one flat table `pos_embed` (1, prefix + h w, D); ours is `position.pos_embed` (1, h, w, D), and the
-rows of prefix tokens, which have no place, are folded into the tokens themselves: x + row is the same either way.
+rows of prefix tokens, which have no place, are folded into the tokens themselves: x + row is the same either way. Our
+tables say their grid, so one learned on another grid is resized, always from what was stored. A flat table does not
+say it; it is taken for the model's own grid, or the one in the model's `pretrained_cfg`, and for nothing else.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..encodings import LearnedTable
+from ..encodings import LearnedTable, PositionEncoding, Sum
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from .vit import ViT
 
+log = logging.getLogger(__name__)
 
-def accept_timm_names(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load pre-hook of ViT: rewrites timm's `pos_embed` in place where the model has a table for it."""
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViT) -> dict[str, Any]:
+    """What timm calls before a strict load: unwraps, and brings names, layouts and sizes to the model's."""
+    for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    accept_foreign(model, state, "")
+    return state
+
+
+def accept_foreign(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load pre-hook of ViT: rewrites timm's `pos_embed`, and tables of another grid, in place."""
+    _fold_flat_table(module, state_dict, prefix)
+    _fit_tables(module, state_dict, prefix)
+
+
+def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
     flat = state_dict.get(prefix + "pos_embed")
     tables = [name for name, part in module.position.named_modules() if isinstance(part, LearnedTable)]
     if flat is None or flat.ndim != 3 or not tables:
         return
-    h, w = module.train_grid
-    rows = flat.shape[1] - h * w
-    if rows not in (0, int(module.cls_token is not None), module.num_prefix_tokens):
+    allowed = {0, int(module.cls_token is not None), module.num_prefix_tokens}
+    grids = [module.train_grid, *_configured_grid(module)]
+    fitting = [(h, w) for h, w in grids if flat.shape[1] - h * w in allowed]
+    if not fitting:
+        sizes = " or ".join(f"{h}x{w} = {h * w}" for h, w in dict.fromkeys(grids))
         raise CheckpointError(
-            f"pos_embed has {flat.shape[1]} rows, the model needs {h}x{w} = {h * w} and at most "
-            f"{module.num_prefix_tokens} for its prefix; a flat table does not say which grid it was learned on, "
-            "so build the model at the size of the checkpoint (img_size=...)"
+            f"pos_embed has {flat.shape[1]} rows, the model needs {sizes} and at most {module.num_prefix_tokens} for "
+            "its prefix; a flat table does not say which grid it was learned on, so build the model at the size of the "
+            "checkpoint (img_size=...), and call set_input_size after loading"
         )
+    (h, w) = fitting[0]
+    rows = flat.shape[1] - h * w
     del state_dict[prefix + "pos_embed"]
     owner = ".".join(part for part in ("position", tables[0], "pos_embed") if part)
     state_dict[prefix + owner] = flat[:, rows:].unflatten(1, (h, w))
@@ -39,10 +64,59 @@ def accept_timm_names(module: ViT, state_dict: dict[str, Any], prefix: str, *_: 
         if start < rows:
             key = prefix + name
             if key not in state_dict:
-                raise CheckpointError(
-                    f"pos_embed has a row for {name}, but the checkpoint has no {key} to fold it into"
-                )
+                raise CheckpointError(f"pos_embed has a row for {name}, the checkpoint no {key} to fold it into")
             state_dict[key] = state_dict[key] + flat[:, start : start + token.shape[1]]
+
+
+def _fit_tables(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+    """Resize tables that were learned on another grid, by the encoding's own rule; equal shapes keep their bits."""
+    for owner, part in module.named_modules():
+        if not isinstance(part, PositionEncoding) or isinstance(part, Sum):
+            continue
+        mine = dict(part.named_parameters())
+        keys = {name: f"{prefix}{owner}.{name}" for name in mine}
+        found = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if all(value.shape == mine[name].shape for name, value in found.items()):
+            continue
+        if any(value.ndim != mine[name].ndim for name, value in found.items()):
+            continue  # another encoding: the strict load says so
+        fitted = copy.deepcopy(part).to(device="cpu") if not _on_meta(part) else _materialised(part)
+        for name, value in found.items():
+            _set(fitted, name, value)
+        fitted.set_grid(module.train_grid)
+        for name, value in fitted.named_parameters():
+            if value.shape == mine[name].shape and name in found and found[name].shape != value.shape:
+                log.info("%s resized from %s to %s", keys[name], tuple(found[name].shape), tuple(value.shape))
+                state_dict[keys[name]] = value.detach()
+
+
+def _set(part: nn.Module, name: str, value: Tensor) -> None:
+    *path, last = name.split(".")
+    target: Any = part
+    for step in path:
+        target = target[int(step)] if step.isdigit() else getattr(target, step)
+    if isinstance(target, nn.ParameterList):
+        target[int(last)] = nn.Parameter(value.float(), requires_grad=False)
+    else:
+        setattr(target, last, nn.Parameter(value.float() if value.dtype.itemsize < 4 else value, requires_grad=False))
+
+
+def _on_meta(part: nn.Module) -> bool:
+    return any(p.is_meta for p in part.parameters())
+
+
+def _materialised(part: PositionEncoding) -> PositionEncoding:
+    return copy.deepcopy(part).to_empty(device="cpu")
+
+
+def _configured_grid(module: ViT) -> list[tuple[int, int]]:
+    """The grid of the size in `pretrained_cfg`, where timm put one."""
+    cfg = getattr(module, "pretrained_cfg", None) or {}
+    size = cfg.get("input_size") if isinstance(cfg, dict) else None
+    if not size:
+        return []
+    rows, cols = module.patch_embed.patch_size
+    return [(size[-2] // rows, size[-1] // cols)]
 
 
 def _prefix_tokens(module: ViT) -> list[tuple[str, Tensor, int]]:
