@@ -6,6 +6,7 @@ Legend: B batch, H heads, N tokens (prefix included), D width, Dh head width. A 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -59,7 +60,7 @@ class Table(NamedTuple):
     k: Positions
 
     def dense(self) -> Tensor:
-        index = self.q.shared(("offsets", id(self.k), self.table.shape[1:]), self._index)
+        index = self.q.shared(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
         bias = F.pad(self.table.flatten(1), (1, 0)).index_select(1, index.flatten())
         return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
 
@@ -94,7 +95,9 @@ class LowRank(NamedTuple):
     fk: Tensor
 
     def dense(self) -> Tensor:
-        return self.fq @ self.fk.transpose(-1, -2)
+        device = self.fq.device.type
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+            return self.fq @ self.fk.transpose(-1, -2)
 
 
 class Signal(NamedTuple):

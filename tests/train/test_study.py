@@ -11,6 +11,7 @@ import torch
 
 from vit2dpe import load_run
 from vit2dpe.cli import main
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.resolution import fit_size
 from vit2dpe.train import study as study_module
 from vit2dpe.train.config import StudyConfig, resolve, split_words
@@ -193,6 +194,10 @@ def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
     assert gpu.flip is False
     for config, _ in seen:
         check(config)
+
+
+def test_all_means_every_name():
+    assert check(StudyConfig(encodings="all")).encodings == list(ENCODINGS)
 
 
 def test_quick_fills_only_what_was_not_said():

@@ -8,6 +8,8 @@ form.
 
 For other H the slopes are those of the power of two below, then every second one of the power above.
 
+Limits: squares of places are exact in float32 up to a few thousand patches.
+
 Sources: ALiBi, arXiv 2108.12409 (one axis, `get_slopes`); CROMA, arXiv 2311.00566 (Euclidean, two axes).
 
 How ours differs: any number of axes and heads, any places; prefix tokens stand nowhere, so they are neither

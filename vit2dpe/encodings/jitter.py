@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions
+from ..signal import Signal
 from .base import PositionEncoding
 
 
@@ -43,21 +44,24 @@ class Jitter(PositionEncoding):
         self.gives, self.policies = encoding.gives, encoding.policies
 
     def perturb(self, at: Positions) -> Callable[[Positions], Positions]:
+        def draw(coords: Tensor) -> Tensor:
+            return torch.empty_like(coords).uniform_(-self.amount, self.amount)
+
+        drawn = draw(at.coords)  # once: keys that are the queries' places are moved with them
+
         def moved(where: Positions) -> Positions:
-            noise = torch.empty_like(where.coords).uniform_(-self.amount, self.amount)
+            noise = drawn if where.coords.shape == drawn.shape else draw(where.coords)
             return Positions(where.coords + noise, where.extent, where.prefix)
 
         return moved
 
-    def token(self, at: Positions) -> Tensor | None:
-        return self.encoding.token(at)
-
-    def angle(self, at: Positions) -> Tensor | None:
-        self.encoding.policy = self.policy  # rotary policies act on the frequencies
-        return self.encoding.angle(at)
-
-    def bias(self, q: Positions, k: Positions):
-        return self.encoding.bias(q, k)
+    def _signal(self, q: Positions, k: Positions) -> Signal:
+        temperature = Signal(temperature=self._temperature(k))
+        if self.training:
+            move, same = self.perturb(q), q is k
+            q = move(q)
+            k = q if same else move(k)
+        return temperature.plus(self.encoding(q, k))
 
     def reset_parameters(self) -> None:
         self.encoding.reset_parameters()

@@ -34,10 +34,11 @@ class LearnedTable(PositionEncoding):
     """A table of vectors, resized to the extent at hand.
 
     Args:
-        dim: width D. grid: the sizes (S_1, ..., S_d) it is learned on. resize: how the table meets another extent:
-        "antialias" (bicubic with antialias, timm), "plain" (bicubic without,
-            MAE, rope-vit, transformers), or "dino" (plain, by a scale factor with 0.1 patch added to each side, as
-            DINO's and the first DINOv2 weights were used).
+        dim: width D.
+        grid: the sizes (S_1, ..., S_d) it is learned on.
+        resize: how the table meets another extent: "antialias" (bicubic with antialias, timm), "plain" (bicubic
+            without, MAE, rope-vit, transformers), or "dino" (plain, by a scale factor with 0.1 patch added to each
+            side, as DINO's and the first DINOv2 weights were used).
     """
 
     continuous = False

@@ -76,7 +76,7 @@ class LookHere(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Dense:
         if q.axes != self.axes:
             raise ValueError(f"this lookhere was built for {self.axes} axes, the positions have {q.axes}")
-        key = ("lookhere", id(k), self.heads, self.view, self.dtype)
+        key = ("lookhere", None if k is q else k, self.heads, self.view, self.dtype)
         return Dense(q.shared(key, lambda: self._unscaled(q, k)) * self.slope_here)
 
     def _unscaled(self, q: Positions, k: Positions) -> Tensor:

@@ -20,18 +20,20 @@ def resize(
     (size + offset) / old, which is how DINO's tables were resized. While compiling no axis is skipped: resizing to the
     same size changes no bit, and a branch on the size would be a graph for each.
     """
+    if offset and tuple(table.shape[1:]) == tuple(sizes):
+        return table
     dtype = table.dtype
     wide = table.float() if dtype.itemsize < 4 else table
     for axis, size in enumerate(sizes, start=1):
-        if not torch.compiler.is_compiling() and wide.shape[axis] == size:
+        if not offset and not torch.compiler.is_compiling() and wide.shape[axis] == size:
             continue
-        moved = wide.movedim(axis, -2)  # (..., old, last)
-        image = moved.reshape(1, -1, moved.shape[-2], moved.shape[-1])
+        moved = wide.movedim(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
+        image = moved.reshape(1, 1, -1, moved.shape[-1])
         if offset:
-            image = F.interpolate(image, scale_factor=((size + offset) / image.shape[-2], 1.0), mode=mode)
+            image = F.interpolate(image, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
         else:
-            image = F.interpolate(image, (size, image.shape[-1]), mode=mode, antialias=antialias, align_corners=False)
-        wide = image.reshape(*moved.shape[:-2], size, moved.shape[-1]).movedim(-2, axis)
+            image = F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
+        wide = image.reshape(*moved.shape[:-1], size).movedim(-1, axis)
     return wide.to(dtype)
 
 

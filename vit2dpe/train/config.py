@@ -17,7 +17,7 @@ class StudyConfig:
     Args:
         data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
         root: folder of the data.
-        encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi.
+        encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi; or all.
         train_size: pixels of training images, 32 or 32x48 (height x width).
         sizes: comma-separated sizes to measure at.
         modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.

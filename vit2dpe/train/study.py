@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..encodings import parse
+from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..models import ViT
 from ..policies import POLICIES, TEMPERATURES
@@ -96,7 +96,7 @@ def check(config: StudyConfig) -> Plan:
     if config.data not in ("digits", "folder", "cifar10"):
         raise unknown("data source", config.data, ("digits", "folder", "cifar10"))
     config = resolve(config)
-    words = split_words(config.encodings)
+    words = list(ENCODINGS) if config.encodings == "all" else split_words(config.encodings)
     for word in words:
         parse(word)
     train_size = parse_size(str(config.train_size))
