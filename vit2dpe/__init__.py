@@ -24,6 +24,7 @@ _HOME = {
     "PositionEncoding": "encodings",
     "build": "encodings",
     "ViT": "models",
+    "from_timm": "models",
     "use_policy": "resolution",
     "sweep": "resolution",
     "load_run": "train.checkpoint",
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from .attention import Attention, attend, rotate  # noqa: F401
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
-    from .models import ViT  # noqa: F401
+    from .models import ViT, from_timm  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution import sweep, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401

@@ -6,6 +6,7 @@ from ..attention import attend
 from ..encodings import PositionEncoding
 from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
+from .convert import from_timm
 from .vit import ViT
 
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
@@ -14,4 +15,4 @@ for _module in (PatchEmbed, PatchDrop, PositionEncoding):
 for _function in (attend, add_token):
     register_notrace_function(_function)
 
-__all__ = ["ViT", "registry"]
+__all__ = ["ViT", "from_timm", "registry"]

@@ -83,6 +83,8 @@ def study(config: StudyConfig, command: str = "") -> Path:
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
 
+    if config.threads:
+        torch.set_num_threads(config.threads)
     cells = [(word, seed) for seed in range(config.seeds) for word in plan.encodings]
     report = Report(out, about, total=len(cells), started=time.monotonic())
     for word, seed in cells:
