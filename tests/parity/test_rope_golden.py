@@ -11,7 +11,7 @@ from golden import exchanged
 
 from vit2dpe import Positions
 from vit2dpe.encodings import GoldenRoPE
-from vit2dpe.encodings.rope import golden_directions
+from vit2dpe.encodings.rope_golden import golden_directions
 
 PHI = (1 + 5**0.5) / 2
 CPU = torch.device("cpu")

@@ -27,7 +27,9 @@ from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
 from .relative import RelativeBias
-from .rope import AxialRoPE, CentredRoPE, GoldenRoPE, MixedRoPE
+from .rope import AxialRoPE, MixedRoPE
+from .rope_dinov3 import CentredRoPE
+from .rope_golden import GoldenRoPE
 from .sincos import SinCos
 from .t5 import T5Bias
 from .windowed import WindowedTable

@@ -1,0 +1,99 @@
+"""`rope_dinov3`: axial frequencies on coordinates that are centred and scaled to the grid; moved at random in training.
+
+    angle = 2π c / period,    c_a = 2 (p_a + 1/2) / S_a - 1,    period_k = base^(k/K),    K = Dh / (2 d)
+
+Source: DINOv3, arXiv 2508.10104, `layers/rope_position_encoding.py` (separate normalisation of the axes).
+
+How ours differs: any number of axes; the random map is drawn once a forward, where the original draws once a
+block. Pairs are (2i, 2i+1); the original's half-split ones are a permutation of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..positions import Positions, exact
+from .rope import DirectionalRoPE, check_widths, magnitudes
+
+
+class CentredRoPE(DirectionalRoPE):
+    """DINOv3's: angle = 2π c / period on coordinates c in (-1, 1), so a grid of any size spans the same angles.
+
+        c_a = 2 (p_a + 1/2) / S_a - 1,    period_k = base^(k/K),    K = Dh / (2 d)
+
+    In training places are moved at random, once a forward: c is multiplied by a factor shared by all axes and one of
+    each axis, log-uniform in [1/rescale, rescale] and [1/jitter, jitter], after a shift of each axis, uniform in
+    ±shift.
+
+    Args:
+        head_dim: Dh, a multiple of 2 * axes.
+        axes: d.
+        base: ratio of the longest to the shortest period.
+        rescale, jitter: at least 1; 1 is off. DINOv3's released models were trained with rescale 2 alone.
+        shift: in units of c; 0 is off.
+    """
+
+    policies = ("interpolate",)  # what it does by itself: its coordinates are scaled to the grid
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        axes: int = 2,
+        base: float = 100.0,
+        rescale: float = 2.0,
+        jitter: float = 1.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_widths(head_dim, axes, base)
+        if rescale < 1 or jitter < 1 or shift < 0:
+            raise ConfigError(
+                f"rope_dinov3 needs rescale >= 1, jitter >= 1 and shift >= 0, got {rescale}, {jitter} and {shift}"
+            )
+        self.head_dim, self.axes, self.base = head_dim, axes, base
+        self.rescale, self.jitter, self.shift = rescale, jitter, shift
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
+        return torch.block_diag(*[bank] * self.axes)[:, None]  # (d, 1, Dh/2) radians per unit of c
+
+    def angle(self, at: Positions) -> Tensor:
+        if at.axes != self.axes:
+            raise ValueError(f"this rope was built for {self.axes} axes, the positions have {at.axes}")
+        return super().angle(Positions(_centred(at), at.extent))
+
+    def perturb(self, at: Positions) -> Callable[[Positions], Positions] | None:
+        if self.rescale == 1 and self.jitter == 1 and self.shift == 0:
+            return None
+        draw = torch.rand(2 * self.axes + 1, dtype=torch.float64) * 2 - 1  # (-1, 1)
+        shift = self.shift * draw[: self.axes]
+        factor = self.jitter ** draw[self.axes : -1] * self.rescale ** draw[-1]
+
+        def moved(where: Positions) -> Positions:
+            half = torch.tensor(where.extent, dtype=torch.float64) / 2
+            scale, offset = (
+                t.to(where.coords.device, where.coords.dtype) for t in (factor, (factor * shift + 1) * half)
+            )
+            middle = half.to(where.coords.device, where.coords.dtype)
+            # c' = factor (c + shift), written in patches: p + 1/2 = (c + 1) S / 2
+            return Positions((where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix)
+
+        return moved
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, axes={self.axes}, base={self.base:g}, rescale={self.rescale:g}, "
+            f"jitter={self.jitter:g}, shift={self.shift:g}"
+        )
+
+
+def _centred(at: Positions) -> Tensor:
+    coords = exact(at.coords)
+    extent = torch.tensor(at.extent, dtype=coords.dtype, device=coords.device)
+    return 2 * (coords + 0.5) / extent - 1

@@ -1,0 +1,77 @@
+"""`rope_golden`: every pair of every head turns along a direction of its own, spread evenly over all directions.
+
+    angle_i(p) = ⟨w_i, p⟩,    w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`
+
+g is the geometric mean side of the training grid. On two axes pair f of head h looks at angle (h F + f) π / φ, φ the
+golden ratio. On more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+
+Source: N-dimensional rotary embeddings, jerryxio.ng/posts/nd-rope (2025; code archibox/ropend).
+
+How ours differs: places are measured in patches, by one step on all axes (the original's step differs by axis on grids
+that are not square), so another size extrapolates by default; `interpolate` is the original's behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .rope import DirectionalRoPE
+
+
+class GoldenRoPE(DirectionalRoPE):
+    """Fixed frequencies along quasi-uniform directions: no two pairs look the same way.
+
+        w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`, g the geometric mean side of the grid
+
+    In two dimensions pair f of head h looks at angle (h F + f) π / φ, φ the golden ratio; any few neighbours are spread
+    evenly over half a turn. In more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+
+    Args:
+        head_dim: Dh, even.
+        heads: H.
+        grid: the training grid, on whose half-diagonal scale `low` and `high` are measured.
+        low, high: radians from the middle to the edge of the grid, for the slowest and the fastest pair.
+    """
+
+    def __init__(
+        self, head_dim: int, heads: int, grid: Sequence[int], *, low: float = 1.0, high: float = 100.0
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ConfigError(f"rope_golden needs an even head width, got {head_dim}")
+        if not 0 < low <= high:
+            raise ConfigError(f"rope_golden needs 0 < low <= high, got low={low} and high={high}")
+        self.head_dim, self.heads, self.grid, self.low, self.high = head_dim, heads, tuple(grid), low, high
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        pairs, axes = self.head_dim // 2, len(self.grid)
+        side = max(2.0, math.prod(self.grid) ** (1 / axes))
+        step = torch.arange(pairs, dtype=torch.float64) / max(1, pairs - 1)
+        omega = self.low * (self.high / self.low) ** step * 2 / (side - 1)
+        directions = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
+        return (directions * omega).to(device if device.type != "mps" else "cpu")
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, heads={self.heads}, grid={self.grid}, low={self.low:g}, high={self.high:g}"
+
+
+def golden_directions(count: int, axes: int) -> Tensor:
+    """(d, count) unit vectors, any few neighbours spread evenly; float64. On a line all are 1."""
+    if axes == 1:
+        return torch.ones(1, count, dtype=torch.float64)
+    n = torch.arange(count, dtype=torch.float64)
+    if axes == 2:
+        angle = n * (math.pi / ((1 + 5**0.5) / 2))
+        return torch.stack([angle.sin(), angle.cos()])
+    golden = 2.0
+    for _ in range(60):  # the fixed point of x = (1 + x)^(1 / (d + 1))
+        golden = (1 + golden) ** (1 / (axes + 1))
+    steps = torch.tensor([golden ** -(axis + 1) for axis in range(axes)], dtype=torch.float64)
+    quantile = (0.5 + (n + 1) * steps[:, None]).remainder(1.0)  # (d, count) in (0, 1)
+    gauss = torch.erfinv((2 * quantile - 1).clamp(-1 + 1e-12, 1 - 1e-12))
+    return gauss / gauss.norm(dim=0, keepdim=True)
