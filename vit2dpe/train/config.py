@@ -44,7 +44,7 @@ class StudyConfig:
         clip_grad: largest gradient norm.
         precision: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
         device: auto, cpu, cuda, cuda:1, mps.
-        threads: CPU threads; default all, but one for digits, whose tensors are too small to share.
+        threads: CPU threads; default torch's own choice.
         out: folder that the results go to.
         quick: three encodings in under 90 seconds.
         smoke: two steps an encoding, to see that everything runs.
@@ -88,7 +88,7 @@ class StudyConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(
         train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=8, epochs=40, batch_size=64,
-        lr=3e-3, shift=1, flip=False, threads=1,
+        lr=3e-3, shift=1, flip=False,
     ),
     "folder": dict(
         train_size="32", sizes="24,32,48,64,96", patch=4, width=192, depth=9, heads=3, epochs=60, batch_size=128,
