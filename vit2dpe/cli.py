@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any, NamedTuple
 
-USAGE = """usage: vit2dpe <command> [options]
 
-commands:
-  study   train a ViT with each positional encoding, change the resolution, see which survives
-  show    draw encodings, without data
+class Command(NamedTuple):
+    """A word of the command line: what it is for, and the function and the dataclass of settings behind it.
 
-`vit2dpe <command> --help` tells the options of a command."""
+    Both are named "module:name" within the package, so that nothing is imported before the command is known. The
+    function is called as `run(config, command="what was typed")`.
+    """
+
+    summary: str
+    run: str
+    config: str
+
+
+COMMANDS = {
+    "study": Command(
+        "train a model with each positional encoding, change the resolution, see which survives",
+        "train.study:study",
+        "train.config:StudyConfig",
+    ),
+    "show": Command("draw encodings, without data", "cli:_show", ""),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
+        "`vit2dpe <command> --help` tells the options of a command."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 what was asked cannot work (one line says why), 130 stopped by Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"study": _study, "show": _show}
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     if args[0] == "--version":
         from . import __version__
@@ -32,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vit2dpe {__version__}")
         return 0
     try:
-        if args[0] not in commands:
+        words = 2 if " ".join(args[:2]) in COMMANDS else 1  # "text train" is one command
+        name, args = " ".join(args[:words]), args[words:]
+        if name not in COMMANDS:
             from .errors import unknown
 
-            raise unknown("command", args[0], commands)
-        return commands[args[0]](args[1:])
+            raise unknown("command", name, COMMANDS)
+        command = COMMANDS[name]
+        return _run(name, command, args) if command.config else _named(command.run)(args)
     except ValueError as error:  # ConfigError, DataError, CheckpointError: the user's to mend
         if os.environ.get("VIT2DPE_DEBUG"):
             raise
@@ -47,20 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _study(args: list[str]) -> int:
-    from .train.config import StudyConfig
-
-    switches = {f"--{f.name}" for f in fields(StudyConfig) if f.type == "bool"}
+def _run(name: str, command: Command, args: list[str]) -> int:
+    """Settings from the command line and `--config`, into the dataclass, into the function."""
+    config = _named(command.config)
+    switches = {f"--{f.name}" for f in fields(config) if f.type == "bool"}
     args = [f"{arg}=true" if arg in switches else arg for arg in args]
-    parser = _parser("vit2dpe study", StudyConfig.__doc__ or "")
-    parser.add_class_arguments(StudyConfig)
+    parser = _parser(f"vit2dpe {name}", config.__doc__ or "")
+    parser.add_class_arguments(config)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     values = _parse(parser, args)
-    config = StudyConfig(**{k: v for k, v in values.items() if k != "config"})
-    from .train.study import study
-
-    study(config, command=shlex.join(["vit2dpe", "study", *args]))
+    settings = config(**{k: v for k, v in values.items() if k != "config"})
+    _named(command.run)(settings, command=shlex.join(["vit2dpe", *name.split(), *args]))
     return 0
+
+
+def _named(place: str) -> Any:
+    """The object that "module:name" means within the package."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"vit2dpe.{module}"), name)
 
 
 def _show(args: list[str]) -> int:
