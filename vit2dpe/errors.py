@@ -18,6 +18,14 @@ class CheckpointError(ValueError):
     """A saved run that is incomplete, altered or for another model."""
 
 
+class TrainingError(RuntimeError):
+    """A training that cannot go on, though nothing about its settings was wrong: a bad loss, no memory, a full disk."""
+
+
+class Stopped(SystemExit):
+    """A training that was asked to stop, and saved first; leaves with 128 + the signal's number."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist: the nearest one, and all of them."""
     known = list(known)

@@ -48,7 +48,7 @@ def test_what_is_missing_or_too_new_is_named(saved, tmp_path):
     folder, _ = saved
     meta = folder / "last/model.json"
     text = meta.read_text()
-    meta.write_text(text.replace('"format": 1', '"format": 99'))
+    meta.write_text(text.replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match=r"format 99.*upgrade"):
         load_run(folder)
     meta.write_text(text[:50])

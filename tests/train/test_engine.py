@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from vit2dpe import ViT
+from vit2dpe.errors import TrainingError
 from vit2dpe.train.augment import shift_and_flip
-from vit2dpe.train.config import StudyConfig, resolve
 from vit2dpe.train.data import load_images
 from vit2dpe.train.engine import fit, keyed, pick_device
+from vit2dpe.train.settings import OptimConfig, RunConfig
+from vit2dpe.train.task import ImageTask
 
-CONFIG = resolve(StudyConfig(width=16, depth=1, heads=2, epochs=2, batch_size=32))
+OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=2, batch_size=32)
+RUN = RunConfig(device="cpu")
 
 
 def model(**kwargs):
@@ -49,13 +52,17 @@ def test_reflection_by_hand():
     assert seen == {(2, 1, 0, 1, 2), (1, 0, 1, 2, 3), (0, 1, 2, 3, 4), (1, 2, 3, 4, 3), (2, 3, 4, 3, 2)}
 
 
+def task(data, seed=0):
+    return ImageTask(data, (16, 16), 32, seed=seed, shift=1, label_smoothing=0.1)
+
+
 def test_a_seed_decides_everything(data, tmp_path):
     runs = []
     for name, seed, noise in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
         net = model(drop_path_rate=0.2)
         torch.manual_seed(noise)  # the caller's generator does not matter
         torch.randperm(noise)
-        fit(net, data, CONFIG, train_size=(16, 16), seed=seed, run=tmp_path / name)
+        fit(net, task(data, seed), OPTIM, replace(RUN, seed=seed), folder=tmp_path / name)
         runs.append(torch.cat([p.flatten() for p in net.parameters()]))
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
@@ -66,13 +73,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     net = model()
     with torch.no_grad():
         net.head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="epoch 0, step 0"):
-        fit(net, data, CONFIG, train_size=(16, 16), seed=0, run=tmp_path)
+    with pytest.raises(TrainingError, match="3 times in a row, last at epoch 0, step 2"):
+        fit(net, task(data), OPTIM, RUN, folder=tmp_path)
 
 
 def test_bfloat16_trains(data, tmp_path):
     net = model()
-    rows = fit(net, data, replace(CONFIG, precision="bfloat16"), train_size=(16, 16), seed=0, run=tmp_path)
+    rows = fit(net, task(data), OPTIM, replace(RUN, precision="bfloat16"), folder=tmp_path)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert all(p.dtype == torch.float32 for p in net.parameters())
 

@@ -109,10 +109,10 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
     real = study_module.fit
 
-    def interrupted(model, *args, run, **kwargs):
-        if run.name.startswith("rope"):
+    def interrupted(*args, folder, **kwargs):
+        if folder.name.startswith("rope"):
             raise KeyboardInterrupt
-        return real(model, *args, run=run, **kwargs)
+        return real(*args, folder=folder, **kwargs)
 
     monkeypatch.setattr(study_module, "fit", interrupted)
     args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--heads", "2"]
@@ -120,7 +120,7 @@ def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
     assert main(args) == 130
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
     assert "1 of 2 cells" in (tmp_path / "summary.md").read_text()
-    monkeypatch.setattr(study_module, "fit", lambda *a, run, **k: real(*a, run=run, **k))
+    monkeypatch.setattr(study_module, "fit", real)
     assert main(args) == 0
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none", "rope"}
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 
-def shift_and_flip(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def shift_and_flip(
+    images: Tensor,
+    shift: int,
+    flip: bool,
+    generator: torch.Generator,
+    *,
+    of: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
     """Shift each image by up to ±shift pixels along both axes (edges reflected) and flip half of them left to right.
 
     Args:
@@ -14,14 +22,16 @@ def shift_and_flip(images: Tensor, shift: int, flip: bool, generator: torch.Gene
         shift: largest shift in pixels, below the side.
         flip: whether to flip.
         generator: on the CPU, so that a seed gives the same draws on every device.
+        of, part: `images` are this part of a batch of `of`: the draws are those of the whole batch.
     """
     b, _, h, w = images.shape
-    rows = _index(b, h, shift, generator)
-    cols = _index(b, w, shift, generator)
+    of = b if of is None else of
+    rows = _index(of, h, shift, generator)
+    cols = _index(of, w, shift, generator)
     if flip:
-        mirrored = torch.rand(b, generator=generator) < 0.5
+        mirrored = torch.rand(of, generator=generator) < 0.5
         cols = torch.where(mirrored[:, None], w - 1 - cols, cols)
-    rows, cols = rows.to(images.device), cols.to(images.device)
+    rows, cols = rows[part].to(images.device), cols[part].to(images.device)
     sample = torch.arange(b, device=images.device)[:, None, None]
     return images.movedim(1, -1)[sample, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)
 

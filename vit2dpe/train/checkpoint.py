@@ -1,97 +1,211 @@
-"""A trained model on disk: `model.safetensors` for the numbers, `model.json` for what they are. Never pickle.
+"""A run on disk: `model.safetensors` for the numbers, `model.json` for what they are. Never pickle.
 
-The JSON carries everything needed to build the model again (its grid, its encoding with options) and the SHA-256 of
-the numbers. Both files are written under a temporary name, flushed to disk and renamed, the JSON last.
+The JSON says how to build the model again (its class, its arguments with the encoding as a word), which further files
+there are (optimizer, averaged weights), the state of the training, and the SHA-256 of every file and of itself.
+
+A folder is replaced without a moment at which it is incomplete: new files are written beside the old ones as
+`<name>-<digest>.safetensors`, then the JSON is renamed over the old one, and that rename is the moment. Only then are
+the new files renamed over the old. A reader takes `<name>-<digest>` where it is there and `<name>` else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, unknown
 
-FORMAT = 1
+FORMAT = 2
+MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
+    "ViT": "models:ViT",
+    "timm": "train.checkpoint:timm_model",
+}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda meta: meta | dict(format=2, files={"model": meta["sha256"]}),
+}
+
+
+_LEFT_OVER = re.compile(r"\..*\.\d+\.tmp|\w+-[0-9a-f]{16}\.safetensors")
+
+
+class ModelSpec(NamedTuple):
+    """How to build a model: a name in `MODELS`, and arguments that JSON can hold."""
+
+    kind: str
+    arguments: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        if self.kind not in MODELS:
+            raise unknown("model class", self.kind, MODELS)
+        module, _, name = MODELS[self.kind].partition(":")
+        make = getattr(importlib.import_module(f"vit2dpe.{module}"), name)
+        return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()})
+
+
+def timm_model(model_name: str, **arguments: Any) -> nn.Module:
+    """Any model of timm's registry, ours included."""
+    import timm
+
+    if not timm.is_model(model_name):
+        raise unknown("model", model_name, timm.list_models())
+    try:
+        return timm.create_model(model_name, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"timm's {model_name} does not take these arguments {arguments}: {error}") from error
 
 
 def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Any) -> None:
     """Write `model` to `folder` so that `load_run` can build it again.
 
     Args:
-        folder: made if missing.
-        model: a ViT.
+        folder: made if missing; what it held is replaced in one moment.
+        model: of a class in `MODELS`.
         arguments: of the constructor; plain JSON values, the encoding as a word.
         about: what else a reader should know (data, classes, mean, std, seed, numbers).
     """
+    tensors = dict(model.state_dict())
+    grid = getattr(model, "train_grid", None)
+    write_checkpoint(folder, ModelSpec(type(model).__name__, arguments), {"model": tensors}, grid=grid, **about)
+
+
+def write_checkpoint(
+    folder: Path, spec: ModelSpec, files: Mapping[str, Mapping[str, Tensor]], *, grid: Any = None, **about: Any
+) -> None:
+    """Replace what `folder` holds by these tensors, or by nothing if that cannot be finished.
+
+    Args:
+        files: tensors by name, by file: "model" and whatever resuming needs.
+        grid: the model's training grid, for the reader.
+        about: JSON values.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    payload = save(tensors)
+    with suppress(CheckpointError):  # what is damaged is replaced
+        settle(folder)
+    payloads = {name: save(_separate(tensors)) for name, tensors in files.items()}
+    digests = {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()}
     meta = dict(
         format=FORMAT,
         vit2dpe=__version__,
         torch=torch.__version__,
-        model=type(model).__name__,
-        arguments=arguments,
-        train_grid=list(model.train_grid),  # type: ignore[arg-type]
-        sha256=hashlib.sha256(payload).hexdigest(),
+        model=spec.kind,
+        arguments=spec.arguments,
+        train_grid=list(grid) if grid is not None else None,
+        sha256=digests["model"],
+        files=digests,
         **about,
     )
-    write_atomically(folder / "model.safetensors", payload)
-    write_atomically(folder / "model.json", json.dumps(meta, indent=1).encode())
+    meta = json.loads(json.dumps(meta))  # as a reader will see it
+    meta["check"] = _check(meta)
+    try:
+        for name, payload in payloads.items():
+            write_atomically(folder / _pending(name, digests[name]), payload)
+        write_atomically(folder / "model.json", json.dumps(meta, indent=1).encode())
+    finally:
+        with suppress(OSError, CheckpointError):
+            settle(folder)
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The trained model of a run folder (or of its `last/`), in evaluation mode; `model.about` is its JSON.
+def settle(folder: Path) -> None:
+    """Finish what an interrupted write left: give files their names, remove what no JSON speaks of."""
+    files = read_meta(folder)["files"] if (folder / "model.json").is_file() else {}
+    wanted = {_pending(name, digest): f"{name}.safetensors" for name, digest in files.items()}
+    for path in list(folder.iterdir()):
+        if path.name in wanted:
+            path.replace(folder / wanted[path.name])
+        elif _LEFT_OVER.fullmatch(path.name):
+            path.unlink()
+    _sync(folder)
+
+
+def load_run(run: str | Path, device: torch.device | str = "cpu", *, which: str = "last") -> nn.Module:
+    """The trained model of a run folder, in evaluation mode; `model.about` is its JSON.
+
+    Args:
+        run: the folder of a run, or one that itself holds `model.json`.
+        device: where the model goes.
+        which: "last", or "best" by the number that the run watched.
 
     Raises:
         CheckpointError: if a file is missing, was altered, or comes from a newer version.
     """
-    from ..models import ViT
-
     folder = Path(run)
-    folder = folder / "last" if (folder / "last").is_dir() else folder
+    folder = folder / which if (folder / which).is_dir() else folder
     meta = read_meta(folder)
-    if meta.get("format", 0) > FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {meta['format']}, this version reads up to {FORMAT}: upgrade vit2dpe"
-        )
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} is missing: the run is incomplete, train it again")
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if found != meta["sha256"]:
-        raise CheckpointError(
-            f"{weights} is not what was saved (SHA-256 {found[:12]}…, expected {meta['sha256'][:12]}…)"
-        )
+    tensors = read_tensors(folder, meta, "model")
+    if meta["model"] not in MODELS:
+        raise CheckpointError(f"{folder} holds a {meta['model']!r}; this version can build {', '.join(MODELS)}")
+    model = ModelSpec(meta["model"], meta["arguments"]).build()
     try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights} cannot be read: {error}") from None
-    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["arguments"].items()}
-    model = ViT(**arguments)
-    model.load_state_dict(tensors)
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the model that it names: {error}") from None
     model.about = meta  # type: ignore[assignment]
     return model.to(device).eval()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, brought to this version's format.
+
+    Raises:
+        CheckpointError: if it is missing, altered, or of a newer format.
+    """
     path = folder / "model.json"
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing: give the folder of a finished run, the one that holds last/model.json"
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        meta = json.loads(path.read_bytes())
+        version = int(meta.get("format", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if version > FORMAT:
+        raise CheckpointError(f"{folder} has format {version}, this version reads up to {FORMAT}: upgrade vit2dpe")
+    if version < 1:
+        raise CheckpointError(f"{path} is not a checkpoint of this library: it has no format")
+    if version >= 2 and meta.get("check") != _check(meta):
+        raise CheckpointError(f"{path} is not what was saved: its own digest differs")
+    try:
+        while meta["format"] < FORMAT:
+            meta = MIGRATIONS[meta["format"]](meta)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}") from None
+    return meta
+
+
+def read_tensors(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, after its digest was compared.
+
+    Raises:
+        CheckpointError: if the file is missing, altered or unreadable.
+    """
+    digest = meta["files"].get(name)
+    if digest is None:
+        raise CheckpointError(f"{folder} has no {name}; it has {', '.join(meta['files'])}")
+    path = folder / _pending(name, digest)
+    path = path if path.is_file() else folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the run is incomplete, train it again")
+    payload = path.read_bytes()
+    found = hashlib.sha256(payload).hexdigest()
+    if found != digest:
+        raise CheckpointError(f"{path} is not what was saved (SHA-256 {found[:12]}…, expected {digest[:12]}…)")
+    try:
+        return load(payload)
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
@@ -107,3 +221,59 @@ def write_atomically(path: Path, payload: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A nest of dicts, lists and numbers as JSON, its tensors moved to `tensors` under names that the JSON holds."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        return {"items": [[key, flatten(value, tensors, f"{name}/{key}")] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {"list": [flatten(value, tensors, f"{name}/{i}") for i, value in enumerate(tree)]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise CheckpointError(f"the state of the training holds {name} of type {type(tree).__name__}: it cannot be saved")
+
+
+def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nest that `flatten` took apart."""
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "items" in node:
+        return {key: unflatten(value, tensors) for key, value in node["items"]}
+    return [unflatten(value, tensors) for value in node["list"]]
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, no two sharing memory (tied weights are written twice)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return found
+
+
+def _pending(name: str, digest: str) -> str:
+    return f"{name}-{digest[:16]}.safetensors"
+
+
+def _check(meta: dict[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make renames last; where folders cannot be opened (Windows) the system sees to it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -26,8 +26,10 @@ from ..resolution import MODES, parse_size, policies_of, sweep
 from .checkpoint import read_meta, save_model, write_atomically
 from .config import StudyConfig, as_dict, resolve, split_words
 from .data import Images, load_images
-from .engine import evaluation_batches, fit, keyed, pick_device
+from .engine import fit, keyed, pick_device, precision
 from .report import Report, environment
+from .settings import OptimConfig, RunConfig
+from .task import ImageTask, evaluation_batches
 
 COLUMNS = (
     "encoding", "policy", "temperature", "mode", "seed", "train_height", "train_width", "height", "width",
@@ -110,7 +112,7 @@ def check(config: StudyConfig) -> Plan:
         parse(policy, "policy", ["all", "default", *POLICIES])
     if not words or not sizes or config.seeds < 1 or int(config.epochs or 0) < 1:
         raise ConfigError("a study needs at least one encoding, one size, one seed and one epoch")
-    pick_device(config.device)
+    precision(config.precision, pick_device(config.device))
     plan = Plan(config, words, train_size, sizes, modes, policies, temperatures)
     with torch.device("meta"):
         for word in words:
@@ -138,13 +140,13 @@ def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report
     else:
         torch.manual_seed(keyed(seed, "init"))
         model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
+        task, optim, run = training(plan, data, seed)
         curve = fit(
             model,
-            data,
-            config,
-            train_size=plan.train_size,
-            seed=seed,
-            run=folder,
+            task,
+            optim,
+            run,
+            folder=folder,
             progress=lambda row: report.progress(word, seed, row),
             stop_after=2 if config.smoke else None,
         )
@@ -172,6 +174,31 @@ def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report
     rows = [dict(encoding=word, seed=seed, metric="top1", value=row["top1"], **row) for row in rows]
     write_atomically(results, to_csv(rows).encode())
     return _read(results)
+
+
+def training(plan: Plan, data: Images, seed: int) -> tuple[ImageTask, OptimConfig, RunConfig]:
+    """The study's settings as the training loop takes them."""
+    config = plan.config
+    task = ImageTask(
+        data,
+        plan.train_size,
+        int(config.batch_size or 1),
+        seed=seed,
+        device=pick_device(config.device),
+        shift=int(config.shift or 0),
+        flip=bool(config.flip),
+        label_smoothing=config.label_smoothing,
+    )
+    optim = OptimConfig(
+        lr=float(config.lr or 0),
+        weight_decay=config.weight_decay,
+        warmup_epochs=config.warmup_epochs,
+        epochs=int(config.epochs or 1),
+        batch_size=task.batch_size,
+        clip_grad=config.clip_grad,
+    )
+    run = RunConfig(seed=seed, device=config.device, precision=config.precision)
+    return task, optim, run
 
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> str:

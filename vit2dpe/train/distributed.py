@@ -1,0 +1,134 @@
+"""This process among others, under torchrun: plain torch.distributed, DDP or FSDP2, NCCL on GPUs and gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import unknown
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process is number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """This rank's contiguous part of n things; the parts differ by at most one and cover all of them."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
+    """The world that torchrun tells of in the environment; the process alone where there is none.
+
+    A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
+    `timeout_s`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(dist.get_rank(), size)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(name: str) -> str:
+    """ "auto" and "cuda" become this process's own GPU under torchrun."""
+    if "LOCAL_RANK" in os.environ and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def wrapped(model: nn.Module, how: str, world: World) -> nn.Module:
+    """The model that every rank runs: DDP's wrapper, or the model itself, sharded in place by FSDP2."""
+    if how not in PARALLEL:
+        raise unknown("way to train in parallel", how, PARALLEL)
+    if world.size == 1:
+        return model
+    if how == "fsdp":
+        return shard(model)
+    device = next(model.parameters()).device
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):  # the blocks of a transformer
+            for block in module:
+                fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def sum_over_ranks(values: Sequence[float], world: World, device: torch.device) -> list[float]:
+    if world.size == 1:
+        return list(values)
+    where = device if device.type == "cuda" else torch.device("cpu")
+    total = torch.tensor(list(values), dtype=torch.float64, device=where)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece on the CPU (every rank must ask); others as they are."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu()
+
+
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value` placed as `like` is."""
+    if hasattr(like, "device_mesh") and value.shape == like.shape and value.ndim:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = like
+        return distribute_tensor(value.to(like.device), sharded.device_mesh, sharded.placements)
+    return value.to(like.device) if value.ndim else value
+
+
+@contextmanager
+def unsynchronized(model: nn.Module, when: bool) -> Iterator[None]:
+    """Within it gradients are added up without being exchanged, where the model is wrapped."""
+    sharded: Any = model
+    if not when:
+        yield
+    elif isinstance(model, nn.parallel.DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
+    else:
+        yield
