@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 
@@ -31,6 +32,11 @@ COMMANDS = {
         "train.study:study",
         "train.config:StudyConfig",
     ),
+    "train": Command(
+        "train a classifier of images with any encoding: resumable, on one process or many",
+        "train.train:train",
+        "train.settings:TrainConfig",
+    ),
     "show": Command("draw encodings, without data", "cli:_show", ""),
 }
 
@@ -45,7 +51,10 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 what was asked cannot work (one line says why), 130 stopped by Ctrl-C."""
+    """Exit status: 0 done, 2 what was asked cannot work, 1 it failed on the way, 130 and 143 stopped by a signal.
+
+    One line says why; VIT2DPE_DEBUG=1 shows where.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -69,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vit2dpe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (RuntimeError, OSError) as error:  # TrainingError, a full disk, a lost process
+        if os.environ.get("VIT2DPE_DEBUG") or not _expected(error):
+            raise
+        print(f"vit2dpe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nvit2dpe: stopped; finished cells are kept, the same command goes on from there", file=sys.stderr)
         return 130
@@ -77,15 +91,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, command: Command, args: list[str]) -> int:
     """Settings from the command line and `--config`, into the dataclass, into the function."""
     config = _named(command.config)
-    switches = {f"--{f.name}" for f in fields(config) if f.type == "bool"}
-    args = [f"{arg}=true" if arg in switches else arg for arg in args]
+    switches = {f"--{option}" for option, value in _options(config) if isinstance(value, bool)}
+    typed = shlex.join(["vit2dpe", *name.split(), *args])
+    args = [f"{arg}=true" if _underscored(arg) in switches else arg for arg in args]
     parser = _parser(f"vit2dpe {name}", config.__doc__ or "")
     parser.add_class_arguments(config)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    _describe(parser, config)
     values = _parse(parser, args)
-    settings = config(**{k: v for k, v in values.items() if k != "config"})
-    _named(command.run)(settings, command=shlex.join(["vit2dpe", *name.split(), *args]))
+    _named(command.run)(_filled(config, values), command=typed)
     return 0
+
+
+def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, default) of every setting of a dataclass, those of nested ones too."""
+    for setting in fields(config):
+        if is_dataclass(setting.default):
+            yield from _options(setting.default, f"{prefix}{setting.name}.")
+        else:
+            yield prefix + setting.name, setting.default
+
+
+def _describe(parser: Any, config: Any) -> None:
+    """What the docstrings say of each setting, as the help of its option; a class's first line titles its group."""
+    said = _documented(config)
+    for setting in fields(config):
+        if is_dataclass(setting.default):
+            nested = type(setting.default)
+            said |= {f"{setting.name}.{name}": text for name, text in _documented(nested).items()}
+            for group in parser._action_groups:
+                if nested.__name__ in (group.title or ""):
+                    group.title = (nested.__doc__ or "").partition("\n")[0].rstrip(".")
+    for action in parser._actions:
+        if action.dest in said:
+            action.help = said[action.dest].replace("%", "%%")
+
+
+def _documented(config: Any) -> dict[str, str]:
+    """Setting -> its text in the Args section of the class's docstring."""
+    lines = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        if match := re.match(r"    (\w+): (.*)", line):
+            name, text = match.groups()
+            found[name] = text
+        elif found and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def _filled(config: Any, values: dict[str, Any]) -> Any:
+    """The dataclass, and those nested in it, with these values."""
+    nested = {f.name: type(f.default) for f in fields(config) if is_dataclass(f.default)}
+    names = {f.name for f in fields(config)}
+    given = {k: _filled(nested[k], v) if k in nested else v for k, v in values.items() if k in names}
+    return config(**given)
+
+
+def _expected(error: BaseException) -> bool:
+    from .errors import TrainingError
+
+    return isinstance(error, TrainingError | OSError)
 
 
 def _named(place: str) -> Any:
@@ -131,19 +197,59 @@ def _parse(parser, args: list[str]) -> dict:
 
     from .errors import ConfigError
 
-    args = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in args]
+    args = [_underscored(arg) for arg in args]
     if "-h" in args or "--help" in args:
-        print(re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), parser.format_help()))
+        print(re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help()))
         raise SystemExit(0)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for before, arg in zip(["", *args], args, strict=False):
+        if before == "--config" or arg.startswith("--config="):
+            _check_yaml(arg.removeprefix("--config="), {option.removeprefix("--") for option in known})
     try:
         return parser.parse_args(args).as_dict()
     except (ArgumentError, TypeError) as error:
-        message = " ".join(str(error).split())
-        known = [option for action in parser._actions for option in action.option_strings]
+        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
         strange = next((a.split("=")[0] for a in args if a.startswith("--") and a.split("=")[0] not in known), None)
         near = difflib.get_close_matches(strange, known, n=1) if strange else []
         hint = f"unknown option {strange}; did you mean {near[0]}? " if near else ""
         raise ConfigError(hint + message) from None
+
+
+def _underscored(arg: str) -> str:
+    return re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg)
+
+
+def _check_yaml(path: str, known: set[str]) -> None:
+    """Refuse what YAML would take silently, a key given twice and a number that is none; and name the nearest key."""
+    import yaml
+
+    from .errors import ConfigError, unknown
+
+    if not os.path.isfile(path):
+        raise ConfigError(f"there is no file {path}")
+
+    def walk(node: Any, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            if isinstance(node, yaml.ScalarNode) and node.value.lower().lstrip("+-") in (".nan", ".inf", "nan", "inf"):
+                raise ConfigError(f"{path}: {prefix} must be a finite number, got {node.value}")
+            return
+        seen: set[str] = set()
+        for key_node, value in node.value:
+            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+            if key in seen:
+                raise ConfigError(f"{path}: {key} is given twice, again in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+            inside = any(option.startswith(f"{key}.") for option in known)
+            if key not in known and not inside:
+                raise unknown(f"setting in {path}", key, sorted(known - {"config", "print_config", "help"}))
+            if inside or not isinstance(value, yaml.MappingNode):
+                walk(value, key)
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            walk(yaml.compose(file, Loader=yaml.SafeLoader), "")
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is no YAML file: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -52,6 +53,11 @@ class ModelSpec(NamedTuple):
             raise unknown("model class", self.kind, MODELS)
         module, _, name = MODELS[self.kind].partition(":")
         make = getattr(importlib.import_module(f"vit2dpe.{module}"), name)
+        known = inspect.signature(make).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            for argument in self.arguments:
+                if argument not in known:
+                    raise unknown(f"option of {self.kind}", argument, known)
         return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()})
 
 

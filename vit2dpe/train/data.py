@@ -103,9 +103,10 @@ def load_images(
         ConfigError: for an unknown name, or a setting that the source does not take.
         DataError: for data that are missing, unreadable or not laid out as required.
     """
-    if name not in SOURCES:
-        raise unknown("data source", name, SOURCES)
-    classes, train, test, notes = SOURCES[name](Path(root).expanduser() if root else None, source_size)
+    check_source(name)
+    source = SOURCES[name.partition(":")[0]]
+    at = name.partition(":")[2] or root
+    classes, train, test, notes = source(Path(at).expanduser() if at else None, source_size)
     train = train if limit_train is None else train.take(limit_train)
     test = test if limit_test is None else test.take(limit_test)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
@@ -114,6 +115,15 @@ def load_images(
         if leaked := _shared(train, test):
             notes = [*notes, f"same image in train and test: {leaked}"]
     return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes))
+
+
+def check_source(name: str, root: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a source that does not exist, without reading any."""
+    kind, colon, what = name.partition(":")
+    if kind not in SOURCES or (kind == "hf") != bool(what):
+        raise unknown("data source", name, [*(s for s in SOURCES if s != "hf"), "hf:<name>"])
+    if colon and root:
+        raise ConfigError(f"{name} says where the data are: leave out root, got {root}")
 
 
 def digits(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
@@ -138,16 +148,25 @@ def cifar10(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
 
     Its batches are pickles; torchvision compares each with its known checksum before it is opened.
     """
-    if source_size:
-        raise ConfigError("cifar10 is 32x32: leave out source_size")
-    try:
-        from torchvision.datasets import CIFAR10
+    return _cifar("CIFAR10", root, source_size)
 
-        root = root or cache_dir() / "cifar10"
-        train, test = (CIFAR10(root, train=part, download=True) for part in (True, False))
+
+def cifar100(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+    """CIFAR-100, as `cifar10`."""
+    return _cifar("CIFAR100", root, source_size)
+
+
+def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+    if source_size:
+        raise ConfigError(f"{name.lower()} is 32x32: leave out source_size")
+    try:
+        from torchvision import datasets
+
+        root = root or cache_dir() / name.lower()
+        train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
     except Exception as error:  # no network, a broken transfer, a wrong checksum, a torchvision built for another torch
         raise DataError(
-            f"could not get CIFAR-10 with torchvision.datasets.CIFAR10({str(root)!r}, download=True): {error}; "
+            f"could not get {name} with torchvision.datasets.{name}({str(root)!r}, download=True): {error}; "
             "without internet, use images in class folders: --data folder --root <folder>"
         ) from error
     splits = [
@@ -176,7 +195,7 @@ def folder(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
     return tuple(train), Split(images[:split], target[:split]), Split(images[split:], target[split:]), notes + said
 
 
-SOURCES: dict[str, Source] = {"digits": digits, "folder": folder, "cifar10": cifar10}
+SOURCES: dict[str, Source] = {"digits": digits, "folder": folder, "cifar10": cifar10, "cifar100": cifar100}
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,135 @@ class ModelConfig:
     drop_path: float = 0.0
     init: str = "default"
     options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        name: digits (built in), cifar10, cifar100 (downloaded), folder (class folders, Tiny-ImageNet as it is
+            downloaded), tar (one archive a split), or hf:<name> (a Hugging Face dataset).
+        root: where it lies.
+        size: pixels of training images, 32 or 32x48 (height x width); default: their own.
+        source_size: size that pictures of differing sizes are brought to once.
+        limit_train: use only so many training images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    size: str | None = None
+    source_size: str | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to training images, to each for itself.
+
+    Args:
+        shift: random shift in pixels, edges reflected.
+        flip: random horizontal flip.
+        label_smoothing: of the cross-entropy.
+    """
+
+    shift: int | None = None
+    flip: bool | None = None
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a classifier of images with any encoding.
+
+    Settings left at null take the preset of the data.
+
+    Args:
+        model: what is trained.
+        data: what it is trained on.
+        augment: what happens to training images.
+        optim: how weights are updated.
+        run: where and how it runs.
+        resume: go on from run.out/last, if it is there.
+        init: start from these weights: a run folder, a .safetensors or a .pth; another encoding, size or number of
+            classes is fine, and what was taken and what not is printed.
+        smoke: two steps on the CPU, to see that everything runs.
+    """
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    resume: bool = False
+    init: str | None = None
+    smoke: bool = False
+
+
+# What is chosen where a setting is null. A named model brings its own sizes.
+PRESETS: dict[str, dict] = {
+    "digits": dict(
+        model=dict(patch=4, width=64, depth=3, heads=8, mlp_ratio=2.0, pool="avg", position="rope"),
+        data=dict(size="16"),
+        augment=dict(shift=1, flip=False),
+    ),
+    "": dict(
+        model=dict(patch=4, width=192, depth=9, heads=3, mlp_ratio=2.0, pool="avg", position="rope"),
+        augment=dict(shift=4, flip=True),
+    ),
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Every setting that is None filled from the preset of the data; `smoke` applied."""
+    preset = PRESETS.get(config.data.name, PRESETS[""])
+    for part, values in preset.items():
+        if part == "model" and config.model.name is not None:
+            values = dict(position="rope") if config.model.name.startswith("vit2dpe_") else {}
+        old = getattr(config, part)
+        new = {name: value for name, value in values.items() if getattr(old, name) is None}
+        config = replace(config, **{part: replace(old, **new)})
+    if config.smoke:
+        batch = min(16, config.optim.batch_size)
+        config = replace(
+            config,
+            data=replace(config.data, limit_train=2 * batch, limit_test=40),
+            optim=replace(config.optim, epochs=1, batch_size=batch),
+            run=replace(config.run, device="cpu", compile=False),
+        )
+    return config
+
+
+def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
+    """Refuse numbers that cannot work, whatever is trained.
+
+    Raises:
+        ConfigError: naming the setting, what it must be and what came.
+    """
+    above_zero = {"optim.lr": optim.lr, "optim.epochs": optim.epochs, "optim.batch_size": optim.batch_size}
+    above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
+    above_zero |= {"optim.layer_decay": optim.layer_decay}
+    for name, value in above_zero.items():
+        if not (0 < value < math.inf):
+            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
+    not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
+    not_negative |= {"optim.warmup_epochs": optim.warmup_epochs, "optim.min_lr": optim.min_lr or 0.0}
+    not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
+    for name, value in not_negative.items():
+        if not (0 <= value < math.inf):
+            raise ConfigError(f"{name} must be 0 or above and finite, got {value}")
+    if not 0 <= optim.ema < 1:
+        raise ConfigError(f"optim.ema is the decay of an average, in [0, 1) (0: none), got {optim.ema}")
+    if optim.layer_decay > 1:
+        raise ConfigError(f"optim.layer_decay must be at most 1, got {optim.layer_decay}")
+    if optim.accumulate > optim.batch_size:
+        raise ConfigError(
+            f"optim.accumulate cuts a batch into parts: at most optim.batch_size = {optim.batch_size} of them, "
+            f"got {optim.accumulate}"
+        )
+    if optim.warmup_epochs >= optim.epochs > 1:
+        raise ConfigError(
+            f"optim.warmup_epochs must be below optim.epochs: got {optim.warmup_epochs} of {optim.epochs}"
+        )

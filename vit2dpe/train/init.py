@@ -1,0 +1,132 @@
+"""Starting from other weights: what fits is taken, what does not is named. Another encoding, size or head is fine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, unknown
+from .checkpoint import read_meta, read_tensors
+
+INITS = ("default", "xavier", "trunc_normal", "gpt2")
+
+
+class Loaded(NamedTuple):
+    """Names of parameters."""
+
+    taken: list[str]
+    left: list[str]  # of the model, not in the file or of another shape
+    unused: list[str]  # of the file
+
+    def __str__(self) -> str:
+        kept = f"; drawn anew: {_some(self.left)}" if self.left else ""
+        return f"{len(self.taken)} tensors taken{kept}" + (f"; not used: {_some(self.unused)}" if self.unused else "")
+
+
+def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) -> Loaded:
+    """Take from `source` every tensor that fits `model`, in place.
+
+    Args:
+        source: a run folder (its last/), a folder with model.json, a .safetensors, or a .pth of tensors.
+        least: the share of the model's tensors below which it is refused: it would be another architecture.
+
+    Raises:
+        CheckpointError: if the file is missing, altered, unsafe, not finite, or of another architecture.
+    """
+    path = Path(source).expanduser()
+    state = _fitted(model, read_weights(path))
+    own = model.state_dict()
+    taken = [name for name, value in state.items() if name in own and own[name].shape == value.shape]
+    left = [name for name in own if name not in taken]
+    unused = [name for name in state if name not in taken]
+    if len(taken) < least * len(own):
+        shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in unused if n in own]
+        raise CheckpointError(
+            f"{path} is of another architecture: {len(taken)} of {len(own)} tensors of {type(model).__name__} fit; "
+            f"of other shape: {_some(shapes)}; missing: {_some([n for n in left if n not in state])}; "
+            f"unexpected: {_some([n for n in unused if n not in own])}"
+        )
+    for name in taken:
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{path}: {name} is not finite")
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(state[name])
+    return Loaded(taken, left, unused)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, from what a person may point at. Nothing in a file is executed."""
+    for folder in (path / "last", path):
+        if (folder / "model.json").is_file():
+            return read_tensors(folder, read_meta(folder), "model")
+    if not path.is_file():
+        raise CheckpointError(f"there is no run and no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load(path.read_bytes())
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # torch reports damage and forbidden pickles in many ways
+        first = str(error).strip().splitlines()
+        why = first[0] if first else repr(error)
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone, and nothing else in it is executed: {why}"
+        ) from None
+    return _unwrapped(tree, path)
+
+
+def initialize(model: nn.Module, how: str) -> None:
+    """Draw the linear maps anew, biases zero: xavier (uniform), trunc_normal (0.02), gpt2 (normal 0.02, the last map
+    of each residual branch over sqrt(2 depth)). Encodings, and a model's own special cases, keep what they drew."""
+    if how not in INITS:
+        raise unknown("init", how, INITS)
+    if how == "default":
+        return
+    from ..encodings import PositionEncoding
+
+    inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, PositionEncoding))
+    depth = max(1, len(getattr(model, "blocks", ())))
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name.startswith(inside):
+            continue
+        if how == "xavier":
+            nn.init.xavier_uniform_(module.weight)
+        elif how == "trunc_normal":
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        else:
+            last = name.endswith(("attn.proj", "mlp.fc2"))
+            nn.init.normal_(module.weight, std=0.02 / ((2 * depth) ** 0.5 if last else 1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from ..models import ViT
+
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(model, ViT):
+        from ..models.weights import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model)
+    return state
+
+
+def _unwrapped(tree: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
+        raise CheckpointError(f"{path} holds no tensors by name")
+    return tree
+
+
+def _some(names: list[str], n: int = 5) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return (", ".join(names[:n]) or "none") + more

@@ -1,0 +1,183 @@
+"""`vit2dpe train`: a classifier of images, from settings to a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..encodings import parse
+from ..errors import ConfigError, unknown
+from ..resolution import parse_size
+from .checkpoint import ModelSpec
+from .data import Images, check_source, load_images
+from .distributed import World, joined, local_device, wrapped
+from .engine import fit, make_optimizer, make_schedule, pick_device, precision
+from .init import INITS, initialize, load_weights
+from .keys import keyed
+from .runs import changed_settings, environment, run_folder, write_facts, write_summary
+from .settings import TrainConfig, check_numbers, resolve
+from .task import ImageTask
+
+
+def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
+    """Train as told and leave a run folder: config.yaml, env.json, metrics.csv, last/, best/, summary.md.
+
+    Args:
+        config: settings; those at None take the preset of the data.
+        command: what was typed, for the record.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is trained, for what cannot work.
+        TrainingError: for what went wrong on the way.
+        Stopped: after a signal, when everything is saved.
+    """
+    config = check(config)
+    device = pick_device(local_device(config.run.device))
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
+        say = print if world.first else (lambda *_: None)
+        if config.run.device == "auto" and device.type == "cpu":
+            say("note: no GPU was found: training on the CPU")
+        for change in changed_settings(folder, config) if config.resume and world.first else []:
+            say(f"note: {change}")
+        data = _loaded(config)
+        for note in data.notes:
+            say(f"note: {note}")
+        size = parse_size(config.data.size) if config.data.size else data.native
+        spec = model_spec(config, size, len(data.mean), len(data.classes))
+        torch.manual_seed(keyed(config.run.seed, "init"))
+        model = spec.build()
+        initialize(model, config.model.init)
+        if config.init is not None and not (config.resume and (folder / "last").is_dir()):
+            say(f"{config.init}: {load_weights(model, config.init)}")
+        task = image_task(config, data, size, device, world)
+        facts = environment(command, device, data.name, data.digest)
+        if world.first:
+            write_facts(folder, config, facts)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        say(
+            f"{type(model).__name__} of {millions:.2f} M parameters; {len(data.train)} training and {len(data.test)} "
+            f"test images of {size[0]}x{size[1]}, {len(data.classes)} classes; on {facts['hardware']}; into {folder}"
+        )
+        rows = fit(
+            model,
+            task,
+            config.optim,
+            replace(config.run, device=str(device)),
+            folder=folder,
+            spec=spec,
+            resume=config.resume,
+            world=world,
+            about=dict(command=command),
+            stop_after=2 if config.smoke else None,
+        )
+        if world.first:
+            following = next_command(config, folder, size)
+            write_summary(folder, f"{spec.arguments.get('position', '')} on {data.name}", rows, facts, following)
+            best = max((row["test_top1"] for row in rows), default=float("nan"))
+            say(f"top-1 {rows[-1]['test_top1']:.2f}% (best {best:.2f}%); summary {folder / 'summary.md'}")
+            say(f"next     {following}")
+    return folder
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """The settings with every preset filled in, after refusing all that can be refused before data are read."""
+    check_source(config.data.name, config.data.root)
+    config = resolve(config)
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    if config.model.position is not None:
+        parse(config.model.position)
+    if config.model.init not in INITS:
+        raise unknown("init", config.model.init, INITS)
+    if not 0 <= config.augment.label_smoothing < 1:
+        raise ConfigError(f"augment.label_smoothing must be in [0, 1), got {config.augment.label_smoothing}")
+    for size in (config.data.size, config.data.source_size):
+        if size is not None:
+            parse_size(size)
+    size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
+    if config.init is not None and not Path(config.init).expanduser().exists():
+        raise ConfigError(f"there is nothing at {config.init} to start from")
+    with torch.device("meta"):
+        model = model_spec(config, parse_size(size), 3, 10).build()
+    make_schedule(make_optimizer(model, config.optim), config.optim, 1)
+    wrapped(model, config.run.parallel, World())
+    return config
+
+
+def model_spec(config: TrainConfig, size: tuple[int, int], channels: int, classes: int) -> ModelSpec:
+    """The model that the settings name, for images of this size, channels and classes."""
+    model = config.model
+    sizes = dict(
+        patch_size=model.patch,
+        embed_dim=model.width,
+        depth=model.depth,
+        num_heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        global_pool=model.pool,
+        class_token=model.class_token,
+        position=model.position,
+    )
+    arguments: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
+    if model.pool is not None and model.class_token is None:
+        arguments["class_token"] = model.pool == "token"
+    if model.name is None:
+        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | model.options)
+    if _sized(model.name):
+        arguments["img_size"] = list(size)
+    return ModelSpec("timm", dict(model_name=model.name) | arguments | model.options)
+
+
+def image_task(
+    config: TrainConfig, data: Images, size: tuple[int, int], device: torch.device, world: World
+) -> ImageTask:
+    return ImageTask(
+        data,
+        size,
+        config.optim.batch_size,
+        seed=config.run.seed,
+        device=device,
+        shift=int(config.augment.shift or 0),
+        flip=bool(config.augment.flip),
+        label_smoothing=config.augment.label_smoothing,
+        world=world,
+    )
+
+
+def next_command(config: TrainConfig, folder: Path, size: tuple[int, int]) -> str:
+    """A short finetune at half as much again: the cheapest way to see what the encoding is worth."""
+    patch = config.model.patch or 16
+    larger = "x".join(str(max(patch, round(side * 1.5 / patch) * patch)) for side in size)
+    words = ["vit2dpe", "train", "--config", str(folder / "config.yaml"), "--init", str(folder), "--data.size", larger]
+    words += ["--optim.epochs", "5", "--optim.warmup_epochs", "1", "--optim.lr", f"{config.optim.lr / 10:g}"]
+    return shlex.join([*words, "--run.out", f"{folder}-{larger}"])
+
+
+def _loaded(config: TrainConfig) -> Images:
+    data = config.data
+    return load_images(
+        data.name,
+        data.root,
+        source_size=None if data.source_size is None else parse_size(data.source_size),
+        limit_train=data.limit_train,
+        limit_test=data.limit_test,
+    )
+
+
+def _sized(name: str) -> bool:
+    """Whether a model of timm's registry must be told the size of its images."""
+    import timm
+
+    if name.startswith("vit2dpe_") or not timm.is_model(name):
+        return True
+    config = timm.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
