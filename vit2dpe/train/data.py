@@ -166,7 +166,8 @@ def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) ->
         train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
     except Exception as error:  # no network, a broken transfer, a wrong checksum, a torchvision built for another torch
         raise DataError(
-            f"could not get {name} with torchvision.datasets.{name}({str(root)!r}, download=True): {error}; "
+            f"could not get {name.replace('CIFAR', 'CIFAR-')} with "
+            f"torchvision.datasets.{name}({str(root)!r}, download=True): {error}; "
             "without internet, use images in class folders: --data folder --root <folder>"
         ) from error
     splits = [

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import TrainingError, unknown
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -53,9 +53,18 @@ def joined(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    rank = dist.get_rank()
     try:
-        yield World(dist.get_rank(), size)
+        yield World(rank, size)
         dist.barrier()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error):
+            why = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"rank {rank} lost another process ({why}): look for what that one said; with --resume the run goes on "
+                "from its last checkpoint"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

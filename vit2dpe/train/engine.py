@@ -163,9 +163,10 @@ class Trainer:
                 break
             self._update(epoch, step)
             self._tell(epoch)
-            if self._asked():
+            stop, due = self._agree()
+            if stop:
                 self._leave()
-            if self.run.save_minutes and self._minutes_since_save() > self.run.save_minutes:
+            if due:
                 self.save()
         self.pace = (time.monotonic() - began, self.state.count - counted)
 
@@ -303,21 +304,18 @@ class Trainer:
 
     # Stopping and going on
 
-    def _asked(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return bool(sum_over_ranks([self.signals.asked], self.world, self.device)[0])
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether a save is due, for all by the first one's clock."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        due = self.world.first and 0 < self.run.save_minutes < minutes
+        stop, save = sum_over_ranks([self.signals.asked, due], self.world, self.device)
+        return bool(stop), bool(save)
 
     def _leave(self) -> None:
         self.signals.at_once = False
         self.save()
         self.bar.say(f"stopped at step {self.state.step} and saved; --resume goes on from there")
         raise Stopped(128 + (self.signals.asked or 15))
-
-    def _minutes_since_save(self) -> float:
-        minutes = (time.monotonic() - self.last_save) / 60
-        # One rank's clock decides for all, for saving is a meeting.
-        first = minutes if self.world.first else 0.0
-        return sum_over_ranks([first], self.world, self.device)[0]
 
     def save(self, name: str = "last", row: Row | None = None) -> None:
         """Write a checkpoint. `model` are the weights that are evaluated: the averaged ones, where there are."""
