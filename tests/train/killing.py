@@ -1,7 +1,7 @@
-"""Trials in which a process is killed, run in one process that forks: python killing.py <what> <folder> -> JSON lines.
+"""Trials in which a process is killed, by one process that forks: killing.py <what> <folder> <trials> -> JSON lines.
 
-Torch is imported once; each trial is a fork that is really killed with SIGKILL, at a random time or at the k-th time that
-it opens, syncs, renames or removes a file.
+Torch is imported once; each trial is a fork that is really killed with SIGKILL, at a random time or at the k-th time
+that it opens, syncs, renames or removes a file.
 """
 
 import json
@@ -87,8 +87,9 @@ def boundaries(folder, trials):
 
             def count(event, *_):
                 nonlocal seen
-                seen += event in ("open", "os.rename", "os.remove", "fsync")
-                if seen == k:
+                counts = event in ("open", "os.rename", "os.remove", "fsync")
+                seen += counts
+                if counts and seen == k:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             real = os.fsync
@@ -111,7 +112,7 @@ def leftovers(folder):
 
 
 def trainings(folder, trials):
-    """A training killed at a random time, then resumed; every fourth is asked to stop instead, with SIGTERM or SIGINT."""
+    """A training killed at a random time, then resumed; every other is asked to stop, with SIGTERM or SIGINT."""
     from dataclasses import replace
 
     import test_resume as micro
@@ -120,8 +121,7 @@ def trainings(folder, trials):
     from vit2dpe.train.engine import fit
 
     data = load_images("digits", limit_train=96, limit_test=40)
-    # A clock that says 10 minutes passed makes every third step save.
-    run = replace(micro.RUN, save_minutes=1e-4)
+    run = replace(micro.RUN, save_minutes=1e-4)  # saves at most steps
 
     def training(target, resume=False):
         fit(micro.build(), micro.task(data), micro.OPTIM, run, folder=target, spec=micro.SPEC, resume=resume)

@@ -14,7 +14,7 @@ from vit2dpe.train.data import load_images
 from vit2dpe.train.distributed import joined
 from vit2dpe.train.engine import Trainer, fit
 from vit2dpe.train.keys import keyed
-from vit2dpe.train.settings import OptimConfig, RunConfig
+from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
 from vit2dpe.train.task import ImageTask
 
 SPEC = ModelSpec(
@@ -32,7 +32,7 @@ RUN = RunConfig(device="cpu", save_minutes=0)
 def go(folder, world, *, epochs=3, resume=False, **run):
     torch.manual_seed(keyed(0, "init"))
     data = load_images("digits", limit_train=95, limit_test=41)
-    task = ImageTask(data, (8, 12), 24, shift=1, flip=True, label_smoothing=0.1, world=world)
+    task = ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, label_smoothing=0.1), world=world)
     optim, stop_after = replace(OPTIM, epochs=3), 4 * epochs
     settings = replace(RUN, **run)
     return fit(

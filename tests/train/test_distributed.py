@@ -14,6 +14,7 @@ from vit2dpe.train.checkpoint import read_meta, read_tensors
 from vit2dpe.train.data import load_images
 from vit2dpe.train.distributed import ALONE, World
 from vit2dpe.train.log import read_table
+from vit2dpe.train.settings import AugmentConfig
 from vit2dpe.train.task import ImageTask, evaluation_batches
 
 HERE = Path(__file__).parent
@@ -89,8 +90,11 @@ def test_every_image_is_evaluated_once_and_every_share_is_disjoint(size):
     labels = torch.cat([y for part in parts for _, y in part])
     assert torch.equal(labels, data.test.labels)
     assert len({len(part) for part in parts}) == 1, "as many batches on every rank"
-    tasks = [ImageTask(data, (8, 12), 24, shift=1, flip=True, world=World(rank, size)) for rank in range(size)]
-    whole = ImageTask(data, (8, 12), 24, shift=1, flip=True).batch(1, 2)
+    tasks = [
+        ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, policy="rand", erase=0.5), world=World(rank, size))
+        for rank in range(size)
+    ]
+    whole = ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, policy="rand", erase=0.5)).batch(1, 2)
     cut = [task.batch(1, 2) for task in tasks]
     for key in whole:
         assert torch.equal(torch.cat([batch[key] for batch in cut]), whole[key]), "draws do not depend on the ranks"

@@ -10,7 +10,7 @@ from vit2dpe.errors import TrainingError
 from vit2dpe.train.augment import shift_and_flip
 from vit2dpe.train.data import load_images
 from vit2dpe.train.engine import fit, keyed, pick_device
-from vit2dpe.train.settings import OptimConfig, RunConfig
+from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
 from vit2dpe.train.task import ImageTask
 
 OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=2, batch_size=32)
@@ -53,7 +53,7 @@ def test_reflection_by_hand():
 
 
 def task(data, seed=0):
-    return ImageTask(data, (16, 16), 32, seed=seed, shift=1, label_smoothing=0.1)
+    return ImageTask(data, (16, 16), 32, seed=seed, augment=AugmentConfig(1, label_smoothing=0.1))
 
 
 def test_a_seed_decides_everything(data, tmp_path):

@@ -13,7 +13,7 @@ from vit2dpe.train.data import load_images
 from vit2dpe.train.engine import Trainer, fit
 from vit2dpe.train.keys import generator, keyed
 from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import OptimConfig, RunConfig
+from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
 from vit2dpe.train.task import ImageTask, Task, split_batch
 
 SPEC = ModelSpec(
@@ -39,7 +39,7 @@ def build():
 
 
 def task(data):
-    return ImageTask(data, (8, 12), 24, shift=1, flip=True, label_smoothing=0.1)
+    return ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, label_smoothing=0.1))
 
 
 def everything(folder):

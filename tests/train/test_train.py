@@ -11,8 +11,12 @@ import yaml
 from vit2dpe import ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError, ConfigError
+from vit2dpe.train.checkpoint import read_meta
+from vit2dpe.train.data import load_images
 from vit2dpe.train.init import initialize, load_weights
-from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.train.log import read_table
+from vit2dpe.train.settings import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.train.task import ImageTask
 from vit2dpe.train.train import check, model_spec, train
 
 MICRO = TrainConfig(
@@ -95,7 +99,14 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
         (["--optim.accumulate", "0"], "optim.accumulate must be above 0"),
         (["--optim.ema", "1.5"], "in [0, 1)"),
         (["--model.init", "xaviar"], "did you mean 'xavier'"),
-        (["--augment.label_smoothing", "1"], "augment.label_smoothing"),
+        (["--augment.label_smoothing", "1"], "augment.label_smoothing must be in [0, 1), got 1.0"),
+        (["--augment.crop", "0"], "augment.crop"),
+        (["--augment.crop", "0.5", "--augment.shift", "2"], "takes the place"),
+        (["--augment.policy", "rnad"], "did you mean 'rand'"),
+        (["--augment.policy", "rand(mag=3)"], "did you mean 'magnitude'"),
+        (["--augment.policy", "rand(magnitude=31)"], "0 to 30"),
+        (["--augment.mixup=-1"], "0 or above"),
+        (["--augment.train_sizes", "16,18"], "multiple of the patch 4x4: got 18x18"),
         (["--run.parallel", "dp"], "did you mean 'ddp'"),
         (["--run.precision", "float61"], "precision must be"),
         (["--run.device", "cuda:99"], "--device cpu"),
@@ -212,3 +223,37 @@ def test_inits_draw_what_they_say(how):
     assert down.std().item() == pytest.approx(wanted[1], rel=0.1)
     assert not model.blocks[0].mlp.fc1.bias.any()
     assert all(torch.equal(a, b) for a, b in zip(encoding, model.position.parameters(), strict=True))
+
+
+def test_everything_on_images_at_once(tmp_path):
+    augment = AugmentConfig(
+        crop=0.5,
+        flip=True,
+        policy="rand(ops=1, magnitude=5)",
+        erase=0.3,
+        mixup=0.8,
+        cutmix=1.0,
+        train_sizes="8,8x12,16",
+    )
+    optim = replace(MICRO.optim, accumulate=2, ema=0.9, layer_decay=0.7, betas=(0.9, 0.95), name="lamb")
+    config = replace(MICRO, augment=augment, optim=optim)
+    out = train(at(config, tmp_path / "a", precision="bfloat16", grad_checkpointing=True))
+    task = ImageTask(load_images("digits"), (8, 12), 32, augment=augment)
+    sizes = {tuple(task.batch(0, step)["images"].shape[2:]) for step in range(12)}
+    assert sizes == {(8, 8), (8, 12), (16, 16)}
+    again = train(at(config, tmp_path / "b", precision="bfloat16", grad_checkpointing=True))
+    assert (out / "last/model.safetensors").read_bytes() == (again / "last/model.safetensors").read_bytes()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    stuck = replace(MICRO.optim, lr=1e-12, epochs=9)
+    out = train(at(replace(MICRO, optim=stuck), tmp_path, patience=2))
+    rows = read_table(out / "metrics.csv")
+    assert len(rows) == 3, "the first is the best, two more do not better it"
+
+
+def test_float16_skips_what_overflows_and_goes_on(tmp_path):
+    out = train(at(replace(MICRO, optim=replace(MICRO.optim, epochs=1)), tmp_path, precision="float16"))
+    meta = read_meta(out / "last")
+    assert meta["state"]["scaler"]["scale"] > 0
+    assert meta["state"]["step"] == 2

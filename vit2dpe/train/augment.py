@@ -1,19 +1,26 @@
-"""Random augmentation of a batch, each sample drawn for itself; torchvision's v2 draws once for a whole batch."""
+"""Random augmentation of a batch, each sample drawn for itself; torchvision's v2 draws once for a whole batch.
+
+Draws come from a generator on the CPU, so that a seed gives the same ones on every device. `of` and `part` say that
+`images` are that part of a batch of `of`: the draws are those of the whole batch, whichever process makes them.
+
+Legend: B batch, C channels, H rows, W columns.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+ALL = slice(None)
 
 
 def shift_and_flip(
-    images: Tensor,
-    shift: int,
-    flip: bool,
-    generator: torch.Generator,
-    *,
-    of: int | None = None,
-    part: slice = slice(None),
+    images: Tensor, shift: int, flip: bool, generator: torch.Generator, *, of: int | None = None, part: slice = ALL
 ) -> Tensor:
     """Shift each image by up to ±shift pixels along both axes (edges reflected) and flip half of them left to right.
 
@@ -21,8 +28,6 @@ def shift_and_flip(
         images: (B, C, H, W), any dtype.
         shift: largest shift in pixels, below the side.
         flip: whether to flip.
-        generator: on the CPU, so that a seed gives the same draws on every device.
-        of, part: `images` are this part of a batch of `of`: the draws are those of the whole batch.
     """
     b, _, h, w = images.shape
     of = b if of is None else of
@@ -41,3 +46,146 @@ def _index(batch: int, side: int, shift: int, generator: torch.Generator) -> Ten
     offset = torch.randint(-shift, shift + 1, (batch, 1), generator=generator) if shift else 0
     index = (torch.arange(side) + offset).abs().expand(batch, side)
     return torch.where(index < side, index, 2 * (side - 1) - index)
+
+
+class Boxes(NamedTuple):
+    """Rectangles in pixels, one a sample: (B,) each, float32."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def draw_boxes(
+    batch: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Boxes, Tensor]:
+    """A random rectangle a sample, of a share of the area and a ratio width / height (log-uniform) between bounds.
+
+    The first of ten draws that fits the image is taken, as torchvision does; which samples had one is told too.
+    """
+    h, w = size
+    share = torch.empty(batch, 10).uniform_(*area, generator=generator) * h * w
+    log_ratio = torch.empty(batch, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+    width, height = (share * log_ratio.exp()).sqrt().round(), (share / log_ratio.exp()).sqrt().round()
+    fits = (width >= 1) & (height >= 1) & (width <= w) & (height <= h)
+    first = fits.int().argmax(1, keepdim=True)
+    width, height = width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
+    top, left = (torch.rand(batch, generator=generator) for _ in "yx")
+    top, left = (top * (h - height + 1)).floor(), (left * (w - width + 1)).floor()
+    return Boxes(top, left, height, width), fits.any(1)
+
+
+def resized_crop(
+    images: Tensor,
+    size: tuple[int, int],
+    smallest: float,
+    flip: bool,
+    generator: torch.Generator,
+    *,
+    of: int | None = None,
+    part: slice = ALL,
+) -> Tensor:
+    """A random part of each image, at least `smallest` of its area and 3:4 to 4:3, resized (bilinear), half flipped.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        size: (H', W') of the result.
+
+    Returns:
+        uint8 (B, C, H', W').
+    """
+    b, _, h, w = images.shape
+    of = b if of is None else of
+    box, found = draw_boxes(of, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
+    whole = Boxes(*(torch.tensor(float(v)) for v in (0, 0, h, w)))
+    top, left, height, width = (
+        torch.where(found, a, b)[part, None].to(images.device) for a, b in zip(box, whole, strict=True)
+    )
+    along = [(torch.arange(side, device=images.device) + 0.5) / side for side in size]
+    if flip:
+        mirrored = (torch.rand(of, generator=generator) < 0.5)[part, None].to(images.device)
+        columns = torch.where(mirrored, 1 - along[1], along[1])
+    else:
+        columns = along[1].expand(b, -1)
+    y, x = 2 * (top + along[0] * height) / h - 1, 2 * (left + columns * width) / w - 1  # (B, H'), (B, W')
+    grid = torch.stack(
+        [x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1
+    )  # grid_sample wants (x, y)
+    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.round().clamp(0, 255).to(torch.uint8)
+
+
+def erase(
+    images: Tensor, probability: float, generator: torch.Generator, *, of: int | None = None, part: slice = ALL
+) -> Tensor:
+    """Random erasing (arXiv 1708.04896): with this probability a rectangle of 2 to 33% of the area becomes 0, the mean.
+
+    Args:
+        images: (B, C, H, W), normalised.
+    """
+    b, _, h, w = images.shape
+    of = b if of is None else of
+    box, found = draw_boxes(of, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    chosen = found & (torch.rand(of, generator=generator) < probability)
+    inside = _inside(Boxes(*(side[part] for side in box)), (h, w)) & chosen[part, None, None]
+    return images.masked_fill(inside[:, None].to(images.device), 0)
+
+
+def mix(
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    *,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    of: int | None = None,
+    part: slice = ALL,
+) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), drawn for each sample; both: a coin decides for each.
+
+    A sample's partner is its mirror image in the order of `images`; so a rank mixes its own share, and with mixing two
+    processes do not train bit for bit as one does. Any batch size is fine, unlike timm's.
+
+    Args:
+        images: (B, C, H, W).
+        labels: (B,) int64.
+        mixup, cutmix: α of Beta(α, α) that the mixing weight comes from; 0: not done.
+
+    Returns:
+        the images, and targets (B, classes) float32.
+    """
+    b, _, h, w = images.shape
+    of = b if of is None else of
+    draws = np.random.default_rng(seed)
+    cut = draws.random(of) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
+    weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, of), draws.beta(mixup or 1, mixup or 1, of))
+    centre = draws.random((2, of))
+    keep, cut_, at = (
+        torch.from_numpy(np.ascontiguousarray(v)).to(images.device) for v in (weight[part], cut[part], centre[:, part])
+    )
+    half_h, half_w = h * (1 - keep).sqrt() / 2, w * (1 - keep).sqrt() / 2
+    top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()
+    bottom, right = (at[0] * h + half_h).clamp(max=h).floor(), (at[1] * w + half_w).clamp(max=w).floor()
+    inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]
+    # The box is cut off at the edges: its label counts for the area that is left.
+    keep = torch.where(cut_, 1 - inside.flatten(1).double().mean(1), keep).float()
+    partner = images.flip(0)
+    blended = torch.lerp(partner, images, torch.where(cut_, 1.0, keep).to(images.dtype)[:, None, None, None])
+    images = torch.where(inside[:, None], partner, blended)
+    target = F.one_hot(labels, classes).float()
+    return images, torch.lerp(target.flip(0), target, keep[:, None])
+
+
+def _inside(box: Boxes, size: tuple[int, int]) -> Tensor:
+    """(B, H, W) bool: whether a pixel is in its sample's box."""
+    rows, cols = (torch.arange(side, device=box.top.device) for side in size)
+    y = (rows >= box.top[:, None]) & (rows < (box.top + box.height)[:, None])
+    x = (cols >= box.left[:, None]) & (cols < (box.left + box.width)[:, None])
+    return y[:, :, None] & x[:, None, :]

@@ -377,6 +377,7 @@ class Trainer:
         load_optimizer(self.model, self.optimizer, moments)
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = State(**state)
+        self.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with
 
     def _precision(self):
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)

@@ -92,7 +92,7 @@ class Bar:
         if self.bar is not None:
             self.bar.write(text)
         elif self.show:
-            print(text, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 class Trackers:

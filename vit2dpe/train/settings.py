@@ -142,12 +142,25 @@ class AugmentConfig:
     Args:
         shift: random shift in pixels, edges reflected.
         flip: random horizontal flip.
+        crop: instead of a shift, a random part of at least this share of the area, resized: 0.08 is ImageNet's custom,
+            0.8 one for small images.
+        policy: none, trivial (TrivialAugment), rand or rand(ops=2, magnitude=9) (RandAugment).
+        erase: probability of erasing a random rectangle.
+        mixup: α of mixup; 0: none.
+        cutmix: α of cutmix; 0: none; with mixup a coin decides for each image.
         label_smoothing: of the cross-entropy.
+        train_sizes: comma-separated sizes, of which each step draws one, such as 128,160,224 or 32,32x48.
     """
 
     shift: int | None = None
     flip: bool | None = None
+    crop: float | None = None
+    policy: str = "none"
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     label_smoothing: float = 0.1
+    train_sizes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         if part == "model" and config.model.name is not None:
             values = dict(position="rope") if config.model.name.startswith("vit2dpe_") else {}
         old = getattr(config, part)
+        if part == "augment" and config.augment.crop is not None:
+            values = dict(values, shift=0)
         new = {name: value for name, value in values.items() if getattr(old, name) is None}
         config = replace(config, **{part: replace(old, **new)})
     if config.smoke:

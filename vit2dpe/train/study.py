@@ -28,7 +28,7 @@ from .config import StudyConfig, as_dict, resolve, split_words
 from .data import Images, load_images
 from .engine import fit, keyed, pick_device, precision
 from .report import Report, environment
-from .settings import OptimConfig, RunConfig
+from .settings import AugmentConfig, OptimConfig, RunConfig
 from .task import ImageTask, evaluation_batches
 
 COLUMNS = (
@@ -185,9 +185,7 @@ def training(plan: Plan, data: Images, seed: int) -> tuple[ImageTask, OptimConfi
         int(config.batch_size or 1),
         seed=seed,
         device=pick_device(config.device),
-        shift=int(config.shift or 0),
-        flip=bool(config.flip),
-        label_smoothing=config.label_smoothing,
+        augment=AugmentConfig(config.shift, config.flip, label_smoothing=config.label_smoothing),
     )
     optim = OptimConfig(
         lr=float(config.lr or 0),

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..resolution import evaluate
-from .augment import shift_and_flip
+from ..encodings import parse
+from ..resolution import evaluate, parse_size
+from .augment import erase, mix, resized_crop, shift_and_flip
 from .data import Images, Split, normalize, resize
 from .distributed import ALONE, World, sum_over_ranks
-from .keys import generator
+from .keys import generator, keyed
+from .policy import POLICIES, rand, trivial
+from .settings import AugmentConfig
 
 Batch = Any  # a tensor, or dicts, lists and tuples of tensors whose first dimension is the sample's
 
@@ -56,6 +59,14 @@ class Task(Protocol):
         return len(tensors_of(batch)[0])
 
 
+PLAIN = AugmentConfig(label_smoothing=0.0)
+
+
+class _Part(TypedDict):
+    of: int
+    part: slice
+
+
 @dataclass(frozen=True)
 class ImageTask(Task):
     """Classification of images that are in memory.
@@ -66,8 +77,7 @@ class ImageTask(Task):
         batch_size: images of a step, over all ranks; the last step of an epoch has the rest.
         seed: of order and augmentation.
         device: where batches go.
-        shift, flip: random shift in pixels, random horizontal flip.
-        label_smoothing: of the cross-entropy.
+        augment: what happens to training images.
         world: this process among how many.
     """
 
@@ -76,16 +86,19 @@ class ImageTask(Task):
     batch_size: int
     seed: int = 0
     device: torch.device | str = "cpu"
-    shift: int = 0
-    flip: bool = False
-    label_smoothing: float = 0.0
+    augment: AugmentConfig = PLAIN
     world: World = ALONE
+    train: Split = field(init=False)
+    sizes: list[tuple[int, int]] = field(init=False)
     best: tuple[str, str] | None = ("test_top1", "max")
     unit: str = "images"
 
     def __post_init__(self) -> None:
         train = Split(resized(self.data.train.images, self.train_size), self.data.train.labels)
         object.__setattr__(self, "train", train)
+        object.__setattr__(
+            self, "sizes", [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
+        )
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
@@ -94,19 +107,47 @@ class ImageTask(Task):
         return whole + (rest >= self.world.size or (rest > 0 and whole == 0))
 
     def batch(self, epoch: int, step: int) -> Batch:
-        train: Split = self.train  # type: ignore[attr-defined]
+        train = self.train
         order = torch.randperm(len(train), generator=generator(self.seed, epoch, "order"))
         index = order[step * self.batch_size : (step + 1) * self.batch_size]
         part = self.world.share(len(index))
-        draws = generator(self.seed, epoch, step, "augment")
-        images = train.images[index[part]].to(self.device, non_blocking=True)
-        images = shift_and_flip(images, self.shift, self.flip, draws, of=len(index), part=part)
+        images = self._augmented(train.images[index[part]].to(self.device, non_blocking=True), epoch, step, index, part)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
-        return dict(images=images, labels=train.labels[index[part]].to(self.device), index=index[part])
+        labels = train.labels[index[part]].to(self.device)
+        batch = dict(images=images, labels=labels, index=index[part])
+        augment, where = self.augment, _Part(of=len(index), part=part)
+        if augment.erase:
+            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
+        if augment.mixup or augment.cutmix:
+            weights = dict(mixup=augment.mixup, cutmix=augment.cutmix)
+            seed = keyed(self.seed, epoch, step, "mix")
+            classes = len(self.data.classes)
+            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
+        return batch
+
+    def _augmented(self, images: Tensor, epoch: int, step: int, index: Tensor, part: slice) -> Tensor:
+        """uint8 to uint8: where, how, how large."""
+        augment, where = self.augment, _Part(of=len(index), part=part)
+        flip, draws = bool(augment.flip), self._draws(epoch, step, "augment")
+        if augment.crop is not None:
+            images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
+        else:
+            images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
+        (name, options), *_ = parse(augment.policy, "policy", POLICIES)
+        if name != "none":
+            apply = trivial if name == "trivial" else rand
+            images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
+        if self.sizes:
+            chosen = int(torch.randint(len(self.sizes), (1,), generator=self._draws(epoch, step, "size")))
+            images = resized(images, self.sizes[chosen])
+        return images
+
+    def _draws(self, epoch: int, step: int, purpose: str) -> torch.Generator:
+        return generator(self.seed, epoch, step, purpose)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        logits = model(batch["images"])
-        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.label_smoothing), {}
+        logits, smoothing = model(batch["images"]), self.augment.label_smoothing
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing), {}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         score = evaluate(model, evaluation_batches(self.data, self.train_size, world=self.world))

@@ -11,15 +11,18 @@ import torch
 
 from ..encodings import parse
 from ..errors import ConfigError, unknown
+from ..models.contract import TimmContract
 from ..resolution import parse_size
 from .checkpoint import ModelSpec
+from .config import split_words
 from .data import Images, check_source, load_images
 from .distributed import World, joined, local_device, wrapped
 from .engine import fit, make_optimizer, make_schedule, pick_device, precision
 from .init import INITS, initialize, load_weights
 from .keys import keyed
+from .policy import POLICIES
 from .runs import changed_settings, environment, run_folder, write_facts, write_summary
-from .settings import TrainConfig, check_numbers, resolve
+from .settings import AugmentConfig, TrainConfig, check_numbers, resolve
 from .task import ImageTask
 
 
@@ -98,19 +101,41 @@ def check(config: TrainConfig) -> TrainConfig:
         parse(config.model.position)
     if config.model.init not in INITS:
         raise unknown("init", config.model.init, INITS)
-    if not 0 <= config.augment.label_smoothing < 1:
-        raise ConfigError(f"augment.label_smoothing must be in [0, 1), got {config.augment.label_smoothing}")
     for size in (config.data.size, config.data.source_size):
         if size is not None:
             parse_size(size)
+    check_augment(config.augment)
     size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
     if config.init is not None and not Path(config.init).expanduser().exists():
         raise ConfigError(f"there is nothing at {config.init} to start from")
     with torch.device("meta"):
         model = model_spec(config, parse_size(size), 3, 10).build()
+    for other in split_words(config.augment.train_sizes or ""):
+        if isinstance(model, TimmContract):
+            model.patch_embed.grid(*parse_size(other))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     wrapped(model, config.run.parallel, World())
     return config
+
+
+def check_augment(augment: AugmentConfig) -> None:
+    for name in ("label_smoothing", "erase"):
+        if not 0 <= getattr(augment, name) < 1 + (name == "erase"):
+            raise ConfigError(f"augment.{name} must be in [0, 1{')]'[name == 'erase']}, got {getattr(augment, name)}")
+    if augment.crop is not None and not 0 < augment.crop <= 1:
+        raise ConfigError(f"augment.crop is the smallest share of the area that is kept, in (0, 1], got {augment.crop}")
+    if augment.crop is not None and augment.shift:
+        raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
+    if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
+        raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
+    (name, options), *more = parse(augment.policy, "policy", POLICIES)
+    for option in options:
+        if name != "rand" or option not in ("ops", "magnitude"):
+            raise unknown(f"option of {name}", option, ("ops", "magnitude") if name == "rand" else ("(it takes none)",))
+    if more or not 0 <= options.get("magnitude", 0) <= 30 or options.get("ops", 1) < 1:
+        raise ConfigError(
+            f"augment.policy is none, trivial or rand(ops=2, magnitude=9) with 0 to 30, got {augment.policy}"
+        )
 
 
 def model_spec(config: TrainConfig, size: tuple[int, int], channels: int, classes: int) -> ModelSpec:
@@ -146,9 +171,7 @@ def image_task(
         config.optim.batch_size,
         seed=config.run.seed,
         device=device,
-        shift=int(config.augment.shift or 0),
-        flip=bool(config.augment.flip),
-        label_smoothing=config.augment.label_smoothing,
+        augment=config.augment,
         world=world,
     )
 

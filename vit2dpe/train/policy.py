@@ -1,0 +1,186 @@
+"""TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) on a batch, each sample with draws of its own.
+
+The operations, their ranges and the 31 steps are torchvision's (`TrivialAugmentWide`, `RandAugment`), nearest pixel,
+black outside. A batch is split by operation, and each operation takes its samples at once, every one with its own
+strength; torchvision's functions take one strength for all. timm's posterize with Pillow 13 raises at 0 bits: ours
+keeps at least 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEPS = 31
+POLICIES = ("none", "trivial", "rand")
+
+
+def trivial(images: Tensor, generator: torch.Generator, *, of: int | None = None, part: slice = slice(None)) -> Tensor:
+    """One random operation of random strength a sample. Images uint8 (B, C, H, W)."""
+    of = len(images) if of is None else of
+    step = torch.randint(STEPS, (of,), generator=generator)
+    return _one(images, step, generator, of, part, wide=True)
+
+
+def rand(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    ops: int = 2,
+    magnitude: int = 9,
+    of: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
+    """`ops` random operations after each other, each of strength `magnitude` out of 30. Images uint8 (B, C, H, W)."""
+    of = len(images) if of is None else of
+    for _ in range(ops):
+        images = _one(images, torch.full((of,), magnitude), generator, of, part, wide=False)
+    return images
+
+
+def _one(images: Tensor, step: Tensor, generator: torch.Generator, of: int, part: slice, *, wide: bool) -> Tensor:
+    h, w = images.shape[-2:]
+    chosen = torch.randint(len(OPERATIONS), (of,), generator=generator)[part]
+    sign = torch.where(torch.rand(of, generator=generator) < 0.5, -1.0, 1.0)[part]
+    level = step[part] / (STEPS - 1)
+    out = images.clone()
+    for number, (name, operation) in enumerate(OPERATIONS.items()):
+        index = (chosen == number).nonzero()[:, 0]
+        if len(index):
+            strength = strengths(name, level[index], (h, w), wide)
+            if name not in UNSIGNED:
+                strength = strength * sign[index]
+            index = index.to(images.device)
+            out[index] = operation(images[index], strength.to(images.device))
+    return out
+
+
+def strengths(name: str, level: Tensor, size: tuple[int, int], wide: bool) -> Tensor:
+    """What an operation is told at a level in [0, 1]: radians' tangent, pixels, degrees, factors or bits."""
+    if name in ("translate_x", "translate_y"):
+        side = size[1] if name == "translate_x" else size[0]
+        return (level * (32.0 if wide else 150 / 331 * side)).trunc()
+    if name == "posterize":
+        return 8 - (level * (6 if wide else 4)).round()
+    if name == "solarize":
+        return 255 * (1 - level)
+    most = dict(shear_x=0.99 if wide else 0.3, shear_y=0.99 if wide else 0.3, rotate=135.0 if wide else 30.0)
+    return level * most.get(name, 0.99 if wide else 0.9)
+
+
+def affine(images: Tensor, matrix: Tensor, about: tuple[float, float]) -> Tensor:
+    """Each output pixel p takes the input at matrix (p - about) + about, the nearest; black outside.
+
+    Args:
+        matrix: (B, 2, 3), on (x, y, 1) in pixels.
+        about: (x, y) that stays in place, in pixel coordinates with centres at integers.
+    """
+    h, w = images.shape[-2:]
+    y, x = torch.meshgrid(*(torch.arange(side, device=images.device) for side in (h, w)), indexing="ij")
+    points = torch.stack([x - about[0], y - about[1], torch.ones_like(x)]).flatten(1).float()  # (3, HW)
+    source = matrix.float() @ points  # (B, 2, HW)
+    grid = torch.stack([2 * (source[:, 0] + about[0] + 0.5) / w - 1, 2 * (source[:, 1] + about[1] + 0.5) / h - 1], -1)
+    out = F.grid_sample(images.float(), grid.view(-1, h, w, 2), mode="nearest", align_corners=False)
+    return out.to(images.dtype)
+
+
+def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
+    """(B, 2, 3) from two rows of three entries, numbers or (B,)."""
+    return torch.stack([torch.stack([like * 0 + value for value in row], -1) for row in rows], -2)
+
+
+def _shear_x(images: Tensor, s: Tensor) -> Tensor:
+    return affine(images, _matrix([[1, s, 0], [0, 1, 0]], s), (-0.5, -0.5))
+
+
+def _shear_y(images: Tensor, s: Tensor) -> Tensor:
+    return affine(images, _matrix([[1, 0, 0], [s, 1, 0]], s), (-0.5, -0.5))
+
+
+def _translate_x(images: Tensor, s: Tensor) -> Tensor:
+    return affine(images, _matrix([[1, 0, -s], [0, 1, 0]], s), (0, 0))
+
+
+def _translate_y(images: Tensor, s: Tensor) -> Tensor:
+    return affine(images, _matrix([[1, 0, 0], [0, 1, -s]], s), (0, 0))
+
+
+def _rotate(images: Tensor, s: Tensor) -> Tensor:
+    """Counter-clockwise, in degrees, about the middle."""
+    cos, sin = torch.cos(s * math.pi / 180), torch.sin(s * math.pi / 180)
+    h, w = images.shape[-2:]
+    return affine(images, _matrix([[cos, -sin, 0], [sin, cos, 0]], s), ((w - 1) / 2, (h - 1) / 2))
+
+
+def _blend(images: Tensor, other: Tensor, s: Tensor) -> Tensor:
+    """other + (1 + s) (images - other), in [0, 255]."""
+    mixed = other + (1 + s).view(-1, 1, 1, 1) * (images.float() - other)
+    return mixed.clamp(0, 255).to(images.dtype)
+
+
+def gray(images: Tensor) -> Tensor:
+    """(B, 1, H, W), rounded down: the luma of ITU-R 601."""
+    if images.shape[1] != 3:
+        return images.float().mean(1, keepdim=True).floor()
+    weight = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(3, 1, 1)
+    return (images.float() * weight).sum(1, keepdim=True).floor()
+
+
+def _brightness(images: Tensor, s: Tensor) -> Tensor:
+    return _blend(images, torch.zeros_like(images, dtype=torch.float32), s)
+
+
+def _color(images: Tensor, s: Tensor) -> Tensor:
+    return _blend(images, gray(images).expand(images.shape), s)
+
+
+def _contrast(images: Tensor, s: Tensor) -> Tensor:
+    return _blend(images, gray(images).mean((1, 2, 3), keepdim=True), s)
+
+
+def _sharpness(images: Tensor, s: Tensor) -> Tensor:
+    if min(images.shape[-2:]) <= 2:
+        return images
+    kernel = torch.ones(3, 3, device=images.device)
+    kernel[1, 1] = 5
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 3, 3)
+    blurred = images.float()
+    blurred[..., 1:-1, 1:-1] = F.conv2d(images.float(), kernel, groups=images.shape[1]).round()
+    return _blend(images, blurred, s)
+
+
+def _posterize(images: Tensor, s: Tensor) -> Tensor:
+    step = (2 ** (8 - s)).view(-1, 1, 1, 1)
+    return (torch.div(images.float(), step, rounding_mode="floor") * step).to(images.dtype)
+
+
+def _solarize(images: Tensor, s: Tensor) -> Tensor:
+    return torch.where(images >= s.view(-1, 1, 1, 1), 255 - images, images)
+
+
+def _autocontrast(images: Tensor, s: Tensor) -> Tensor:
+    from torchvision.transforms.v2.functional import autocontrast
+
+    return autocontrast(images)
+
+
+def _equalize(images: Tensor, s: Tensor) -> Tensor:
+    from torchvision.transforms.v2.functional import equalize
+
+    return equalize(images)
+
+
+def _identity(images: Tensor, s: Tensor) -> Tensor:
+    return images
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
+    identity=_identity, shear_x=_shear_x, shear_y=_shear_y, translate_x=_translate_x, translate_y=_translate_y,
+    rotate=_rotate, brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
+    posterize=_posterize, solarize=_solarize, autocontrast=_autocontrast, equalize=_equalize,
+)  # fmt: skip
+UNSIGNED = ("identity", "posterize", "solarize", "autocontrast", "equalize")
