@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kernels.rotary import split_and_rotate
 from .signal import Bias, LowRank, Rotation, Signal
+
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -146,6 +153,35 @@ def _kernels(added: Tensor | None, *inputs: Tensor):
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
+def split_heads(
+    qkv: Tensor, signal: Signal, heads: int, private: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Signal]:
+    """q, k, v (B, H, N, Dh), strided views of the packed projection, and what of the signal is still to be done.
+
+    Args:
+        qkv: (B, N, 3 D).
+        private: nobody else needs the values of `qkv`. In eager mode q and k are then rotated where they lie.
+    """
+    turn = signal.q_rotation
+    if private and turn is not None and turn is signal.k_rotation and _in_place(qkv, turn):
+        q, k, v = split_and_rotate(qkv, turn, heads)
+        return q, k, v, signal._replace(q_rotation=None, k_rotation=None)
+    # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
+    return q, k, v, signal
+
+
+def _in_place(qkv: Tensor, turn: Rotation) -> bool:
+    """Whether memory may be written over: eager mode, a plain tensor on a device with complex numbers."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if qkv.device.type not in ("cpu", "cuda") or not qkv.is_floating_point() or not qkv.is_contiguous():
+        return False
+    return turn.cos.shape[-2] == qkv.shape[1] and torch.promote_types(qkv.dtype, turn.cos.dtype) == turn.cos.dtype
+
+
 class Attention(nn.Module):
     """Multi-head self-attention under timm's parameter names: `qkv`, `q_norm`, `k_norm`, `proj`.
 
@@ -183,8 +219,13 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, signal: Signal = Signal(), mask: Tensor | None = None) -> Tensor:  # noqa: B008
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, Dh)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, N, Dh), strided views
+        q, k, v, signal = split_heads(self.qkv(x), signal, self.heads, private=self._qkv_is_private())
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, signal, mask, dropout=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def _qkv_is_private(self) -> bool:
+        """Whether nobody but this module holds the output of `qkv`: a plain Linear, no hooks, no norm of q and k."""
+        plain = type(self.qkv) is nn.Linear and isinstance(self.q_norm, nn.Identity)
+        hooks = (self.qkv._forward_hooks, self.qkv._backward_hooks, self.qkv._backward_pre_hooks)
+        return plain and not any(hooks) and not any(_GLOBAL_HOOKS)

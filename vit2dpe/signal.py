@@ -22,9 +22,14 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    @classmethod
+    def interleaved(cls, cos: Tensor, sin: Tensor) -> Rotation:
+        """The same numbers, side by side in memory, where a kernel may read cos + i sin without a copy."""
+        return cls(*torch.stack((cos, sin), dim=-1).unbind(-1))
+
     def times(self, other: Rotation) -> Rotation:
         """One rotation after the other: the product of cos + i sin."""
-        return Rotation(
+        return Rotation.interleaved(
             self.cos * other.cos - self.sin * other.sin,
             self.sin * other.cos + self.cos * other.sin,
         )

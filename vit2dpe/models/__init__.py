@@ -2,7 +2,7 @@
 
 from timm.models import register_notrace_function, register_notrace_module
 
-from ..attention import attend
+from ..attention import attend, split_heads
 from ..encodings import PositionEncoding
 from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
@@ -12,7 +12,7 @@ from .vit import ViT
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
 for _module in (PatchEmbed, PatchDrop, PositionEncoding):
     register_notrace_module(_module)
-for _function in (attend, add_token):
+for _function in (attend, split_heads, add_token):
     register_notrace_function(_function)
 
 __all__ = ["ViT", "from_timm", "registry"]
