@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kernels import table as kernels
 from .kernels.rotary import split_and_rotate
-from .signal import Bias, LowRank, Rotation, Signal
+from .signal import Bias, LowRank, Rotation, Signal, Table
 
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
@@ -92,6 +93,10 @@ def attend(
     if products and _kernel_dtype(q) in (torch.float32, torch.float64):
         q, k, v = _append_channels(q, k, v, products, scale, temperature)
         terms, scale = [term for term in terms if not isinstance(term, LowRank)], 1.0
+    if mask is None and not dropout and len(terms) == 1 and isinstance(terms[0], Table):
+        path = kernels.choose(q, k, terms[0])
+        if path is not None:
+            return kernels.attend(q, k, v, terms[0], scale, temperature, path)
     added = _merge(terms, mask, temperature, _kernel_dtype(q))
     with _kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)

@@ -73,7 +73,7 @@ class Table(NamedTuple):
         """(B|1, Nq, Nk) entry of the flat table with a column of zeros in front, for the prefix."""
         sizes = self.table.shape[1:]
         q, k = self.q.places(), self.k.places()  # (B|1, N, d)
-        if checkable(q) and checkable(k):
+        if checkable(q) and checkable(k) and q.numel() and k.numel():
             self._check(q, k)
         # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
         q_index, k_index = torch.ones_like(q[..., 0]), torch.zeros_like(k[..., 0])

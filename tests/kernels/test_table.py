@@ -1,0 +1,164 @@
+"""The paths that build no matrix of biases equal the plain one: values, gradients; rectangles, prefix tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vit2dpe import Dims, Positions, Signal, ViT, attend, build
+from vit2dpe.kernels import table as kernels
+from vit2dpe.signal import Table
+
+B, H, DIM = 3, 2, 8
+GRIDS = [(2, 5), (5, 2), (1, 4), (3, 1), (1, 1)]
+
+
+def inputs(grid, prefix, dtype=torch.float32, learned=True):
+    generator = torch.Generator().manual_seed(0)
+    at = Positions.grid(grid).with_prefix(prefix)
+    count = grid[0] * grid[1] + prefix
+    tensors = [
+        torch.randn(B, H, count, DIM, generator=generator, dtype=torch.float64),
+        torch.randn(B, H, count, DIM, generator=generator, dtype=torch.float64),
+        torch.randn(B, H, count, DIM, generator=generator, dtype=torch.float64),
+        torch.randn(H, 2 * grid[0] - 1, 2 * grid[1] - 1, generator=generator, dtype=torch.float64),
+    ]
+    return at, [x.to(dtype).requires_grad_(learned) for x in tensors]
+
+
+def plain(q, k, v, table, at, scale=None, factor=1.0):
+    """From the definition, a double loop over tokens."""
+    bias = torch.zeros(H, q.shape[2], k.shape[2], dtype=table.dtype)
+    rows, cols = at.extent
+    for a, (i, j) in enumerate(at.coords[0].long().tolist()):
+        for b, (m, n) in enumerate(at.coords[0].long().tolist()):
+            bias[:, at.prefix + a, at.prefix + b] = table[:, i - m + rows - 1, j - n + cols - 1]
+    logits = q @ k.transpose(-1, -2) * (DIM**-0.5 if scale is None else scale) + factor * bias
+    return logits.softmax(-1) @ v
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """The paths that were taken, by name."""
+    taken, original = [], kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: taken.append(args[-1]) or original(*args))
+    return taken
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_learned_has_the_values_and_gradients_of_the_definition(grid, prefix, paths, monkeypatch):
+    at, ours = inputs(grid, prefix, torch.float64)
+    monkeypatch.setattr(kernels, "CACHE", 2 * 8 * (grid[0] * grid[1] + prefix) ** 2)  # two images at a time, of three
+    _, theirs = inputs(grid, prefix, torch.float64)
+    found = attend(*ours[:3], Signal(bias=(Table(ours[3], at, at),), temperature=1.5), scale=0.3)
+    expected = plain(*theirs, at, scale=0.45, factor=1.5)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(found)
+    for x, y in zip(
+        torch.autograd.grad(found, ours, weights), torch.autograd.grad(expected, theirs, weights), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+    assert paths == ["learned"]
+
+
+def test_learned_in_half_precision(paths):
+    at, ours = inputs((3, 4), 1)
+    _, theirs = inputs((3, 4), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*(x.bfloat16() for x in ours[:3]), Signal(bias=(Table(ours[3], at, at),)))
+    assert found.dtype == torch.bfloat16
+    expected = plain(*theirs, at)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    found.float().square().sum().backward()
+    expected.square().sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=0.1, atol=0.1)
+
+
+def test_second_derivatives():
+    at, (q, k, v, table) = inputs((2, 3), 1, torch.float64)
+    signal = lambda t: Signal(bias=(Table(t, at, at),))  # noqa: E731
+    q = q[:1].detach().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q, t: attend(q, k[:1], v[:1], signal(t)), (q, table))
+
+
+def test_a_frozen_backbone_trains_its_table_alone(paths):
+    at, (q, k, v, table) = inputs((2, 3), 1)
+    out = attend(q.detach(), k.detach(), v.detach(), Signal(bias=(Table(table, at, at),)))
+    weights = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, table, weights)
+    (expected,) = torch.autograd.grad(plain(q, k, v, table, at), table, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert paths == ["learned"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "path"), [(0, "view"), (2, "chunked")])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_inference_above_the_budget_equals_inference_below_it(grid, prefix, path, dtype, paths, monkeypatch):
+    at, tensors = inputs(grid, prefix, dtype, learned=False)
+    signal = Signal(bias=(Table(tensors[3].float(), at, at),), temperature=1.25)
+    below = attend(*tensors[:3], signal)
+    monkeypatch.setattr(kernels, "BUDGET", 3 * H * (grid[0] * grid[1] + prefix) * tensors[0].element_size() - 1)
+    above = attend(*tensors[:3], signal)
+    torch.testing.assert_close(above, below, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert paths == ([path] if grid[0] * grid[1] + prefix > 2 else [])
+
+
+def test_a_subset_of_a_grid_goes_in_chunks(paths, monkeypatch):
+    at, (q, k, v, table) = inputs((3, 4), 2, learned=False)
+    index = torch.tensor([[0, 5, 7], [1, 2, 11], [4, 3, 10]])
+    some = at.take(index)
+    q, k, v = (x[:, :, :5] for x in (q, k, v))
+    below = attend(q, k, v, Signal(bias=(Table(table, some, some),)))
+    monkeypatch.setattr(kernels, "BUDGET", 100)
+    torch.testing.assert_close(attend(q, k, v, Signal(bias=(Table(table, some, some),))), below, rtol=0, atol=1e-6)
+    assert paths == ["chunked"]
+
+
+def test_places_in_another_order_are_not_taken_for_the_whole_grid(paths):
+    at, (q, k, v, table) = inputs((2, 3), 0)
+    turned = at.take(torch.tensor([5, 4, 3, 2, 1, 0]))
+    attend(q, k, v, Signal(bias=(Table(table, turned, turned),))).sum().backward()
+    assert paths == []
+
+
+def test_a_mask_or_a_second_bias_takes_the_plain_path(paths):
+    at, (q, k, v, table) = inputs((2, 3), 0)
+    term = Table(table, at, at)
+    attend(q, k, v, Signal(bias=(term,)), mask=torch.eye(6, dtype=torch.bool)).sum().backward()
+    attend(q, k, v, Signal(bias=(term, term))).sum().backward()
+    assert paths == []
+
+
+def saved_bytes(model, images):
+    """Bytes that a training forward keeps for the backward, each storage once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(images).sum()
+    return sum(size for place, size in kept.items() if place not in parameters)
+
+
+def test_training_keeps_no_matrix():
+    """32 x 32 tokens: a matrix a block and head is 4 MiB."""
+    sizes = dict(img_size=64, patch_size=2, embed_dim=16, num_heads=4, depth=2, num_classes=2, class_token=False)
+    images = torch.randn(1, 3, 64, 64)
+    relative, nothing = (saved_bytes(ViT(word, global_pool="avg", **sizes), images) for word in ("relative", "none"))
+    assert relative < 1.05 * nothing
+
+
+def test_the_index_is_not_made_where_no_matrix_is(monkeypatch):
+    position, at = build("relative", Dims(H * DIM, H, (3, 4))), Positions.grid((3, 4))
+    monkeypatch.setattr(Table, "_index", lambda self: pytest.fail("an index of all pairs was made"))
+    q, k, v = torch.randn(3, B, H, 12, DIM)
+    attend(q, k, v, position(at)).sum().backward()
+    monkeypatch.setattr(kernels, "BUDGET", 100)
+    with torch.no_grad():
+        attend(q, k, v, position(at))

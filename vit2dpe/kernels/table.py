@@ -1,0 +1,174 @@
+"""Attention under a table of biases on a whole 2-D grid, without keeping or even building the matrix of biases.
+
+    out = softmax(scale · q kᵀ + bias) v
+    bias[h, (i, j), (m, l)] = table[h, i - m + R - 1, j - l + C - 1]
+
+The matrix has (RC)² entries a head, the table (2R - 1)(2C - 1). Between them lies the table stretched along columns,
+
+    stretched[h, j, r, l] = table[h, 2R - 2 - r, j - l + C - 1]      (H, C, 2R - 1, C)
+
+of which the biases of query row i are a slice: R rows from r = R - 1 - i on, RC numbers in one run of memory.
+
+    learned    training: the fused kernel forward; a backward a head at a time, which makes that head's matrix again
+    view       inference, the matrix larger than `BUDGET`: the kernel reads the stretched table, no matrix at all
+    chunked    inference elsewhere above `BUDGET` (prefix tokens, subsets of a grid): some queries at a time
+
+The plain path, a gather of the whole matrix, serves everything else, and is what these are tested against.
+
+Legend: B batch, H heads, N tokens, Dh head width, P prefix tokens, R x C grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..positions import Positions
+from ..signal import Table
+
+BUDGET = 32 * 2**20  # bytes of a matrix of biases in inference
+CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
+
+
+def choose(q: Tensor, k: Tensor, term: Table) -> str | None:
+    """The path for these inputs; None where the plain one serves."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not Tensor or q.device.type != "cpu":
+        return None
+    if torch._C._functorch.maybe_current_level() is not None or q.dtype == torch.float16:
+        return None
+    if torch.is_grad_enabled() and (term.table.requires_grad or q.requires_grad or k.requires_grad):
+        return "learned" if term.table.requires_grad and _whole_grid(term) else None
+    if q.shape[1] * q.shape[2] * k.shape[2] * q.element_size() <= BUDGET:
+        return None
+    return "view" if _whole_grid(term) and not term.q.prefix else "chunked"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: float, path: str) -> Tensor:
+    """(B, H, Nq, Dv) by the named path; `factor` multiplies the table."""
+    table = term.table if factor == 1.0 else term.table * factor
+    if path == "learned":
+        return _Learned.apply(q, k, v, table, term.q.extent, term.q.prefix, scale)
+    with torch.no_grad():
+        if path == "view":
+            return _view(q, k, v, table, term.q.extent, scale)
+        return _chunked(q, k, v, term._replace(table=table), scale)
+
+
+def _view(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, ...], scale: float) -> Tensor:
+    """Heads go in as the batch and rows of queries as heads, the last row first: then all strides are positive."""
+    rows, cols = grid
+    stretched = _stretch(table.to(q.dtype), cols)
+    head, column, row, _ = stretched.stride()
+    bias = stretched.as_strided((q.shape[1], rows, cols, rows * cols), (head, row, column, 1))
+    flipped = q.unflatten(2, (rows, cols)).flip(2)
+    out = [
+        F.scaled_dot_product_attention(
+            one,
+            keys.unsqueeze(1).expand(-1, rows, -1, -1),
+            values.unsqueeze(1).expand(-1, rows, -1, -1),
+            attn_mask=bias,
+            scale=scale,
+        )
+        for one, keys, values in zip(flipped, k, v, strict=True)
+    ]
+    return torch.stack(out).flip(2).flatten(2, 3)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float) -> Tensor:
+    step = max(1, BUDGET // (q.shape[1] * k.shape[2] * q.element_size()))
+    prefix, out = term.q.prefix, []
+    for start in range(0, q.shape[2], step):
+        stop = min(start + step, q.shape[2])
+        index = torch.arange(max(start - prefix, 0), max(stop - prefix, 0))
+        at = term.q.take(index).with_prefix(max(0, min(stop, prefix) - start))
+        bias = Table(term.table, at, term.k).dense().to(q.dtype)
+        out.append(F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=bias, scale=scale))
+    return torch.cat(out, dim=2)
+
+
+class _Learned(torch.autograd.Function):
+    """Keeps q, k, v and the table; a plain attention keeps the matrix of biases and the weights of every image too."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int], prefix: int, scale: float):
+        ctx.save_for_backward(q, k, v, table)
+        ctx.grid, ctx.prefix, ctx.scale = grid, prefix, scale
+        bias = matrix(table.to(q.dtype), grid, prefix)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        q, k, v, table = ctx.saved_tensors
+        grid, prefix, scale = ctx.grid, ctx.prefix, ctx.scale
+        if torch.is_grad_enabled():  # somebody differentiates the gradient: plain operations, which remember
+            at = Positions.grid(grid).with_prefix(prefix)
+            logits = scale * q @ k.transpose(-1, -2) + Table(table, at, at).dense().to(q.dtype)
+            inputs = [x for x in (q, k, v, table) if x.requires_grad]
+            found = iter(torch.autograd.grad(logits.softmax(-1) @ v, inputs, gradient, create_graph=True))
+            gradients = [next(found) if x.requires_grad else None for x in (q, k, v, table)]
+            return (*gradients, None, None, None)
+        dq, dk, dv, dtable = (torch.empty_like(x) for x in (q, k, v, table))
+        count = min(q.shape[0], max(1, CACHE // (q.shape[2] ** 2 * table.element_size())))
+        space = table.new_empty(2, count, q.shape[2], q.shape[2])
+        for head in range(q.shape[1]):
+            bias = matrix(table[head : head + 1], grid, prefix)[0]
+            total = torch.zeros_like(bias)
+            for part in (slice(i, i + count) for i in range(0, q.shape[0], count)):
+                images = (x[part, head].to(table.dtype) for x in (q, k, v, gradient))
+                dq[part, head], dk[part, head], dv[part, head], logits = _backward(bias, scale, space, *images)
+                total += logits.sum(0) if logits.shape[0] > 1 else logits[0]
+            dtable[head] = _fold(total[prefix:, prefix:], grid)
+        return dq, dk, dv, dtable, None, None, None
+
+
+def _backward(bias: Tensor, scale: float, space: Tensor, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor):
+    """Gradients of q, k, v (B, N, Dh) and of the logits, by way of two matrices that are used again."""
+    p, ds = space[:, : q.shape[0]]
+    torch.baddbmm(bias, q, k.mT, alpha=scale, out=p)
+    torch.softmax(p, dim=-1, out=p)
+    dv = p.mT @ gradient
+    torch.bmm(gradient, v.mT, out=ds)
+    # ds = p (dp - Σ p dp); the sum equals out · gradient, but out is not kept.
+    ds.mul_(p)
+    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+    return (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), dv, ds
+
+
+def matrix(table: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
+    """(H, P + N, P + N) biases between all places of the grid; zero for the prefix."""
+    rows, cols = grid
+    size = rows * cols
+    whole = table.new_zeros(table.shape[0], prefix + size, prefix + size)
+    inner = whole[:, prefix:, prefix:].unflatten(1, (rows, cols))
+    runs = _stretch(table, cols).flatten(2)  # (H, C, (2R - 1) C)
+    for i in range(rows):
+        start = (rows - 1 - i) * cols
+        inner[:, i] = runs[:, :, start : start + size]
+    return whole
+
+
+def _stretch(table: Tensor, cols: int) -> Tensor:
+    """(H, C, 2R - 1, C), contiguous: what is above, by sliding a window along the reversed columns."""
+    return table.flip(1, 2).unfold(2, cols, 1).flip(2).transpose(1, 2).contiguous()
+
+
+def _fold(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(2R - 1, 2C - 1) sums of a matrix (N, N) over pairs of one offset: the transpose of `matrix`."""
+    rows, cols = grid
+    size = rows * cols
+    runs = matrix.new_zeros(cols, (2 * rows - 1) * cols)
+    for i, row in enumerate(matrix.unflatten(0, (rows, cols))):
+        start = (rows - 1 - i) * cols
+        runs[:, start : start + size] += row
+    index = torch.arange(cols)[:, None] - torch.arange(cols) + cols - 1
+    runs = runs.unflatten(1, (-1, cols)).transpose(0, 1).flatten(1)  # (2R - 1, C C)
+    return runs.new_zeros(2 * rows - 1, 2 * cols - 1).index_add_(1, index.flatten(), runs).flip(0)
+
+
+def _whole_grid(term: Table) -> bool:
+    """Queries and keys are all places of one 2-D grid, row by row."""
+    at = term.q
+    if at is not term.k or at.axes != 2 or at.coords.shape[:2] != (1, at.extent[0] * at.extent[1]):
+        return False
+    return at.shared("whole grid", lambda: bool(torch.equal(at.coords, Positions.grid(at.extent).coords)))
