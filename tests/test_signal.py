@@ -125,3 +125,21 @@ def test_terms_of_every_kind_add_up_in_attention():
     ours = attend(q, k, v, Signal(bias=(dense, table)) + Signal(bias=(low,)))
     torch.testing.assert_close(ours, attend(q, k, v, Signal(bias=(total,))), rtol=0, atol=1e-6)
     assert float((ours - attend(q, k, v, Signal(bias=(dense, table)))).abs().max()) > 0.1
+
+
+def test_cosine_and_sine_of_a_learned_angle_have_the_gradients_of_the_formula():
+    angle = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def both(x):
+        return tuple(Rotation.of(x, torch.float64, x.device))
+
+    torch.testing.assert_close(both(angle), (angle.cos(), angle.sin()))
+    assert torch.autograd.gradcheck(both, (angle,))
+    assert torch.autograd.gradgradcheck(both, (angle,))
+    torch.testing.assert_close(torch.func.vmap(both)(angle), (angle.cos(), angle.sin()))
+
+
+def test_an_encoding_lays_cosine_and_sine_side_by_side():
+    """Where the kernel reads both as one complex number without a copy."""
+    cos, sin = Rotation.of(torch.randn(1, 1, 3, 4), torch.float32, torch.device("cpu"))
+    assert sin.data_ptr() - cos.data_ptr() == cos.element_size()

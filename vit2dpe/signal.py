@@ -23,9 +23,16 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @classmethod
+    def of(cls, angle: Tensor, dtype: torch.dtype, device: torch.device) -> Rotation:
+        """By `angle`, in radians; cosine and sine are taken as precise as it is, then cast once."""
+        if angle.requires_grad and torch.is_grad_enabled() and _can_interleave(angle):
+            return cls(*(part.to(device, dtype) for part in _CosSin.apply(angle)))
+        return cls.interleaved(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
+
+    @classmethod
     def interleaved(cls, cos: Tensor, sin: Tensor) -> Rotation:
         """The same numbers, side by side in memory, where a kernel may read cos + i sin without a copy."""
-        return cls(*torch.stack((cos, sin), dim=-1).unbind(-1))
+        return cls(*torch.view_as_real(torch.complex(cos, sin)).unbind(-1)) if _can_interleave(cos) else cls(cos, sin)
 
     def times(self, other: Rotation) -> Rotation:
         """One rotation after the other: the product of cos + i sin."""
@@ -33,6 +40,30 @@ class Rotation(NamedTuple):
             self.cos * other.cos - self.sin * other.sin,
             self.sin * other.cos + self.cos * other.sin,
         )
+
+
+def _can_interleave(x: Tensor) -> bool:
+    """Eager mode, on a device with complex numbers."""
+    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
+
+
+class _CosSin(torch.autograd.Function):
+    """Cosine and sine of a learned angle, interleaved; the backward takes both at once and computes neither again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(angle: Tensor):
+        return tuple(torch.view_as_real(torch.complex(angle.cos(), angle.sin())).unbind(-1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx, dcos: Tensor, dsin: Tensor):
+        cos, sin = ctx.saved_tensors
+        return dsin * cos - dcos * sin
 
 
 class Bias(Protocol):

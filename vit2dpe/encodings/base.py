@@ -126,8 +126,7 @@ class PositionEncoding(nn.Module):
         # A zero angle is the identity. Cosine and sine are taken before the cast: the cosine of a
         # float32 angle is off by 3e-5 at place 1,024.
         angle = F.pad(angle, (0, 0, at.prefix, 0))
-        turn = torch.stack((angle.cos(), angle.sin()), dim=-1).to(at.coords.device, self.dtype)
-        return Rotation(*turn.unbind(-1))
+        return Rotation.of(angle, self.dtype, at.coords.device)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:
         bias = self.bias(q, k)
