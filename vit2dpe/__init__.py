@@ -23,6 +23,7 @@ _HOME = {
     "Dims": "encodings",
     "PositionEncoding": "encodings",
     "build": "encodings",
+    "frozen": "encodings.frozen",
     "ViT": "models",
     "from_timm": "models",
     "use_policy": "resolution",
@@ -52,6 +53,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .attention import Attention, attend, rotate  # noqa: F401
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
+    from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
     from .models import ViT, from_timm  # noqa: F401
     from .positions import Positions  # noqa: F401

@@ -42,6 +42,12 @@ class Temperature(Protocol):
     def __call__(self, extent: tuple[int, ...]) -> float: ...
 
 
+class Keeper(Protocol):
+    """Keeps the Signals of an encoding for as long as it is frozen; see `vit2dpe.frozen`."""
+
+    def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal: ...
+
+
 class PositionEncoding(nn.Module):
     """Base class: override `token`, `angle` or `bias`; declare the facts; never override `forward`.
 
@@ -63,6 +69,7 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.policy: Policy | None = None  # set for a while by vit2dpe.use_policy
         self.temperature: Temperature | None = None  # likewise, on one encoding of a model
+        self.kept: Keeper | None = None  # set for a while by vit2dpe.frozen
         self.dtype = torch.float32  # of the tables; float64 after .double()
 
     def token(self, at: Positions) -> Tensor | None:
@@ -90,8 +97,13 @@ class PositionEncoding(nn.Module):
     @final  # type: ignore[misc]
     def forward(self, q: Positions, k: Positions | None = None) -> Signal:
         """The Signal for queries at q and keys at k (default: the same places)."""
+        k = q if k is None else k
         with _full_precision(q.coords.device.type):
-            return self._signal(q, q if k is None else k)
+            if self.kept is not None and not (
+                self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+            ):
+                return self.kept.signal(self, q, k)
+            return self._signal(q, k)
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
         same, temperature = q is k, self._temperature(k)

@@ -1,0 +1,86 @@
+"""`with frozen(model):` the encodings of a model keep the Signals they made, for inference at the same places again.
+
+Outside of it nothing is kept. Inside, a Signal is found again by the places themselves (compared, not by a shape), the
+policy and the temperature; and before it is handed out every parameter of the encoding is compared with what it was, so
+that nothing stale is ever used: not after an optimizer's step, an assignment to `.data`, `load_state_dict` or `.to()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from ..signal import Dense, Signal, Table
+from .base import PositionEncoding
+
+BUDGET = 32 * 2**20  # bytes of a bias that is kept as a matrix; above it the table is kept
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Keep what the encodings of `model` make, until the context is left.
+
+    In effect where gradients are off, the encoding is in evaluation mode, and nothing is being compiled; elsewhere the
+    encodings compute as ever. Memory: one Signal for each block that owns an encoding and each set of places seen.
+
+    Raises:
+        ConfigError: inside, if a parameter of an encoding has changed since the context was entered.
+    """
+    encodings = [module for module in model.modules() if isinstance(module, PositionEncoding)]
+    before = [encoding.kept for encoding in encodings]
+    for encoding in encodings:
+        encoding.kept = Kept(encoding)
+    try:
+        yield model
+    finally:
+        for encoding, kept in zip(encodings, before, strict=True):
+            encoding.kept = kept
+
+
+class Kept:
+    """The Signals of one encoding, with what they were made from."""
+
+    def __init__(self, encoding: PositionEncoding) -> None:
+        self.parameters = {name: p.detach().clone() for name, p in encoding.named_parameters()}
+        self.signals: list[tuple[Positions, Positions, tuple[Any, ...], Signal]] = []
+
+    def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal:
+        """The Signal for these places: kept, or made and kept."""
+        self._check(encoding)
+        state = (encoding.policy, encoding.temperature, encoding.dtype, torch.is_inference_mode_enabled())
+        for old_q, old_k, old_state, signal in self.signals:
+            if (old_q is old_k) == (q is k) and old_state == state and _same(q, old_q) and (q is k or _same(k, old_k)):
+                return signal
+        signal = encoding._signal(q, k)
+        signal = signal._replace(bias=tuple(_settle(term) for term in signal.bias))
+        self.signals.append((q, k, state, signal))
+        return signal
+
+    def _check(self, encoding: PositionEncoding) -> None:
+        for name, now in encoding.named_parameters():
+            then = self.parameters.get(name)
+            if then is None or then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
+                raise ConfigError(
+                    f"{name} of {type(encoding).__name__} changed inside `with frozen(model):`, what is kept would be "
+                    "stale; leave the context before changing parameters"
+                )
+
+
+def _same(a: Positions, b: Positions) -> bool:
+    one_kind = a.coords.device == b.coords.device and a.coords.dtype == b.coords.dtype
+    return a.extent == b.extent and a.prefix == b.prefix and one_kind and torch.equal(a.coords, b.coords)
+
+
+def _settle(term: Any) -> Any:
+    """A table as the matrix it stands for, where that is small."""
+    if not isinstance(term, Table):
+        return term
+    pairs = (term.q.prefix + term.q.coords.shape[1]) * (term.k.prefix + term.k.coords.shape[1])
+    size = max(term.q.coords.shape[0], term.k.coords.shape[0]) * term.table.shape[0] * pairs
+    return Dense(term.dense()) if size * term.table.element_size() <= BUDGET else term
