@@ -24,6 +24,7 @@ _HOME = {
     "PositionEncoding": "encodings",
     "build": "encodings",
     "frozen": "encodings.frozen",
+    "Swin": "models",
     "ViT": "models",
     "from_timm": "models",
     "use_policy": "resolution",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
-    from .models import ViT, from_timm  # noqa: F401
+    from .models import Swin, ViT, from_timm  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution import sweep, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401

@@ -7,6 +7,7 @@ Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "ma
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .errors import unknown
 from .kernels import table as kernels
 from .kernels.rotary import split_and_rotate
 from .signal import Bias, LowRank, Rotation, Signal, Table
@@ -194,6 +196,8 @@ class Attention(nn.Module):
         dim: width D, a multiple of `heads`.
         heads: H.
         qkv_bias: whether `qkv` has a bias.
+        qk: "dot", or "cosine" (Swin V2, arXiv 2111.09883): q and k of length 1 and a learned factor for each head,
+            exp(min(logit_scale, log 100)), instead of 1/sqrt(Dh); biases on q and v alone (`q_bias`, `v_bias`).
         qk_norm: a LayerNorm over each head's channels of q and k, before rotation.
         position: an encoding of this block's own (a Swin table, learned frequencies). Its signal is added
             to the shared one by the block, which knows the places.
@@ -206,6 +210,7 @@ class Attention(nn.Module):
         heads: int,
         *,
         qkv_bias: bool = True,
+        qk: str = "dot",
         qk_norm: bool = False,
         position: nn.Module | None = None,
         attn_drop: float = 0.0,
@@ -214,23 +219,54 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"the width must be a multiple of the heads: got dim={dim}, heads={heads}")
+        if qk not in ("dot", "cosine"):
+            raise unknown("qk", qk, ("dot", "cosine"))
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        cosine = qk == "cosine"
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
+        self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias and cosine else None
+        self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias and cosine else None
+        self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1)) if cosine else None
         self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.position = position
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What is this module's own: the factor of cosine attention starts at 10, its biases at 0."""
+        if self.logit_scale is not None:
+            nn.init.constant_(self.logit_scale, math.log(10))
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, signal: Signal = Signal(), mask: Tensor | None = None) -> Tensor:  # noqa: B008
-        q, k, v, signal = split_heads(self.qkv(x), signal, self.heads, private=self._qkv_is_private())
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(q, k, v, signal, mask, dropout=self.attn_drop if self.training else 0.0)
+        q, k, v, signal, scale = self.split(x, signal)
+        out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def split(self, x: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Tensor, Signal, float | None]:
+        """(B, N, D) -> q, k, v (B, H, N, Dh), what of the signal is still to be done, and the scale of q·k.
+
+        A scale of None is 1/sqrt(Dh).
+        """
+        qkv = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        q, k, v, signal = split_heads(qkv, signal, self.heads, private=self._qkv_is_private())
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.logit_scale is None:
+            return q, k, v, signal, None
+        wide = torch.promote_types(q.dtype, torch.float32)
+        factor = self.logit_scale.to(wide).clamp(max=math.log(100)).exp()
+        q_hat, k_hat = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
+        return (q_hat * factor).to(q.dtype), k_hat.to(k.dtype), v, signal, 1.0
 
     def _qkv_is_private(self) -> bool:
         """Whether nobody but this module holds the output of `qkv`: a plain Linear, no hooks, no norm of q and k."""
-        plain = type(self.qkv) is nn.Linear and isinstance(self.q_norm, nn.Identity)
+        plain = type(self.qkv) is nn.Linear and isinstance(self.q_norm, nn.Identity) and self.logit_scale is None
         hooks = (self.qkv._forward_hooks, self.qkv._backward_hooks, self.qkv._backward_pre_hooks)
         return plain and not any(hooks) and not any(_GLOBAL_HOOKS)

@@ -19,6 +19,8 @@ from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
 
 Size = tuple[int, int]
 MODES = ("scale", "canvas")
+WINDOW_POLICIES = ("keep", "scale")
+Scope = tuple[PositionEncoding, nn.Module, Extent]  # what leads a part of a model, the part, its training extent
 
 
 def encodings_of(model: nn.Module) -> list[PositionEncoding]:
@@ -33,9 +35,18 @@ def policies_of(model: nn.Module) -> tuple[str, ...]:
     module that is not ours. ("extrapolate",) for a model without positions.
     """
     found = encodings_of(model)
+    common: tuple[str, ...]
     if not found:
-        return ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
-    return tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+        common = ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
+    else:
+        common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+    return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common
+
+
+def windows_of(model: nn.Module) -> tuple[str, ...]:
+    """What the windows of a model can do at another size, the model's own first; () where it has none."""
+    own = getattr(model, "window_policy", None)
+    return () if own is None else (own, *(policy for policy in WINDOW_POLICIES if policy != own))
 
 
 @contextmanager
@@ -45,7 +56,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     Args:
         model: a model of ours; it remembers its `train_grid`.
         policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
-            "resize", or "default": each encoding does what it does by itself.
+            "resize", or "default": each encoding does what it does by itself. For a Swin also "keep" or "scale", what
+            its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
 
     Changes no key of the state_dict, and on leaving puts back what was there. With gradient checkpointing the backward
@@ -57,27 +69,43 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     train = getattr(model, "train_grid", None)
     if train is None:
         raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
-    chosen = None if policy == "default" else _policy(policy, tuple(train))
-    heat = _temperature(temperature, tuple(train))
-    found = encodings_of(model)
-    for encoding in found:
-        if chosen is not None and chosen.name not in encoding.policies:
-            raise ConfigError(
-                f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
-                f"it can {' or '.join(encoding.policies)}"
-            )
-    before = [(encoding, encoding.policy) for encoding in found]
-    root: PositionEncoding = model.position  # type: ignore[assignment]  # one factor for all its encodings
-    before_heat = root.temperature
+    windows, policy = _split(policy, model)
+    own: list[Scope] = [(model.position, model, tuple(train))]  # type: ignore[list-item]
+    scopes: list[Scope] = model.scopes() if hasattr(model, "scopes") else own  # type: ignore[operator]
+    before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
+    before_heat = [(root, root.temperature) for root, _, _ in scopes]
+    before_windows = getattr(model, "window_policy", None)
     try:
-        for encoding in found:
-            encoding.policy = chosen
-        root.temperature = heat
+        for root, part, extent in scopes:
+            chosen = None if policy == "default" else _policy(policy, extent)
+            for encoding in encodings_of(part):
+                if chosen is not None and chosen.name not in encoding.policies:
+                    raise ConfigError(
+                        f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                        f"it can {' or '.join(encoding.policies)}"
+                    )
+                encoding.policy = chosen
+            root.temperature = _temperature(temperature, extent)  # one factor for all its encodings
+        if windows is not None:
+            model.window_policy = windows  # type: ignore[assignment]
         yield
     finally:
         for encoding, policy_before in before:
             encoding.policy = policy_before
-        root.temperature = before_heat
+        for root, heat in before_heat:
+            root.temperature = heat
+        if windows is not None:
+            model.window_policy = before_windows  # type: ignore[assignment]
+
+
+def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
+    """What windows do (None: as before) and what encodings do, of "scale+interpolate", "scale" or "interpolate"."""
+    first, _, rest = word.partition("+")
+    if first.strip() not in WINDOW_POLICIES:
+        return None, word
+    if not windows_of(model):
+        raise ConfigError(f"policy {word!r} says what windows do, and {type(model).__name__} has none")
+    return first.strip(), rest.strip() or "default"
 
 
 def _policy(word: str, train: Extent) -> Keep:

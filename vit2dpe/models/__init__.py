@@ -7,12 +7,13 @@ from ..encodings import PositionEncoding
 from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
 from .convert import from_timm
+from .swin import Swin, SwinPatchEmbed, SwinStage, to_grid
 from .vit import ViT
 
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
-for _module in (PatchEmbed, PatchDrop, PositionEncoding):
+for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinPatchEmbed, SwinStage):
     register_notrace_module(_module)
-for _function in (attend, split_heads, add_token):
+for _function in (attend, split_heads, add_token, to_grid):
     register_notrace_function(_function)
 
-__all__ = ["ViT", "from_timm", "registry"]
+__all__ = ["Swin", "ViT", "from_timm", "registry"]

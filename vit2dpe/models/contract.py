@@ -116,6 +116,10 @@ class TimmContract(nn.Module):
         """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
         return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
 
+    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
+        """The extent that an encoding of this model was trained on."""
+        return self.train_grid
+
     def get_classifier(self) -> nn.Module:
         return self.head
 

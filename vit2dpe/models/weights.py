@@ -83,7 +83,7 @@ def _fit_tables(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
         fitted = copy.deepcopy(part).to(device="cpu") if not _on_meta(part) else _materialised(part)
         for name, value in found.items():
             _set(fitted, name, value)
-        fitted.set_grid(module.train_grid)
+        fitted.set_grid(module.train_extent(part))
         for name, value in fitted.named_parameters():
             if value.shape == mine[name].shape and name in found and found[name].shape != value.shape:
                 log.info("%s resized from %s to %s", keys[name], tuple(found[name].shape), tuple(value.shape))
