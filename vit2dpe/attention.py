@@ -8,6 +8,7 @@ Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -25,6 +26,9 @@ _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_backward_hooks,
     torch.nn.modules.module._global_backward_pre_hooks,
 )
+
+# Called with (q, k, signal, mask, scale) of every `attend` while `vit2dpe.show.attention` looks; else there is none.
+watcher: Callable[..., None] | None = None
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -77,6 +81,8 @@ def attend(
             f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
             f"{tuple(mask.shape)}. Biases go into a Signal"
         )
+    if watcher is not None:
+        watcher(q, k, signal, mask, scale)
     if signal.q_rotation is not None:
         q = rotate(q, signal.q_rotation)
     if signal.k_rotation is not None:

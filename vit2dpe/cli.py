@@ -37,7 +37,8 @@ COMMANDS = {
         "train.train:train",
         "train.settings:TrainConfig",
     ),
-    "show": Command("draw encodings, without data", "cli:_show", ""),
+    "show": Command("draw encodings, without data, or a model's attention to an image", "cli:_show", ""),
+    "report": Command("one HTML page of one study or several", "cli:_report", ""),
 }
 
 
@@ -161,14 +162,35 @@ def _named(place: str) -> Any:
 
 
 def _show(args: list[str]) -> int:
-    parser = _parser("vit2dpe show", "Draw encodings, without data.")
-    parser.add_argument("encodings", nargs="+", help="words such as rope, sincos+alibi, rope(base=10), or all")
+    parser = _parser("vit2dpe show", "Draw encodings, without data, or a model's attention to an image.")
+    parser.add_argument("encodings", nargs="*", help="words such as rope, sincos+alibi, rope(base=10), or all")
     parser.add_argument("--grid", default="14x14", type=str, help="rows x columns, 14x14; a line: 64x1 is 64")
-    parser.add_argument("--out", default="encodings.png", type=str, help="the picture to write")
+    parser.add_argument("--out", default=None, type=str, help="the picture to write: encodings.png, attention.png")
+    parser.add_argument("--attention", action="store_true", help="draw attention, with --image and --run or --model")
+    parser.add_argument("--image", default=None, type=str, help="an image file")
+    parser.add_argument("--run", default=None, type=str, help="the folder of a finished run")
+    parser.add_argument("--model", default=None, type=str, help="a timm name; vit2dpe_* has its initial weights")
+    parser.add_argument("--size", default=None, type=str, help="of the image for the model: 48 or 48x64")
     values = _parse(parser, args)
+    if values["attention"]:
+        from .show_attention import command
+
+        print(command(values))
+        return 0
     from .show import save
 
-    print(save(values["encodings"], _grid(values["grid"]), values["out"]))
+    print(save(values["encodings"], _grid(values["grid"]), values["out"] or "encodings.png"))
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    parser = _parser("vit2dpe report", "One HTML page, without a network, of one study or several.")
+    parser.add_argument("runs", nargs="+", help="folders of studies, each with its results.csv")
+    parser.add_argument("--out", default="report.html", type=str, help="the page to write")
+    values = _parse(parser, args)
+    from .train.html import merge
+
+    print(merge(values["runs"], values["out"]))
     return 0
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_maps import attention as attention  # part of what is shown: its pictures are in show_attention.py
 from .encodings import ENCODINGS, Dims, PositionEncoding, parse
 from .errors import ConfigError
 from .positions import Positions

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import os
 import platform
 import shlex
@@ -19,6 +16,7 @@ from .. import __version__
 from ..errors import ConfigError
 from .checkpoint import write_atomically
 from .config import StudyConfig, as_dict
+from .html import Study, page
 
 Row = dict[str, Any]
 
@@ -112,7 +110,8 @@ class Report:
         ]
         text = "\n".join(lines)
         write_atomically(self.out / "summary.md", text.encode())
-        write_atomically(self.out / "report.html", _page(text, self.picture, self.about).encode())
+        study = Study(self.out.resolve().name, self.rows, self.about)
+        write_atomically(self.out / "report.html", page([study]).encode())
 
 
 def default_rows(rows: list[Row]) -> list[Row]:
@@ -226,40 +225,6 @@ def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
     ax.minorticks_off()
     ax.set_xlabel("image size [pixels]; dotted: training")
     ax.grid(alpha=0.25)
-
-
-def _page(markdown: str, picture: Path, about: dict[str, Any]) -> str:
-    """The summary as one HTML file; the picture is inside, nothing is fetched."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|") and not line.startswith("|---")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    head, *body = [[html.escape(c.replace("**", "")) for c in row] for row in rows]
-    image = base64.b64encode(picture.read_bytes()).decode()
-    cells = "\n".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Resolution study</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100%; background: white }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884 }}
-td:nth-child(-n+4), th:nth-child(-n+4) {{ text-align: left }}
-pre {{ overflow-x: auto; padding: .6rem; background: #8882 }}
-</style>
-<h1>Resolution study</h1>
-<pre>{html.escape(about["command"])}</pre>
-<img alt="accuracy over image size" src="data:image/png;base64,{image}">
-<p>Top-1 in percent over image size.</p>
-<div class="wide"><table><thead><tr>{"".join(f"<th>{c}</th>" for c in head)}</tr></thead>
-<tbody>
-{cells}
-</tbody></table></div>
-<h2>Where these numbers come from</h2>
-<pre>{html.escape(json.dumps(about, indent=1))}</pre>
-</html>
-"""
 
 
 def _cpu() -> str:

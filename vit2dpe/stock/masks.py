@@ -1,0 +1,76 @@
+"""Biases as the float masks of stock modules, and where torch would read such a mask wrongly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import _merge
+from ..errors import ConfigError
+from ..signal import Signal
+
+
+def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The bias of a Signal as the float mask of a stock module.
+
+    Args:
+        signal: its bias terms are (B|1, H, L, S).
+        batch: N.
+        dtype: of the module's input.
+
+    Returns:
+        (L, S) where all samples and heads share it, else (N·H, L, S): the heads of sample 0, of sample 1, ... To be
+        passed with `is_causal=False`, and to a module that `check` lets pass.
+
+    Raises:
+        ConfigError: for a Signal without bias, or with what no mask can bring about.
+    """
+    if signal.q_rotation is not None or signal.k_rotation is not None or signal.temperature is not None:
+        raise ConfigError(
+            "rotations and a length temperature act on q·k, a mask is added to it: use stock.RotaryEncoderLayer"
+        )
+    if not signal.bias:
+        raise ConfigError("this Signal has no bias, so there is no mask to be made; token terms are added to the input")
+    bias = _merge(list(signal.bias), None, 1.0, dtype)
+    if bias is None or bias.shape[0] not in (1, batch):
+        raise ConfigError(f"the bias is for {0 if bias is None else bias.shape[0]} samples, the batch has {batch}")
+    if bias.shape[:2] == (1, 1):
+        return bias[0, 0]
+    return bias.expand(batch, -1, -1, -1).flatten(0, 1)
+
+
+def floats(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stock mask as what is added to the logits: True, that is "not allowed", becomes -inf."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+    return mask.to(dtype)
+
+
+def check(module: nn.Module) -> None:
+    """Refuse a module in which a float mask would meet torch's fast path, in inference if not now.
+
+    Raises:
+        ConfigError: naming the layers.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    found = [name or "the layer itself" for name, layer in module.named_modules() if _may_take_fast_path(layer)]
+    if found:
+        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ConfigError(
+            f"in eval() without gradients torch reads a float mask as a boolean one in {some} (pytorch issue 118628): "
+            "use stock.attach, stock.RotaryEncoderLayer, or torch.backends.mha.set_fastpath_enabled(False)"
+        )
+
+
+def _may_take_fast_path(layer: nn.Module) -> bool:
+    """The conditions of `nn.TransformerEncoderLayer.forward` that no mode of running changes."""
+    if (
+        not isinstance(layer, nn.TransformerEncoderLayer)
+        or type(layer).forward is not nn.TransformerEncoderLayer.forward
+    ):
+        return False
+    attn = layer.self_attn
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+    plain = attn.batch_first and attn.num_heads % 2 == 0 and attn.in_proj_bias is not None and attn._qkv_same_embed_dim
+    return bool(plain and layer.activation_relu_or_gelu and layer.norm1.eps == layer.norm2.eps and not hooked)

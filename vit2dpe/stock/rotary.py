@@ -1,0 +1,95 @@
+"""An encoder layer that takes any encoding, under the stock layer's parameter names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import attend
+from ..encodings import PositionEncoding
+from ..signal import Dense, Signal
+from .places import dims_of, one, places_of, table_dtype
+
+
+class RotaryEncoderLayer(nn.TransformerEncoderLayer):
+    """`nn.TransformerEncoderLayer` with any encoding, computed by `vit2dpe.attend` in every mode.
+
+    Args:
+        args, kwargs: those of `nn.TransformerEncoderLayer`.
+        position: a word or an instance.
+        grid, prefix: as for `attach`.
+
+    The parameters, their names and the order in which they are drawn are the stock layer's, and so its state_dict
+    loads here and ours there; an encoding that learns adds `position.*`. `nn.TransformerEncoder` copies it as any
+    layer; give that `enable_nested_tensor=False`, or it warns that it cannot nest. `is_causal` without a mask makes the
+    mask.
+
+    Unlike a subclass that overrides `_sa_block`, which the fast path passes by in inference.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        position: str | PositionEncoding = "rope",
+        grid: int | tuple[int, ...],
+        prefix: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # What nn.TransformerEncoder reads to decide whether the layer takes nested tensors: it does not.
+        self.activation_relu_or_gelu = 0
+        self.places = places_of(self, grid, prefix)
+        self.train_grid = self.places.grid
+        like = self.linear1.weight
+        self.position = one(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        signal = self.position(self.places.of(src))
+        x = self.places.plus(src, signal)
+        x = x if x.ndim == 3 else x[None]  # (N, L, E) or (L, N, E)
+        x = x if self.places.batch_first or src.ndim == 2 else x.transpose(0, 1)
+        signal, mask = self._masks(x, signal, src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            x = x + self._attention(self.norm1(x), signal, mask)
+            x = x + self._ff_block(self.norm2(x))
+        else:
+            x = self.norm1(x + self._attention(x, signal, mask))
+            x = self.norm2(x + self._ff_block(x))
+        if src.ndim == 2:
+            return x[0]
+        return x if self.places.batch_first else x.transpose(0, 1)
+
+    def _attention(self, x: Tensor, signal: Signal, mask: Tensor | None) -> Tensor:
+        attn = self.self_attn
+        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (N, H, L, E/H)
+        out = attend(q, k, v, signal, mask, dropout=attn.dropout if self.training else 0.0)
+        return self.dropout1(attn.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def _masks(
+        self, x: Tensor, signal: Signal, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> tuple[Signal, Tensor | None]:
+        """Stock masks as ours: booleans that say who may attend, and float ones, which may be biases, as terms."""
+        n, length, allowed = x.shape[0], x.shape[1], None
+        if mask is None and is_causal:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        terms: list[Tensor] = []
+        if mask is not None:
+            terms.append(mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (n, -1)))
+        if padding is not None:
+            terms.append(padding.reshape(n, 1, 1, length).expand(-1, -1, length, -1))
+        for term in terms:
+            if term.dtype == torch.bool:
+                allowed = ~term if allowed is None else allowed & ~term
+            else:
+                signal = signal.plus(Signal(bias=(Dense(term),)))
+        return signal, allowed
