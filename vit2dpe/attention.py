@@ -88,7 +88,7 @@ def attend(
     if signal.k_rotation is not None:
         k = rotate(k, signal.k_rotation)
     temperature = 1.0 if signal.temperature is None else signal.temperature
-    scale = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
+    factor: float | Tensor = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
 
     alive = None
     if mask is not None:
@@ -99,20 +99,24 @@ def attend(
     width, terms = v.shape[-1], list(signal.bias)
     products = [term for term in terms if isinstance(term, LowRank)]
     if products and _kernel_dtype(q) in (torch.float32, torch.float64):
-        q, k, v = _append_channels(q, k, v, products, scale, temperature)
-        terms, scale = [term for term in terms if not isinstance(term, LowRank)], 1.0
-    if mask is None and not dropout and len(terms) == 1 and isinstance(terms[0], Table):
+        q, k, v = _append_channels(q, k, v, products, factor, temperature)
+        terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
+    if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # traced; the kernel takes a number
+        q, factor = q * factor, 1.0
+    elif mask is None and not dropout and len(terms) == 1 and isinstance(terms[0], Table):
         path = kernels.choose(q, k, terms[0])
         if path is not None:
-            return kernels.attend(q, k, v, terms[0], scale, temperature, path)
+            return kernels.attend(q, k, v, terms[0], factor, temperature, path)
     added = _merge(terms, mask, temperature, _kernel_dtype(q))
     with _kernels(added, q, k, v):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
     out = out if out.shape[-1] == width else out[..., :width]
     return out if alive is None else out.masked_fill(~alive, 0.0)
 
 
-def _append_channels(q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], scale: float, temperature: float):
+def _append_channels(
+    q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], scale: float | Tensor, temperature: float | Tensor
+):
     """A bias that is a product becomes channels: [t fq, scale q] · [fk, k] = t fq·fk + scale q·k. No matrix is built.
 
     They come first: near neighbours' squares of places cancel before the small products of contents are added.
@@ -125,14 +129,14 @@ def _append_channels(q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], s
     return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])) if k.shape[-1] > v.shape[-1] else v
 
 
-def _merge(terms: list[Bias], mask: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
+def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
     """Bias terms and mask as the one tensor the kernel takes: 4-D, never expanded to the batch."""
     if not terms:
         return mask
     bias = terms[0].dense()
     for term in terms[1:]:
         bias = bias + term.dense()
-    if temperature != 1.0:
+    if isinstance(temperature, Tensor) or temperature != 1.0:
         bias = bias * temperature
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))

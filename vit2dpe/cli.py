@@ -37,6 +37,11 @@ COMMANDS = {
         "train.train:train",
         "train.settings:TrainConfig",
     ),
+    "evaluate": Command(
+        "measure any timm model, or a trained one, at other sizes",
+        "train.evaluate:evaluate_model",
+        "train.config:EvaluateConfig",
+    ),
     "show": Command("draw encodings, without data, or a model's attention to an image", "cli:_show", ""),
     "report": Command("one HTML page of one study or several", "cli:_report", ""),
 }

@@ -64,7 +64,7 @@ class Interpolate(Keep):
             raise unknown("align of interpolate", self.align, ("half_pixel", "corner"))
 
     def place(self, at: Positions) -> Positions:
-        if at.extent == self.train:
+        if not torch.compiler.is_compiling() and at.extent == self.train:
             return at
         return at.shared(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
@@ -85,7 +85,7 @@ class NTK(Keep):
 
     def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
         grown = _growth(self.train, extent)
-        if all(s == 1 for s in grown):
+        if all(_is_one(s) for s in grown):
             return frequencies
         size = frequencies.norm(dim=0)  # (1|H, Dh/2)
         top = size.amax(-1, keepdim=True)
@@ -126,7 +126,7 @@ class YaRN(Keep):
         for w, s, length in zip(frequencies, grown, self.train, strict=True):
             turns = (w.abs() * length / (2 * math.pi)).clamp(min=1e-30)
             keep = (turns / slow).log() / math.log(fast / slow)
-            rows.append(w if s == 1 else w * (1 / s + (1 - 1 / s) * keep.clamp(0, 1)))
+            rows.append(w if _is_one(s) else w * (1 / s + (1 - 1 / s) * keep.clamp(0, 1)))
         return torch.stack(rows)
 
 
@@ -136,7 +136,9 @@ class LogTemperature:
 
     train: Extent
 
-    def __call__(self, extent: Extent) -> float:
+    def __call__(self, extent: Extent) -> float | Tensor:
+        if torch.compiler.is_compiling():
+            return _traced(math.prod(extent)).log() / math.log(math.prod(self.train))
         return math.log(math.prod(extent)) / math.log(math.prod(self.train))
 
 
@@ -146,13 +148,28 @@ class YaRNTemperature:
 
     train: Extent
 
-    def __call__(self, extent: Extent) -> float:
+    def __call__(self, extent: Extent) -> float | Tensor:
+        if torch.compiler.is_compiling():
+            growth = _traced(math.prod(extent)) / math.prod(self.train)
+            return (0.1 / len(extent) * growth.clamp(min=1).log() + 1).square()
         s = (math.prod(extent) / math.prod(self.train)) ** (1 / len(extent))
         return (0.1 * math.log(s) + 1) ** 2 if s > 1 else 1.0
 
 
-def _growth(train: Extent, extent: Extent) -> list[float]:
+def _traced(number: int) -> Tensor:
+    """While tracing, a size as a 0-d tensor: a Python float made of it would be a constant, and every size a graph."""
+    return torch.full((), number, dtype=torch.float64)
+
+
+def _growth(train: Extent, extent: Extent) -> list[float | Tensor]:
+    if torch.compiler.is_compiling():
+        return [(_traced(e) / t).clamp(min=1) for t, e in zip(train, extent, strict=True)]
     return [max(1.0, e / t) for t, e in zip(train, extent, strict=True)]
+
+
+def _is_one(growth: float | Tensor) -> bool:
+    """Known to be 1; a traced one is not known, and the formulas give the same then."""
+    return not isinstance(growth, Tensor) and growth == 1
 
 
 POLICIES = {"extrapolate": Keep, "resize": Keep, "interpolate": Interpolate, "ntk": NTK, "yarn": YaRN}

@@ -146,14 +146,14 @@ class Signal(NamedTuple):
         token: (B|1, N, D), added to tokens.
         q_rotation, k_rotation: turn each pair of channels of queries and keys.
         bias: terms added to the logits.
-        temperature: factor on q·k and on the bias, not on a mask.
+        temperature: factor on q·k and on the bias, not on a mask; a 0-d tensor where a graph is traced for all sizes.
     """
 
     token: Tensor | None = None
     q_rotation: Rotation | None = None
     k_rotation: Rotation | None = None
     bias: tuple[Bias, ...] = ()
-    temperature: float | None = None
+    temperature: float | Tensor | None = None
 
     def plus(self, other: Signal) -> Signal:
         return Signal(

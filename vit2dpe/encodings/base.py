@@ -37,9 +37,9 @@ class Policy(Protocol):
 
 
 class Temperature(Protocol):
-    """A factor on the logits that depends on how many keys there are."""
+    """A factor on the logits that depends on how many keys there are; a 0-d tensor while a graph is traced."""
 
-    def __call__(self, extent: tuple[int, ...]) -> float: ...
+    def __call__(self, extent: tuple[int, ...]) -> float | Tensor: ...
 
 
 class Keeper(Protocol):
@@ -122,7 +122,7 @@ class PositionEncoding(nn.Module):
             temperature=temperature,
         )
 
-    def _temperature(self, k: Positions) -> float | None:
+    def _temperature(self, k: Positions) -> float | Tensor | None:
         return None if self.temperature is None else self.temperature(k.extent)
 
     def _token(self, at: Positions) -> Tensor | None:

@@ -81,7 +81,7 @@ class Fire(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         if self.threshold is None:
             far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()  # (2 S_1 - 1, ...)
-            return Table(self._network(far, far.amax()).movedim(-1, 0), q, k)
+            return Table(self._network(far, far.max()).movedim(-1, 0), q, k)
         if q.axes != 1:
             raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
         place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])

@@ -52,7 +52,9 @@ class GoldenRoPE(DirectionalRoPE):
         pairs, axes = self.head_dim // 2, len(self.grid)
         side = max(2.0, math.prod(self.grid) ** (1 / axes))
         step = torch.arange(pairs, dtype=torch.float64) / max(1, pairs - 1)
-        omega = self.low * (self.high / self.low) ** step * 2 / (side - 1)
+        # Tensors, not numbers: an ONNX file keeps a number in float32, and place 100 turns by it a hundred times.
+        ratio, slowest = torch.tensor([self.high / self.low, 2 * self.low / (side - 1)], dtype=torch.float64)
+        omega = ratio**step * slowest
         directions = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
         return (directions * omega).to(device if device.type != "mps" else "cpu")
 
@@ -66,7 +68,7 @@ def golden_directions(count: int, axes: int) -> Tensor:
         return torch.ones(1, count, dtype=torch.float64)
     n = torch.arange(count, dtype=torch.float64)
     if axes == 2:
-        angle = n * (math.pi / ((1 + 5**0.5) / 2))
+        angle = n * torch.tensor(math.pi / ((1 + 5**0.5) / 2), dtype=torch.float64)  # see `frequencies`
         return torch.stack([angle.sin(), angle.cos()])
     golden = 2.0
     for _ in range(60):  # the fixed point of x = (1 + x)^(1 / (d + 1))

@@ -132,6 +132,8 @@ class TimmContract(nn.Module):
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
+            # Where the norm stands follows from the first pooling; a model built from timm's record must agree.
+            _tell_timm("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
         self.head = (
@@ -157,11 +159,7 @@ class TimmContract(nn.Module):
         for module in self.modules():
             if isinstance(module, PositionEncoding):
                 module.set_grid(self.train_grid)
-        try:  # timm's record of the size, for its data config and for saving
-            from timm.models._input import update_model_input_size
-        except ImportError:
-            return
-        update_model_input_size(self, pair(img_size))
+        _tell_timm("update_model_input_size", self, pair(img_size))
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
@@ -192,6 +190,15 @@ class TimmContract(nn.Module):
         for token in (self.cls_token, getattr(self, "reg_token", None)):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+
+
+def _tell_timm(what: str, *args: Any, **kwargs: Any) -> None:
+    """Bring timm's record of a model up to date (for its data config and for saving), where this timm keeps one."""
+    try:
+        from timm.models import _input
+    except ImportError:
+        return
+    getattr(_input, what)(*args, **kwargs)
 
 
 def check_pool(global_pool: str, class_token: bool) -> None:

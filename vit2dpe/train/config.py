@@ -126,5 +126,45 @@ def split_words(text: str) -> list[str]:
     return [word.strip() for word in [*words, text[start:]] if word.strip()]
 
 
-def as_dict(config: StudyConfig) -> dict[str, Any]:
+def as_dict(config: StudyConfig | EvaluateConfig) -> dict[str, Any]:
     return asdict(config)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure any timm model, or the model of a run folder, at sizes it was not trained at.
+
+    Args:
+        model: a timm name with arguments in parentheses, "vit_tiny_patch16_224" or
+            "vit2dpe_tiny_patch4_32(position=rope, num_classes=10)"; hf-hub: and local-dir: too; or a run folder.
+        data: digits, cifar10, or a folder: of class folders, or one that holds val or test.
+        root: where cifar10 lies, or is downloaded to.
+        sizes: comma-separated sizes in pixels, 128,160,224x320 (height x width); default the model's own.
+        modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
+        policies: comma-separated resolution policies; "all" that the model can take, or "default".
+        temperatures: comma-separated: none, log (logits x ln N / ln N_train), yarn.
+        checkpoint: weights for a timm name, instead of its pretrained ones.
+        untrained: take a timm name without weights, to see that everything runs.
+        train_size: the size it was trained at, where the model does not say it.
+        crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
+        limit: use only so many images, balanced over classes.
+        batch_size: images at a time.
+        device: auto, cpu, cuda, cuda:1, mps.
+        out: folder that results.csv goes to.
+    """
+
+    model: str = ""
+    data: str = ""
+    root: str | None = None
+    sizes: str | None = None
+    modes: str = "scale"
+    policies: str = "all"
+    temperatures: str = "none"
+    checkpoint: str | None = None
+    untrained: bool = False
+    train_size: str | None = None
+    crop: float | None = None
+    limit: int | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    out: str = "runs/evaluate"

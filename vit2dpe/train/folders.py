@@ -42,6 +42,21 @@ def list_folders(root: Path) -> tuple[Listing, Listing, list[str]]:
     return train, test, notes
 
 
+def list_held_out(root: Path) -> tuple[Path, Listing, list[str]]:
+    """The images of each class that there are to measure on: of `root/val` or `root/test`, else of `root` itself.
+
+    Returns:
+        the folder that the names are relative to, the names by class, and what to tell people.
+    """
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}; expected class folders, <folder>/<class>/<image>")
+    held_out = next((root / split for split in ("val", "test") if (root / split).is_dir()), root).resolve()
+    notes: list[str] = []
+    annotated = (held_out / ANNOTATIONS).is_file() and (held_out / "images").is_dir()
+    read = _by_annotation if annotated else _by_class
+    return held_out.parent, dict(sorted(read(held_out.parent, held_out.name, notes).items())), notes
+
+
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     """A folder's entries by name, without hidden ones and those that archivers leave behind."""
     try:

@@ -15,13 +15,15 @@ import torch
 from .. import __version__
 from ..errors import ConfigError
 from .checkpoint import write_atomically
-from .config import StudyConfig, as_dict
+from .config import EvaluateConfig, StudyConfig, as_dict
 from .html import Study, page
 
 Row = dict[str, Any]
 
 
-def environment(command: str, config: StudyConfig, digest: str, device: torch.device) -> dict[str, Any]:
+def environment(
+    command: str, config: StudyConfig | EvaluateConfig, digest: str, device: torch.device
+) -> dict[str, Any]:
     """What a number needs beside it: command, versions, hardware, data, settings."""
     import timm
 
