@@ -44,6 +44,7 @@ COMMANDS = {
     ),
     "show": Command("draw encodings, without data, or a model's attention to an image", "cli:_show", ""),
     "report": Command("one HTML page of one study or several", "cli:_report", ""),
+    "doctor": Command("say whether this machine is fit to train on", "doctor:doctor", "doctor:DoctorConfig"),
 }
 
 
@@ -82,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ConfigError, DataError, CheckpointError: the user's to mend
         if os.environ.get("VIT2DPE_DEBUG"):
             raise
-        print(f"vit2dpe: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 2
     except (RuntimeError, OSError) as error:  # TrainingError, a full disk, a lost process
         if os.environ.get("VIT2DPE_DEBUG") or not _expected(error):
             raise
-        print(f"vit2dpe: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 1
     except KeyboardInterrupt:
         print("\nvit2dpe: stopped; finished cells are kept, the same command goes on from there", file=sys.stderr)
@@ -152,6 +153,11 @@ def _filled(config: Any, values: dict[str, Any]) -> Any:
     names = {f.name for f in fields(config)}
     given = {k: _filled(nested[k], v) if k in nested else v for k, v in values.items() if k in names}
     return config(**given)
+
+
+def _complain(error: BaseException) -> None:
+    line = " ".join(str(error).split())
+    print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def _expected(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit2dpe import ViT, load_run
-from vit2dpe.errors import CheckpointError
+from vit2dpe.errors import CheckpointError, TrainingError
 from vit2dpe.train.checkpoint import save_model, write_atomically
 
 ARGUMENTS = dict(
@@ -70,7 +70,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vit2dpe.train.checkpoint.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingError, match=r"file, 3 bytes, [\d,]+ free: No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

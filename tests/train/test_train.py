@@ -190,7 +190,7 @@ def test_weights_of_another_architecture_or_not_finite_are_refused(tmp_path, fin
     state = vit().state_dict()
     state["norm.weight" if "norm.weight" in state else "fc_norm.weight"][0] = float("nan")
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"fc_norm\.weight is not finite"):
+    with pytest.raises(CheckpointError, match=r"fc_norm\.weight .* not finite"):
         load_weights(vit(), tmp_path / "w.pth")
     (tmp_path / "x.pth").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"x\.pth cannot be read"):

@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError, ConfigError, unknown
+from ..errors import CheckpointError, ConfigError, TrainingError, unknown
 
 FORMAT = 2
 MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
@@ -136,21 +137,26 @@ def settle(folder: Path) -> None:
     _sync(folder)
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu", *, which: str = "last") -> nn.Module:
+def load_run(
+    run: str | Path, device: torch.device | str = "cpu", *, which: str = "last", allow_nan: bool = False
+) -> nn.Module:
     """The trained model of a run folder, in evaluation mode; `model.about` is its JSON.
 
     Args:
         run: the folder of a run, or one that itself holds `model.json`.
         device: where the model goes.
         which: "last", or "best" by the number that the run watched.
+        allow_nan: take weights that are not finite, too.
 
     Raises:
-        CheckpointError: if a file is missing, was altered, or comes from a newer version.
+        CheckpointError: if a file is missing, was altered, is not finite, or comes from a newer version.
     """
     folder = Path(run)
     folder = folder / which if (folder / which).is_dir() else folder
     meta = read_meta(folder)
     tensors = read_tensors(folder, meta, "model")
+    if not allow_nan:
+        check_finite(tensors, folder)
     if meta["model"] not in MODELS:
         raise CheckpointError(f"{folder} holds a {meta['model']!r}; this version can build {', '.join(MODELS)}")
     model = ModelSpec(meta["model"], meta["arguments"]).build()
@@ -189,6 +195,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
             meta = MIGRATIONS[meta["format"]](meta)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}") from None
+    files = meta.get("files")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise CheckpointError(f"{path} is not a checkpoint of this library: its list of files is none")
+    for name in files:  # names of files of this folder, and no way out of it
+        if not re.fullmatch(r"\w+", name):
+            raise CheckpointError(f"{path} names a file {name!r}: only letters, digits and _ can be")
     return meta
 
 
@@ -215,18 +227,43 @@ def read_tensors(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Ten
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{where}: {', '.join(bad[:5])} ({len(bad)} in all) are not finite; allow_nan=True takes them"
+        )
+
+
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Either the whole new file or the old one, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Either the whole new file or the old one, whatever happens meanwhile.
+
+    Raises:
+        TrainingError: if the disk does not take it; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}, {len(payload):,} bytes, {_free(path.parent)} free: {error.strerror or error}; "
+            "what was there before still is"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "unknown"
 
 
 def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError, unknown
+from . import archives
 from .folders import LAYOUT, list_folders
 from .images import cache_dir, load_files
 
@@ -196,7 +197,22 @@ def folder(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
     return tuple(train), Split(images[:split], target[:split]), Split(images[split:], target[split:]), notes + said
 
 
-SOURCES: dict[str, Source] = {"digits": digits, "folder": folder, "cifar10": cifar10, "cifar100": cifar100}
+def tar(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+    """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`."""
+    if root is None:
+        raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
+    return folder(archives.unpack(root), source_size)
+
+
+def hf(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+    """A dataset of Hugging Face's: `hf:<name>`."""
+    classes, train, test, notes = archives.from_hub(str(root), source_size)
+    return classes, Split(*train), Split(*test), notes
+
+
+SOURCES: dict[str, Source] = {
+    "digits": digits, "folder": folder, "tar": tar, "cifar10": cifar10, "cifar100": cifar100, "hf": hf,
+}  # fmt: skip
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -129,10 +129,7 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.nd
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             if image.format == "PNG":
                 _check_png(path)
-            rgb, kinds = _to_rgb(image)
-            if size is not None:
-                rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
-            return np.asarray(rgb), kinds
+            return as_rgb(image, size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"the image {path} has more than {MAX_PIXELS // 10**6} megapixels ({error}): it was not decoded; "
@@ -140,6 +137,14 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.nd
         ) from error
     except Exception as error:  # damage surfaces as whatever a decoder stumbles over: OSError, SyntaxError, IndexError
         raise _unreadable(path, error) from error
+
+
+def as_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+    """An opened image as `decode` gives it."""
+    rgb, kinds = _to_rgb(image)
+    if size is not None:
+        rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(rgb), kinds
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, unknown
-from .checkpoint import read_meta, read_tensors
+from .checkpoint import check_finite, read_meta, read_tensors
 
 INITS = ("default", "xavier", "trunc_normal", "gpt2")
 
@@ -41,9 +41,10 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
     path = Path(source).expanduser()
     state = _fitted(model, read_weights(path))
     own = model.state_dict()
-    taken = [name for name, value in state.items() if name in own and own[name].shape == value.shape]
+    # In the model's order: that of a file is any.
+    taken = [name for name, value in own.items() if name in state and state[name].shape == value.shape]
     left = [name for name in own if name not in taken]
-    unused = [name for name in state if name not in taken]
+    unused = [name for name in left if name in state] + sorted(name for name in state if name not in own)
     if len(taken) < least * len(own):
         shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in unused if n in own]
         raise CheckpointError(
@@ -51,9 +52,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
             f"of other shape: {_some(shapes)}; missing: {_some([n for n in left if n not in state])}; "
             f"unexpected: {_some([n for n in unused if n not in own])}"
         )
-    for name in taken:
-        if not torch.isfinite(state[name]).all():
-            raise CheckpointError(f"{path}: {name} is not finite")
+    check_finite({name: state[name] for name in taken}, path)
     with torch.no_grad():
         for name in taken:
             own[name].copy_(state[name])

@@ -166,7 +166,12 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
         f"Next: `{next_}`",
         "",
     ]
-    write_atomically(folder / "summary.md", "\n".join(lines).encode())
+    write_atomically(folder / "summary.md", "\n".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def printable(text: object) -> str:
+    """Text that any terminal takes: bytes of a path that are no UTF-8 are escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -119,7 +119,7 @@ class DataConfig:
 
     Args:
         name: digits (built in), cifar10, cifar100 (downloaded), folder (class folders, Tiny-ImageNet as it is
-            downloaded), tar (one archive a split), or hf:<name> (a Hugging Face dataset).
+            downloaded), tar (train.tar and val.tar under root), or hf:<name> (a Hugging Face dataset).
         root: where it lies.
         size: pixels of training images, 32 or 32x48 (height x width); default: their own.
         source_size: size that pictures of differing sizes are brought to once.

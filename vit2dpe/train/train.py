@@ -21,7 +21,7 @@ from .engine import fit, make_optimizer, make_schedule, pick_device, precision
 from .init import INITS, initialize, load_weights
 from .keys import keyed
 from .policy import POLICIES
-from .runs import changed_settings, environment, run_folder, write_facts, write_summary
+from .runs import changed_settings, environment, printable, run_folder, write_facts, write_summary
 from .settings import AugmentConfig, TrainConfig, check_numbers, resolve
 from .task import ImageTask
 
@@ -46,7 +46,11 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
-        say = print if world.first else (lambda *_: None)
+
+        def say(text: str) -> None:
+            if world.first:
+                print(printable(text), flush=True)
+
         if config.run.device == "auto" and device.type == "cpu":
             say("note: no GPU was found: training on the CPU")
         for change in changed_settings(folder, config) if config.resume and world.first else []:

@@ -17,6 +17,7 @@ from vit2dpe.train.log import read_table
 from vit2dpe.train.settings import AugmentConfig
 from vit2dpe.train.task import ImageTask, evaluation_batches
 
+fault = pytest.mark.fault
 HERE = Path(__file__).parent
 
 
@@ -52,6 +53,7 @@ def test_two_ranks_train_as_one(both, how):
         torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
 
 
+@fault("F54")
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_run_goes_from_one_process_to_two_and_back(both, how):
     run = both / f"resumed-{how}"
@@ -70,6 +72,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(both, how):
         torch.testing.assert_close(states[0][name], states[1][name], atol=1e-4, rtol=0)
 
 
+@fault("F56")
 def test_a_dead_rank_ends_the_others(tmp_path):
     done = torchrun("dies", tmp_path)
     assert done.returncode != 0

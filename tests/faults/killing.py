@@ -62,17 +62,22 @@ def random_times(folder, trials):
     """A writer in a loop, killed at a random time."""
     write(folder, 0)
     for trial in range(trials):
+        wrote, tell = os.pipe()
 
-        def loop():
+        def loop(tell=tell):
             step = read(folder)
             while True:
                 step += 1
                 write(folder, step)
+                os.write(tell, b".")
 
         child = fork(loop)
-        time.sleep(random.Random(trial).uniform(0, 0.25))
+        os.read(wrote, 1)  # a busy machine must not kill it before it begins
+        time.sleep(random.Random(trial).uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(wrote)
+        os.close(tell)
         yield dict(step=read(folder), left=leftovers(folder))
 
 
@@ -149,7 +154,7 @@ def trainings(folder, trials):
 
 def main():
     what, folder, trials = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # the micro training of test_resume
     checkpoint.save({"x": torch.zeros(1)})  # imported before the forks
     for result in {"random": random_times, "boundaries": boundaries, "trainings": trainings}[what](folder, trials):
         print(json.dumps(result), flush=True)

@@ -1,0 +1,313 @@
+"""F50 to F65: what machines and people do to a training while it runs."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import vit2dpe
+from vit2dpe import load_run
+from vit2dpe.cli import main
+from vit2dpe.errors import ConfigError, TrainingError
+from vit2dpe.train import study as study_module
+from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors, write_checkpoint
+from vit2dpe.train.config import StudyConfig
+from vit2dpe.train.engine import Trainer
+from vit2dpe.train.log import read_table
+from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.train.task import ImageTask
+from vit2dpe.train.train import train
+
+fault = pytest.mark.fault
+MICRO = TrainConfig(
+    model=ModelConfig(width=16, depth=1, heads=2),
+    data=DataConfig(limit_train=64, limit_test=40, size="8x12"),
+    optim=OptimConfig(epochs=3, warmup_epochs=1, batch_size=16),
+    run=RunConfig(device="cpu"),
+)
+WORDS = [
+    "--model.width",
+    "16",
+    "--model.depth",
+    "1",
+    "--model.heads",
+    "2",
+    "--data.limit_train",
+    "64",
+    "--data.limit_test",
+    "40",
+    "--data.size",
+    "8",
+    "--optim.batch_size",
+    "16",
+    "--optim.warmup_epochs",
+    "1",
+    "--run.device",
+    "cpu",
+]
+
+
+def at(out, config=MICRO, **run):
+    return replace(config, run=replace(config.run, out=str(out), **run))
+
+
+def command(*words, env=None, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vit2dpe", "train", *WORDS, *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
+    )  # fmt: skip
+
+
+def environment(**changes):
+    here = str(Path(vit2dpe.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": here, **changes}
+
+
+@fault("F50")
+def test_a_disk_that_is_full(tmp_path):
+    def step(number, size):
+        files = {"model": {"w": torch.full((size,), float(number))}}
+        write_checkpoint(tmp_path / "last", ModelSpec("ViT", {}), files, state={"step": number})
+
+    step(1, 1000)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # the system itself refuses to write on
+    try:
+        with pytest.raises(TrainingError, match=r"model-\w+\.safetensors, 400,\d+ bytes, [\d,]+ free: File too large"):
+            step(2, 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    meta = read_meta(tmp_path / "last")
+    assert meta["state"]["step"] == 1
+    assert read_tensors(tmp_path / "last", meta, "model")["w"].unique().item() == 1
+    assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["model.json", "model.safetensors"]
+
+
+@fault("F50")
+def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys):
+    real = os.fsync
+
+    def full(handle):
+        if sum(1 for _ in (tmp_path / "out").glob("last/model.json")):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["train", *WORDS, "--optim.epochs", "3", "--run.out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"vit2dpe: cannot write .*out.*bytes.*No space left on device", error)
+    assert read_meta(tmp_path / "out/last")["state"]["step"] == 4
+    load_run(tmp_path / "out")
+
+
+@fault("F51")
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("a file, not a folder")
+    monkeypatch.setattr("vit2dpe.train.train.load_images", None)  # before data are read
+    assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
+    assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
+
+
+@fault("F52")
+def test_signals_to_the_command(tmp_path):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        out = tmp_path / str(code)
+        process = command("--optim.epochs", "100000", "--run.out", out)
+        while not (out / "last/model.json").is_file():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code, error
+        assert "stopped at step" in error
+        assert "Traceback" not in error
+        assert not (out / "lock").exists()
+        load_run(out)
+
+
+@fault("F52")
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    from vit2dpe.train.signals import Signals
+
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert (signals.asked, left) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert left == [143]
+
+
+@fault("F57")
+def test_a_poisoned_image(tmp_path, monkeypatch):
+    real = ImageTask.batch
+
+    def poisoned(self, epoch, step):
+        batch = real(self, epoch, step)
+        batch["images"][batch["index"] == 7] = float("nan")
+        return batch
+
+    monkeypatch.setattr(ImageTask, "batch", poisoned)
+    out = train(at(tmp_path / "one"))
+    entries = [json.loads(line) for line in (out / "bad_batches.jsonl").read_text().splitlines()]
+    assert len(entries) == 3, "once an epoch"
+    assert all(7 in entry["index"] and entry["loss"] == "nan" for entry in entries)
+    assert [row["step"] for row in read_table(out / "metrics.csv")] == [4, 8, 12]
+    assert all(value.isfinite().all() for value in load_run(out).state_dict().values())
+
+    def all_bad(self, epoch, step):
+        batch = real(self, epoch, step)
+        return batch if (epoch, step) < (1, 1) else batch | {"images": batch["images"] * float("nan")}
+
+    monkeypatch.setattr(ImageTask, "batch", all_bad)
+    with pytest.raises(TrainingError, match=r"3 times in a row, last at epoch 1, step 3"):
+        train(at(tmp_path / "all"))
+    assert read_meta(tmp_path / "all/last")["state"]["step"] == 5, "the last good one"
+    load_run(tmp_path / "all")
+
+
+@fault("F58")
+def test_out_of_memory(tmp_path, monkeypatch, capsys):
+    real = ImageTask.loss
+
+    def hungry(self, model, batch):
+        if model.training and (tmp_path / "out/last").is_dir():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, model, batch)
+
+    monkeypatch.setattr(ImageTask, "loss", hungry)
+    assert main(["train", *WORDS, "--optim.epochs", "3", "--run.out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for part in ("out of memory at epoch 1, step 0 with 16 images", "--optim.accumulate 2", "--resume", "2.00 GiB"):
+        assert part in error
+    assert read_meta(tmp_path / "out/last")["state"]["step"] == 4
+
+
+@fault("F59")
+def test_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    train(
+        at(
+            tmp_path / "auto",
+            replace(MICRO, smoke=False, optim=replace(MICRO.optim, epochs=1, warmup_epochs=0)),
+            device="auto",
+        )
+    )
+    assert "note: no GPU was found" in capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "vit2dpe", "train", "--run.device", "cuda", "--run.out", str(tmp_path / "cuda")],
+        capture_output=True, text=True, check=False, env=environment(CUDA_VISIBLE_DEVICES=""), timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "device 'cuda' cannot be used here" in done.stderr
+    assert not (tmp_path / "cuda").exists()
+
+
+@fault("F60")
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    seen = []
+    real = Trainer._evaluate
+
+    def second(self):
+        if not seen:
+            seen.append(True)
+            with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} {socket.gethostname()}"):
+                train(at(tmp_path))
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", second)
+    train(at(tmp_path))
+    assert seen
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "lock").write_text(f"{dead.pid} {socket.gethostname()}")
+    train(replace(at(tmp_path), resume=True))
+    assert not (tmp_path / "lock").exists()
+
+
+@fault("F61")
+def test_an_interrupted_study(tmp_path, monkeypatch):
+    micro = StudyConfig(
+        encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
+        limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu",
+    )  # fmt: skip
+    study_module.study(replace(micro, out=str(tmp_path / "whole")))
+    real = study_module.fit
+
+    def dies(*args, folder, **kwargs):
+        if folder.name.startswith("alibi"):
+            raise KeyboardInterrupt
+        return real(*args, folder=folder, **kwargs)
+
+    monkeypatch.setattr(study_module, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        study_module.study(replace(micro, out=str(tmp_path / "cut")))
+    cut = read_table(tmp_path / "cut/results.csv")
+    assert {row["encoding"] for row in cut} == {"none", "rope"}
+    trained = []
+    monkeypatch.setattr(
+        study_module, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
+    )
+    study_module.study(replace(micro, out=str(tmp_path / "cut")))
+    assert len(trained) == 1
+    assert (tmp_path / "cut/results.csv").read_bytes() == (tmp_path / "whole/results.csv").read_bytes()
+
+
+@fault("F62")
+def test_a_clock_that_jumps(tmp_path, monkeypatch):
+    hours = iter(range(10**9, 0, -7200))
+    monkeypatch.setattr(time, "time", lambda: float(next(hours)))
+    rows = read_table(train(at(tmp_path / "a")) / "metrics.csv")
+    assert all(row["seconds"] >= 0 for row in rows)
+    sources = "".join(path.read_text() for path in (Path(vit2dpe.__file__).parent / "train").glob("*.py"))
+    assert "time.time(" not in sources, "durations are of the monotonic clock"
+
+
+@fault("F63")
+@pytest.mark.parametrize(
+    "name", ["with spaces and 'quotes'", "näme-ü-漢字", os.fsdecode(b"bytes-\xff-\xfe"), "x" * 200]
+)
+def test_paths(tmp_path, name, capsys):
+    out = tmp_path / name
+    small = replace(MICRO, optim=replace(MICRO.optim, epochs=1, warmup_epochs=0))
+    train(at(out, small), f"vit2dpe train --run.out {out}")
+    load_run(out)
+    assert (out / "summary.md").is_file()
+    train(replace(at(out, replace(small, optim=replace(small.optim, epochs=2))), resume=True))
+    assert len(read_table(out / "metrics.csv")) == 2
+    capsys.readouterr().out.encode()
+
+
+@fault("F62", "F64", "F65")
+def test_other_hash_seeds_no_home_no_network_no_time_zone(tmp_path):
+    environments = [
+        environment(PYTHONHASHSEED="1", TZ="Nowhere/Land"),
+        {
+            k: v
+            for k, v in environment(PYTHONHASHSEED="2", http_proxy="http://127.0.0.1:9").items()
+            if k not in ("HOME", "TZ")
+        },
+    ]
+    running = [
+        command("--optim.epochs", "2", "--run.out", tmp_path / str(i), "--run.threads", "1", env=env)
+        for i, env in enumerate(environments)
+    ]
+    for process in running:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    files = [(tmp_path / str(i) / "last/model.safetensors").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
