@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "encodings": {"errors", "positions", "signal"},
 }
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels"}
+MAY_IMPORT["policies"] = {"errors", "positions"}
+MAY_IMPORT["resolution"] = {"errors", "positions", "signal", "encodings", "policies"}
 MAY_IMPORT["models"] = {*MAY_IMPORT, "layers"}
 
 

@@ -27,6 +27,8 @@ _HOME = {
     "Swin": "models",
     "ViT": "models",
     "from_timm": "models",
+    "to_timm": "models",
+    "set_policy": "resolution",
     "use_policy": "resolution",
     "sweep": "resolution",
     "load_run": "train.checkpoint",
@@ -56,9 +58,9 @@ if TYPE_CHECKING:
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
-    from .models import Swin, ViT, from_timm  # noqa: F401
+    from .models import Swin, ViT, from_timm, to_timm  # noqa: F401
     from .positions import Positions  # noqa: F401
-    from .resolution import sweep, use_policy  # noqa: F401
+    from .resolution import set_policy, sweep, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401
     from .testing import check_encoding  # noqa: F401
     from .train.checkpoint import load_run  # noqa: F401

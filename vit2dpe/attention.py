@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import unknown
+from .errors import ConfigError, unknown
 from .kernels import table as kernels
 from .kernels.rotary import split_and_rotate
 from .signal import Bias, LowRank, Rotation, Signal, Table
@@ -205,10 +206,13 @@ class Attention(nn.Module):
     Args:
         dim: width D, a multiple of `heads`.
         heads: H.
-        qkv_bias: whether `qkv` has a bias.
+        qkv_bias: whether `qkv` has a bias; "qv": one for q and v alone, in `q_bias` and `v_bias` (BEiT, EVA).
         qk: "dot", or "cosine" (Swin V2, arXiv 2111.09883): q and k of length 1 and a learned factor for each head,
-            exp(min(logit_scale, log 100)), instead of 1/sqrt(Dh); biases on q and v alone (`q_bias`, `v_bias`).
-        qk_norm: a LayerNorm over each head's channels of q and k, before rotation.
+            exp(min(logit_scale, log 100)), instead of 1/sqrt(Dh); a bias is then one of q and v alone.
+        qk_norm: a norm over each head's channels of q and k, before rotation.
+        scale_norm: a norm over the output of the heads, before `proj`.
+        proj_bias: whether `proj` has a bias.
+        norm: makes these norms for a width.
         position: an encoding of this block's own (a Swin table, learned frequencies). Its signal is added
             to the shared one by the block, which knows the places.
         attn_drop, proj_drop: dropout on the weights and on the output.
@@ -219,9 +223,12 @@ class Attention(nn.Module):
         dim: int,
         heads: int,
         *,
-        qkv_bias: bool = True,
+        qkv_bias: bool | str = True,
         qk: str = "dot",
         qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
         position: nn.Module | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -232,16 +239,20 @@ class Attention(nn.Module):
         if qk not in ("dot", "cosine"):
             raise unknown("qk", qk, ("dot", "cosine"))
         self.heads = heads
+        if qkv_bias not in (True, False, "qv"):
+            raise ConfigError(f"qkv_bias is true, false or 'qv', got {qkv_bias!r}")
         cosine = qk == "cosine"
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
-        self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias and cosine else None
-        self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias and cosine else None
+        apart = qkv_bias == "qv" or (cosine and bool(qkv_bias))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bool(qkv_bias) and not apart)
+        self.q_bias = nn.Parameter(torch.empty(dim)) if apart else None
+        self.v_bias = nn.Parameter(torch.empty(dim)) if apart else None
         self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1)) if cosine else None
-        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = norm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = norm(dim // heads) if qk_norm else nn.Identity()
         self.position = position
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
+        self.norm = norm(dim) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -256,7 +267,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, signal: Signal = Signal(), mask: Tensor | None = None) -> Tensor:  # noqa: B008
         q, k, v, signal, scale = self.split(x, signal)
         out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))
 
     def split(self, x: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Tensor, Signal, float | None]:
         """(B, N, D) -> q, k, v (B, H, N, Dh), what of the signal is still to be done, and the scale of q·k.

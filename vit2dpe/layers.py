@@ -5,14 +5,18 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from .attention import Attention
 from .encodings.base import PositionEncoding
-from .errors import ConfigError
+from .errors import ConfigError, unknown
 from .positions import Positions
 from .signal import Signal
 
@@ -25,6 +29,8 @@ class PatchEmbed(nn.Module):
         in_chans: C.
         dim: D.
         img_size: (height, width) that is expected where `any_size` is off.
+        bias: whether the map has a bias.
+        norm: makes a norm after the map, for a width.
         any_size: whether images of other sizes are taken.
         pad: fill images up to a multiple of the patch with zeros, below and on the right.
     """
@@ -36,12 +42,15 @@ class PatchEmbed(nn.Module):
         dim: int,
         *,
         img_size: tuple[int, int] | None = None,
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] | None = None,
         any_size: bool = True,
         pad: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch, bias=bias)
+        self.norm = nn.Identity() if norm is None else norm(dim)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each axis of an image.
@@ -71,7 +80,7 @@ class PatchEmbed(nn.Module):
         if self.pad:
             below, right = (n * p - side for n, p, side in zip(extent, self.patch_size, (height, width), strict=True))
             images = F.pad(images, (0, right, 0, below))
-        tokens = self.proj(images).flatten(2).transpose(1, 2)
+        tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
         # The residual stream keeps the precision of the weights under autocast, with any encoding.
         return tokens.to(self.proj.weight.dtype), Positions.grid(extent, images.device)
 
@@ -102,6 +111,18 @@ class Block(nn.Module):
 
     An encoding of the block's own lives in `attn.position`; its token term is added to the block's input, the rest
     joins the shared signal.
+
+    Args:
+        dim, heads: width D and number of heads H.
+        mlp_ratio: hidden width of the MLP over D.
+        mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (the two in one fc1).
+        act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance.
+        qkv_bias, qk_norm, proj_bias: see `Attention`; `proj_bias` is the MLP's too.
+        scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
+        position: an encoding of the block's own.
+        init_values: what LayerScale starts from; None: no LayerScale.
+        attn_drop, proj_drop, drop_path: rates in training.
     """
 
     def __init__(
@@ -110,8 +131,15 @@ class Block(nn.Module):
         heads: int,
         *,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        mlp_layer: str = "mlp",
+        act_layer: str = "gelu",
+        norm_layer: str = "layernorm",
+        norm_eps: float = 1e-6,
+        qkv_bias: bool | str = True,
         qk_norm: bool = False,
+        proj_bias: bool = True,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
         position: PositionEncoding | None = None,
         init_values: float | None = None,
         attn_drop: float = 0.0,
@@ -119,20 +147,30 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        norm = norm_of(norm_layer, norm_eps)
+        self.norm1 = norm(dim)
         self.attn = Attention(
             dim,
             heads,
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            norm=norm,
             position=position,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.norm2 = norm(dim)
+        self.mlp = mlp_of(mlp_layer, act_layer)(
+            dim,
+            int(dim * mlp_ratio),
+            norm_layer=norm if scale_mlp_norm else None,
+            bias=proj_bias,
+            drop=proj_drop,
+        )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -143,6 +181,43 @@ class Block(nn.Module):
             signal = signal.plus(own)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), signal, mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PostNormBlock(Block):
+    """The norms after attention and MLP, inside the residual branches, instead of before (Swin V2's order)."""
+
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
+        if self.attn.position is not None:
+            own = self.attn.position(at)
+            x = add_token(x, own)
+            signal = signal.plus(own)
+        x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x, signal, mask))))
+        return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+MLPS: dict[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+ACTS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+def norm_of(word: str, eps: float) -> Callable[[int], nn.Module]:
+    """What makes a norm for a width."""
+    if word not in NORMS:
+        raise unknown("norm_layer", word, NORMS)
+    return partial(NORMS[word], eps=eps)
+
+
+def mlp_of(word: str, act: str) -> Callable[..., nn.Module]:
+    """What makes an MLP for a width and a hidden width; the gated ones have their own activation."""
+    if word not in MLPS:
+        raise unknown("mlp_layer", word, MLPS)
+    if act not in ACTS:
+        raise unknown("act_layer", act, ACTS)
+    return partial(Mlp, act_layer=ACTS[act]) if word == "mlp" else MLPS[word]
 
 
 def add_token(x: Tensor, signal: Signal) -> Tensor:

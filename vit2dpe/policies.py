@@ -47,21 +47,24 @@ class Keep:
         return frequencies
 
 
+_SHIFT = {"half_pixel": 0.5, "corner": 0.0, "one": 1.0}
+
+
 @dataclass(frozen=True)
 class Interpolate(Keep):
     """Places scaled into the training extent.
 
     Args:
         align: "half_pixel" keeps the outer edges of the grid in place: (p + 1/2) / s - 1/2; "corner" keeps the first
-            place: p / s, as EVA-02 does.
+            place: p / s, as EVA-02 does; "one" counts places from 1: (p + 1) / s - 1, as the Perception Encoder does.
     """
 
     name: str = "interpolate"
     align: str = "half_pixel"
 
     def __post_init__(self) -> None:
-        if self.align not in ("half_pixel", "corner"):
-            raise unknown("align of interpolate", self.align, ("half_pixel", "corner"))
+        if self.align not in _SHIFT:
+            raise unknown("align of interpolate", self.align, _SHIFT)
 
     def place(self, at: Positions) -> Positions:
         if not torch.compiler.is_compiling() and at.extent == self.train:
@@ -70,7 +73,7 @@ class Interpolate(Keep):
 
     def _scaled(self, at: Positions) -> Positions:
         ratio = torch.tensor([t / e for t, e in zip(self.train, at.extent, strict=True)], dtype=torch.float64)
-        ratio, shift = ratio.to(at.coords.device, at.coords.dtype), 0.5 if self.align == "half_pixel" else 0.0
+        ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
 
 

@@ -56,8 +56,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     Args:
         model: a model of ours; it remembers its `train_grid`.
         policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
-            "resize", or "default": each encoding does what it does by itself. For a Swin also "keep" or "scale", what
-            its windows do, alone or before one of these: "scale+interpolate".
+            "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
+            Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
 
     Changes no key of the state_dict, and on leaving puts back what was there. With gradient checkpointing the backward
@@ -84,7 +84,7 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
                         f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
                         f"it can {' or '.join(encoding.policies)}"
                     )
-                encoding.policy = chosen
+                encoding.policy = encoding.own_policy if policy == "default" else chosen
             root.temperature = _temperature(temperature, extent)  # one factor for all its encodings
         if windows is not None:
             model.window_policy = windows  # type: ignore[assignment]
@@ -106,6 +106,33 @@ def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
     if not windows_of(model):
         raise ConfigError(f"policy {word!r} says what windows do, and {type(model).__name__} has none")
     return first.strip(), rest.strip() or "default"
+
+
+def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) -> None:
+    """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
+
+    Every encoding that can take the policy does; a table beside a formula goes on being resized. No key of the
+    state_dict changes, so the policy is not saved with the weights.
+
+    Args:
+        policy: a word as for `use_policy`, but for "default".
+        train: the grid that the policy scales to; default: the model's `train_grid`.
+
+    Raises:
+        ConfigError: for a policy that none of the encodings can take, with the reason.
+    """
+    train = train or getattr(model, "train_grid", None)
+    if train is None:
+        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+    chosen, found = _policy(policy, tuple(train)), encodings_of(model)
+    able = [encoding for encoding in found if chosen.name in encoding.policies]
+    if not able:
+        names = ", ".join(dict.fromkeys(type(encoding).__name__ for encoding in found)) or "a model without positions"
+        raise ConfigError(
+            f"{names} cannot {chosen.name}: {WHY_NOT[chosen.name]}; it can {' or '.join(policies_of(model))}"
+        )
+    for encoding in able:
+        encoding.policy = encoding.own_policy = chosen
 
 
 def _policy(word: str, train: Extent) -> Keep:

@@ -89,31 +89,36 @@ class Table(NamedTuple):
     Args:
         table: (H, 2 S_1 - 1, ..., 2 S_d - 1) for a grid of sizes S, head-major.
         q, k: places of queries and keys, whole coordinates.
+        prefix: (H, 3), what pairs with prefix tokens get instead of zero: a prefix token asking a patch, a patch
+            asking a prefix token, a prefix token asking one.
     """
 
     table: Tensor
     q: Positions
     k: Positions
+    prefix: Tensor | None = None
 
     def dense(self) -> Tensor:
         index = self.q.shared(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
-        bias = F.pad(self.table.flatten(1), (1, 0)).index_select(1, index.flatten())
+        front = self.table.new_zeros(self.table.shape[0], 3) if self.prefix is None else self.prefix
+        bias = torch.cat([front, self.table.flatten(1)], dim=1).index_select(1, index.flatten())
         return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
 
     def _index(self) -> Tensor:
-        """(B|1, Nq, Nk) entry of the flat table with a column of zeros in front, for the prefix."""
+        """(B|1, Nq, Nk) entry of the flat table behind three columns for the prefix."""
         sizes = self.table.shape[1:]
         q, k = self.q.places(), self.k.places()  # (B|1, N, d)
         if checkable(q) and checkable(k) and q.numel() and k.numel():
             self._check(q, k)
         # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
-        q_index, k_index = torch.ones_like(q[..., 0]), torch.zeros_like(k[..., 0])
+        q_index, k_index = torch.full_like(q[..., 0], 3), torch.zeros_like(k[..., 0])
         for axis, size in enumerate(sizes):
             later = math.prod(sizes[axis + 1 :])
             q_index = q_index + (q[..., axis] + (size - 1) // 2) * later
             k_index = k_index + k[..., axis] * later
         index = q_index[..., :, None] - k_index[..., None, :]
-        return F.pad(index, (self.k.prefix, 0, self.q.prefix, 0))
+        above = F.pad(torch.zeros_like(index[:, :1]), (self.k.prefix, 0), value=2).expand(-1, self.q.prefix, -1)
+        return torch.cat([above, F.pad(index, (self.k.prefix, 0), value=1)], dim=1)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         for axis, size in enumerate(self.table.shape[1:]):

@@ -48,6 +48,9 @@ TURNS = {
     ("lookhere", "view"): [90, 180, 45],
     ("lookhere", "slope"): [1.0, 0.5],
     ("rope", "base"): [100, 10],
+    ("rope", "step"): [1.0, 0.5],
+    ("rope", "start"): [0.0, 1.0],
+    ("logcpb", "form"): ["swin", "cr"],
     ("rope_golden", "low"): [1, 2.5],
     ("rope_golden", "high"): [100, 30],
     ("rope_dinov3", "base"): [100, 10],
@@ -65,7 +68,7 @@ SIZES = {
 DRAWS = {("fourier", "gamma"): (2.0, 8.0), ("rope_mixed", "base"): (10, 100)}
 SHARED = ["relative", "logcpb", "fire"]
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
-ELSEWHERE = {("fire", "reach")}  # tested below, on a line
+ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; tests/parity/test_timm_tables.py
 
 
 @pytest.mark.parametrize(("option", "values"), TURNS.items(), ids=[f"{name}-{option}" for name, option in TURNS])
@@ -188,6 +191,9 @@ REFUSED = [
     ("rope(base=ten)", 2, "'ten'", "number"),
     ("rope(base=1e999)", 2, "inf", "finite number"),
     ("rope(base=true)", 2, "True", "number"),
+    ("rope(step=0)", 2, "got 0", "step > 0"),
+    ("rope(step=(1, 2, 3))", 2, r"\(1, 2, 3\)", "one number or 2"),
+    ("logcpb(form=cz)", 2, "'cz'", "swin, cr"),
     ("rope_mixed(base=1)", 2, "got 1", "base > 1"),
     ("rope_golden(low=0)", 2, "low=0", "0 < low <= high"),
     ("rope_golden(low=3, high=2)", 2, "low=3 and high=2", "0 < low <= high"),
@@ -216,11 +222,19 @@ def test_an_option_nobody_has_is_refused_with_those_there_are(name):
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_value_of_a_wrong_type_is_refused(name):
-    """No option of any encoding takes a tuple."""
+    """No option of any encoding takes a list."""
     builder = ENCODINGS[name]
     for option in set(inspect.signature(builder.encoding).parameters) - set(builder.arguments(DIMS[2])):
-        with pytest.raises(ConfigError, match=rf"option {option} of .* must be .*got \(1, 2\)"):
-            build(f"{name}({option}=(1, 2))", DIMS[2])
+        with pytest.raises(ConfigError, match=rf"option {option} of .* must be .*got \[1, 2\]"):
+            build(f"{name}({option}=[1, 2])", DIMS[2])
+
+
+def test_a_step_of_each_axis():
+    """One number is that number for each; two are rows and columns."""
+    rope, same, rows = (build(f"rope(step={step})", DIMS[2]) for step in ("0.5", "(0.5, 0.5)", "(0.5, 1.0)"))
+    assert torch.equal(rope.frequencies(torch.device("cpu")), same.frequencies(torch.device("cpu")))
+    assert torch.equal(rows.frequencies(torch.device("cpu"))[0], rope.frequencies(torch.device("cpu"))[0])
+    assert torch.equal(rows.frequencies(torch.device("cpu"))[1], 2 * rope.frequencies(torch.device("cpu"))[1])
 
 
 SIZELESS = [

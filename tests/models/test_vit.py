@@ -66,6 +66,10 @@ VARIANTS = {
     "no bias, two to one": dict(qkv_bias=False, mlp_ratio=2.0),
     "norm after": dict(global_pool="avg", fc_norm=False),
     "no head": dict(num_classes=0),
+    "attention pooling over all tokens": dict(global_pool="map", pool_include_prefix=True),
+    "average over all tokens": dict(global_pool="avg", reg_tokens=2, pool_include_prefix=True),
+    "norm before, no norm after": dict(pre_norm=True, final_norm=False),
+    "norms inside, no biases": dict(scale_attn_norm=True, scale_mlp_norm=True, proj_bias=False),
     "grey": dict(in_chans=1),
 }
 
@@ -135,7 +139,8 @@ def test_leading_tokens_and_pools(class_token, reg_tokens, pool):
     close(model(images()), logits)
     assert logits.shape == ((2, prefix + 6, 8) if pool == "" else (2, 8))
 
-    used = {"avg": range(prefix, prefix + 6), "token": [0]}.get(pool, range(prefix + 6))
+    patches = range(prefix, prefix + 6)
+    used = {"avg": patches, "map": patches, "token": [0], "": range(prefix + 6)}[pool]
     for token in range(prefix + 6):
         changed = features.clone()
         changed[:, token] += torch.randn(32)

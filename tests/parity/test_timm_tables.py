@@ -20,7 +20,7 @@ from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 
-from vit2dpe import Positions
+from vit2dpe import Dims, Positions, attend, build
 from vit2dpe.encodings import Factorized, LearnedTable, LogCPB, RelativeBias, WindowedTable
 
 # timm's RegularGridInterpolator, which the geometric resize runs through, indexes by a list and searches a view.
@@ -70,6 +70,39 @@ def test_prefix_tokens_have_no_entry_of_their_own():
     theirs = timm.get_bias().detach()
     assert torch.equal(dense(ours, Positions.grid(window).with_prefix(1)), theirs)
     assert not torch.equal(dense(ours, exchanged(Positions.grid(window)).with_prefix(1)), theirs)
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_with_an_option_prefix_tokens_have_beits_entries(shared):
+    """Class token to patch, patch to class token, class token to itself: the last three rows of timm's flat table."""
+    window = (3, 4)
+    ours = build(f"relative(prefix=true, shared={shared})", Dims(6, HEADS, window))
+    timm = RelPosBias(window, HEADS, prefix_tokens=1)
+    timm.relative_position_bias_table.data.copy_(randn(*timm.relative_position_bias_table.shape))
+    flat = timm.relative_position_bias_table.detach().t()
+    ours.relative_position_bias_table.data.copy_(flat[:, :-3].reshape(HEADS, *offsets(window)))
+    ours.prefix_bias.data.copy_(flat[:, -3:])
+    at = Positions.grid(window)
+    same(dense(ours, at.with_prefix(1)), timm.get_bias().detach(), dense(ours, exchanged(at).with_prefix(1)), 0)
+    two, one = dense(ours, at.with_prefix(2)), dense(ours, at.with_prefix(1))
+    assert torch.equal(two[..., 1:, 1:], one)
+    assert torch.equal(two[..., :1, 2:], one[..., :1, 1:])
+    ours.reset_parameters()
+    assert 0 < ours.prefix_bias.std() < 0.1
+    assert torch.equal(dense(ours, at), dense(ours, at.with_prefix(1))[..., 1:, 1:])
+
+
+def test_prefix_entries_are_seen_and_learned_in_training():
+    """Whatever path serves a table in training, the entries of prefix tokens take part."""
+    ours = build("relative(prefix=true)", Dims(6, HEADS, (3, 4)))
+    ours.relative_position_bias_table.data.copy_(randn(HEADS, 5, 7))
+    ours.prefix_bias.data.copy_(randn(HEADS, 3))
+    signal, x = ours(Positions.grid((3, 4)).with_prefix(1)), randn(3, 2, HEADS, 13, 4)
+    found = attend(*x, signal)
+    expected = (x[0] @ x[1].mT / 2 + signal.bias[0].dense()).softmax(-1) @ x[2]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    assert (ours.prefix_bias.grad.abs() > 1e-4).all()
 
 
 def bias_of_table(table, window):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, unknown
 from .alibi import Alibi
@@ -112,7 +112,7 @@ class Builder:
 def check_option(kind: type, name: str, value: Any) -> None:
     """Refuse a value that is not of the type the constructor names: rope(base=ten), relative(shared=maybe)."""
     wanted = get_type_hints(kind.__init__).get(name, Any)  # type: ignore[misc]
-    allowed = get_args(wanted) or (wanted,)
+    allowed = tuple(get_origin(part) or part for part in get_args(wanted) or (wanted,))
     fits = Any in allowed or type(value) in allowed or (float in allowed and type(value) is int)
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"option {name} of {kind.__name__} must be {_spell(wanted)}, got {value!r}")

@@ -67,7 +67,8 @@ class PositionEncoding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy: Policy | None = None  # set for a while by vit2dpe.use_policy
+        self.policy: Policy | None = None  # set for a while by vit2dpe.use_policy, for good by set_policy
+        self.own_policy: Policy | None = None  # what "default" means, set by set_policy
         self.temperature: Temperature | None = None  # likewise, on one encoding of a model
         self.kept: Keeper | None = None  # set for a while by vit2dpe.frozen
         self.dtype = torch.float32  # of the tables; float64 after .double()

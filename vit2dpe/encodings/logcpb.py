@@ -3,7 +3,12 @@
     bias_h(q, k) = 16 σ(W₂ ReLU(W₁ c + b₁))_h,    c_a = sign(u_a) log₂(1 + 8 |u_a|) / log₂ 8,    u_a = (q - k)_a / (S_a
     - 1)
 
-Sources: Swin V2, arXiv 2111.09883, `models/swin_transformer_v2.py`; timm, `swin_transformer_v2.py` (`cpb_mlp`).
+and with `form=cr`, as in timm's `vit_relpos_*`, on offsets in patches and without a bound:
+
+    bias_h(q, k) = (W₂ ReLU(W₁ c + b₁) + b₂)_h,    c_a = sign(Δ_a) ln(1 + |Δ_a|),    Δ = q - k
+
+Sources: Swin V2, arXiv 2111.09883, `models/swin_transformer_v2.py`; timm, `swin_transformer_v2.py` (`cpb_mlp`) and
+`layers/pos_embed_rel.py` (`RelPosMlp`, whose dropout of 1/8 in training is left out).
 
 How ours differs: any number of axes; evaluated once for each offset that the grid has, then looked up; an axis of one
 patch has u = 0 (the original divides by zero). S is the training grid and stays: at another extent the network is
@@ -20,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
@@ -36,6 +41,7 @@ class LogCPB(PositionEncoding):
         grid: the sizes (S_1, ..., S_d) of the training grid or window.
         hidden: width of the hidden layer.
         shared: one network for all blocks.
+        form: "swin" or "cr".
     """
 
     relative = True
@@ -44,19 +50,27 @@ class LogCPB(PositionEncoding):
     gives = frozenset({"bias"})
     policies = ("extrapolate",)
 
-    def __init__(self, heads: int, grid: Sequence[int], *, hidden: int = 512, shared: bool = False) -> None:
+    def __init__(
+        self, heads: int, grid: Sequence[int], *, hidden: int = 512, shared: bool = False, form: str = "swin"
+    ) -> None:
         super().__init__()
+        if form not in ("swin", "cr"):
+            raise unknown("form of logcpb", form, ("swin", "cr"))
         if not grid or any(size < 1 for size in grid) or hidden < 1:
             raise ConfigError(f"logcpb needs a grid and a hidden width of at least 1, got {tuple(grid)} and {hidden}")
         self.per_block = not shared
-        self.grid = tuple(grid)
-        self.cpb_mlp = nn.Sequential(nn.Linear(len(grid), hidden), nn.ReLU(), nn.Linear(hidden, heads, bias=False))
+        self.grid, self.form = tuple(grid), form
+        last = nn.Linear(hidden, heads, bias=form == "cr")
+        self.cpb_mlp = nn.Sequential(nn.Linear(len(grid), hidden), nn.ReLU(), last)
 
     def reset_parameters(self) -> None:
         redraw(self.cpb_mlp)
 
     def bias(self, q: Positions, k: Positions) -> Table:
         offsets = offset_grid(q, k, len(self.grid))  # (2 S_1 - 1, ..., d) float64
+        if self.form == "cr":
+            c = offsets.sign() * torch.log(1 + offsets.abs())
+            return Table(lifted_mlp(self.cpb_mlp, c).movedim(-1, 0), q, k)
         span = offsets.new_tensor([max(1, size - 1) for size in self.grid])
         u = offsets / span
         c = u.sign() * torch.log2(1 + 8 * u.abs()) / math.log2(8)

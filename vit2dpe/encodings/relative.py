@@ -2,7 +2,10 @@
 
     bias_h(q, k) = relative_position_bias_table[h, q - k + S - 1],    table (H, 2 S_1 - 1, ..., 2 S_d - 1)
 
-Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; timm, `layers/pos_embed_rel.py`.
+With `prefix=true`, as in BEiT, the one exception from the rule that prefix tokens get no bias: three numbers a head,
+`prefix_bias` (H, 3), from a prefix token to a patch, from a patch to a prefix token, and between prefix tokens.
+
+Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; BEiT, arXiv 2106.08254; timm, `layers/pos_embed_rel.py`.
 
 How ours differs: head-major with the grid in its shape (Swin's is flat, (ΠT, H), and its window has to be guessed from
 a square root); any number of axes; the whole grid of a ViT or the window of a Swin alike; no index buffer. At another
@@ -34,6 +37,7 @@ class RelativeBias(PositionEncoding):
         shared: one table for all blocks instead of one each.
         resize: how the table meets another extent: "bicubic" (Swin's own loader: all offsets are stretched alike) or
             "geometric" (BEiT, timm: near offsets keep their entries, far ones are stretched).
+        prefix: three learned numbers a head for pairs with prefix tokens, instead of none.
     """
 
     relative = True
@@ -42,7 +46,15 @@ class RelativeBias(PositionEncoding):
     gives = frozenset({"bias"})
     policies = ("resize",)
 
-    def __init__(self, heads: int, grid: Sequence[int], *, shared: bool = False, resize: str = "bicubic") -> None:
+    def __init__(
+        self,
+        heads: int,
+        grid: Sequence[int],
+        *,
+        shared: bool = False,
+        resize: str = "bicubic",
+        prefix: bool = False,
+    ) -> None:
         super().__init__()
         if resize not in ("bicubic", "geometric"):
             raise unknown("resize of relative", resize, ("bicubic", "geometric"))
@@ -51,15 +63,19 @@ class RelativeBias(PositionEncoding):
             raise ConfigError(f"relative needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.per_block = not shared
         self.relative_position_bias_table = nn.Parameter(torch.empty(heads, *(2 * size - 1 for size in grid)))
+        self.prefix_bias = nn.Parameter(torch.empty(heads, 3)) if prefix else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if self.prefix_bias is not None:
+            nn.init.trunc_normal_(self.prefix_bias, std=0.02)
 
     def bias(self, q: Positions, k: Positions) -> Table:
         check_extents(q, k, self.relative_position_bias_table.ndim - 1)
         sizes = tuple(2 * size - 1 for size in q.extent)
-        return Table(self._resized(sizes).to(self.dtype), q, k)
+        prefix = None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
+        return Table(self._resized(sizes).to(self.dtype), q, k, prefix)
 
     def _resized(self, sizes: tuple[int, ...]) -> Tensor:
         if self.resize == "geometric":

@@ -58,20 +58,40 @@ class AxialRoPE(DirectionalRoPE):
         head_dim: Dh, a multiple of 2 * axes.
         axes: d.
         base: ratio of the longest to the shortest wavelength; default 100 for images, 10,000 for text (d = 1).
+        step: radians that the fastest pair turns from one patch to the next, one number or one of each axis. EVA-02's
+            weights of a 32x32 grid, trained further from a 16x16 one, have 1/2.
+        start: the coordinate of the first patch. Between patches it changes nothing; a prefix token stands at 0, and
+            Meta's Perception Encoder counts from 1.
     """
 
-    def __init__(self, head_dim: int, *, axes: int = 2, base: float | None = None) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        axes: int = 2,
+        base: float | None = None,
+        step: float | tuple[float, ...] = 1.0,
+        start: float = 0.0,
+    ) -> None:
         super().__init__()
         base = (10_000.0 if axes == 1 else 100.0) if base is None else base
         check_widths(head_dim, axes, base)
-        self.head_dim, self.axes, self.base = head_dim, axes, base
+        steps = step if isinstance(step, tuple) else (step,) * axes
+        if len(steps) != axes or not all(s > 0 for s in steps):
+            raise ConfigError(f"rope needs step > 0, one number or {axes}, one of each axis; got {step}")
+        self.head_dim, self.axes, self.base, self.steps, self.start = head_dim, axes, base, steps, start
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return torch.block_diag(*[bank] * self.axes)[:, None]  # (d, 1, Dh/2)
+        return torch.block_diag(*[bank * step for step in self.steps])[:, None]  # (d, 1, Dh/2)
+
+    def angle(self, at: Positions) -> Tensor:
+        return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, axes={self.axes}, base={self.base:g}"
+        return (
+            f"head_dim={self.head_dim}, axes={self.axes}, base={self.base:g}, step={self.steps}, start={self.start:g}"
+        )
 
 
 class MixedRoPE(DirectionalRoPE):

@@ -35,7 +35,7 @@ def choose(q: Tensor, k: Tensor, term: Table) -> str | None:
     """The path for these inputs; None where the plain one serves."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not Tensor or q.device.type != "cpu":
         return None
-    if torch._C._functorch.maybe_current_level() is not None or q.dtype == torch.float16:
+    if torch._C._functorch.maybe_current_level() is not None or q.dtype == torch.float16 or term.prefix is not None:
         return None
     if torch.is_grad_enabled() and (term.table.requires_grad or q.requires_grad or k.requires_grad):
         return "learned" if term.table.requires_grad and _whole_grid(term) else None

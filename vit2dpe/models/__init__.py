@@ -6,7 +6,8 @@ from ..attention import attend, split_heads
 from ..encodings import PositionEncoding
 from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
-from .convert import from_timm
+from .convert import from_timm, to_timm
+from .deit import DistilledViT
 from .swin import Swin, SwinPatchEmbed, SwinStage, to_grid
 from .vit import ViT
 
@@ -16,4 +17,4 @@ for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinPatchEmbed, SwinSta
 for _function in (attend, split_heads, add_token, to_grid):
     register_notrace_function(_function)
 
-__all__ = ["Swin", "ViT", "from_timm", "registry"]
+__all__ = ["DistilledViT", "Swin", "ViT", "from_timm", "registry", "to_timm"]

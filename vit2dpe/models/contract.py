@@ -170,7 +170,7 @@ class TimmContract(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer-decay groups: stem, blocks, the rest; a block's own encoding is in its block."""
         return dict(
-            stem=r"^cls_token|^reg_token|^patch_embed|^position",
+            stem=r"^cls_token|^reg_token|^dist_token|^patch_embed|^position|^norm_pre",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm|^attn_pool", (99999,))],
         )
 
@@ -187,8 +187,8 @@ class TimmContract(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for token in (self.cls_token, getattr(self, "reg_token", None)):
-            if token is not None:
+        for name in ("cls_token", "reg_token", "dist_token"):
+            if (token := getattr(self, name, None)) is not None:
                 nn.init.normal_(token, std=1e-6)
 
 

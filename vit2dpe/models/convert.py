@@ -1,8 +1,7 @@
-"""A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`.
+"""A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`, and back: `to_timm`.
 
-The model is rebuilt as one of ours and the weights are loaded strictly; nothing is patched. Covered so far: timm's
-`VisionTransformer` with plain blocks (ViT, DeiT, DeiT-III, registers, average, token or attention pooling, LayerScale,
-qk-norm). What is not covered is refused by name, with what it has that ours has not.
+A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. What families are covered,
+and how each is read, is in `families.py`; the steps between their parameters and ours are in `translate.py`.
 """
 
 from __future__ import annotations
@@ -10,104 +9,135 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from torch import nn
+from timm.layers.patch_embed import resample_patch_embed
+from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
-from ..errors import ConfigError
+from ..encodings import AxialRoPE, PositionEncoding, terms
+from ..errors import CheckpointError, ConfigError
+from ..resolution import set_policy
+from .contract import pair
+from .families import Recipe, read
+from .translate import FlatTable, Frequencies, Rename, Reorder, State, Step, halves
 from .vit import ViT
+from .weights import read_weights
 
 
 def from_timm(
-    model: str | nn.Module, position: str | PositionEncoding | None = None, *, pretrained: bool = False, **kwargs: Any
+    model: str | nn.Module,
+    position: str | PositionEncoding | None = None,
+    policy: str | None = None,
+    pretrained: bool = False,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    *,
+    weights: Any = None,
+    **kwargs: Any,
 ) -> ViT:
-    """Our ViT with the weights of a timm model.
+    """Our model with the weights of a timm model.
 
     Args:
         model: a timm name, or a timm model.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
-            kept either way, and the rows that a table adds to class token and registers stay with them.
+            kept either way, and the rows that a table adds to leading tokens stay with them.
+        policy: what the result does at sizes it was not trained at, from now on (`set_policy`), measured from the size
+            the weights come with. Default: what its family does: EVA-02 interpolates, tables are resized, rope-vit
+            extrapolates.
         pretrained: for a name: load timm's weights, with timm's loader.
+        img_size: make another size in pixels the model's own: tables are resized for good.
+        patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
+            arXiv 2212.08013), as timm does.
+        weights: for a name: a checkpoint to load, a path or a state_dict, in timm's names or in those of the original
+            files that timm reads (DINOv2, DINOv3, EVA, CLIP, MAE), or of rope-vit's. A file is read without running
+            anything in it.
         kwargs: for a name: passed to `timm.create_model`.
 
     Raises:
-        ConfigError: for a family or a part that is not covered.
+        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
+        CheckpointError: for `weights` that do not fit the name.
     """
+    if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
+        given = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
+        raise ConfigError(f"{given} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
     theirs: Any = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
-    _refuse(theirs, model if isinstance(model, str) else type(theirs).__name__)
-    own = "none" if theirs.pos_embed is None else "learned"
-    ours = ViT(own, **_shape(theirs, theirs.blocks[0].attn.num_heads))
-    ours.load_state_dict(theirs.state_dict())
+    if weights is not None:
+        read_weights(theirs, weights)
+    recipe = read(theirs)
+    sizes = {
+        name: pair(size) for name, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
+    }
+    ours = recipe.model(recipe.position if position is None else position, **recipe.arguments | sizes)
+    _load(ours, theirs, recipe, keep_position=position is None)
     ours.pretrained_cfg = theirs.pretrained_cfg
-    if position is not None:
-        ours = _with_position(ours, position)
+    if position is None:
+        ours.timm_recipe = recipe  # type: ignore[assignment]
+    wanted = policy or (recipe.policy if position is None else None)
+    if wanted is not None:
+        set_policy(ours, wanted, train=recipe.grid)
     like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
-def _with_position(model: ViT, position: str | PositionEncoding) -> ViT:
-    """The same weights around another encoding."""
-    ours = ViT(position, **_shape(model, model.blocks[0].attn.heads))  # type: ignore[union-attr, arg-type]
-    kept = {name: value for name, value in model.state_dict().items() if "position." not in name}
+def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> None:
+    state: State = dict(theirs.state_dict())
+    for step in recipe.steps:
+        step.into(state)
+    kernel = "patch_embed.proj.weight"
+    if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
+        state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
+    if keep_position:
+        ours.load_state_dict(state)
+        return
+    kept = {name: value for name, value in state.items() if "position." not in name}
     missing, unexpected = ours.load_state_dict(kept, strict=False)
     lost = [name for name in missing if "position." not in name] + list(unexpected)
     if lost:
-        raise ConfigError(f"weights without a counterpart: {', '.join(lost[:5])}")
-    ours.pretrained_cfg = model.pretrained_cfg
-    return ours
+        raise CheckpointError(f"weights without a counterpart: {', '.join(lost[:5])}")
 
 
-def _shape(model: Any, heads: int) -> dict[str, Any]:
-    """Constructor arguments of a ViT of these sizes and parts, read off a model, timm's or ours."""
-    first = model.blocks[0]
-    return dict(
-        img_size=tuple(model.patch_embed.img_size),
-        patch_size=tuple(model.patch_embed.patch_size),
-        in_chans=model.patch_embed.proj.in_channels,
-        num_classes=model.num_classes,
-        global_pool=model.global_pool,
-        embed_dim=model.embed_dim,
-        depth=len(model.blocks),
-        num_heads=heads,
-        mlp_ratio=first.mlp.fc1.out_features / model.embed_dim,
-        qkv_bias=first.attn.qkv.bias is not None,
-        qk_norm=not isinstance(first.attn.q_norm, nn.Identity),
-        init_values=1.0 if hasattr(first.ls1, "gamma") else None,
-        class_token=model.cls_token is not None,
-        reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
-        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+def to_timm(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model of ours under timm's names, for timm's model of the same function.
+
+    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides:
+    `none` and `learned` belong to `VisionTransformer` (a distilled one to `VisionTransformerDistilled`); `rope` (with
+    `attn_type="rope"`), `rope_mixed` (`xy`) and `rope_dinov3` (half-split pairs), each with or without `learned`, to
+    `Eva`. Leading tokens get rows of zeros in a flat table, because they have no place here.
+
+    Raises:
+        ConfigError: where timm has no such model, with the reason.
+    """
+    if not isinstance(model, ViT):
+        raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
+    recipe: Recipe | None = getattr(model, "timm_recipe", None)
+    steps = _native_steps(model) if recipe is None else recipe.steps
+    state: State = {name: value.detach() for name, value in model.state_dict().items()}
+    for step in reversed(steps):
+        step.back(state)
+    return state
+
+
+def _native_steps(model: ViT) -> tuple[Step, ...]:
+    """The steps of a model that did not come from timm, read off its encodings."""
+    shared = [part for part in terms(model.position) if part.gives]
+    own = model.blocks[0].attn.position  # type: ignore[union-attr]
+    plain = all(set(part.steps) == {1.0} and part.start == 0 for part in shared if isinstance(part, AxialRoPE))
+    words = [type(part).__name__ for part in (*shared, *([] if own is None else terms(own)))]  # type: ignore[arg-type]
+    heads, dim = model.blocks[0].attn.heads, model.embed_dim  # type: ignore[union-attr]
+    steps: list[Step] = []
+    if words and words[0] == "LearnedTable":
+        words = words[1:]
+        owner = "position.pos_embed" if len(shared) == 1 else "position.terms.0.pos_embed"
+        tokens = tuple((name, token.shape[1]) for name, token in model.prefix_tokens().items())
+        steps.append(FlatTable(owner, model.train_grid, tokens))
+    if not words:
+        return tuple(steps)
+    steps = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma"), *steps]
+    if words == ["AxialRoPE"] and plain:
+        return tuple(steps)
+    if words == ["CentredRoPE"]:
+        return (*steps, Reorder(int(heads), halves(dim // int(heads))))  # type: ignore[arg-type]
+    if words == ["MixedRoPE"]:
+        return (*steps, Frequencies())
+    raise ConfigError(
+        f"timm has no ViT with {' + '.join(words)}; it has learned tables, and rotary encodings with or without one: "
+        "keep such a model in its own names (state_dict), which vit2dpe loads"
     )
-
-
-def _refuse(theirs: Any, name: str) -> None:
-    from timm.models.vision_transformer import VisionTransformer
-
-    if type(theirs) is not VisionTransformer:
-        raise ConfigError(
-            f"{name} is a {type(theirs).__name__}, which is not covered yet; covered: timm's VisionTransformer "
-            "(vit_*, deit_*, deit3_*)"
-        )
-    block = theirs.blocks[0]
-    strange = {
-        "a norm before the blocks": not isinstance(theirs.norm_pre, nn.Identity),
-        "a patch embedding that is not one convolution": type(theirs.patch_embed.proj) is not nn.Conv2d
-        or not isinstance(theirs.patch_embed.norm, nn.Identity),
-        "blocks of another kind": type(block).__name__ != "Block" or not hasattr(block.mlp, "fc1"),
-        "an MLP that is not fc1, GELU, fc2": not _plain_mlp(block.mlp),
-        "a norm that is not LayerNorm with eps 1e-6": not _layer_norm(block.norm1),
-        "a classifier of another kind": type(theirs.head) not in (nn.Linear, nn.Identity),
-        "a pooling of another kind": theirs.global_pool not in ("token", "avg", "map", ""),
-        "attention of another kind": type(block.attn).__name__ != "Attention"
-        or not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity),
-    }
-    found = [what for what, there in strange.items() if there]
-    if found:
-        raise ConfigError(f"{name} has {', '.join(found)}, which is not covered yet")
-
-
-def _plain_mlp(mlp: nn.Module) -> bool:
-    act, norm = getattr(mlp, "act", None), getattr(mlp, "norm", nn.Identity())
-    return type(act) is nn.GELU and act.approximate == "none" and isinstance(norm, nn.Identity)
-
-
-def _layer_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.eps == 1e-6

@@ -8,7 +8,7 @@ and width that the patch divides is taken at run time, and the class token owns 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ConfigError
-from ..layers import Block, PatchDrop, PatchEmbed, add_token
+from ..layers import ACTS, Block, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
 from ..positions import Positions
 from ..signal import Signal
 from .contract import TimmContract, check_pool, pair
@@ -34,13 +34,21 @@ class ViT(TimmContract):
         patch_size: P or (rows, columns).
         global_pool: "token" (the class token), "avg" (mean over patches), "map" (attention pooling) or ""
             (all tokens to the head).
+        pool_include_prefix: whether "avg" and "map" see leading tokens too.
+        attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
-        fc_norm: norm after pooling instead of before; default as timm: with "avg".
-        qkv_bias, qk_norm, mlp_ratio, init_values (LayerScale), drop_rate (head), pos_drop_rate, proj_drop_rate,
-            attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
+        norm_layer, norm_eps: of all norms, see `Block`.
+        embed_norm: a norm in the patch embedding.
+        pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
+        post_norm: norms after attention and MLP instead of before (`PostNormBlock`).
+        final_norm: whether there is a norm after the blocks.
+        fc_norm: that norm after pooling instead of before; default as timm: with "avg".
+        drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         device, dtype: where the parameters are made, and of which type.
+        block: further arguments of `Block`, under timm's names: mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm,
+            proj_bias, scale_attn_norm, scale_mlp_norm, init_values (LayerScale).
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.
@@ -56,15 +64,20 @@ class ViT(TimmContract):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
+        pool_include_prefix: bool = False,
+        attn_pool_num_heads: int | None = None,
+        attn_pool_mlp_ratio: float | None = None,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_norm: bool = False,
-        init_values: float | None = None,
         class_token: bool = True,
         reg_tokens: int = 0,
+        norm_layer: str = "layernorm",
+        norm_eps: float = 1e-6,
+        embed_norm: bool = False,
+        pre_norm: bool = False,
+        post_norm: bool = False,
+        final_norm: bool = True,
         fc_norm: bool | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -76,6 +89,7 @@ class ViT(TimmContract):
         dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **block: Any,
     ) -> None:
         super().__init__()
         check_pool(global_pool, class_token)
@@ -83,13 +97,14 @@ class ViT(TimmContract):
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
+        self.global_pool, self.pool_include_prefix = global_pool, pool_include_prefix
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
         self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm = norm_of(norm_layer, norm_eps)
         after = global_pool == "avg" if fc_norm is None else fc_norm
+        make_block = PostNormBlock if post_norm else Block
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
         with torch.device(device) if device is not None else nullcontext():
             self.patch_embed = PatchEmbed(
@@ -97,6 +112,8 @@ class ViT(TimmContract):
                 in_chans,
                 embed_dim,
                 img_size=pair(img_size),
+                bias=not pre_norm,
+                norm=norm if embed_norm else None,
                 any_size=dynamic_img_size,
                 pad=dynamic_img_pad,
             )
@@ -107,28 +124,32 @@ class ViT(TimmContract):
             dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
             self.position, own = assign(position, dims, block_position)
             self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.norm_pre = norm(embed_dim) if pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
-                Block(
+                make_block(
                     embed_dim,
                     num_heads,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    qk_norm=qk_norm,
+                    norm_layer=norm_layer,
+                    norm_eps=norm_eps,
                     position=own[i],
-                    init_values=init_values,
                     attn_drop=attn_drop_rate,
                     proj_drop=proj_drop_rate,
                     drop_path=rates[i],
+                    **block,
                 )
                 for i in range(depth)
             )
-            self.norm = nn.Identity() if after else norm(embed_dim)
+            self.norm = norm(embed_dim) if final_norm and not after else nn.Identity()
             self.attn_pool = None
             if global_pool == "map":
                 self.attn_pool = AttentionPoolLatent(
-                    embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm
+                    embed_dim,
+                    num_heads=attn_pool_num_heads or num_heads,
+                    mlp_ratio=attn_pool_mlp_ratio or block.get("mlp_ratio", 4.0),
+                    norm_layer=norm,
+                    act_layer=ACTS[block.get("act_layer", "gelu")],
                 )
-            self.fc_norm = norm(embed_dim) if after else nn.Identity()
+            self.fc_norm = norm(embed_dim) if final_norm and after else nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
@@ -152,7 +173,7 @@ class ViT(TimmContract):
         x, at = self.patch_drop(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
         signal = self.position(at)  # geometry becomes tensors, once
-        return self.pos_drop(add_token(x, signal)), signal, at
+        return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, prefix + N, D) -> (B, classes); the features before the classifier with `pre_logits`."""
@@ -163,14 +184,19 @@ class ViT(TimmContract):
         return self.forward_head(self.forward_features(images))
 
     def pool(self, x: Tensor) -> Tensor:
-        if self.attn_pool is not None:
-            return self.attn_pool(x)
+        """(B, prefix + N, D) -> (B, D), or as it is with ""."""
         if self.global_pool == "token":
             return x[:, 0]
-        if self.global_pool == "avg":
-            return x[:, self.num_prefix_tokens :].mean(dim=1)
-        return x
+        if self.global_pool == "":
+            return x
+        x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+        return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
+
+    def prefix_tokens(self) -> dict[str, nn.Parameter]:
+        """The leading tokens by name, in their order."""
+        tokens = {"cls_token": self.cls_token, "reg_token": self.reg_token}
+        return {name: token for name, token in tokens.items() if token is not None}
 
     def _prepend(self, x: Tensor) -> Tensor:
-        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        return torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1) if prefix else x
+        prefix = [token.expand(x.shape[0], -1, -1) for token in self.prefix_tokens().values()]
+        return torch.cat([*prefix, x], dim=1) if prefix else x

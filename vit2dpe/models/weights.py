@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import timm
 from torch import Tensor, nn
 
 from ..encodings import LearnedTable, PositionEncoding, Sum
@@ -31,6 +35,37 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViT) -> dict[str, An
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
     accept_foreign(model, state, "")
     return state
+
+
+def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this page knows.
+
+    rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
+
+    Raises:
+        CheckpointError: for weights that are missing or too many, by name.
+    """
+    state: Any = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    mine = theirs.state_dict()
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if "decoder_pos_embed" in state:
+        state = {name: v for name, v in state.items() if not name.startswith("decoder_") and name != "mask_token"}
+    if "freqs" in state and "rope.freqs" in mine:
+        state["rope.freqs"] = state.pop("freqs").reshape(mine["rope.freqs"].shape)
+        state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
+    translate = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
+    state = state if translate is None else translate(state, theirs)
+    missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    if missing or extra:
+        hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
+        raise CheckpointError(
+            f"the weights do not fit: missing {', '.join(missing[:5]) or 'nothing'}, "
+            f"unexpected {', '.join(extra[:5]) or 'nothing'}{hint}"
+        )
+    theirs.load_state_dict(state)
 
 
 def accept_foreign(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -59,13 +94,15 @@ def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> No
     del state_dict[prefix + "pos_embed"]
     owner = ".".join(part for part in ("position", tables[0], "pos_embed") if part)
     state_dict[prefix + owner] = flat[:, rows:].unflatten(1, (h, w))
-    # timm adds the rows to [cls, registers] in this order.
-    for name, token, start in _prefix_tokens(module):
+    # timm adds the rows to its leading tokens in their order; a table of fewer rows has them for the first.
+    start = 0
+    for name, token in module.prefix_tokens().items():
         if start < rows:
             key = prefix + name
             if key not in state_dict:
                 raise CheckpointError(f"pos_embed has a row for {name}, the checkpoint no {key} to fold it into")
             state_dict[key] = state_dict[key] + flat[:, start : start + token.shape[1]]
+        start += token.shape[1]
 
 
 def _fit_tables(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
@@ -117,13 +154,3 @@ def _configured_grid(module: ViT) -> list[tuple[int, int]]:
         return []
     rows, cols = module.patch_embed.patch_size
     return [(size[-2] // rows, size[-1] // cols)]
-
-
-def _prefix_tokens(module: ViT) -> list[tuple[str, Tensor, int]]:
-    found, start = [], 0
-    for name in ("cls_token", "reg_token"):
-        token = getattr(module, name)
-        if token is not None:
-            found.append((name, token, start))
-            start += token.shape[1]
-    return found

@@ -1,0 +1,74 @@
+"""DeiT with a distillation token: a second leading token and a second head; their logits are averaged.
+
+Source: DeiT, arXiv 2012.12877; timm, `models/deit.py`, whose names and arguments these are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import PositionEncoding
+from ..errors import ConfigError
+from .vit import ViT
+
+
+class DistilledViT(ViT):
+    """A ViT with class token and distillation token, in this order.
+
+    Args:
+        position: the encoding, as for `ViT`.
+        kwargs: arguments of `ViT`; no registers, and pooling is "token".
+
+    With `distilled_training` set, a training forward returns both logits, (class, distillation); else their mean.
+    """
+
+    def __init__(self, position: str | PositionEncoding = "learned", **kwargs: Any) -> None:
+        super().__init__(position, **kwargs)
+        if self.global_pool != "token" or self.reg_token is not None:
+            raise ConfigError(
+                "a distilled ViT pools by 'token' and has no registers: its heads read the first two tokens"
+            )
+        like = self.head.weight if isinstance(self.head, nn.Linear) else self.patch_embed.proj.weight
+        place: dict[str, Any] = dict(device=like.device, dtype=like.dtype)
+        self.num_prefix_tokens += 1
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **place))
+        self.head_dist = _linear(self.embed_dim, self.num_classes, **place)
+        self.distilled_training = False
+        self.init_weights(needs_reset=False)
+
+    def prefix_tokens(self) -> dict[str, nn.Parameter]:
+        return {"cls_token": self.cls_token, "dist_token": self.dist_token}  # type: ignore[dict-item]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """(B, 2 + N, D) -> (B, classes); the mean of both tokens with `pre_logits`."""
+        first, second = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
+        if pre_logits:
+            return (first + second) / 2
+        first, second = self.head(first), self.head_dist(second)
+        return (first, second) if self.distilled_training and self.training else (first + second) / 2
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        self.distilled_training = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"dist_token"}
+
+    def get_classifier(self) -> Any:
+        """Both heads."""
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool not in (None, "token"):
+            raise ConfigError(
+                f"the heads of a distilled ViT read its first two tokens, got global_pool={global_pool!r}"
+            )
+        super().reset_classifier(num_classes)
+        like = self.patch_embed.proj.weight
+        self.head_dist = _linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
+
+
+def _linear(width: int, classes: int, **place: Any) -> nn.Module:
+    return nn.Linear(width, classes, **place) if classes > 0 else nn.Identity()
