@@ -26,6 +26,7 @@ _HOME = {
     "frozen": "encodings.frozen",
     "Swin": "models",
     "ViT": "models",
+    "MAE": "models",
     "from_timm": "models",
     "to_timm": "models",
     "set_policy": "resolution",
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
-    from .models import Swin, ViT, from_timm, to_timm  # noqa: F401
+    from .models import MAE, Swin, ViT, from_timm, to_timm  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution import set_policy, sweep, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401

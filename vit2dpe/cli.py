@@ -37,6 +37,16 @@ COMMANDS = {
         "train.train:train",
         "train.settings:TrainConfig",
     ),
+    "pretrain": Command(
+        "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
+        "train.pretrain:pretrain",
+        "train.pretrain_settings:PretrainConfig",
+    ),
+    "probe": Command(
+        "what the frozen features of a run are worth: linear classifier, nearest neighbours",
+        "train.probe:probe",
+        "train.pretrain_settings:ProbeConfig",
+    ),
     "evaluate": Command(
         "measure any timm model, or a trained one, at other sizes",
         "train.evaluate:evaluate_model",
@@ -100,6 +110,7 @@ def _run(name: str, command: Command, args: list[str]) -> int:
     config = _named(command.config)
     switches = {f"--{option}" for option, value in _options(config) if isinstance(value, bool)}
     typed = shlex.join(["vit2dpe", *name.split(), *args])
+    args = [_in_full(arg, [option for option, _ in _options(config)]) for arg in args]
     args = [f"{arg}=true" if _underscored(arg) in switches else arg for arg in args]
     parser = _parser(f"vit2dpe {name}", config.__doc__ or "")
     parser.add_class_arguments(config)
@@ -250,6 +261,16 @@ def _parse(parser, args: list[str]) -> dict:
 
 def _underscored(arg: str) -> str:
     return re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg)
+
+
+def _in_full(arg: str, options: list[str]) -> str:
+    """--epochs as --optim.epochs and --data as --data.name, where exactly one setting is meant."""
+    word, equals, value = arg.partition("=")
+    short = _underscored(word).removeprefix("--")
+    if not arg.startswith("--") or short in options:
+        return arg
+    fits = [o for o in options if o.endswith(f".{short}")] or [o for o in options if o == f"{short}.name"]
+    return f"--{fits[0]}{equals}{value}" if len(fits) == 1 else arg
 
 
 def _check_yaml(path: str, known: set[str]) -> None:

@@ -20,6 +20,8 @@ from .errors import ConfigError, unknown
 from .positions import Positions
 from .signal import Signal
 
+Hide = Callable[[Tensor, Positions], tuple[Tensor, Positions]]  # leaves patches out, or puts something in their place
+
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one linear map; timm's names (`proj`).
@@ -103,7 +105,12 @@ class PatchDrop(nn.Module):
             return x, at
         keep = max(1, int(x.shape[1] * (1 - self.rate)))
         index = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :keep]  # (B, K)
-        return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
+        return keep_tokens(x, at, index)
+
+
+def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positions]:
+    """The tokens of x (B, N, D) at `index` (B, K), each sample its own, and their places with them."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
 class Block(nn.Module):

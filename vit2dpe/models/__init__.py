@@ -8,6 +8,7 @@ from ..layers import PatchDrop, PatchEmbed, add_token
 from . import registry
 from .convert import from_timm, to_timm
 from .deit import DistilledViT
+from .mae import MAE
 from .swin import Swin, SwinPatchEmbed, SwinStage, to_grid
 from .vit import ViT
 
@@ -17,4 +18,4 @@ for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinPatchEmbed, SwinSta
 for _function in (attend, split_heads, add_token, to_grid):
     register_notrace_function(_function)
 
-__all__ = ["DistilledViT", "Swin", "ViT", "from_timm", "registry", "to_timm"]
+__all__ = ["MAE", "DistilledViT", "Swin", "ViT", "from_timm", "registry", "to_timm"]

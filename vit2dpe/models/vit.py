@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ConfigError
-from ..layers import ACTS, Block, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
+from ..layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
 from ..positions import Positions
 from ..signal import Signal
 from .contract import TimmContract, check_pool, pair
@@ -160,17 +160,20 @@ class ViT(TimmContract):
         self.to(dtype=dtype)
         self.register_load_state_dict_pre_hook(accept_foreign)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling."""
-        x, signal, at = self.embed(images)
+    def forward_features(self, images: Tensor, hide: Hide | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; `hide` as in `embed`."""
+        x, signal, at = self.embed(images, hide)
         for block in self.blocks:
             x = self.run_block(block, x, signal, at)
         return self.norm(x)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
-        """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
+    def embed(self, images: Tensor, hide: Hide | None = None) -> tuple[Tensor, Signal, Positions]:
+        """Tokens at the input of the first block, the shared Signal, and where the tokens are.
+
+        `hide` changes patches and their places before anything else does (masked pretraining), instead of `patch_drop`.
+        """
         x, at = self.patch_embed(images)
-        x, at = self.patch_drop(x, at)
+        x, at = (hide or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
         signal = self.position(at)  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..encodings import LearnedTable, PositionEncoding, Sum
 from ..errors import CheckpointError
+from ..positions import Positions
 
 if TYPE_CHECKING:
     from .vit import ViT
@@ -71,6 +73,7 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
 def accept_foreign(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of ViT: rewrites timm's `pos_embed`, and tables of another grid, in place."""
     _fold_flat_table(module, state_dict, prefix)
+    _drop_formula(module, state_dict, prefix)
     _fit_tables(module, state_dict, prefix)
 
 
@@ -103,6 +106,37 @@ def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> No
                 raise CheckpointError(f"pos_embed has a row for {name}, the checkpoint no {key} to fold it into")
             state_dict[key] = state_dict[key] + flat[:, start : start + token.shape[1]]
         start += token.shape[1]
+
+
+def _drop_formula(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+    """A stored table that the model's formula gives anyway, such as MAE's frozen sin-cos, is compared and left out."""
+    flat = state_dict.get(prefix + "pos_embed")
+    if flat is not None and flat.ndim == 3 and is_formula(module.position):
+        check_formula(module.position, module.train_grid, flat, "pos_embed")
+        del state_dict[prefix + "pos_embed"]
+
+
+def is_formula(position: PositionEncoding) -> bool:
+    """Whether it adds vectors to tokens and has nothing to learn."""
+    return "token" in position.gives and not any(True for _ in position.parameters())
+
+
+def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tensor, name: str) -> None:
+    """Refuse a flat table (1, prefix + N, D) that is not what the formula gives on this grid, with zeros in front."""
+    rows = max(0, flat.shape[1] - math.prod(grid))
+    token = position(Positions.grid(grid).with_prefix(rows)).token
+    if token is None or token.shape != flat.shape:
+        came = None if token is None else tuple(token.shape)
+        raise CheckpointError(
+            f"{name} is {tuple(flat.shape)}, this model's formula gives {came} on its grid {grid}: build the model at "
+            "the size of the checkpoint (img_size=...), other sizes run anyway"
+        )
+    off = float((token - flat.to(token)).abs().max())
+    if not off <= (1e-4 if flat.dtype.itemsize >= 4 else 1e-2):
+        raise CheckpointError(
+            f"{name} is not the table of this model's formula, it is off by {off:.2g}: sincos has layouts (mae, timm, "
+            "...), and position='learned' keeps a table as it was stored"
+        )
 
 
 def _fit_tables(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:

@@ -33,6 +33,8 @@ from ..errors import CheckpointError, ConfigError, TrainingError, unknown
 FORMAT = 2
 MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
     "ViT": "models:ViT",
+    "MAE": "train.pretrain:build_mae",
+    "SimMIM": "train.pretrain:build_simmim",
     "timm": "train.checkpoint:timm_model",
 }
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {

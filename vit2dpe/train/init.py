@@ -110,6 +110,9 @@ def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from ..models import ViT
 
     state = {name.removeprefix("module."): value for name, value in state.items()}
+    if "mask_token" in state and not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on
+        encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
+        state = encoder or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}
     if isinstance(model, ViT):
         from ..models.weights import checkpoint_filter_fn
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -208,6 +210,8 @@ PRESETS: dict[str, dict] = {
 def resolve(config: TrainConfig) -> TrainConfig:
     """Every setting that is None filled from the preset of the data; `smoke` applied."""
     preset = PRESETS.get(config.data.name, PRESETS[""])
+    if config.init is not None:
+        config = replace(config, model=like_run(config.model, config.init))
     for part, values in preset.items():
         if part == "model" and config.model.name is not None:
             values = dict(position="rope") if config.model.name.startswith("vit2dpe_") else {}
@@ -225,6 +229,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
             run=replace(config.run, device="cpu", compile=False),
         )
     return config
+
+
+def like_run(model: ModelConfig, init: str) -> ModelConfig:
+    """What is open in `model` as it was in the run that is started from, where that is a run of ours."""
+    path = Path(init).expanduser() / "config.yaml"
+    if not path.is_file():
+        return model
+    import yaml
+
+    before = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
+    names = ("name", "position", "patch", "width", "depth", "heads", "mlp_ratio", "pool", "class_token")
+    found: dict[str, Any] = {name: before.get(name) for name in names if getattr(model, name) is None}
+    return replace(model, **found)
 
 
 def check_numbers(optim: OptimConfig, run: RunConfig) -> None:

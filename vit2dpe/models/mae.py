@@ -1,0 +1,268 @@
+"""Masked autoencoder: an encoder that sees one patch in four, a small decoder that paints the others, any encoding.
+
+    keep, removed = a random split of the N patches, each sample its own
+    latent        = encoder(patches at keep, at their true places)
+    tokens        = W latent at keep, the mask token elsewhere
+    prediction    = decoder(tokens, on the whole grid)                      (B, N, p q C)
+    loss          = mean over removed patches of mean over pixels of (prediction - target)²
+
+Source: He et al., arXiv 2111.06377. `norm_pix` makes the target (patch - mean) / sqrt(var + 1e-6), var unbiased. The
+decoder's parameters carry the names of the original (`decoder_embed`, `mask_token`, `decoder_blocks`, `decoder_norm`,
+`decoder_pred`), the encoder is a `ViT` under `encoder`.
+
+How ours differs: masking is `Positions.take`, so every encoding serves in both halves, those that rotate or bias the
+logits and those a block owns included; any height, width, patch and number of channels; the number of kept patches is
+the floor of N (1 - ratio) as written, where the original floors a float (at 20 patches and 0.9 it keeps 1, we keep 2).
+
+Legend: B batch, C channels, N patches, K kept, P prefix tokens, D widths, (p, q) patch rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..encodings import Dims, PositionEncoding, assign
+from ..errors import ConfigError
+from ..layers import Block, add_token, keep_tokens
+from ..positions import Positions
+from .mae_weights import accept_original
+from .vit import ViT
+
+
+class Reconstruction(NamedTuple):
+    """Images (B, C, H, W) in the scale of the input, and which pixels were hidden, (B, 1, H, W) boolean."""
+
+    original: Tensor
+    painted: Tensor  # the prediction everywhere
+    pasted: Tensor  # the prediction where pixels were hidden, the original elsewhere
+    hidden: Tensor
+
+
+class MAE(nn.Module):
+    """Masked autoencoder around a `ViT`.
+
+    Args:
+        encoder: a ViT without classifier (num_classes=0) whose `norm` comes before pooling. It is not altered.
+        decoder_position: the decoder's encoding, a word or an instance; the original's is "sincos", MAE's layout.
+        decoder_block_position: a further encoding that every block of the decoder owns.
+        decoder_embed_dim, decoder_depth, decoder_num_heads, decoder_mlp_ratio: sizes of the decoder.
+        norm_pix: predict each patch normalised by its own mean and variance.
+
+    Raises:
+        ConfigError: for an encoder with parts that masking leaves without use or gradient, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        *,
+        decoder_position: str | PositionEncoding = "sincos",
+        decoder_block_position: str | PositionEncoding | None = None,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        decoder_mlp_ratio: float = 4.0,
+        norm_pix: bool = False,
+    ) -> None:
+        super().__init__()
+        _refuse(encoder, norm_pix)
+        if decoder_embed_dim % decoder_num_heads:
+            came = f"{decoder_embed_dim} and {decoder_num_heads}"
+            raise ConfigError(f"decoder_embed_dim must be a multiple of decoder_num_heads: got {came}")
+        self.encoder, self.norm_pix = encoder, norm_pix
+        self.grad_checkpointing = False
+        like = encoder.patch_embed.proj.weight
+        dims = Dims(decoder_embed_dim, decoder_num_heads, encoder.train_grid, depth=decoder_depth)
+        pixels = math.prod(encoder.patch_embed.patch_size) * encoder.in_chans
+        with torch.device(like.device):
+            self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+            self.decoder_position, own = assign(decoder_position, dims, decoder_block_position)
+            self.decoder_blocks = nn.ModuleList(
+                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio=decoder_mlp_ratio, position=position)
+                for position in own
+            )
+            self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+            self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
+        self.init_weights(encoder=False)
+        self.to(dtype=like.dtype)
+        self.register_load_state_dict_pre_hook(accept_original)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide patches, paint them, compare.
+
+        Args:
+            images: (B, C, H, W), H and W multiples of the patch.
+            mask_ratio: the part that is hidden, above 0 and below 1; at least one patch is kept and one hidden.
+            noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`.
+            generator: on any device, so that one on the CPU gives the same masks everywhere.
+
+        Returns:
+            loss: a float32 scalar, over the hidden patches.
+            prediction: (B, N, p q C), of every patch; normalised with `norm_pix`.
+            mask: (B, N), 0 kept, 1 hidden.
+        """
+        keep, mask = self.choose(images, mask_ratio, noise, generator)
+        prediction = self.decode(self.encoder.forward_features(images, partial(keep_tokens, index=keep)), keep, images)
+        loss = (prediction.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
+        return (loss * mask).sum() / mask.sum(), prediction, mask
+
+    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+        """What is hidden one by one, counted along both axes: here patches."""
+        return self.encoder.patch_embed.grid(height, width)
+
+    def choose(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Which patches are kept, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
+        batch, n = images.shape[0], math.prod(self.encoder.patch_embed.grid(*images.shape[-2:]))
+        if noise is None:
+            device = images.device if generator is None else generator.device
+            noise = torch.rand(batch, n, generator=generator, device=device)
+        if noise.shape != (batch, n):
+            raise ValueError(f"noise must be (B, N) = {(batch, n)}, one value for each patch, got {tuple(noise.shape)}")
+        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
+        return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
+
+    def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
+        """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
+        prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
+        x = self.decoder_embed(latent).to(self.mask_token.dtype)
+        tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
+        tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
+        at = Positions.grid(extent, images.device).with_prefix(prefix)
+        signal = self.decoder_position(at)
+        x = add_token(torch.cat([x[:, :prefix], tokens], dim=1), signal)
+        for block in self.decoder_blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, signal, at, use_reentrant=False)
+            else:
+                x = block(x, signal, at)
+        return self.decoder_pred(self.decoder_norm(x))[:, prefix:]
+
+    def target(self, images: Tensor) -> Tensor:
+        """(B, N, p q C) float32 pixels that the prediction is compared with."""
+        pixels = self.patchify(images.float())
+        if self.norm_pix:
+            mean, std = _statistics(pixels)
+            pixels = (pixels - mean) / std
+        return pixels
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, p q C), channels fastest."""
+        p, q = self.encoder.patch_embed.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
+
+    def unpatchify(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, p q C) -> (B, C, height, width)."""
+        (p, q), (h, w) = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid(height, width)
+        return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask_ratio: float = 0.75, **draw: Any) -> Reconstruction:
+        """What the model paints, as images; `draw` is `noise` or `generator`.
+
+        With `norm_pix` the prediction is brought back with the mean and variance of the very patch that was hidden:
+        such a picture knows more than the model does, and must say so.
+        """
+        _, pixels, mask = self(images, mask_ratio, **draw)
+        size, pixels = images.shape[-2:], pixels.float()
+        if self.norm_pix:
+            mean, std = _statistics(self.patchify(images.float()))
+            pixels = pixels * std + mean
+        painted = self.unpatchify(pixels, *size)
+        p, q = self.encoder.patch_embed.patch_size
+        hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]
+        hidden = hidden.repeat_interleave(p, 2).repeat_interleave(q, 3)
+        return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
+
+    def init_weights(self, encoder: bool = True) -> None:
+        """Draw as the original does: Xavier for linear maps and patches, zero biases, tokens from N(0, 0.02²).
+
+        Encodings keep what they drew. `encoder=False` touches the decoder alone.
+        """
+        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
+        kept = own if encoder else (*own, "encoder.")
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith(kept):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if encoder:
+            nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.view(self.encoder.embed_dim, -1))
+            for token in (self.encoder.cls_token, self.encoder.reg_token):
+                if token is not None:
+                    nn.init.normal_(token, std=0.02)
+
+    @property
+    def train_grid(self) -> tuple[int, int]:
+        return self.encoder.train_grid
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make another size the model's own, tables of both halves resized."""
+        self.encoder.set_input_size(img_size)
+        for name, part in self.named_modules():
+            if isinstance(part, PositionEncoding) and not name.startswith("encoder."):
+                part.set_grid(self.train_grid)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of tokens, tables and frequencies."""
+        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
+        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
+        return {"mask_token", *own, *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+
+
+def keep_count(n: int, ratio: float) -> int:
+    """How many of n patches are kept: the floor of n (1 - ratio), at least 1, at most n - 1."""
+    if not 0 < ratio < 1:
+        raise ConfigError(f"mask_ratio must be above 0 and below 1, got {ratio}")
+    if n < 2:
+        raise ConfigError("an image of one patch cannot be masked: use a smaller patch or a larger image")
+    return min(max(math.floor(n * (1 - ratio) + 1e-6), 1), n - 1)  # 20 x (1 - 0.9) is 1.9999999999999996
+
+
+def _statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(unbiased variance + 1e-6) of each patch, (B, N, 1)."""
+    return pixels.mean(dim=-1, keepdim=True), (pixels.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _refuse(encoder: ViT, norm_pix: bool) -> None:
+    if not isinstance(encoder, ViT):
+        raise ConfigError(
+            f"MAE needs an encoder that can leave patches out, a vit2dpe.ViT, got {type(encoder).__name__}; windows "
+            "cannot: use SimMIM for Swin, from_timm for a timm model"
+        )
+    strange = {
+        "a classifier gets no gradient (build it with num_classes=0)": encoder.num_classes > 0,
+        "attention pooling gets no gradient (global_pool='map')": encoder.attn_pool is not None,
+        "the decoder reads normalised tokens (build it with fc_norm=False)": isinstance(encoder.norm, nn.Identity),
+        "masking already leaves patches out (patch_drop_rate must be 0)": encoder.patch_drop.rate > 0,
+        "filled pixels would count in the loss (dynamic_img_pad must be off)": encoder.patch_embed.pad,
+        "norm_pix needs more than one value in a patch": norm_pix
+        and math.prod(encoder.patch_embed.patch_size) * encoder.in_chans < 2,
+    }
+    found = [why for why, there in strange.items() if there]
+    if found:
+        raise ConfigError(f"this encoder cannot be pretrained by MAE: {'; '.join(found)}")

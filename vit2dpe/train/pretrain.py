@@ -1,0 +1,221 @@
+"""`vit2dpe pretrain`: an encoder from images without labels, by masking, from settings to a run folder."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..encodings import parse
+from ..errors import ConfigError, unknown
+from ..models import MAE, ViT
+from ..models.mae import keep_count
+from ..models.simmim import SimMIM
+from ..reconstruction import save as save_pictures
+from ..resolution import parse_size
+from .checkpoint import ModelSpec, load_run, timm_model, write_checkpoint
+from .data import Images, check_source, normalize, resize
+from .distributed import World, joined, local_device
+from .engine import fit, make_optimizer, make_schedule, pick_device, precision
+from .init import initialize, load_weights
+from .keys import generator, keyed
+from .masked import MaskedTask
+from .pretrain_settings import PretrainConfig, resolve
+from .runs import changed_settings, environment, run_folder, write_facts, write_summary
+from .settings import AugmentConfig, TrainConfig, check_numbers
+from .task import ImageTask
+from .train import _loaded as loaded
+from .train import check_augment, model_spec
+
+
+def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
+    """Pretrain as told and leave a run folder: what `train` leaves, `encoder/`, which `load_run` reads, and
+    `reconstructions.png`.
+
+    Args:
+        config: settings; those at None take the preset of the data.
+        command: what was typed, for the record.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is trained, for what cannot work.
+        TrainingError: for what went wrong on the way.
+        Stopped: after a signal, when everything is saved.
+    """
+    config = check(config)
+    device = pick_device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
+        say = print if world.first else (lambda *_: None)
+        for change in changed_settings(folder, config) if config.resume and world.first else []:
+            say(f"note: {change}")
+        data = loaded(TrainConfig(data=config.data))
+        for note in data.notes:
+            say(f"note: {note}")
+        size = parse_size(config.data.size) if config.data.size else data.native
+        spec = masked_spec(config, size, len(data.mean))
+        torch.manual_seed(keyed(config.run.seed, "init"))
+        model: Any = spec.build()
+        if config.model.init == "default":
+            model.init_weights()  # as the original of each does
+        else:
+            initialize(model, config.model.init)
+        if config.init is not None and not (config.resume and (folder / "last").is_dir()):
+            say(f"{config.init}: {load_weights(model, config.init)}")
+        grid = model.mask_grid(*size)
+        task = masked_task(config, data, size, grid, device, world)
+        facts = environment(command, device, data.name, data.digest)
+        if world.first:
+            write_facts(folder, config, facts)
+        n, millions = math.prod(grid), sum(p.numel() for p in model.parameters()) / 1e6
+        say(
+            f"{type(model).__name__} of {millions:.2f} M parameters, sees {keep_count(n, task.mask_ratio)} of {n} "
+            f"{'patches' if config.objective == 'mae' else 'units'}; {len(data.train)} training images of "
+            f"{size[0]}x{size[1]}; on {facts['hardware']}; into {folder}"
+        )
+        rows = fit(
+            model,
+            task,
+            config.optim,
+            config.run,
+            folder=folder,
+            spec=spec,
+            resume=config.resume,
+            world=world,
+            about=dict(command=command),
+            stop_after=2 if config.smoke else None,
+        )
+        if world.first:
+            finish(config, folder, data, size, spec)
+            following = next_command(config, folder)
+            title = (
+                f"Masked pretraining ({config.objective}), {config.model.position or config.model.name}, on {data.name}"
+            )
+            write_summary(folder, title, rows, facts, following)
+            say(f"loss on hidden test patches {rows[-1]['test_loss']:.4f}; pictures {folder / 'reconstructions.png'}")
+            say(f"next     {following}")
+    return folder
+
+
+def check(config: PretrainConfig) -> PretrainConfig:
+    """The settings with every preset filled in, after refusing all that can be refused before data are read."""
+    check_source(config.data.name, config.data.root)
+    config = resolve(config)
+    config = replace(config, run=replace(config.run, device=local_device(config.run.device)))
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(config.run.device))
+    check_augment(views(config))
+    if config.objective not in ("mae", "simmim"):
+        raise unknown("objective", config.objective, ("mae", "simmim"))
+    if config.objective == "simmim" and config.norm_pix:
+        raise ConfigError("simmim paints pixels as they are: leave norm_pix out")
+    for word in (config.model.position, config.decoder.position):
+        if word is not None:
+            parse(word)
+    if config.model.pool == "map":
+        raise ConfigError("masking trains no attention pooling: --model.pool avg or token")
+    if config.pictures < 0:
+        raise ConfigError(f"pictures must be 0 or more, got {config.pictures}")
+    size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
+    if config.init is not None and not Path(config.init).expanduser().exists():
+        raise ConfigError(f"there is nothing at {config.init} to start from")
+    with torch.device("meta"):
+        model: Any = masked_spec(config, parse_size(size), 3).build()
+    keep_count(math.prod(model.mask_grid(*parse_size(size))), _ratio(config))
+    make_schedule(make_optimizer(model, config.optim), config.optim, 1)
+    return config
+
+
+def masked_spec(config: PretrainConfig, size: tuple[int, int], channels: int) -> ModelSpec:
+    """The encoder that the settings name, without classifier, its norm before pooling, and what paints around it."""
+    encoder = model_spec(TrainConfig(model=config.model), size, channels, 0).arguments
+    if config.objective == "mae" or config.model.name is None:
+        encoder = encoder | dict(fc_norm=False)
+    if config.objective == "simmim":
+        return ModelSpec("SimMIM", dict(encoder=encoder, mask_unit=config.mask_unit))
+    decoder = config.decoder
+    sizes = dict(
+        decoder_embed_dim=decoder.width,
+        decoder_depth=decoder.depth,
+        decoder_num_heads=decoder.heads,
+        decoder_mlp_ratio=decoder.mlp_ratio,
+    )
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return ModelSpec("MAE", dict(encoder=encoder, decoder_position=decoder.position, norm_pix=config.norm_pix) | given)
+
+
+def build_mae(encoder: dict[str, Any], **decoder: Any) -> MAE:
+    """What a checkpoint of kind "MAE" says: the encoder's arguments, and the decoder's."""
+    return MAE(_encoder(encoder), **decoder)
+
+
+def build_simmim(encoder: dict[str, Any], mask_unit: int) -> SimMIM:
+    """What a checkpoint of kind "SimMIM" says."""
+    return SimMIM(_encoder(encoder), mask_unit=mask_unit)
+
+
+def _encoder(arguments: dict[str, Any]) -> Any:
+    """A ViT of these arguments, or a named model of timm's registry."""
+    return timm_model(**arguments) if "model_name" in arguments else ViT(**arguments)
+
+
+def _ratio(config: PretrainConfig) -> float:
+    if config.mask_ratio is None:
+        raise ConfigError("mask_ratio is still open: pass the config through pretrain_settings.resolve first")
+    return config.mask_ratio
+
+
+def masked_task(
+    config: PretrainConfig,
+    data: Images,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    device: torch.device,
+    world: World,
+) -> MaskedTask:
+    images = ImageTask(
+        data,
+        size,
+        config.optim.batch_size,
+        seed=config.run.seed,
+        device=device,
+        augment=views(config),
+        world=world,
+    )
+    return MaskedTask(images, grid, _ratio(config))
+
+
+def views(config: PretrainConfig) -> AugmentConfig:
+    view = config.augment
+    return AugmentConfig(shift=view.shift, flip=view.flip, crop=view.crop, label_smoothing=0.0)
+
+
+def finish(config: PretrainConfig, folder: Path, data: Images, size: tuple[int, int], spec: ModelSpec) -> None:
+    """`encoder/` and the pictures, from the weights that were kept."""
+    model: Any = load_run(folder)
+    about = {name: model.about[name] for name in ("data", "digest", "classes", "mean", "std", "train_size")}
+    encoder = spec.arguments["encoder"]
+    kind = ModelSpec("timm" if "model_name" in encoder else "ViT", encoder)
+    tensors = dict(model.encoder.state_dict())
+    write_checkpoint(folder / "encoder", kind, {"model": tensors}, grid=model.train_grid, **about)
+    if config.pictures:
+        spaced = torch.linspace(0, len(data.test) - 1, config.pictures).long()  # test images may lie class by class
+        images = normalize(resize(data.test.images[spaced], size), data.mean, data.std)
+        draws = generator(config.run.seed, "pictures")
+        save_pictures(
+            folder / "reconstructions.png", model, images, data.mean, data.std, _ratio(config), generator=draws
+        )
+
+
+def next_command(config: PretrainConfig, folder: Path) -> str:
+    words = ["vit2dpe", "train", "--data.name", config.data.name]
+    if config.data.root is not None:
+        words += ["--data.root", config.data.root]
+    return shlex.join([*words, "--init", str(folder), "--run.out", f"{folder}-finetuned"])
