@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "positions": {"errors"},
     "signal": {"errors", "positions"},
     "kernels": {"errors", "positions", "signal"},
-    "attention": {"errors", "positions", "signal", "kernels"},
+    "cache": {"errors", "positions"},
+    "masks": {"errors", "positions"},
+    "attention": {"errors", "positions", "signal", "kernels", "cache"},
     "encodings": {"errors", "positions", "signal"},
 }
-MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels"}
+MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels"} - {"masks"}
 MAY_IMPORT["policies"] = {"errors", "positions"}
 MAY_IMPORT["resolution"] = {"errors", "positions", "signal", "encodings", "policies"}
 MAY_IMPORT["models"] = {*MAY_IMPORT, "layers"}

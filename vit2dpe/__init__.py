@@ -30,6 +30,13 @@ _HOME = {
     "from_timm": "models",
     "to_timm": "models",
     "set_policy": "resolution",
+    "TextEncoder": "models.text",
+    "TextDecoder": "models.text",
+    "Seq2Seq": "models.text",
+    "KVCache": "cache",
+    "generate": "models.generate",
+    "beam_search": "models.generate",
+    "from_transformers": "models.text_weights",
     "use_policy": "resolution",
     "sweep": "resolution",
     "load_run": "train.checkpoint",
@@ -56,10 +63,14 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .attention import Attention, attend, rotate  # noqa: F401
+    from .cache import KVCache  # noqa: F401
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
     from .models import MAE, Swin, ViT, from_timm, to_timm  # noqa: F401
+    from .models.generate import beam_search, generate  # noqa: F401
+    from .models.text import Seq2Seq, TextDecoder, TextEncoder  # noqa: F401
+    from .models.text_weights import from_transformers  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution import set_policy, sweep, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401

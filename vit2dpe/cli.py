@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -37,6 +38,12 @@ COMMANDS = {
         "train.train:train",
         "train.settings:TrainConfig",
     ),
+    "text train": Command(
+        "train a language model on plain text with any encoding",
+        "train.text:train",
+        "train.text_config:TextTrainConfig",
+    ),
+    "text sample": Command("let it write", "train.text:sample", "train.text_config:SampleConfig"),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
         "train.pretrain:pretrain",
@@ -111,14 +118,37 @@ def _run(name: str, command: Command, args: list[str]) -> int:
     switches = {f"--{option}" for option, value in _options(config) if isinstance(value, bool)}
     typed = shlex.join(["vit2dpe", *name.split(), *args])
     args = [_in_full(arg, [option for option, _ in _options(config)]) for arg in args]
-    args = [f"{arg}=true" if _underscored(arg) in switches else arg for arg in args]
+    args = _with_preset([f"{arg}=true" if _underscored(arg) in switches else arg for arg in args])
     parser = _parser(f"vit2dpe {name}", config.__doc__ or "")
     parser.add_class_arguments(config)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
     _describe(parser, config)
     values = _parse(parser, args)
     _named(command.run)(_filled(config, values), command=typed)
     return 0
+
+
+def _with_preset(args: list[str]) -> list[str]:
+    """`--config x.yaml --preset cpu` as `--config x.yaml --config x.cpu.yaml`."""
+    from .errors import ConfigError, unknown
+
+    args = [
+        part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "--preset=")) else [arg])
+    ]
+    if "--preset" not in args:
+        return args
+    where = args.index("--preset")
+    name, args = " ".join(args[where + 1 : where + 2]), args[:where] + args[where + 2 :]
+    if "--config" not in args[:-1]:
+        raise ConfigError(f"--preset {name} is a variant of a recipe: name that with --config")
+    at = args.index("--config") + 1
+    recipe = Path(args[at])
+    variant = recipe.with_name(f"{recipe.stem}.{name}{recipe.suffix}")
+    if not variant.is_file():
+        others = [p.stem.removeprefix(f"{recipe.stem}.") for p in recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")]
+        raise unknown("preset", name, sorted(others) or ["(there is none)"])
+    return [*args[: at + 1], "--config", str(variant), *args[at + 1 :]]
 
 
 def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,14 +123,17 @@ class Block(nn.Module):
     Args:
         dim, heads: width D and number of heads H.
         mlp_ratio: hidden width of the MLP over D.
-        mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (the two in one fc1).
+        mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
+            what makes an MLP, called as (D, hidden, bias=, drop=).
         act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
-        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance.
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or what makes a norm for a
+            width.
         qkv_bias, qk_norm, proj_bias: see `Attention`; `proj_bias` is the MLP's too.
         scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
         position: an encoding of the block's own.
         init_values: what LayerScale starts from; None: no LayerScale.
         attn_drop, proj_drop, drop_path: rates in training.
+        **attention: further arguments of `Attention`.
     """
 
     def __init__(
@@ -138,9 +142,9 @@ class Block(nn.Module):
         heads: int,
         *,
         mlp_ratio: float = 4.0,
-        mlp_layer: str = "mlp",
+        mlp_layer: str | Callable[..., nn.Module] = "mlp",
         act_layer: str = "gelu",
-        norm_layer: str = "layernorm",
+        norm_layer: str | Callable[[int], nn.Module] = "layernorm",
         norm_eps: float = 1e-6,
         qkv_bias: bool | str = True,
         qk_norm: bool = False,
@@ -152,9 +156,10 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
+        **attention: Any,
     ) -> None:
         super().__init__()
-        norm = norm_of(norm_layer, norm_eps)
+        norm = norm_layer if callable(norm_layer) else norm_of(norm_layer, norm_eps)
         self.norm1 = norm(dim)
         self.attn = Attention(
             dim,
@@ -167,17 +172,14 @@ class Block(nn.Module):
             position=position,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
+            **attention,
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm(dim)
-        self.mlp = mlp_of(mlp_layer, act_layer)(
-            dim,
-            int(dim * mlp_ratio),
-            norm_layer=norm if scale_mlp_norm else None,
-            bias=proj_bias,
-            drop=proj_drop,
-        )
+        inner = dict(norm_layer=norm) if scale_mlp_norm else {}
+        make = mlp_layer if callable(mlp_layer) else mlp_of(mlp_layer, act_layer)
+        self.mlp = make(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -70,7 +70,9 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     if train is None:
         raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
     windows, policy = _split(policy, model)
-    own: list[Scope] = [(model.position, model, tuple(train))]  # type: ignore[list-item]
+    # An encoder and a decoder have a root each; a Swin says itself what it consists of.
+    roots: list[Any] = [m for m in model.modules() if hasattr(m, "position") and hasattr(m, "train_grid")]
+    own: list[Scope] = [(root.position, root, tuple(train)) for root in roots]
     scopes: list[Scope] = model.scopes() if hasattr(model, "scopes") else own  # type: ignore[operator]
     before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
     before_heat = [(root, root.temperature) for root, _, _ in scopes]

@@ -36,6 +36,9 @@ MODELS = {  # name in a checkpoint -> what is called with its arguments, "module
     "MAE": "train.pretrain:build_mae",
     "SimMIM": "train.pretrain:build_simmim",
     "timm": "train.checkpoint:timm_model",
+    "TextEncoder": "models.text:TextEncoder",
+    "TextDecoder": "models.text:TextDecoder",
+    "Seq2Seq": "models.text:Seq2Seq",
 }
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda meta: meta | dict(format=2, files={"model": meta["sha256"]}),

@@ -15,11 +15,15 @@ class StudyConfig:
     Settings left at None take the preset of the data source.
 
     Args:
+        task: images; text (perplexity over length, of the file --root); copy, reverse or sort (sequences of numbers).
         data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
         root: folder of the data.
         encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi; or all.
         train_size: pixels of training images, 32 or 32x48 (height x width).
         sizes: comma-separated sizes to measure at.
+        train_length: tokens of a training sequence, for the other tasks than images.
+        lengths: comma-separated lengths to measure at.
+        depths: comma-separated numbers of blocks, each trained.
         modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
         policies: comma-separated resolution policies; "all" that an encoding can take, or "default".
         temperatures: comma-separated: none, log (logits x ln N / ln N_train), yarn.
@@ -50,11 +54,15 @@ class StudyConfig:
         smoke: two steps an encoding, to see that everything runs.
     """
 
+    task: str = "images"
     data: str = "digits"
     root: str | None = None
     encodings: str = DEFAULT_ENCODINGS
     train_size: str | None = None
     sizes: str | None = None
+    train_length: int | None = None
+    lengths: str | None = None
+    depths: str | None = None
     modes: str = "scale,canvas"
     policies: str = "all"
     temperatures: str = "none"
@@ -96,16 +104,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 PRESETS["cifar10"] = PRESETS["folder"]
+PRESETS["text"] = dict(
+    train_length=256, lengths="256,512,1024,2048", width=128, depth=4, heads=4, epochs=7, batch_size=24, lr=2e-3
+)
+PRESETS["copy"] = PRESETS["reverse"] = PRESETS["sort"] = dict(
+    train_length=16, lengths="16", width=64, depth=2, heads=2, epochs=20, batch_size=128, lr=2e-3
+)
 QUICK = dict(encodings="none,learned,rope", sizes="16,24,32", modes="scale", policies="default", epochs=12)
 
 
 def resolve(config: StudyConfig) -> StudyConfig:
     """Every setting that is None filled from the preset of its data source; `quick` and `smoke` applied."""
-    if config.quick and config.data == "digits":
+    if config.quick and config.task == "images" and config.data == "digits":
         default = StudyConfig()
         changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in changed})  # type: ignore[arg-type]
-    preset = PRESETS.get(config.data, PRESETS["folder"])
+    preset = PRESETS[config.task] if config.task in PRESETS else PRESETS.get(config.data, PRESETS["folder"])
     missing = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     if config.smoke:

@@ -8,7 +8,7 @@ import shlex
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,27 @@ from .config import EvaluateConfig, StudyConfig, as_dict
 from .html import Study, page
 
 Row = dict[str, Any]
+
+
+class Metric(NamedTuple):
+    """How `value` is told: its name, its unit on an axis, what it is drawn over, and whether more of it is better."""
+
+    name: str
+    unit: str
+    over: str
+    scale: str
+    more_is_better: bool = True
+
+
+METRICS = {
+    "top1": Metric("top-1 in percent", "top-1 [%]", "image size", "image size [pixels]"),
+    "perplexity": Metric("perplexity", "perplexity", "length", "length [tokens]", more_is_better=False),
+    "exact": Metric("sequences right in percent", "sequences right [%]", "length", "length [tokens]"),
+}
+
+
+def metric_of(rows: list[Row]) -> Metric:
+    return METRICS[rows[0]["metric"] if rows else "top1"]
 
 
 def environment(
@@ -72,8 +93,9 @@ class Report:
         self.rows += rows
         self.finished += 1
         write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
-        at_train = [r["top1"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
-        seen = f", {at_train[0]:.1f}% at the training size" if at_train else ""
+        at_train = [r["value"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
+        metric = metric_of(rows)
+        seen = f", {metric.name} {at_train[0]:.1f} at the training {metric.over.split()[-1]}" if at_train else ""
         minutes = (time.monotonic() - self.started) / 60
         print(f"[{self.finished}/{self.total}] {word}{seen} ({minutes:.1f} min)", flush=True)
         self._draw("")
@@ -128,26 +150,27 @@ def best(rows: list[Row]) -> list[str]:
     """Encodings, the best mean accuracy over all default rows first."""
     score: dict[str, list[float]] = {}
     for row in default_rows(rows):
-        score.setdefault(row["encoding"], []).append(row["top1"])
-    return sorted(score, key=lambda word: -statistics.mean(score[word]))
+        score.setdefault(row["encoding"], []).append(row["value"])
+    sign = -1 if metric_of(rows).more_is_better else 1
+    return sorted(score, key=lambda word: sign * statistics.mean(score[word]))
 
 
 def spell(size: tuple[float, float]) -> str:
     h, w = (int(side) for side in size)
-    return str(h) if h == w else f"{h}x{w}"
+    return str(w) if h in (w, 1) else f"{h}x{w}"
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: top-1 over size, a line for each mode, encoding and policy; mean ± deviation over several seeds."""
     sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
-    train = {(r["train_height"], r["train_width"]) for r in rows}
+    train, metric = {(r["train_height"], r["train_width"]) for r in rows}, metric_of(rows)
     cells: dict[tuple, dict[tuple, list[float]]] = {}
     for r in rows:
         key = (r["mode"], r["encoding"], r["policy"], r["temperature"])
-        cells.setdefault(key, {}).setdefault((r["height"], r["width"]), []).append(r["top1"])
+        cells.setdefault(key, {}).setdefault((r["height"], r["width"]), []).append(r["value"])
     heads = [f"**{spell(s)}**" if s in train else spell(s) for s in sizes]
     lines = [
-        "top-1 in percent over image size; the training size in bold",
+        f"{metric.name} over {metric.over}; that of training in bold",
         "",
         "| " + " | ".join(["mode", "encoding", "policy", "temperature", *heads]) + " |",
         "|" + "---|" * 4 + "---:|" * len(sizes),
@@ -185,12 +208,14 @@ def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = No
         if not rows:
             break
         _panel(ax, [row for row in rows if row["mode"] == mode], colours)
-        more = {"scale": "the same picture with more pixels", "canvas": "more content at the scale of training"}[mode]
-        ax.set_title(f"{mode}: {more}", fontsize=10)
+        more = {"scale": ": the same picture with more pixels", "canvas": ": more content at the scale of training"}
+        ax.set_title(mode + more.get(mode, ""), fontsize=10)
     if rows:
-        axes[0].set_ylabel("top-1 [%]")
+        axes[0].set_ylabel(metric_of(rows).unit)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle(f"accuracy over image size{f' ({status})' if status else ''}", fontsize=11)
+    figure.suptitle(
+        f"{metric_of(rows).name} over {metric_of(rows).over}{f' ({status})' if status else ''}", fontsize=11
+    )
     return figure
 
 
@@ -203,13 +228,14 @@ def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
         mine = [row for row in rows if row["encoding"] == word]
         lines = list(dict.fromkeys((row["policy"], row["temperature"]) for row in mine))
         score = {
-            line: statistics.mean([r["top1"] for r in mine if (r["policy"], r["temperature"]) == line])
+            line: statistics.mean([r["value"] for r in mine if (r["policy"], r["temperature"]) == line])
             for line in lines
         }
-        shown = lines[:1] + sorted(lines[1:], key=lambda line: -score[line])[:1]
+        sign = -1 if metric_of(rows).more_is_better else 1
+        shown = lines[:1] + sorted(lines[1:], key=lambda line: sign * score[line])[:1]
         for i, (policy, temperature) in enumerate(shown):
             values = [
-                [r["top1"] for r in mine if (r["policy"], r["temperature"]) == (policy, temperature)
+                [r["value"] for r in mine if (r["policy"], r["temperature"]) == (policy, temperature)
                  and (r["height"], r["width"]) == size]
                 for size in sizes
             ]  # fmt: skip
@@ -225,7 +251,9 @@ def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks([at[size] for size in sizes], [spell(size) for size in sizes])
     ax.minorticks_off()
-    ax.set_xlabel("image size [pixels]; dotted: training")
+    ax.set_xlabel(f"{metric_of(rows).scale}; dotted: training")
+    if not metric_of(rows).more_is_better:
+        ax.set_yscale("log")
     ax.grid(alpha=0.25)
 
 

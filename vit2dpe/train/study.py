@@ -67,6 +67,12 @@ def study(config: StudyConfig, command: str = "") -> Path:
     Raises:
         ConfigError, DataError: before anything is trained, for settings or data that cannot work.
     """
+    if config.task != "images":
+        from .text_study import TASKS, study_text
+
+        if config.task not in TASKS:
+            raise unknown("task", config.task, TASKS)
+        return study_text(resolve(config), command)
     plan = check(config)
     config = plan.config
     data = load_images(
@@ -80,7 +86,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
         print(f"note: {note}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.yaml", _yaml(config).encode())
+    write_settings(out, config)
     about = environment(command, config, data.digest, pick_device(config.device))
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
@@ -127,13 +133,13 @@ def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report
     config = plan.config
     trained = {name: getattr(config, name) for name in _TRAINING} | dict(encoding=word, seed=seed, data=data.digest)
     measured = plan._replace(config=config)[2:]
-    folder = cells / f"{_slug(word)}-seed{seed}-{_digest(trained)}"
-    results = folder / f"sweep-{_digest(measured)}.csv"
+    folder = cells / f"{slug(word)}-seed{seed}-{digest_of(trained)}"
+    results = folder / f"sweep-{digest_of(measured)}.csv"
     if results.is_file():
         print(f"{word} seed {seed}: finished before, read from {results}")
-        return _read(results)
+        return read_rows(results)
     model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
-    if _finished(folder, trained):
+    if finished(folder, trained):
         from .checkpoint import load_run
 
         model = load_run(folder, pick_device(config.device))  # type: ignore[assignment]
@@ -173,7 +179,7 @@ def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report
     )
     rows = [dict(encoding=word, seed=seed, metric="top1", value=row["top1"], **row) for row in rows]
     write_atomically(results, to_csv(rows).encode())
-    return _read(results)
+    return read_rows(results)
 
 
 def training(plan: Plan, data: Images, seed: int) -> tuple[ImageTask, OptimConfig, RunConfig]:
@@ -235,11 +241,11 @@ def _arguments(plan: Plan, word: str, channels: int, classes: int) -> dict[str, 
     )
 
 
-def _finished(folder: Path, trained: dict[str, Any]) -> bool:
+def finished(folder: Path, trained: dict[str, Any]) -> bool:
     return (folder / "last" / "model.json").is_file() and read_meta(folder / "last").get("trained") == trained
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(newline="") as file:
         return [
             {k: v if k in ("encoding", "policy", "temperature", "mode", "metric") else float(v) for k, v in row.items()}
@@ -255,15 +261,15 @@ def _known(kind: str, text: str, known: Iterable[str]) -> list[str]:
     return words
 
 
-def _digest(value: object) -> str:
+def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _slug(word: str) -> str:
+def slug(word: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+=]+", "_", word).strip("_")
 
 
-def _yaml(config: StudyConfig) -> str:
+def write_settings(out: Path, config: StudyConfig) -> None:
     import yaml
 
-    return yaml.safe_dump(as_dict(config), sort_keys=False)
+    write_atomically(out / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())

@@ -1,0 +1,227 @@
+"""`vit2dpe study --task text`: train at one length, measure at others; and the sequence tasks over depth.
+
+The twin of the resolution study on one axis: the same columns (height 1, width the length), the same picture and
+pages. A cell is one encoding, one depth, one seed; a finished one is never trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import ENCODINGS, parse
+from ..errors import ConfigError, unknown
+from ..policies import POLICIES, TEMPERATURES
+from ..resolution import policies_of, use_policy
+from .checkpoint import ModelSpec, load_run, save_model, write_atomically
+from .config import StudyConfig, split_words
+from .engine import fit, pick_device, precision
+from .keys import keyed
+from .report import Report, environment
+from .sequences import SEQUENCES, SequenceTask, answers
+from .settings import OptimConfig, RunConfig
+from .study import digest_of, finished, read_rows, slug, to_csv, write_settings
+from .task import Task
+from .text_config import TextDataConfig
+from .text_data import LanguageTask, TextData, load_text, token_loss, windows
+
+STEPS = 100  # updates of an epoch
+LAST = 64  # tokens at the end of a window that are measured by themselves too
+_TRAINING = (
+    "task", "train_length", "width", "heads", "mlp_ratio", "epochs", "batch_size", "lr", "weight_decay",
+    "warmup_epochs", "drop_path", "clip_grad", "precision", "smoke",
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """A study's settings, read and checked."""
+
+    config: StudyConfig
+    encodings: list[str]
+    length: int
+    lengths: list[int]
+    depths: list[int]
+    policies: list[str]
+    temperatures: list[str]
+
+
+def study_text(config: StudyConfig, command: str = "") -> Path:
+    """Run it and write what a study writes; see `study.study`.
+
+    Raises:
+        ConfigError, DataError: before anything is trained, for settings or data that cannot work.
+    """
+    plan = check(config)
+    config, device = plan.config, pick_device(plan.config.device)
+    text = None
+    if config.task == "text":
+        length = max(plan.length, *plan.lengths)
+        text = load_text(TextDataConfig(path=config.root, context=length, limit=100 * length if config.smoke else None))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_settings(out, config)
+    about = environment(command, config, text.digest if text else config.task, device)
+    about["data"] = f"{text.name} (sha256 {text.digest[:12]})" if text else f"{config.task}, drawn from its seed"
+    about["tables"] = "learned tables start at N(0, 0.02), truncated"
+    write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    cells = [(w, depth, seed) for seed in range(config.seeds) for depth in plan.depths for w in plan.encodings]
+    report = Report(out, about, total=len(cells), started=time.monotonic())
+    for word, depth, seed in cells:
+        report.add(word, run_cell(plan, text, word, depth, seed, out / "cells", report))
+    return report.finish()
+
+
+def check(config: StudyConfig) -> Plan:
+    """Everything that can be refused before data are read."""
+    words = list(ENCODINGS) if config.encodings == "all" else split_words(config.encodings)
+    for word in words:
+        parse(word)
+    if config.task == "text" and config.root is None:
+        raise ConfigError("a study of text needs one: --root path/to/text.txt")
+    length = int(config.train_length or 0)
+    lengths = _numbers("lengths", config.lengths or str(length))
+    depths = _numbers("depths", config.depths or str(config.depth))
+    temperatures = split_words(config.temperatures)
+    for name in temperatures:
+        if name not in ("none", *TEMPERATURES):
+            raise unknown("temperature", name, ["none", *TEMPERATURES])
+    policies = split_words(config.policies)
+    for policy in policies:
+        parse(policy, "policy", ["all", "default", *POLICIES])
+    if not words or min([length, *lengths, *depths]) < 1 or config.seeds < 1 or int(config.epochs or 0) < 1:
+        raise ConfigError("a study needs at least one encoding, one length, one depth, one seed and one epoch")
+    precision(config.precision, pick_device(config.device))
+    plan = Plan(config, words, length, lengths, depths, policies, temperatures)
+    with torch.device("meta"):
+        for word in words:
+            _spec(plan, word, depths[0], 2).build()
+    return plan
+
+
+def run_cell(
+    plan: Plan, text: TextData | None, word: str, depth: int, seed: int, cells: Path, report: Report
+) -> list[dict[str, Any]]:
+    """Rows of one cell: read where they are finished, else trained and measured."""
+    config, device = plan.config, pick_device(plan.config.device)
+    trained: dict[str, Any] = {name: getattr(config, name) for name in _TRAINING}
+    trained |= dict(encoding=word, depth=depth, seed=seed, data=text.digest if text else config.task)
+    folder = cells / f"{slug(word)}-depth{depth}-seed{seed}-{digest_of(trained)}"
+    results = folder / f"sweep-{digest_of((plan.lengths, plan.policies, plan.temperatures))}.csv"
+    if results.is_file():
+        print(f"{word}, depth {depth}, seed {seed}: finished before, read from {results}")
+        return read_rows(results)
+    if finished(folder, trained):
+        model = load_run(folder, device)
+    else:
+        spec = _spec(plan, word, depth, text.tokenizer.size if text else 10)
+        torch.manual_seed(keyed(seed, "init"))
+        model = spec.build()
+        task, optim, run = _training(plan, text, seed)
+        curve = fit(
+            model,
+            task,
+            optim,
+            run,
+            folder=folder,
+            progress=lambda row: report.progress(f"{word}, depth {depth}", seed, row),
+            stop_after=2 if config.smoke else None,
+        )
+        save_model(folder / "last", model, spec.arguments, trained=trained, final=curve[-1])
+    rows = list(_measured(plan, text, model.to(device), depth))
+    rows = [dict(encoding=word, seed=seed, train_height=1, train_width=plan.length, height=1, **row) for row in rows]
+    write_atomically(results, to_csv(rows).encode())
+    return read_rows(results)
+
+
+def _measured(plan: Plan, text: TextData | None, model: nn.Module, depth: int) -> Iterator[dict[str, Any]]:
+    able, device = policies_of(model), next(model.parameters()).device
+    wanted = able if "all" in plan.policies else [p for p in plan.policies if p.split("(")[0] in (*able, "default")]
+    if max(plan.lengths) <= plan.length:
+        wanted = able[:1]  # up to the training length a policy changes nothing
+    for policy in wanted or able[:1]:
+        for temperature in plan.temperatures:
+            for length in plan.lengths:
+                same = dict(policy=policy, temperature=temperature, width=length)
+                with use_policy(model, policy, temperature=temperature):
+                    if text is None:
+                        score = answers(model, plan.config.task, length, device=device)
+                        exact = score.pop("exact")
+                        yield dict(**same, mode=f"depth {depth}", metric="exact", value=exact, **score)
+                        continue
+                    for mode, found in text_scores(model, text.val, length, device).items():
+                        mode = mode if len(plan.depths) == 1 else f"{mode}, depth {depth}"
+                        yield dict(**same, mode=mode, metric="perplexity", value=math.exp(found["loss"]), **found)
+
+
+@torch.no_grad()
+def text_scores(model: nn.Module, text: Tensor, length: int, device: torch.device | str = "cpu") -> dict[str, dict]:
+    """{"all tokens": ..., "last 64 tokens": ...} of windows of a length, each with top1 (percent), loss (nats) and n.
+
+    The mean over a long window hides what happens at its end: most of its tokens look back no further than in training.
+    """
+    model.eval()
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for batch in windows(text, length):
+        logits, labels = model(batch["tokens"].to(device)), batch["labels"].to(device)
+        for i, last in enumerate((length, LAST)):
+            part, wanted = logits[:, -last:], labels[:, -last:]
+            right = (part.argmax(-1) == wanted).sum()
+            sums[i] += torch.tensor([float(token_loss(part, wanted, "sum")), float(right), wanted.numel()])
+    names = ("all tokens", f"last {LAST} tokens")
+    return {
+        name: dict(loss=loss / n, top1=100 * right / n, n=int(n))
+        for name, (loss, right, n) in zip(names, sums.tolist(), strict=True)
+    }
+
+
+def _spec(plan: Plan, word: str, depth: int, vocab_size: int) -> ModelSpec:
+    config = plan.config
+    arguments: dict[str, Any] = dict(
+        position=word,
+        vocab_size=vocab_size,
+        context=plan.length,
+        embed_dim=config.width,
+        depth=depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        drop_path_rate=config.drop_path,
+    )
+    if config.task == "text":
+        return ModelSpec("TextDecoder", arguments)
+    return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=vocab_size))
+
+
+def _training(plan: Plan, text: TextData | None, seed: int) -> tuple[Task, OptimConfig, RunConfig]:
+    config = plan.config
+    optim = OptimConfig(
+        lr=float(config.lr or 0),
+        weight_decay=config.weight_decay,
+        warmup_epochs=min(config.warmup_epochs, int(config.epochs or 1) / 10),
+        epochs=int(config.epochs or 1),
+        batch_size=int(config.batch_size or 1),
+        clip_grad=config.clip_grad,
+    )
+    run = RunConfig(seed=seed, device=config.device, precision=config.precision)
+    device = pick_device(config.device)
+    if text is None:
+        return SequenceTask(config.task, plan.length, optim.batch_size, STEPS, seed=seed, device=device), optim, run
+    return LanguageTask(text, plan.length, optim.batch_size, STEPS, seed=seed, device=device), optim, run
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    words = split_words(text)
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"--{name} are whole numbers above 0, separated by commas, got {text!r}")
+    return [int(word) for word in words]
+
+
+TASKS = ("images", "text", *SEQUENCES)
