@@ -125,7 +125,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         self.state = State()
-        self.last_save = self.last_call = time.monotonic()
+        self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
 
     # The loop
