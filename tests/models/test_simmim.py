@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vit2dpe import ENCODINGS, ConfigError, ViT
+from vit2dpe import ENCODINGS, ConfigError, Swin, ViT
 from vit2dpe.models.simmim import SimMIM
 
 SIZE = (16, 48)  # units of 8 x 16: 2 rows and 3 columns; patches of 4 x 8
@@ -50,6 +50,21 @@ def test_trains_in_rectangles_and_sees_no_hidden_pixel(position):
         assert not torch.equal(before[0], after[0])
         other = model(pictures((8, 64)), noise=noise(n=4))
         assert other[1].shape == (3, 2, 8, 64)
+
+
+@pytest.mark.parametrize("position", ["relative", "sincos+rope_mixed"])
+def test_a_swin_is_pretrained_too(position):
+    torch.manual_seed(0)
+    sizes = dict(img_size=SIZE, patch_size=(4, 8), in_chans=2, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
+    model = SimMIM(Swin(position, window_size=2, num_classes=0, **sizes), mask_unit=(8, 16))
+    loss, prediction, mask = model(pictures(), noise=noise())
+    loss.backward()
+    assert prediction.shape == (3, 2, *SIZE)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    hidden = model.spread(mask, pictures(), (1, 1))[:, None]
+    with torch.no_grad():
+        seen = model.eval()(torch.where(hidden, 9.0, pictures()), noise=noise())
+    assert torch.equal(seen[1], model(pictures(), noise=noise())[1])
 
 
 def test_the_loss_by_a_loop():

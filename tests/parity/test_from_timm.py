@@ -171,8 +171,7 @@ def test_its_weights_with_another_encoding(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer is not covered; covered are timm's VisionTransformer, .*Eva"),
-        ("convnext_tiny", "ConvNeXt is not covered"),
+        ("convnext_tiny", "ConvNeXt is not covered; covered are timm's VisionTransformer, .*Eva"),
         ("vit_dwee_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256: .*attention of another kind .DiffAttention"),
         ("vit_base_patch16_18x2_224", "blocks of another kind .ParallelThingsBlock"),
         ("vit_base_patch16_xp_224", "blocks of another kind .ParallelScalingBlock"),
@@ -212,3 +211,26 @@ def test_fifty_steps_of_adamw_are_timms(name):
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("swin_tiny_patch4_window7_224", dict(img_size=(56, 112), window_size=7)),
+        ("swinv2_tiny_window8_256", dict(img_size=(64, 128), window_size=8)),
+    ],
+)
+@torch.no_grad()
+def test_swin_comes_the_same_way_and_goes_back(name, sizes):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5, **sizes).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours, x = from_timm(theirs), torch.randn(2, 3, *sizes["img_size"])
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+    back = to_timm(ours)
+    assert all(torch.equal(back[name], value) for name, value in theirs.named_parameters())
+    assert from_timm(theirs, "rope_mixed")(x).isfinite().all()
+    assert not torch.allclose(from_timm(theirs, "none")(x), theirs(x), atol=1e-3)
+    with pytest.raises(ConfigError, match="use_policy"):
+        from_timm(theirs, policy="resize")

@@ -9,11 +9,11 @@ from . import registry
 from .convert import from_timm, to_timm
 from .deit import DistilledViT
 from .mae import MAE
-from .swin import Swin, SwinPatchEmbed, SwinStage, to_grid
+from .swin import Swin, SwinStage, to_grid
 from .vit import ViT
 
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
-for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinPatchEmbed, SwinStage):
+for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
     register_notrace_module(_module)
 for _function in (attend, split_heads, add_token, to_grid):
     register_notrace_function(_function)

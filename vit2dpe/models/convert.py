@@ -10,6 +10,8 @@ from typing import Any
 
 import timm
 from timm.layers.patch_embed import resample_patch_embed
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from ..encodings import AxialRoPE, PositionEncoding, terms
@@ -17,6 +19,9 @@ from ..errors import CheckpointError, ConfigError
 from ..resolution import set_policy
 from .contract import pair
 from .families import Recipe, read
+from .swin import Swin
+from .swin_convert import from_timm_swin
+from .swin_weights import to_timm_swin
 from .translate import FlatTable, Frequencies, Rename, Reorder, State, Step, halves
 from .vit import ViT
 from .weights import read_weights
@@ -32,7 +37,7 @@ def from_timm(
     *,
     weights: Any = None,
     **kwargs: Any,
-) -> ViT:
+) -> ViT | Swin:
     """Our model with the weights of a timm model.
 
     Args:
@@ -52,7 +57,8 @@ def from_timm(
         kwargs: for a name: passed to `timm.create_model`.
 
     Raises:
-        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
+        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take. A Swin keeps
+            its patch, and its policy is a context: `use_policy(model, "scale+interpolate")`.
         CheckpointError: for `weights` that do not fit the name.
     """
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
@@ -61,6 +67,15 @@ def from_timm(
     theirs: Any = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
     if weights is not None:
         read_weights(theirs, weights)
+    if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if policy is not None or patch_size is not None:
+            raise ConfigError(
+                "a Swin keeps its patch, and what it does at other sizes is said at evaluation: "
+                "`with use_policy(model, 'keep' or 'scale'):`, not by patch_size and policy"
+            )
+        swin = from_timm_swin(theirs, position)
+        swin.set_input_size(img_size)
+        return swin
     recipe = read(theirs)
     sizes = {
         name: pair(size) for name, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
@@ -105,6 +120,8 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ConfigError: where timm has no such model, with the reason.
     """
+    if isinstance(model, Swin):
+        return to_timm_swin(model)
     if not isinstance(model, ViT):
         raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
     recipe: Recipe | None = getattr(model, "timm_recipe", None)

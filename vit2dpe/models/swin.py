@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import Attention, attend
 from ..encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ..errors import ConfigError, unknown
-from ..layers import PatchEmbed, add_token
+from ..layers import Hide, PatchEmbed, add_token
 from ..positions import Positions
 from ..signal import Dense, LowRank, Signal
 from .contract import pair
@@ -119,10 +119,11 @@ class Swin(SwinContract):
         ratios = [mlp_ratio] * len(depths) if isinstance(mlp_ratio, int | float) else list(mlp_ratio)
         rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]  # grows linearly
         with torch.device(device) if device is not None else nullcontext():
-            self.patch_embed = SwinPatchEmbed(
+            self.patch_embed = PatchEmbed(
                 pair(patch_size),
                 in_chans,
                 embed_dim,
+                norm=nn.LayerNorm,
                 img_size=pair(img_size),
                 any_size=dynamic_img_size,
                 pad=dynamic_img_pad,
@@ -168,14 +169,15 @@ class Swin(SwinContract):
         self.to(dtype=dtype)
         self.register_load_state_dict_pre_hook(accept_foreign)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added."""
+    def embed(self, images: Tensor, hide: Hide | None = None) -> Tensor:
+        """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added; `hide` changes patches first."""
         x, at = self.patch_embed(images)
+        x, at = (x, at) if hide is None else hide(x, at)
         return to_grid(add_token(x, self.position(at)), at)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, hide: Hide | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
-        return self.norm(self.layers(self.embed(images)))
+        return self.norm(self.layers(self.embed(images, hide)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H, W, D) -> (B, classes); the pooled features with `pre_logits`."""
@@ -183,18 +185,6 @@ class Swin(SwinContract):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
-
-
-class SwinPatchEmbed(PatchEmbed):
-    """Patch embedding with a norm."""
-
-    def __init__(self, patch: Size, in_chans: int, dim: int, **kwargs) -> None:
-        super().__init__(patch, in_chans, dim, **kwargs)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
-        tokens, at = super().forward(images)
-        return self.norm(tokens), at
 
 
 class SwinStage(nn.Module):
