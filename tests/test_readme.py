@@ -15,7 +15,7 @@ from vit2dpe.encodings import ENCODINGS
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 # What .ci/run does with its own hands, in a fresh environment.
-BY_CI = {'pip install -e ".[recipes]"', 'pip install -e ".[test]" && pytest'}
+BY_CI = {'pip install -e ".[recipes]"', 'pip install -e ".[test]" && pytest -n 2'}
 
 
 @pytest.fixture

@@ -117,7 +117,9 @@ class Table(NamedTuple):
             q_index = q_index + (q[..., axis] + (size - 1) // 2) * later
             k_index = k_index + k[..., axis] * later
         index = q_index[..., :, None] - k_index[..., None, :]
-        above = F.pad(torch.zeros_like(index[:, :1]), (self.k.prefix, 0), value=2).expand(-1, self.q.prefix, -1)
+        above = F.pad(index.new_zeros(index.shape[0], 1, index.shape[2]), (self.k.prefix, 0), value=2).expand(
+            -1, self.q.prefix, -1
+        )
         return torch.cat([above, F.pad(index, (self.k.prefix, 0), value=1)], dim=1)
 
     def _check(self, q: Tensor, k: Tensor) -> None:

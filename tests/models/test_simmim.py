@@ -64,7 +64,7 @@ def test_a_swin_is_pretrained_too(position):
     hidden = model.spread(mask, pictures(), (1, 1))[:, None]
     with torch.no_grad():
         seen = model.eval()(torch.where(hidden, 9.0, pictures()), noise=noise())
-    assert torch.equal(seen[1], model(pictures(), noise=noise())[1])
+        assert torch.equal(seen[1], model(pictures(), noise=noise())[1])
 
 
 def test_the_loss_by_a_loop():

@@ -150,7 +150,9 @@ def test_another_size_made_its_own_is_timms(name):
     torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if i % 2 else []) for i, name in enumerate(NAMES)]
+)
 @torch.no_grad()
 def test_its_weights_with_another_encoding(name):
     theirs = create(name, img_size=(3 * 28, 5 * 28) if "14" in name else (3 * 32, 5 * 32))
@@ -188,7 +190,12 @@ def test_what_is_not_covered_is_refused_by_name(name, reason):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_medium_patch16_gap_240", "vit_medium_patch16_rope_reg1_gap_256", "vit_small_patch16_dinov3"]
+    "name",
+    [
+        "vit_medium_patch16_gap_240",
+        "vit_medium_patch16_rope_reg1_gap_256",
+        pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow),
+    ],
 )
 def test_fifty_steps_of_adamw_are_timms(name):
     """Same weights, same data: losses within 1e-5, relative, all the way.

@@ -289,7 +289,7 @@ def test_attention_in_windows_is_attention_on_the_grid_with_the_mask_of_a_double
     ]
     bias = table.flatten(1)[:, entry].view(1, 2, n, n)
     allowed = torch.tensor(allowed)
-    q, k, v, _ = attention.split(x.flatten(1, 2))
+    q, k, v, _, _ = attention.split(x.flatten(1, 2), Signal())
     scores = (q @ k.mT) / 2 + bias
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
     dense = attention.proj((weights @ v).transpose(1, 2).flatten(2)).unflatten(1, grid)
@@ -331,7 +331,7 @@ def test_nothing_leaks_past_the_edges_of_windows_at_any_size_of_logits():
     for grid in ((6, 10), (7, 11)):
         x = torch.randn(1, *grid, 8, requires_grad=True)
         windows = cut(grid, (3, 5), 1, shifted=True, masked=True, device=x.device)
-        q, k, _, _ = attention.split(x.detach().flatten(1, 2))
+        q, k, _, _, _ = attention.split(x.detach().flatten(1, 2), Signal())
         assert float((q @ k.mT).detach().abs().max()) > 1e3
         out, allowed = attention(x, Signal(), windows), torch.tensor(allowed_by_loops(grid, (3, 5), True))
         for token in range(grid[0] * grid[1]):

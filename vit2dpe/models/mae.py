@@ -95,6 +95,10 @@ class MAE(nn.Module):
         self.to(dtype=like.dtype)
         self.register_load_state_dict_pre_hook(accept_original)
 
+    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
+        """The grid that a table of either half is learned on: the whole one."""
+        return self.train_grid
+
     def forward(
         self,
         images: Tensor,
