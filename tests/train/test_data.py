@@ -800,7 +800,7 @@ class TestBatch:
 def test_unknown_source() -> None:
     with pytest.raises(ConfigError, match="unknown data source 'digit'; did you mean 'digits'"):
         load_images("digit")
-    assert set(SOURCES) == {"digits", "folder", "cifar10"}
+    assert {"digits", "folder", "cifar10", "cifar100", "tar", "hf"} == set(SOURCES)
 
 
 def test_import_is_light() -> None:

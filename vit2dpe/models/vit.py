@@ -7,6 +7,7 @@ and width that the patch divides is taken at run time, and the class token owns 
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, assign
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 from ..layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
 from ..positions import Positions
 from ..signal import Signal
@@ -92,6 +93,11 @@ class ViT(TimmContract):
         **block: Any,
     ) -> None:
         super().__init__()
+        mine, theirs = (set(inspect.signature(kind).parameters) for kind in (ViT, Block))
+        for name in block:
+            if name not in theirs:
+                known = (mine | theirs) - {"block", "attention", "dim", "heads"}
+                raise unknown(f"argument of {type(self).__name__}", name, known)
         check_pool(global_pool, class_token)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
