@@ -61,6 +61,7 @@ COMMANDS = {
     ),
     "show": Command("draw encodings, without data, or a model's attention to an image", "cli:_show", ""),
     "report": Command("one HTML page of one study or several", "cli:_report", ""),
+    "bench": Command("time our models against timm's, and against no encoding", "bench:bench", "bench:BenchConfig"),
     "doctor": Command("say whether this machine is fit to train on", "doctor:doctor", "doctor:DoctorConfig"),
 }
 
