@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from ..reconstruction import save as save_pictures
 from ..resolution import parse_size
 from .checkpoint import ModelSpec, load_run, timm_model, write_checkpoint
 from .data import Images, check_source, normalize, resize
-from .distributed import World, joined, local_device
-from .engine import fit, make_optimizer, make_schedule, pick_device, precision
-from .init import initialize, load_weights
-from .keys import generator, keyed
+from .distributed import World, local_device
+from .engine import make_optimizer, make_schedule, pick_device, precision
+from .init import initialize
+from .keys import generator
 from .masked import MaskedTask
 from .pretrain_settings import PretrainConfig, resolve
-from .runs import changed_settings, environment, run_folder, write_facts, write_summary
+from .runs import write_summary
 from .settings import AugmentConfig, TrainConfig, check_numbers
+from .start import training
 from .task import ImageTask
 from .train import _loaded as loaded
 from .train import check_augment, model_spec
@@ -49,49 +49,24 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
         Stopped: after a signal, when everything is saved.
     """
     config = check(config)
-    device = pick_device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
-        say = print if world.first else (lambda *_: None)
-        for change in changed_settings(folder, config) if config.resume and world.first else []:
-            say(f"note: {change}")
+    with training(config, command) as under_way:
+        say, folder, world = under_way.say, under_way.folder, under_way.world
         data = loaded(TrainConfig(data=config.data))
         for note in data.notes:
             say(f"note: {note}")
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = masked_spec(config, size, len(data.mean))
-        torch.manual_seed(keyed(config.run.seed, "init"))
-        model: Any = spec.build()
-        if config.model.init == "default":
-            model.init_weights()  # as the original of each does
-        else:
-            initialize(model, config.model.init)
-        if config.init is not None and not (config.resume and (folder / "last").is_dir()):
-            say(f"{config.init}: {load_weights(model, config.init)}")
+        model = under_way.model(spec, lambda model: _draw(model, config.model.init))
         grid = model.mask_grid(*size)
-        task = masked_task(config, data, size, grid, device, world)
-        facts = environment(command, device, data.name, data.digest)
-        if world.first:
-            write_facts(folder, config, facts)
+        task = masked_task(config, data, size, grid, under_way.device, world)
+        facts = under_way.record(data.name, data.digest)
         n, millions = math.prod(grid), sum(p.numel() for p in model.parameters()) / 1e6
         say(
             f"{type(model).__name__} of {millions:.2f} M parameters, sees {keep_count(n, task.mask_ratio)} of {n} "
             f"{'patches' if config.objective == 'mae' else 'units'}; {len(data.train)} training images of "
             f"{size[0]}x{size[1]}; on {facts['hardware']}; into {folder}"
         )
-        rows = fit(
-            model,
-            task,
-            config.optim,
-            config.run,
-            folder=folder,
-            spec=spec,
-            resume=config.resume,
-            world=world,
-            about=dict(command=command),
-            stop_after=2 if config.smoke else None,
-        )
+        rows = under_way.fit(model, task, spec, stop_after=2 if config.smoke else None)
         if world.first:
             finish(config, folder, data, size, spec)
             following = next_command(config, folder)
@@ -104,13 +79,20 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
     return folder
 
 
+def _draw(model: Any, init: str) -> None:
+    """First weights: by default as the original of each objective does."""
+    if init == "default":
+        model.init_weights()
+    else:
+        initialize(model, init)
+
+
 def check(config: PretrainConfig) -> PretrainConfig:
     """The settings with every preset filled in, after refusing all that can be refused before data are read."""
     check_source(config.data.name, config.data.root)
     config = resolve(config)
-    config = replace(config, run=replace(config.run, device=local_device(config.run.device)))
     check_numbers(config.optim, config.run)
-    precision(config.run.precision, pick_device(config.run.device))
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
     check_augment(views(config))
     if config.objective not in ("mae", "simmim"):
         raise unknown("objective", config.objective, ("mae", "simmim"))

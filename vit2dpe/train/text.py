@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from ..errors import CheckpointError, ConfigError, unknown
 from ..models.generate import generate
 from ..models.text import TextDecoder
 from .checkpoint import ModelSpec, load_run
-from .distributed import joined, local_device
-from .engine import fit, pick_device, precision
-from .init import load_weights
-from .keys import keyed
-from .runs import changed_settings, environment, run_folder, write_facts, write_summary
+from .distributed import local_device
+from .engine import pick_device, precision
+from .runs import write_summary
 from .settings import check_numbers
+from .start import training
 from .text_config import SampleConfig, TextTrainConfig, smoke
 from .text_data import LanguageTask, load_text
 from .tokenizers import from_json
@@ -41,19 +39,11 @@ def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
         Stopped: after a signal, when everything is saved.
     """
     config = check(config)
-    device = pick_device(local_device(config.run.device))
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
-        say = print if world.first else (lambda *_: None)
-        for change in changed_settings(folder, config) if config.resume and world.first else []:
-            say(f"note: {change}")
+    with training(config, command) as under_way:
+        say, folder, world = under_way.say, under_way.folder, under_way.world
         data = load_text(config.data)
         spec = model_spec(config, data.tokenizer.size)
-        torch.manual_seed(keyed(config.run.seed, "init"))
-        model = spec.build()
-        if config.init is not None and not (config.resume and (folder / "last").is_dir()):
-            say(f"{config.init}: {load_weights(model, config.init)}")
+        model = under_way.model(spec)
         task = LanguageTask(
             data,
             config.data.context,
@@ -61,28 +51,16 @@ def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
             config.steps_per_epoch,
             mask=data.tokenizer.size if config.objective == "masked" else None,
             seed=config.run.seed,
-            device=device,
+            device=under_way.device,
             world=world,
         )
-        facts = environment(command, device, data.name, data.digest)
-        if world.first:
-            write_facts(folder, config, facts)
+        facts = under_way.record(data.name, data.digest)
         say(
             f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
             f"{len(data.train):,} training and {len(data.val):,} validation tokens, {data.tokenizer.size} kinds; "
             f"on {facts['hardware']}; into {folder}"
         )
-        rows = fit(
-            model,
-            task,
-            config.optim,
-            replace(config.run, device=str(device)),
-            folder=folder,
-            spec=spec,
-            resume=config.resume,
-            world=world,
-            about=dict(command=command),
-        )
+        rows = under_way.fit(model, task, spec)
         if world.first:
             following = shlex.join(["vit2dpe", "text", "sample", "--run", str(folder), "--prompt", "ROMEO:"])
             write_summary(folder, f"{config.model.position} on {data.name}", rows, facts, following)

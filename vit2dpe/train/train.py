@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from ..resolution import parse_size
 from .checkpoint import ModelSpec
 from .config import split_words
 from .data import Images, check_source, load_images
-from .distributed import World, joined, local_device, wrapped
-from .engine import fit, make_optimizer, make_schedule, pick_device, precision
-from .init import INITS, initialize, load_weights
-from .keys import keyed
+from .distributed import World, local_device, wrapped
+from .engine import make_optimizer, make_schedule, pick_device, precision
+from .init import INITS, initialize
 from .policy import POLICIES
-from .runs import changed_settings, environment, printable, run_folder, write_facts, write_summary
+from .runs import write_summary
 from .settings import AugmentConfig, TrainConfig, check_numbers, resolve
+from .start import training
 from .task import ImageTask
 
 
@@ -42,50 +41,22 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         Stopped: after a signal, when everything is saved.
     """
     config = check(config)
-    device = pick_device(local_device(config.run.device))
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
-
-        def say(text: str) -> None:
-            if world.first:
-                print(printable(text), flush=True)
-
-        if config.run.device == "auto" and device.type == "cpu":
-            say("note: no GPU was found: training on the CPU")
-        for change in changed_settings(folder, config) if config.resume and world.first else []:
-            say(f"note: {change}")
+    with training(config, command) as under_way:
+        say, folder, world = under_way.say, under_way.folder, under_way.world
         data = _loaded(config)
         for note in data.notes:
             say(f"note: {note}")
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
-        torch.manual_seed(keyed(config.run.seed, "init"))
-        model = spec.build()
-        initialize(model, config.model.init)
-        if config.init is not None and not (config.resume and (folder / "last").is_dir()):
-            say(f"{config.init}: {load_weights(model, config.init)}")
-        task = image_task(config, data, size, device, world)
-        facts = environment(command, device, data.name, data.digest)
-        if world.first:
-            write_facts(folder, config, facts)
+        model = under_way.model(spec, lambda model: initialize(model, config.model.init))
+        task = image_task(config, data, size, under_way.device, world)
+        facts = under_way.record(data.name, data.digest)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         say(
             f"{type(model).__name__} of {millions:.2f} M parameters; {len(data.train)} training and {len(data.test)} "
             f"test images of {size[0]}x{size[1]}, {len(data.classes)} classes; on {facts['hardware']}; into {folder}"
         )
-        rows = fit(
-            model,
-            task,
-            config.optim,
-            replace(config.run, device=str(device)),
-            folder=folder,
-            spec=spec,
-            resume=config.resume,
-            world=world,
-            about=dict(command=command),
-            stop_after=2 if config.smoke else None,
-        )
+        rows = under_way.fit(model, task, spec, stop_after=2 if config.smoke else None)
         if world.first:
             following = next_command(config, folder, size)
             write_summary(folder, f"{spec.arguments.get('position', '')} on {data.name}", rows, facts, following)
