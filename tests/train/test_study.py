@@ -20,7 +20,7 @@ from vit2dpe.train.study import COLUMNS, check, study
 
 MICRO = StudyConfig(
     encodings="none,rope,sincos+relative", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1,
-    heads=2, batch_size=32,
+    heads=2, batch_size=32, jobs=1,
 )  # fmt: skip
 
 
@@ -157,6 +157,9 @@ def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypa
         (["--device", "cuda:99"], "--device cpu"),
         (["--epochs", "many"], "epochs"),
         (["--seeds", "0"], "one seed"),
+        (["--arch", "swim"], "did you mean 'swin'"),
+        (["--arch", "swin", "--stages", "2,many"], "stages are numbers of blocks"),
+        (["--arch", "swin", "--encodings", "rope,none,lookhere(view=0)"], "0 < view <= 360"),
         (["--encodigs", "rope"], "did you mean --encodings"),
         (["--precision", "float8"], "precision"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -194,6 +197,18 @@ def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
     assert gpu.flip is False
     for config, _ in seen:
         check(config)
+
+
+def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
+    swin = replace(MICRO, arch="swin", stages="1,1", patch=2, window=4, encodings="relative,alibi", modes="scale")
+    study(replace(swin, out=str(tmp_path)))
+    rows = read(tmp_path / "results.csv")
+    assert {r["policy"] for r in rows if r["encoding"] == "relative"} == {"keep+resize", "scale+resize"}
+    assert {r["policy"] for r in rows if r["encoding"] == "alibi"} == {
+        f"{window}+{policy}" for window in ("keep", "scale") for policy in ("extrapolate", "interpolate")
+    }
+    (folder,) = (tmp_path / "cells").glob("relative-*")
+    assert type(load_run(folder)).__name__ == "Swin"
 
 
 def test_all_means_every_name():

@@ -31,10 +31,13 @@ class StudyConfig:
         source_size: size that pictures of differing sizes are brought to once.
         limit_train: use only so many training images, balanced over classes.
         limit_test: use only so many test images, balanced over classes.
+        arch: vit, or swin: windows that are shifted in every second block, and two stages at least.
+        stages: blocks of each stage of a swin, comma-separated.
+        window: side of a swin's windows at the training size, in tokens.
         patch: patch side in pixels.
-        width: channels of a token.
-        depth: blocks.
-        heads: attention heads.
+        width: channels of a token; of a swin, in its first stage.
+        depth: blocks of a vit.
+        heads: attention heads; of a swin, in its first stage.
         mlp_ratio: hidden channels of the MLP over width.
         epochs: passes over the training images.
         batch_size: images of a step.
@@ -48,7 +51,9 @@ class StudyConfig:
         clip_grad: largest gradient norm.
         precision: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
         device: auto, cpu, cuda, cuda:1, mps.
-        threads: CPU threads; default torch's own choice.
+        jobs: how many cells are trained at a time, a process each; default as many as there are CPU cores, at most 8,
+            and 1 on other devices.
+        threads: CPU threads of each; default 1 where jobs run side by side, else torch's own choice.
         out: folder that the results go to.
         quick: three encodings in under 90 seconds.
         smoke: two steps an encoding, to see that everything runs.
@@ -70,6 +75,9 @@ class StudyConfig:
     source_size: str | None = None
     limit_train: int | None = None
     limit_test: int | None = None
+    arch: str = "vit"
+    stages: str = "2,2"
+    window: int = 4
     patch: int | None = None
     width: int | None = None
     depth: int | None = None
@@ -87,6 +95,7 @@ class StudyConfig:
     clip_grad: float = 1.0
     precision: str = "auto"
     device: str = "auto"
+    jobs: int | None = None
     threads: int | None = None
     out: str = "runs/study"
     quick: bool = False
@@ -124,7 +133,12 @@ def resolve(config: StudyConfig) -> StudyConfig:
     config = replace(config, **missing)
     if config.smoke:
         config = replace(
-            config, epochs=1, seeds=min(1, config.seeds), limit_train=2 * int(config.batch_size or 1), limit_test=40
+            config,
+            epochs=1,
+            seeds=min(1, config.seeds),
+            jobs=1,
+            limit_train=2 * int(config.batch_size or 1),
+            limit_test=40,
         )
     return config
 

@@ -71,8 +71,7 @@ class Report:
         except ImportError:
             raise ConfigError('a study draws with matplotlib: pip install "vit2dpe[recipes]"') from None
         self.out, self.about, self.total, self.started = out, about, total, started
-        self.rows: list[Row] = []
-        self.finished = 0
+        self.cells: dict[int, list[Row]] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.drawn = float("-inf")
 
@@ -86,12 +85,20 @@ class Report:
         if time.monotonic() - self.drawn > 20:
             self._draw(f"training {word}, seed {seed}, epoch {row['epoch']} of {row['epochs']}")
 
-    def add(self, word: str, rows: list[Row]) -> None:
-        """A finished cell."""
+    @property
+    def rows(self) -> list[Row]:
+        """Of all finished cells, in the order of the plan, whichever was finished first."""
+        return [row for i in sorted(self.cells) for row in self.cells[i]]
+
+    @property
+    def finished(self) -> int:
+        return len(self.cells)
+
+    def add(self, place: int, word: str, rows: list[Row]) -> None:
+        """A finished cell and its place among them."""
         from .study import to_csv
 
-        self.rows += rows
-        self.finished += 1
+        self.cells[place] = rows
         write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
         at_train = [r["value"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
         metric = metric_of(rows)

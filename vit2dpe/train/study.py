@@ -12,21 +12,23 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
-from ..models import ViT
+from ..models import Swin, ViT
 from ..policies import POLICIES, TEMPERATURES
 from ..resolution import MODES, parse_size, policies_of, sweep
 from .checkpoint import read_meta, save_model, write_atomically
 from .config import StudyConfig, as_dict, resolve, split_words
 from .data import Images, load_images
 from .engine import fit, keyed, pick_device, precision
+from .jobs import Progress, count, each
 from .report import Report, environment
 from .settings import AugmentConfig, OptimConfig, RunConfig
 from .task import ImageTask, evaluation_batches
@@ -40,6 +42,10 @@ _TRAINING = (
     "train_size", "patch", "width", "depth", "heads", "mlp_ratio", "epochs", "batch_size", "lr",
     "weight_decay", "warmup_epochs", "drop_path", "label_smoothing", "shift", "flip", "clip_grad", "precision", "smoke",
 )  # fmt: skip
+
+
+_SWIN = ("arch", "stages", "window")
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "swin": Swin}
 
 
 class Plan(NamedTuple):
@@ -91,13 +97,12 @@ def study(config: StudyConfig, command: str = "") -> Path:
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     cells = [(word, seed) for seed in range(config.seeds) for word in plan.encodings]
     report = Report(out, about, total=len(cells), started=time.monotonic())
-    for word, seed in cells:
-        rows = run_cell(plan, data, word, seed, out / "cells", report)
-        report.add(word, rows)
+    jobs = count(config.jobs, config.threads, pick_device(config.device), len(cells))
+    fixed = (plan, data, out / "cells")
+    for i, rows in each(run_cell, fixed, cells, report.progress, jobs=jobs, threads=config.threads):
+        report.add(i, cells[i][0], rows)
     return report.finish()
 
 
@@ -106,6 +111,10 @@ def check(config: StudyConfig) -> Plan:
     if config.data not in ("digits", "folder", "cifar10"):
         raise unknown("data source", config.data, ("digits", "folder", "cifar10"))
     config = resolve(config)
+    if config.arch not in ARCHITECTURES:
+        raise unknown("arch", config.arch, ARCHITECTURES)
+    if not all(word.isdigit() and int(word) > 0 for word in split_words(config.stages)):
+        raise ConfigError(f"stages are numbers of blocks, such as 2,2, got {config.stages!r}")
     words = list(ENCODINGS) if config.encodings == "all" else split_words(config.encodings)
     for word in words:
         parse(word)
@@ -122,30 +131,30 @@ def check(config: StudyConfig) -> Plan:
     plan = Plan(config, words, train_size, sizes, modes, policies, temperatures)
     with torch.device("meta"):
         for word in words:
-            embed = ViT(**_arguments(plan, word, channels=3, classes=2)).patch_embed
+            embed: Any = _build(plan, word, channels=3, classes=2).patch_embed
     for size in (train_size, *sizes):
         embed.grid(*size)
     return plan
 
 
-def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report: Report) -> list[dict[str, Any]]:
+def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progress: Progress) -> list[dict[str, Any]]:
     """Rows of one encoding with one seed: read where they are finished, else trained and measured."""
     config = plan.config
-    trained = {name: getattr(config, name) for name in _TRAINING} | dict(encoding=word, seed=seed, data=data.digest)
+    names = _TRAINING if config.arch == "vit" else (*_TRAINING, *_SWIN)
+    trained = {name: getattr(config, name) for name in names} | dict(encoding=word, seed=seed, data=data.digest)
     measured = plan._replace(config=config)[2:]
     folder = cells / f"{slug(word)}-seed{seed}-{digest_of(trained)}"
     results = folder / f"sweep-{digest_of(measured)}.csv"
     if results.is_file():
         print(f"{word} seed {seed}: finished before, read from {results}")
         return read_rows(results)
-    model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
     if finished(folder, trained):
         from .checkpoint import load_run
 
-        model = load_run(folder, pick_device(config.device))  # type: ignore[assignment]
+        model = load_run(folder, pick_device(config.device))
     else:
         torch.manual_seed(keyed(seed, "init"))
-        model = ViT(**_arguments(plan, word, len(data.mean), len(data.classes)))
+        model = _build(plan, word, len(data.mean), len(data.classes))
         task, optim, run = training(plan, data, seed)
         curve = fit(
             model,
@@ -153,7 +162,7 @@ def run_cell(plan: Plan, data: Images, word: str, seed: int, cells: Path, report
             optim,
             run,
             folder=folder,
-            progress=lambda row: report.progress(word, seed, row),
+            progress=lambda row: progress(word, seed, row),
             stop_after=2 if config.smoke else None,
         )
         save_model(
@@ -223,22 +232,28 @@ class _Batches:
         return evaluation_batches(self.data)
 
 
+def _build(plan: Plan, word: str, channels: int, classes: int) -> nn.Module:
+    return ARCHITECTURES[plan.config.arch](**_arguments(plan, word, channels, classes))
+
+
 def _arguments(plan: Plan, word: str, channels: int, classes: int) -> dict[str, Any]:
     config = plan.config
-    return dict(
+    both = dict(
         position=word,
         img_size=plan.train_size,
         patch_size=config.patch,
         in_chans=channels,
         num_classes=classes,
         embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
         mlp_ratio=config.mlp_ratio,
-        class_token=False,
         global_pool="avg",
         drop_path_rate=config.drop_path,
     )
+    if config.arch == "vit":
+        return both | dict(depth=config.depth, num_heads=config.heads, class_token=False)
+    depths = [int(blocks) for blocks in split_words(config.stages)]
+    heads = [int(config.heads or 1) * 2**i for i in range(len(depths))]
+    return both | dict(depths=depths, num_heads=heads, window_size=config.window)
 
 
 def finished(folder: Path, trained: dict[str, Any]) -> bool:

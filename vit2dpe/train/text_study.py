@@ -23,6 +23,7 @@ from ..resolution import policies_of, use_policy
 from .checkpoint import ModelSpec, load_run, save_model, write_atomically
 from .config import StudyConfig, split_words
 from .engine import fit, pick_device, precision
+from .jobs import Progress, count, each
 from .keys import keyed
 from .report import Report, environment
 from .sequences import SEQUENCES, SequenceTask, answers
@@ -71,12 +72,12 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     about["data"] = f"{text.name} (sha256 {text.digest[:12]})" if text else f"{config.task}, drawn from its seed"
     about["tables"] = "learned tables start at N(0, 0.02), truncated"
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
-    if config.threads:
-        torch.set_num_threads(config.threads)
     cells = [(w, depth, seed) for seed in range(config.seeds) for depth in plan.depths for w in plan.encodings]
     report = Report(out, about, total=len(cells), started=time.monotonic())
-    for word, depth, seed in cells:
-        report.add(word, run_cell(plan, text, word, depth, seed, out / "cells", report))
+    jobs = count(config.jobs, config.threads, device, len(cells))
+    fixed = (plan, text, out / "cells")
+    for i, rows in each(run_cell, fixed, cells, report.progress, jobs=jobs, threads=config.threads):
+        report.add(i, cells[i][0], rows)
     return report.finish()
 
 
@@ -108,7 +109,7 @@ def check(config: StudyConfig) -> Plan:
 
 
 def run_cell(
-    plan: Plan, text: TextData | None, word: str, depth: int, seed: int, cells: Path, report: Report
+    plan: Plan, text: TextData | None, cells: Path, word: str, depth: int, seed: int, progress: Progress
 ) -> list[dict[str, Any]]:
     """Rows of one cell: read where they are finished, else trained and measured."""
     config, device = plan.config, pick_device(plan.config.device)
@@ -132,7 +133,7 @@ def run_cell(
             optim,
             run,
             folder=folder,
-            progress=lambda row: report.progress(f"{word}, depth {depth}", seed, row),
+            progress=lambda row: progress(f"{word}, depth {depth}", seed, row),
             stop_after=2 if config.smoke else None,
         )
         save_model(folder / "last", model, spec.arguments, trained=trained, final=curve[-1])
