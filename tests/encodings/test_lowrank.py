@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
+from vit2dpe.encodings.alibi import slopes
 from vit2dpe.signal import Dense, LowRank
 
 HEADS, WIDTH = 3, 8
@@ -68,6 +69,19 @@ def calls(monkeypatch):
 
 
 # the same numbers --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_slopes_of_many_bits_cancel_as_exactly():
+    """Twelve heads have slopes such as 2^-½; on 64x64 places their squares are of order 1,000 before they cancel."""
+    at, some = Positions.grid((64, 64)), torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:60]
+    encoding = build("alibi(distance=squared)", Dims(12 * WIDTH, 12, (64, 64)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 12, n, WIDTH, generator=generator) for n in (60, 4096, 4096))
+    signal = Signal(bias=(encoding.bias(at.take(some), at),))
+    square = (at.coords[0][some][:, None] - at.coords[0]).double().square().sum(-1)
+    bias = -torch.tensor(slopes(12), dtype=torch.float64)[:, None, None] * square
+    close(attend(q, k, v, signal), reference(q, k, v, bias))
 
 
 @CASE

@@ -3,8 +3,8 @@
     bias_h(q, k) = -m_h ‖q - k‖₂,    m_h = 2^(-8 h / H) for h = 1..H, H a power of two
 
 With `distance="squared"` it is -m_h ‖q - k‖², which is a product: ‖q - k‖² = ‖q‖² - 2⟨q, k⟩ + ‖k‖². It reaches
-attention as d + 2 additional channels of q and k instead of a matrix of N² entries. Euclidean distance has no such
-form.
+attention as d + 2 additional channels of q and k instead of a matrix of N² entries, twice as many where a slope is no
+short number. Euclidean distance has no such form.
 
 For other H the slopes are those of the power of two below, then every second one of the power above.
 
@@ -62,13 +62,25 @@ class Alibi(PositionEncoding):
         p, o = (exact(at.coords) - middle.to(at.coords.device) for at in (q, k))  # (B|1, N, d)
         fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
         fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)
-        slope = torch.tensor(self.slopes, dtype=torch.float64, device=fq.device)[:, None, None]
-        fq, fk = (-slope * fq[:, None]).to(self.dtype), fk[:, None].to(self.dtype)
+        # Of squares of up to 14 bits times a slope of up to 10 no bit is lost in float32, so that they cancel exactly;
+        # what is left of a slope such as 2^-½ is small, and comes after that.
+        short = [_rounded(m, bits=10) for m in self.slopes]
+        rest = [m - s for m, s in zip(self.slopes, short, strict=True)]
+        parts = [short, rest] if any(rest) else [short]
+        slope = torch.tensor(parts, dtype=torch.float64, device=fq.device)[:, :, None, None]
+        fq = torch.cat([-part * fq[:, None] for part in slope], dim=-1).to(self.dtype)
+        fk = torch.cat([fk] * len(parts), dim=-1)[:, None].to(self.dtype)
         # Zero channels: no bias for what has no place.
         return LowRank(F.pad(fq, (0, 0, q.prefix, 0)), F.pad(fk, (0, 0, k.prefix, 0)))
 
     def extra_repr(self) -> str:
         return f"heads={len(self.slopes)}, distance={self.distance!r}"
+
+
+def _rounded(x: float, bits: int) -> float:
+    """To so many significant bits."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def slopes(heads: int) -> list[float]:
