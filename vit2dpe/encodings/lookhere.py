@@ -81,16 +81,19 @@ class LookHere(PositionEncoding):
 
     def _unscaled(self, q: Positions, k: Positions) -> Tensor:
         """(B|1, H, Nq, Nk) with s_g s_l = 1, the same for all blocks; a head at a time."""
-        far = distance(q, k).to(self.dtype)  # taken in float64
+        near = -distance(q, k).to(self.dtype)  # taken in float64
         apart = [-offsets(q, k, axis).to(self.dtype) for axis in range(q.axes)]  # k - q along each axis
-        edge = far * math.cos(math.radians(self.view / 2)) - 1e-4  # keys on the edge of the view are in it
+        edge = near * -math.cos(math.radians(self.view / 2)) - 1e-4  # keys on the edge of the view are in it
         heads = []
-        for direction in self._directions():
-            ahead = sum(along * step for along, step in zip(direction, apart, strict=True))
-            heads.append(torch.where(ahead >= edge, -far, UNSEEN))
+        for first, *rest in self._directions():
+            ahead = apart[0] * first
+            for along, step in zip(rest, apart[1:], strict=True):
+                ahead = torch.add(ahead, step, alpha=along)
+            heads.append(near.masked_fill(ahead < edge, UNSEEN))
         for i in range(self.wide_heads):
-            heads.append(-(2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1))) * far)
-        return F.pad(torch.stack(heads, dim=1), (k.prefix, 0, q.prefix, 0))
+            heads.append(near * 2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1)))
+        bias = torch.stack(heads, dim=1)
+        return F.pad(bias, (k.prefix, 0, q.prefix, 0)) if k.prefix or q.prefix else bias  # which would be a copy
 
     def _directions(self) -> list[tuple[float, ...]]:
         """Unit vectors (row, column) of the directed heads, clockwise from "up" (row -1)."""
