@@ -33,6 +33,7 @@ from ..errors import CheckpointError, ConfigError, TrainingError, unknown
 FORMAT = 2
 MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
     "ViT": "models:ViT",
+    "Swin": "models:Swin",
     "MAE": "train.pretrain:build_mae",
     "SimMIM": "train.pretrain:build_simmim",
     "timm": "train.checkpoint:timm_model",
