@@ -120,3 +120,9 @@ def test_positions_survive_copies(copied):
     assert again.coords is not at.coords
     assert torch.equal(again.coords, at.coords)
     assert (again.extent, again.prefix) == (at.extent, at.prefix)
+
+
+@pytest.mark.parametrize("extent", [(0, 4), (4, 0), (-1,), (2, 0, 2)])
+def test_a_grid_has_a_place_on_every_axis(extent):
+    with pytest.raises(ValueError, match="at least one place along each axis, got"):
+        Positions.grid(extent)

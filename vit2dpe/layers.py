@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, SwiGLUPacked
 from timm.layers.activations import QuickGELU
+from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
 from .attention import Attention
@@ -70,6 +71,16 @@ class PatchEmbed(nn.Module):
                 f"the image must be a multiple of the patch {p_rows}x{p_cols}: got {height}x{width}; nearest: {near}"
             )
         return height // p_rows, width // p_cols
+
+    def resample(self, patch: tuple[int, int]) -> None:
+        """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
+        weight, bias = self.proj.weight, self.proj.bias
+        with torch.no_grad():
+            kernel = resample_patch_embed(weight, list(patch))
+        dim, channels = weight.shape[:2]
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias is not None, device="meta")
+        self.proj.weight, self.proj.bias = nn.Parameter(kernel, weight.requires_grad), bias
+        self.patch_size = patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""

@@ -57,7 +57,13 @@ class Positions:
 
     @classmethod
     def grid(cls, extent: Sequence[int], device: torch.device | str | None = None) -> Positions:
-        """All places of a grid in row-major order: `grid((2, 3))` is (0,0) (0,1) (0,2) (1,0) (1,1) (1,2)."""
+        """All places of a grid in row-major order: `grid((2, 3))` is (0,0) (0,1) (0,2) (1,0) (1,1) (1,2).
+
+        Raises:
+            ValueError: for an axis without a place. Not while compiling, where a size may not be known.
+        """
+        if not torch.compiler.is_compiling() and any(size < 1 for size in extent):
+            raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
         coords = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
         return cls(coords[None], tuple(extent))  # (1, N, d)

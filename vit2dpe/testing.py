@@ -14,6 +14,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +196,12 @@ def survives_copies(make: Make, dims: Dims) -> None:
     empty.to_empty(device="cpu").load_state_dict(encoding.state_dict())
     _identical(tables, tensors(empty(at)), "after a build on the meta device")
     if not any(True for _ in encoding.parameters()):
-        _require(not encoding.state_dict(), "learns nothing, but has a state_dict")
+        _require(not list(encoding.buffers()), "learns nothing, but has buffers")
+    wider = make(replace(dims, grid=tuple(size + 3 for size in dims.grid))).eval()
+    shapes = [[p.shape for p in one.parameters()] for one in (encoding, wider)]
+    if shapes[0] == shapes[1]:  # nothing to resize, so nothing may change
+        wider.load_state_dict(encoding.state_dict())
+        _identical(tables, tensors(wider(at)), "in a build for another grid (what depends on it belongs in the state)")
 
 
 def compiles_whole(make: Make, dims: Dims) -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
-from vit2dpe import ENCODINGS, MAE, ConfigError, Positions, ViT
+from vit2dpe import ENCODINGS, MAE, ConfigError, Positions, ViT, to_timm, use_policy
 from vit2dpe.layers import keep_tokens
 from vit2dpe.models.mae import keep_count
-from vit2dpe.models.mae_weights import to_timm
 from vit2dpe.testing import randomise
 
 POSITIONS = [*ENCODINGS, "relative(shared=true)", "sincos+rope", "rope_mixed+alibi"]
@@ -411,3 +410,20 @@ def test_meta_and_double():
     assert all(p.is_meta for p in model.parameters())
     model = randomise(micro("rope")).double()
     assert model(pictures().double())[1].dtype == torch.float64
+
+
+def test_a_policy_acts_on_both_halves():
+    encoder = ViT("rope", img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = MAE(encoder, decoder_position="sincos", decoder_block_position="rope_mixed", **decoder).eval()
+    halves = model.encoder.position, model.decoder_position, model.decoder_blocks[0].attn.position
+    with use_policy(model, "interpolate", temperature="log"):
+        assert [half.policy.train for half in halves] == [(4, 4)] * 3
+        assert model.encoder.position.temperature is not None
+        assert model.decoder_position.temperature is not None
+    assert all(half.policy is None and half.temperature is None for half in halves)
+    with pytest.raises(ConfigError, match="SinCos cannot ntk"), use_policy(model, "ntk"):
+        pass
+    with use_policy(model.encoder, "ntk"):
+        assert (halves[0].policy.name, halves[1].policy) == ("ntk", None)
+    assert halves[0].policy is None

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from timm.models._features_fx import create_feature_extractor, get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import get_graph_node_names
@@ -164,8 +165,33 @@ def test_set_input_size_is_the_resize_made_for_good(position):
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(again(X), model(X))
-    with pytest.raises(ValueError, match="the patch stays"):
-        model.set_input_size(patch_size=8)
+
+
+@pytest.mark.parametrize("name", ["vit2dpe_tiny_patch4_32", "vit2dpe_swin_tiny_patch2_window4_32"])
+def test_another_patch_is_timms(tmp_path, name):
+    """The kernel is resampled as in timm, the grid follows, and a hub folder gives the same model back."""
+    micro = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 2)) if "swin" in name else MICRO
+    model = randomise(timm.create_model(name, position="relative+learned", img_size=(32, 48), **micro)).eval()
+    before, kernel, reduction = model.train_grid, model.patch_embed.proj.weight, model.feature_info[-1]["reduction"]
+    patch = tuple(2 * side for side in model.patch_embed.patch_size)
+    theirs = timm.models.VisionTransformer(
+        img_size=(32, 48), patch_size=model.patch_embed.patch_size, embed_dim=kernel.shape[0], depth=1, num_heads=2
+    )
+    theirs.patch_embed.load_state_dict(model.patch_embed.state_dict(), strict=False)
+    theirs.set_input_size(img_size=(48, 64), patch_size=patch)
+    if "swin" not in name:  # a Swin fills images up
+        with pytest.raises(ValueError, match="multiple of the patch"):
+            model.set_input_size(patch_size=5)
+    assert model.train_grid == before
+    model.set_input_size((48, 64), patch_size=patch)
+    assert torch.equal(model.patch_embed.proj.weight, theirs.patch_embed.proj.weight)
+    assert model.train_grid == tuple(side // p for side, p in zip((48, 64), patch, strict=True))
+    assert model.feature_info[-1]["reduction"] == 2 * reduction
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +224,6 @@ def test_a_flat_table_of_unknown_grid_is_refused():
 def test_files_at_another_size_class_count_and_channel_count(tmp_path):
     """timm's overlay with a file: another size, head and channels; `position` survives save_for_hf and local-dir."""
     from safetensors.torch import save_file
-    from timm.models import save_for_hf
 
     source = create("learned+rope")
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
@@ -229,7 +254,7 @@ def test_sizes_are_refused_or_padded_as_told():
 @pytest.mark.parametrize("position", ENCODINGS)
 def test_export_with_dynamic_height_and_width(position):
     """One torch.export program for all sizes. Where the exporter cannot, the test says so by name."""
-    model = create(position, depth=1)
+    model = create(position, depth=2, global_pool="avg")  # so that a wrong bias reaches the logits
     rows, cols = torch.export.Dim("rows", min=3, max=32), torch.export.Dim("cols", min=3, max=32)
     program = torch.export.export(model, (X,), dynamic_shapes={"images": {2: 4 * rows, 3: 4 * cols}}).module()
     for size in ((32, 32), (48, 20), (24, 64)):

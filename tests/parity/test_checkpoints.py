@@ -12,6 +12,7 @@ from timm.models import Eva, VisionTransformer
 
 from vit2dpe import CheckpointError, ConfigError, ViT, from_timm, set_policy, to_timm, use_policy
 from vit2dpe.models import DistilledViT
+from vit2dpe.models.families import read
 
 MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
 
@@ -145,6 +146,28 @@ def test_rope_vits_own_files(kind):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["timm", "rope-vit"])
+@torch.no_grad()
+def test_frequencies_of_all_blocks_are_taken_by_a_model_of_ours(kind):
+    """`rope.freqs` of timm and `freqs` of rope-vit, columns first, without `from_timm`."""
+    theirs = create("vit_small_patch16_rope_mixed_224")
+    state = dict(theirs.state_dict())
+    ours = from_timm(theirs)
+    bare = ViT("rope_mixed", **read(theirs).arguments).eval()
+    foreign = {name: value for name, value in ours.state_dict().items() if not name.endswith(".freqs")}
+    freqs = state["rope.freqs"]
+    if kind == "timm":
+        foreign["rope.freqs"] = freqs
+    else:
+        foreign |= {"freqs": freqs.flatten(2), "freqs_t_x": torch.zeros(196), "freqs_t_y": torch.zeros(196)}
+    bare.load_state_dict(foreign)
+    x = torch.randn(1, 3, 64, 96)
+    assert torch.equal(bare(x), ours(x))
+    name = "rope.freqs" if kind == "timm" else "freqs"
+    with pytest.raises(CheckpointError, match=rf"^{name} is .* blocks with rope_mixed"):
+        bare.load_state_dict(foreign | {name: foreign[name][:, :1]})
+
+
 @torch.no_grad()
 def test_original_dinov3_names_and_a_file(tmp_path):
     """timm's own translation of original files is used, so what it reads is read; from a file without running it."""
@@ -210,6 +233,17 @@ NATIVE = {
     "rope_mixed": (Eva, dict(use_abs_pos_emb=False, **EVA, rope_type="mixed", rope_grid_indexing="xy")),
     "learned+rope_mixed": (Eva, EVA | dict(rope_type="mixed", rope_grid_indexing="xy")),
     "rope_dinov3": (Eva, dict(use_abs_pos_emb=False, **EVA, rope_type="dinov3", rope_rotate_half=True)),
+    "sincos": (VisionTransformer, dict(init_values=0.1, **MICRO)),
+    "fourier+learned+windowed+factorized": (VisionTransformer, dict(init_values=0.1, **MICRO)),
+    "sincos+rope": (Eva, EVA),
+}
+RELPOS = {
+    "relative": dict(rel_pos_type="bias"),
+    "relative(prefix=true)": dict(rel_pos_type="bias"),
+    "relative(shared=true)": dict(rel_pos_type="bias", shared_rel_pos=True),
+    "logcpb": dict(rel_pos_type="mlp-swin", rel_pos_dim=512),
+    "logcpb(hidden=32, shared=true)": dict(rel_pos_type="mlp-swin", rel_pos_dim=32, shared_rel_pos=True),
+    "logcpb(form=cr, hidden=32)": dict(rel_pos_type="mlp", rel_pos_dim=32),
 }
 
 
@@ -228,6 +262,39 @@ def test_a_native_model_written_for_timm(position):
     same(theirs(x), ours(x))
     theirs.pretrained_cfg = {}
     same(from_timm(theirs)(x), ours(x))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("position", RELPOS)
+@torch.no_grad()
+def test_a_relative_bias_written_for_timm(position, class_token):
+    pool = dict(class_token=class_token, global_pool="token" if class_token else "avg", init_values=0.1)
+    ours = drawn(ViT(position, img_size=(48, 80), patch_size=16, **MICRO, **pool))
+    theirs = timm.models.VisionTransformerRelPos(img_size=(48, 80), **MICRO, **pool, **RELPOS[position]).eval()
+    theirs.load_state_dict(to_timm(ours))
+    x = torch.randn(2, 3, 48, 80)
+    same(theirs(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    ("position", "more", "reason"),
+    [
+        ("relative+sincos", {}, "no a table of vectors beside it"),
+        ("relative", dict(reg_tokens=1), "no registers"),
+        ("relative", dict(scale_mlp_norm=True), "no norms inside"),
+        ("logcpb", dict(qkv_bias="qv", mlp_layer="swiglu"), "no an MLP of another kind and no biases of q and v alone"),
+    ],
+)
+def test_what_timms_relative_vit_has_not(position, more, reason):
+    with pytest.raises(ConfigError, match=reason):
+        to_timm(ViT(position, img_size=(48, 80), patch_size=16, **MICRO, **more))
+
+
+def test_a_network_trained_on_another_grid_has_no_timm_model():
+    ours = ViT("logcpb", img_size=(48, 80), patch_size=16, **MICRO)
+    ours.set_input_size((64, 64))
+    with pytest.raises(ConfigError, match="trained on another grid"):
+        to_timm(ours)
 
 
 @torch.no_grad()
@@ -250,7 +317,7 @@ def test_a_distilled_one_too():
         DistilledViT(reg_tokens=1, **MICRO)
 
 
-@pytest.mark.parametrize("position", ["sincos", "rope+alibi", "relative", "rope(step=0.5)", "rope_mixed+fourier"])
+@pytest.mark.parametrize("position", ["alibi", "rope+alibi", "relative+rope", "rope(step=0.5)", "rope_mixed+fire"])
 def test_what_timm_has_no_model_for(position):
     with pytest.raises(ConfigError, match=r"timm has no ViT with .*state_dict"):
         to_timm(ViT(position, img_size=(48, 80), patch_size=16, **MICRO))

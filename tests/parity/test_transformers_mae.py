@@ -7,8 +7,8 @@ import timm
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from vit2dpe import MAE, CheckpointError, ConfigError, ViT
-from vit2dpe.models.mae_weights import from_transformers, to_original, to_timm, to_transformers
+from vit2dpe import MAE, CheckpointError, ConfigError, ViT, to_timm
+from vit2dpe.models.mae_weights import from_transformers, to_original, to_transformers
 from vit2dpe.testing import randomise
 
 GRID = 5  # patches along a side; 25 x (1 - 0.75) is no whole number
@@ -175,7 +175,7 @@ def test_the_encoder_is_a_plain_timm_checkpoint(position):
 @pytest.mark.parametrize("position", ["rope", "relative", "rope_mixed", "sincos+alibi"])
 def test_what_timm_cannot_hold_is_refused(position):
     with pytest.raises(ConfigError, match="does more"):
-        to_timm(ours(position).encoder)
+        to_original(ours(position))
     with pytest.raises(ConfigError, match="does more"):
         to_original(ours(decoder_position=position))
 
@@ -192,6 +192,28 @@ def test_the_originals_flat_list_loads_back():
         images, noise = inputs()
         with torch.no_grad():
             assert torch.equal(again(images, 0.75, noise)[1], model(images, 0.75, noise)[1])
+
+
+@pytest.mark.parametrize("names", ["original", "transformers", "ours"])
+def test_a_whole_file_goes_into_an_mae_and_its_encoder_into_a_vit(names, tmp_path):
+    """{"model": ...} as published, with an optimizer beside it."""
+    source = randomise(ours("learned", "learned"))
+    state = {"original": to_original, "transformers": lambda m: to_transformers(to_original(m))}
+    file = {"model": state.get(names, lambda m: m.state_dict())(source), "epoch": 7}
+    torch.save(file, tmp_path / "checkpoint.pth")
+    file = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    kept = {name: value.clone() for name, value in file["model"].items()}
+    whole = ours("learned", "learned")
+    whole.load_state_dict(file)
+    images, noise = inputs()
+    alone = ViT("learned", img_size=4 * GRID, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    alone.load_state_dict(file)
+    with torch.no_grad():
+        assert torch.equal(whole(images, noise=noise)[1], source(images, noise=noise)[1])
+        assert torch.equal(alone(images), source.encoder(images))
+    assert file.keys() == {"model", "epoch"}, "what was given is left as it is"
+    assert file["model"].keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in file["model"].items())
 
 
 def test_an_encoder_alone_is_named_as_such():

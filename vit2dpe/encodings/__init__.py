@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, unknown
 from .alibi import Alibi
-from .base import NoPosition, PositionEncoding, Sum, terms
+from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
 from .factorized import Factorized
 from .fire import Fire
 from .fourier import Fourier
@@ -51,6 +51,7 @@ __all__ = [
     "LookHere",
     "MixedRoPE",
     "NoPosition",
+    "OnGrid",
     "PositionEncoding",
     "RelativeBias",
     "SinCos",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..positions import Positions
 from ..signal import Bias, Dense, Rotation, Signal
 
@@ -186,6 +186,31 @@ class Sum(PositionEncoding):
     def _signal(self, q: Positions, k: Positions) -> Signal:
         start = Signal(temperature=self._temperature(k))
         return reduce(Signal.plus, (part(q, k) for part in self.terms), start)
+
+
+class OnGrid(PositionEncoding):
+    """An encoding whose formula has a constant of the grid it is trained on; `set_grid` leaves it alone.
+
+    The grid is in the state_dict (`_extra_state`, (d,) integers), as that of a table is in its shape: another size, or
+    a model built for another one, does not change the function that was trained. (docs/decisions/0007)
+    """
+
+    grid: tuple[int, ...]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.grid, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if len(state) != len(self.grid):
+            raise CheckpointError(
+                f"{type(self).__name__} was trained on a grid of {len(state)} axes, this one is for {len(self.grid)}"
+            )
+        self.grid = tuple(int(size) for size in state)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Weights of others do not say it: then what the model was built for stands.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NoPosition(PositionEncoding):

@@ -53,7 +53,8 @@ class Kept:
     def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal:
         """The Signal for these places: kept, or made and kept."""
         self._check(encoding)
-        state = (encoding.policy, encoding.temperature, encoding.dtype, torch.is_inference_mode_enabled())
+        grid = getattr(encoding, "grid", None)
+        state = (encoding.policy, encoding.temperature, encoding.dtype, grid, torch.is_inference_mode_enabled())
         for old_q, old_k, old_state, signal in self.signals:
             if (old_q is old_k) == (q is k) and old_state == state and _same(q, old_q) and (q is k or _same(k, old_k)):
                 return signal

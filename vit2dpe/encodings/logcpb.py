@@ -11,8 +11,8 @@ Sources: Swin V2, arXiv 2111.09883, `models/swin_transformer_v2.py`; timm, `swin
 `layers/pos_embed_rel.py` (`RelPosMlp`, whose dropout of 1/8 in training is left out).
 
 How ours differs: any number of axes; evaluated once for each offset that the grid has, then looked up; an axis of one
-patch has u = 0 (the original divides by zero). S is the training grid and stays: at another extent the network is
-evaluated at larger offsets, as Swin V2 does with `pretrained_window_size`.
+patch has u = 0 (the original divides by zero). S is the training grid and stays, in the state_dict: at another extent
+the network is evaluated at larger offsets, as Swin V2 does with `pretrained_window_size`.
 
 Limits: whole coordinates only, because offsets are looked up.
 """
@@ -23,17 +23,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
-from .base import PositionEncoding
-from .mlp import lifted_mlp, redraw
+from .base import OnGrid
+from .mlp import lifted, lifted_mlp, redraw
 from .tables import offset_grid
 
 
-class LogCPB(PositionEncoding):
+class LogCPB(OnGrid):
     """Log-spaced continuous position bias; every block owns a network.
 
     Args:
@@ -67,14 +67,19 @@ class LogCPB(PositionEncoding):
         redraw(self.cpb_mlp)
 
     def bias(self, q: Positions, k: Positions) -> Table:
-        offsets = offset_grid(q, k, len(self.grid))  # (2 S_1 - 1, ..., d) float64
+        like = lifted(self.cpb_mlp[0].weight)  # type: ignore[arg-type]
+        key = ("logcpb", None if k is q else k, self.grid, self.form, like.dtype)
+        c = q.shared(key, lambda: self._coordinates(q, k).to(like.device, like.dtype))  # the same for all blocks
+        bias = lifted_mlp(self.cpb_mlp, c).movedim(-1, 0)  # (H, 2 S_1 - 1, ...)
+        return Table(bias if self.form == "cr" else 16 * bias.sigmoid(), q, k)
+
+    def _coordinates(self, q: Positions, k: Positions) -> Tensor:
+        """(2 S_1 - 1, ..., d) what the network sees of each offset of the extent at hand, float64."""
+        offsets = offset_grid(q, k, len(self.grid))
         if self.form == "cr":
-            c = offsets.sign() * torch.log(1 + offsets.abs())
-            return Table(lifted_mlp(self.cpb_mlp, c).movedim(-1, 0), q, k)
-        span = offsets.new_tensor([max(1, size - 1) for size in self.grid])
-        u = offsets / span
-        c = u.sign() * torch.log2(1 + 8 * u.abs()) / math.log2(8)
-        return Table((16 * lifted_mlp(self.cpb_mlp, c).sigmoid()).movedim(-1, 0), q, k)
+            return offsets.sign() * torch.log(1 + offsets.abs())
+        u = offsets / offsets.new_tensor([max(1, size - 1) for size in self.grid])
+        return u.sign() * torch.log2(1 + 8 * u.abs()) / math.log2(8)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}"

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .base import OnGrid
 from .rope import DirectionalRoPE
 
 
-class GoldenRoPE(DirectionalRoPE):
+class GoldenRoPE(OnGrid, DirectionalRoPE):
     """Fixed frequencies along quasi-uniform directions: no two pairs look the same way.
 
         w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`, g the geometric mean side of the grid
@@ -34,7 +35,7 @@ class GoldenRoPE(DirectionalRoPE):
     Args:
         head_dim: Dh, even.
         heads: H.
-        grid: the training grid, on whose half-diagonal scale `low` and `high` are measured.
+        grid: the training grid, on whose half-diagonal scale `low` and `high` are measured; it is in the state_dict.
         low, high: radians from the middle to the edge of the grid, for the slowest and the fastest pair.
     """
 

@@ -148,18 +148,23 @@ class TimmContract(nn.Module):
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
 
-        Not needed to run another size. The patch stays: changing it is a matter of weights.
+        Not needed to run another size.
+
+        Args:
+            img_size: pixels, H or (H, W); None keeps it.
+            patch_size: another patch, P or (rows, columns): its kernel is resampled as `from_timm` does, and the grid
+                is that of the size in such patches.
         """
-        if patch_size is not None and pair(patch_size) != self.patch_embed.patch_size:
-            raise ConfigError(f"the patch stays {self.patch_embed.patch_size}, got patch_size={patch_size}")
-        if img_size is None:
+        if img_size is None and patch_size is None:
             return
-        self.train_grid = self.patch_embed.grid(*pair(img_size))
-        self.patch_embed.img_size = pair(img_size)
+        size = self.patch_embed.img_size if img_size is None else pair(img_size)
+        self.train_grid = change_patch(self, size, patch_size)
+        self.patch_embed.img_size = size
         for module in self.modules():
             if isinstance(module, PositionEncoding):
                 module.set_grid(self.train_grid)
-        _tell_timm("update_model_input_size", self, pair(img_size))
+        patch = None if patch_size is None else self.patch_embed.patch_size
+        _tell_timm("update_model_input_size", self, size, patch_size=patch)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
@@ -190,6 +195,25 @@ class TimmContract(nn.Module):
         for name in ("cls_token", "reg_token", "dist_token"):
             if (token := getattr(self, name, None)) is not None:
                 nn.init.normal_(token, std=1e-6)
+
+
+def change_patch(model: Any, size: Any, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
+    """The grid of an image of this size in these patches (None: the model's), which become the model's.
+
+    Raises:
+        ConfigError: if the patch does not divide the size; the model is then as it was.
+    """
+    embed, before = model.patch_embed, model.patch_embed.patch_size
+    embed.patch_size = before if patch_size is None else pair(patch_size)
+    try:
+        grid = embed.grid(*size)
+    finally:
+        patch, embed.patch_size = embed.patch_size, before
+    if patch != before:
+        embed.resample(patch)
+        for level in model.feature_info:
+            level["reduction"] = level["reduction"] * max(patch) // max(before)
+    return grid
 
 
 def _tell_timm(what: str, *args: Any, **kwargs: Any) -> None:

@@ -14,15 +14,16 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from ..encodings import AxialRoPE, PositionEncoding, terms
+from ..encodings import PositionEncoding
 from ..errors import CheckpointError, ConfigError
 from ..resolution import set_policy
 from .contract import pair
 from .families import Recipe, read
+from .native import native_steps
 from .swin import Swin
 from .swin_convert import from_timm_swin
 from .swin_weights import to_timm_swin
-from .translate import FlatTable, Frequencies, Rename, Reorder, State, Step, halves
+from .translate import State
 from .vit import ViT
 from .weights import read_weights
 
@@ -112,10 +113,13 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model of ours under timm's names, for timm's model of the same function.
 
-    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides:
-    `none` and `learned` belong to `VisionTransformer` (a distilled one to `VisionTransformerDistilled`); `rope` (with
-    `attn_type="rope"`), `rope_mixed` (`xy`) and `rope_dinov3` (half-split pairs), each with or without `learned`, to
-    `Eva`. Leading tokens get rows of zeros in a flat table, because they have no place here.
+    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. What
+    adds vectors to tokens, learned or a formula, becomes the flat `pos_embed` of the training grid, with rows of zeros
+    for leading tokens, because they have no place here. That alone, or `none`, belongs to `VisionTransformer` (a
+    distilled one to `VisionTransformerDistilled`). With or without it, `rope` (with `attn_type="rope"`), `rope_mixed`
+    (`xy`) and `rope_dinov3` (half-split pairs) belong to `Eva`. `relative` (`rel_pos_type="bias"`) and `logcpb`
+    ("mlp-swin", and with form=cr "mlp"; `rel_pos_dim` its hidden width) belong to `VisionTransformerRelPos`, shared or
+    not.
 
     Raises:
         ConfigError: where timm has no such model, with the reason.
@@ -125,36 +129,8 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, ViT):
         raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
     recipe: Recipe | None = getattr(model, "timm_recipe", None)
-    steps = _native_steps(model) if recipe is None else recipe.steps
-    state: State = {name: value.detach() for name, value in model.state_dict().items()}
+    steps = native_steps(model) if recipe is None else recipe.steps
+    state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):
         step.back(state)
     return state
-
-
-def _native_steps(model: ViT) -> tuple[Step, ...]:
-    """The steps of a model that did not come from timm, read off its encodings."""
-    shared = [part for part in terms(model.position) if part.gives]
-    own = model.blocks[0].attn.position  # type: ignore[union-attr]
-    plain = all(set(part.steps) == {1.0} and part.start == 0 for part in shared if isinstance(part, AxialRoPE))
-    words = [type(part).__name__ for part in (*shared, *([] if own is None else terms(own)))]  # type: ignore[arg-type]
-    heads, dim = model.blocks[0].attn.heads, model.embed_dim  # type: ignore[union-attr]
-    steps: list[Step] = []
-    if words and words[0] == "LearnedTable":
-        words = words[1:]
-        owner = "position.pos_embed" if len(shared) == 1 else "position.terms.0.pos_embed"
-        tokens = tuple((name, token.shape[1]) for name, token in model.prefix_tokens().items())
-        steps.append(FlatTable(owner, model.train_grid, tokens))
-    if not words:
-        return tuple(steps)
-    steps = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma"), *steps]
-    if words == ["AxialRoPE"] and plain:
-        return tuple(steps)
-    if words == ["CentredRoPE"]:
-        return (*steps, Reorder(int(heads), halves(dim // int(heads))))  # type: ignore[arg-type]
-    if words == ["MixedRoPE"]:
-        return (*steps, Frequencies())
-    raise ConfigError(
-        f"timm has no ViT with {' + '.join(words)}; it has learned tables, and rotary encodings with or without one: "
-        "keep such a model in its own names (state_dict), which vit2dpe loads"
-    )

@@ -99,6 +99,14 @@ class MAE(nn.Module):
         """The grid that a table of either half is learned on: the whole one."""
         return self.train_grid
 
+    def scopes(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
+        """For each half: the encoding that leads it, where its encodings are, the grid they were trained on."""
+        decoder = nn.ModuleList([self.decoder_position, self.decoder_blocks])
+        return [
+            (self.encoder.position, self.encoder, self.train_grid),
+            (self.decoder_position, decoder, self.train_grid),
+        ]
+
     def forward(
         self,
         images: Tensor,

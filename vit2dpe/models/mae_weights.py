@@ -1,10 +1,10 @@
 """MAE checkpoints of others: the original's flat names, transformers' split names, and timm's for the encoder alone.
 
 The original keeps encoder and decoder in one flat list (`cls_token`, `blocks.i`, `decoder_blocks.i`) with two frozen
-sin-cos tables, `pos_embed` and `decoder_pos_embed`, (1, 1 + N, D). `MAE.load_state_dict` takes it as it is: give it
-`torch.load(path, weights_only=True)["model"]`. A table goes into a learned encoding; where the encoding is a formula it
-must be what the formula gives, and is left out. The files published as "pretrain" hold the encoder alone: those go into
-`mae.encoder`.
+sin-cos tables, `pos_embed` and `decoder_pos_embed`, (1, 1 + N, D). `MAE.load_state_dict` takes it as it is, with the
+{"model": ...} of the file around it, and so it takes transformers' names; `ViT.load_state_dict` takes the encoder of
+either. A table goes into a learned encoding; where the encoding is a formula it must be what the formula gives, and is
+left out. The files published as "pretrain" hold the encoder alone: those go into `mae.encoder`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from ..encodings import LearnedTable, PositionEncoding
 from ..errors import CheckpointError, ConfigError
 from ..positions import Positions
 from . import weights
+from .convert import to_timm
 
 if TYPE_CHECKING:
     from .mae import MAE
-    from .vit import ViT
 
 State = dict[str, Tensor]
 _FLAT = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.)")
 
 
 def accept_original(module: MAE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load pre-hook of MAE: the original's names, and tables of another grid, brought to ours in place."""
+    """Load pre-hook of MAE: files and names of others, and tables of another grid, brought to ours in place."""
+    if not prefix:
+        state = weights.unwrapped(state_dict)
+        theirs = any(name.startswith("vit.embeddings.") for name in state)
+        weights.rewrite(state_dict, from_transformers(state) if theirs else state)
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     flat = [name for name in names if _FLAT.match(name)]
     if flat and not any(name.startswith("decoder_") for name in names):
@@ -66,36 +70,21 @@ def _place(flat: Tensor, position: PositionEncoding, grid: tuple[int, int], owne
     return {name: flat[:, rows:].unflatten(1, grid)}
 
 
-def to_timm(encoder: ViT) -> State:
-    """The encoder as a checkpoint of timm's `VisionTransformer`: plain names, `pos_embed` (1, prefix + N, D).
-
-    Raises:
-        ConfigError: for an encoding that is more than a vector added to each token once.
-    """
-    at = Positions.grid(encoder.train_grid, encoder.patch_embed.proj.weight.device)
-    state = {name: value for name, value in encoder.state_dict().items() if not name.startswith("position.")}
-    if encoder.position.gives - {"token"} or any(".position." in name for name in state):
-        raise ConfigError(
-            "timm's VisionTransformer can add a vector to each token, and this encoding does more: keep the encoder's "
-            "own state_dict() for our ViT"
-        )
-    with torch.no_grad():
-        signal = encoder.position(at.with_prefix(encoder.num_prefix_tokens))
-    return state if signal.token is None else state | {"pos_embed": signal.token}
-
-
 def to_original(model: MAE) -> State:
     """Encoder and decoder in the original's flat list; `load_state_dict` takes it back."""
-    at = Positions.grid(model.train_grid, model.mask_token.device).with_prefix(model.encoder.num_prefix_tokens)
-    decoder = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-    decoder = {name: value for name, value in decoder.items() if not name.startswith("decoder_position.")}
-    if model.decoder_position.gives - {"token"} or any(".position." in name for name in decoder):
-        raise ConfigError(
-            "the original's decoder can add a vector to each token, and this encoding does more: keep state_dict()"
-        )
+    encoder, decoder = model.encoder, dict(model.state_dict())
+    decoder = {n: v for n, v in decoder.items() if not n.startswith(("encoder.", "decoder_position."))}
+    for half, position, names in ("encoder", encoder.position, encoder.state_dict()), (
+        "decoder", model.decoder_position, decoder
+    ):  # fmt: skip
+        if position.gives - {"token"} or any(".position." in name for name in names):
+            raise ConfigError(
+                f"the original's {half} can add a vector to each token, and this encoding does more: keep state_dict()"
+            )
+    at = Positions.grid(model.train_grid, model.mask_token.device).with_prefix(encoder.num_prefix_tokens)
     with torch.no_grad():
         token = model.decoder_position(at).token
-    return to_timm(model.encoder) | decoder | ({} if token is None else {"decoder_pos_embed": token})
+    return to_timm(encoder) | decoder | ({} if token is None else {"decoder_pos_embed": token})
 
 
 # transformers ----------------------------------------------------------------------------------------------------

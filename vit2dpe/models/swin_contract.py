@@ -17,7 +17,7 @@ from ..encodings import PositionEncoding
 from ..errors import ConfigError, unknown
 from ..layers import PatchEmbed
 from ..positions import Positions
-from .contract import pair
+from .contract import change_patch, pair
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 Size = tuple[int, int]
@@ -91,16 +91,14 @@ class SwinContract(nn.Module):
 
         Args:
             img_size: pixels, H or (H, W); None keeps it.
-            patch_size: only the model's own: changing it is a matter of weights.
+            patch_size: another patch, P or (rows, columns): its kernel is resampled as `from_timm` does.
             window_size: windows, as in the constructor.
             window_ratio: windows as a fraction of the patch grid, one number or one for each stage. Without either,
                 windows do what `window_policy` says (timm scales them).
         """
-        if patch_size is not None and pair(patch_size) != self.patch_embed.patch_size:
-            raise ConfigError(f"the patch stays {self.patch_embed.patch_size}, got patch_size={patch_size}")
         count = len(self.layers)
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
-        self.train_grid = grid = self.patch_embed.grid(*size)  # type: ignore[misc]
+        self.train_grid = grid = change_patch(self, size, patch_size)
         self.patch_embed.img_size = size
         given = None if window_size is None else per_stage(window_size, count)
         if given is None and window_ratio is not None:
@@ -116,7 +114,8 @@ class SwinContract(nn.Module):
             from timm.models._input import update_model_input_size
         except ImportError:
             return
-        update_model_input_size(self, size, window_size=self.window_sizes)
+        patch = None if patch_size is None else self.patch_embed.patch_size
+        update_model_input_size(self, size, patch_size=patch, window_size=self.window_sizes)
 
     # Features and head ------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def to_timm_swin(model: Swin) -> dict[str, Tensor]:
     Raises:
         ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) and `logcpb` (V2) in each block.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state: dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for owner, part in model.named_modules():
         if not isinstance(part, PositionEncoding) or not part.gives:
             continue
@@ -66,11 +66,31 @@ def to_timm_swin(model: Swin) -> dict[str, Tensor]:
             raise ConfigError(
                 f"{owner} is a {type(part).__name__}; timm's Swin has relative or logcpb in each block and no more"
             )
+        _check_kind(model, owner, part)
         for name in [name for name in state if name.startswith(f"{owner}.")]:
             value = state.pop(name)
             value = value.flatten(1).t().contiguous() if name.endswith(TABLE) else value
             state[name.replace(".attn.position.", ".attn.")] = value
     return state
+
+
+def _check_kind(model: Swin, owner: str, part: RelativeBias | LogCPB) -> None:
+    """timm's V1 is a table and q·k, its V2 a network of 512 hidden units, cosine attention and norms behind."""
+    block: Any = model.get_submodule(owner.removesuffix(".attn.position"))
+    v2 = block.attn.logit_scale is not None
+    if block.post_norm != v2 or isinstance(part, LogCPB) != v2:
+        came = f"{'logcpb' if isinstance(part, LogCPB) else 'relative'} with qk={'cosine' if v2 else 'dot'}"
+        raise ConfigError(
+            "timm's Swin is V1 (relative, qk='dot', norms before) or V2 (logcpb, qk='cosine', post_norm=True); "
+            f"{owner} is {came}{' and norms behind' * block.post_norm}"
+        )
+    if isinstance(part, LogCPB) and (part.form != "swin" or part.cpb_mlp[0].out_features != 512):
+        raise ConfigError(
+            f"timm's Swin V2 has a network of form swin with 512 hidden units; {owner} has form {part.form} with "
+            f"{part.cpb_mlp[0].out_features}"
+        )
+    if isinstance(part, RelativeBias) and part.prefix_bias is not None:
+        raise ConfigError(f"timm's Swin has no prefix tokens; {owner} has entries for them")
 
 
 def _from_original(state: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 State = dict[str, Tensor]
 
 
@@ -131,6 +133,27 @@ class FlatTable:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What encodings add to tokens, as a flat `pos_embed` (1, rows + h w, D): the way out alone.
+
+    Args:
+        names: of what the encodings have learned, which goes into the table.
+        table: of the training grid.
+    """
+
+    names: tuple[str, ...]
+    table: Tensor
+
+    def into(self, state: State) -> None:
+        raise ConfigError("a flat table does not say which encodings it was made from")
+
+    def back(self, state: State) -> None:
+        for name in self.names:
+            state.pop(name, None)
+        state["pos_embed"] = self.table
+
+
+@dataclass(frozen=True)
 class Frequencies:
     """`rope.freqs` (2, depth, H, Dh/2) <-> `blocks.i.<owner>` (2, H, Dh/2); columns first there if `xy`."""
 
@@ -177,7 +200,8 @@ class BiasTable:
             owner = key.removesuffix(name)
             flat = state.pop(key).flatten(1)
             if self.prefix:
-                flat = torch.cat([flat, state.pop(f"{owner}prefix_bias")], dim=1)
+                none = flat.new_zeros(flat.shape[0], 3)  # a table of ours without entries for the prefix gives it none
+                flat = torch.cat([flat, state.pop(f"{owner}prefix_bias", none)], dim=1)
             state[owner.removesuffix(self.ours) + self.theirs + name] = flat.t().contiguous()
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from torch import Tensor, nn
 
-from ..encodings import LearnedTable, PositionEncoding, Sum
+from ..encodings import LearnedTable, MixedRoPE, PositionEncoding, Sum
 from ..errors import CheckpointError
 from ..positions import Positions
 
@@ -31,12 +31,32 @@ log = logging.getLogger(__name__)
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViT) -> dict[str, Any]:
     """What timm calls before a strict load: unwraps, and brings names, layouts and sizes to the model's."""
-    for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    state = unwrapped(state_dict)
     accept_foreign(model, state, "")
     return state
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors by name, of a file that may keep them under "model" or the like, "module." in front of each name."""
+    for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
+        if isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def encoder_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The encoder of a masked autoencoder, of ours, the original or transformers, under plain names; else as it is.
+
+    Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`.
+    """
+    if any(name.startswith("vit.embeddings.") for name in state):
+        from .mae_weights import from_transformers
+
+        state = from_transformers(state)
+    if "mask_token" not in state and not any(name.startswith("decoder_") for name in state):
+        return state
+    mine = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    return mine or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}
 
 
 def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any]) -> None:
@@ -48,13 +68,8 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
         CheckpointError: for weights that are missing or too many, by name.
     """
     state: Any = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
     mine = theirs.state_dict()
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if "decoder_pos_embed" in state:
-        state = {name: v for name, v in state.items() if not name.startswith("decoder_") and name != "mask_token"}
+    state = encoder_of(unwrapped(state))
     if "freqs" in state and "rope.freqs" in mine:
         state["rope.freqs"] = state.pop("freqs").reshape(mine["rope.freqs"].shape)
         state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
@@ -71,10 +86,53 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
 
 
 def accept_foreign(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load pre-hook of ViT: rewrites timm's `pos_embed`, and tables of another grid, in place."""
+    """Load pre-hook of ViT: rewrites files of others, timm's `pos_embed` and `rope.freqs`, tables of another grid, in
+    place.
+
+    A file of a masked autoencoder, the whole of it, gives its encoder.
+    """
+    if not prefix:
+        rewrite(state_dict, encoder_of(unwrapped(state_dict)))
+    _split_frequencies(module, state_dict, prefix)
     _fold_flat_table(module, state_dict, prefix)
     _drop_formula(module, state_dict, prefix)
     _fit_tables(module, state_dict, prefix)
+
+
+def rewrite(state_dict: dict[str, Any], state: dict[str, Any]) -> None:
+    """Put `state` in place of what is there, where it is something else."""
+    if state.keys() != state_dict.keys():
+        state_dict.clear()
+        state_dict.update(state)
+
+
+def _split_frequencies(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+    """`rope.freqs` (2, depth, H, Dh/2) of timm, or `freqs` (2, depth, H Dh/2) of rope-vit, to the blocks' `rope_mixed`.
+
+    Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` say nothing more.
+    """
+    owners = [
+        f"{prefix}{name}.freqs"
+        for name, part in module.blocks.named_modules(prefix="blocks")
+        if isinstance(part, MixedRoPE)
+    ]
+    for name in ("rope.freqs", "freqs"):
+        freqs = state_dict.get(prefix + name)
+        if freqs is None or not owners:
+            continue
+        if freqs.shape[:2] != (2, len(owners)):
+            raise CheckpointError(
+                f"{name} is {tuple(freqs.shape)}; this model has {len(owners)} blocks with rope_mixed, and needs "
+                f"(2, {len(owners)}, heads, head_dim / 2)"
+            )
+        del state_dict[prefix + name]
+        like = module.get_parameter(owners[0].removeprefix(prefix))
+        for owner, one in zip(owners, freqs.flatten(2).unbind(1), strict=True):
+            if one.numel() != like.numel():
+                raise CheckpointError(f"{name} is {tuple(freqs.shape)}, a block of this model has {tuple(like.shape)}")
+            state_dict[owner] = one.flip(0).view(like.shape)
+        for name in ("freqs_t_x", "freqs_t_y"):
+            state_dict.pop(prefix + name, None)
 
 
 def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:

@@ -166,12 +166,21 @@ def load_run(
     if meta["model"] not in MODELS:
         raise CheckpointError(f"{folder} holds a {meta['model']!r}; this version can build {', '.join(MODELS)}")
     model = ModelSpec(meta["model"], meta["arguments"]).build()
+    _resize(model, meta.get("train_grid"))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not fit the model that it names: {error}") from None
     model.about = meta  # type: ignore[assignment]
     return model.to(device).eval()
+
+
+def _resize(model: Any, grid: list[int] | None) -> None:
+    """A model that was given another size after it was built (`set_input_size`) is given it again."""
+    if grid is None or not hasattr(model, "set_input_size") or tuple(grid) == tuple(getattr(model, "train_grid", grid)):
+        return
+    patch = getattr(model, "encoder", model).patch_embed.patch_size
+    model.set_input_size(tuple(size * side for size, side in zip(grid, patch, strict=True)))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

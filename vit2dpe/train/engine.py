@@ -472,11 +472,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = model.state_dict()
-    if own.keys() != tensors.keys():
-        raise CheckpointError(f"the checkpoint has other parameters: {sorted(own.keys() ^ tensors.keys())[:5]}")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(sharded_like(tensors[name], value))
+    other = sorted(name for name in own.keys() ^ tensors.keys() if not name.endswith("_extra_state"))
+    if other:
+        raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
+    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors.items()})
 
 
 def _json(value: Any) -> Any:

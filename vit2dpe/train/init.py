@@ -53,9 +53,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
             f"unexpected: {_some([n for n in unused if n not in own])}"
         )
     check_finite({name: state[name] for name in taken}, path)
-    with torch.no_grad():
-        for name in taken:
-            own[name].copy_(state[name])
+    model.load_state_dict({name: state[name] for name in taken}, strict=False)
     return Loaded(taken, left, unused)
 
 
@@ -108,14 +106,12 @@ def initialize(model: nn.Module, how: str) -> None:
 
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from ..models import ViT
+    from ..models.weights import checkpoint_filter_fn, encoder_of, unwrapped
 
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if "mask_token" in state and not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on
-        encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
-        state = encoder or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}
+    state = unwrapped(state)
+    if not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on
+        state = encoder_of(state)
     if isinstance(model, ViT):
-        from ..models.weights import checkpoint_filter_fn
-
         state = checkpoint_filter_fn(state, model)
     return state
 
