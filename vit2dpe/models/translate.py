@@ -199,9 +199,10 @@ class BiasTable:
         for key in [key for key in state if key.endswith(self.ours + name)]:
             owner = key.removesuffix(name)
             flat = state.pop(key).flatten(1)
+            none = flat.new_zeros(flat.shape[0], 3)  # a table of ours without entries for the prefix gives it none
+            front = state.pop(f"{owner}prefix_bias", none)
             if self.prefix:
-                none = flat.new_zeros(flat.shape[0], 3)  # a table of ours without entries for the prefix gives it none
-                flat = torch.cat([flat, state.pop(f"{owner}prefix_bias", none)], dim=1)
+                flat = torch.cat([flat, front], dim=1)
             state[owner.removesuffix(self.ours) + self.theirs + name] = flat.t().contiguous()
 
 
