@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 
 from vit2dpe import ConfigError, ViT, bench
@@ -67,3 +68,17 @@ def test_a_rotary_model_saves_what_one_without_saves_and_adds_one_kernel_a_block
     blocks = kernels(deeper, IMAGES) - kernels(rotary, IMAGES)
     plain = ViT("none", **SIZES | dict(depth=6)).train()
     assert blocks - (kernels(plain, IMAGES) - kernels(nothing, IMAGES)) == 3
+
+
+@pytest.mark.parametrize(("word", "theirs"), [("logcpb", "mlp-swin"), ("logcpb(form=cr)", "mlp"), ("relative", "bias")])
+def test_a_bias_costs_no_more_operations_a_block_than_timms(word, theirs):
+    """What the blocks have in common is made once a forward; timm keeps it in buffers of every block."""
+    sizes = dict(img_size=(32, 48), patch_size=8, embed_dim=32, num_heads=2, num_classes=2)
+    relpos = timm.models.VisionTransformerRelPos
+
+    def a_block(make):
+        return (kernels(make(6).eval(), IMAGES) - kernels(make(3).eval(), IMAGES)) / 3
+
+    ours = a_block(lambda depth: ViT(word, depth=depth, **sizes))
+    assert ours <= a_block(lambda depth: relpos(rel_pos_type=theirs, depth=depth, **sizes))
+    assert ours - a_block(lambda depth: ViT("none", depth=depth, **sizes)) <= 8

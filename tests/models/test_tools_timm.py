@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import resolve_input_data_config
-from timm.models import get_model_args, get_model_traits, resolve_model_input_args, save_for_hf
+from timm.models import get_model_args, get_model_traits, load_checkpoint, resolve_model_input_args, save_for_hf
 
 import vit2dpe.models  # noqa: F401
 from vit2dpe import timm as wrapper
@@ -84,6 +84,81 @@ def test_without_the_wrapper_the_name_is_unknown(script):
     )
     assert done.returncode != 0
     assert f"Unknown model ({NAME})" in done.stderr
+
+
+# What timm's train.py does, in its order: overlay file, layer decay, averaged weights, saver, resume.
+TRAIN = """
+import argparse, sys
+from pathlib import Path
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import create_model, load_checkpoint, resume_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, ParseKwargs, random_seed
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", default="")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    args = parser.parse_args()
+    random_seed(7)
+    model = create_model(args.model, num_classes=2, drop_path_rate=0.1, **args.model_kwargs)
+    model.set_grad_checkpointing()
+    config = resolve_data_config(vars(args), model=model)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
+    start = resume_checkpoint(model, args.resume, optimizer=optimizer) if args.resume else 0
+    ema = ModelEmaV3(model, decay=0.5)
+    if args.resume:
+        load_checkpoint(ema.module, args.resume, use_ema=True)
+    schedule, epochs = create_scheduler_v2(optimizer, num_epochs=start + 1, warmup_epochs=0, cooldown_epochs=0)
+    dataset = create_dataset("", args.data_dir, split="val", is_training=True)
+    loader = create_loader(dataset, batch_size=3, is_training=True, use_prefetcher=False, num_workers=0,
+                           input_size=config["input_size"], mean=config["mean"], std=config["std"])
+    saver = CheckpointSaver(model, optimizer, args=args, model_ema=ema, checkpoint_dir=str(args.output),
+                            recovery_dir=str(args.output))
+    for epoch in range(start, epochs):
+        for i, (images, labels) in enumerate(loader):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(model, step=i)
+        schedule.step(epoch + 1)
+        saver.save_checkpoint(epoch, metric=float(loss))
+    print("--result", len(loader), epochs, float(loss) < 10)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("position", ["rope_golden", "learned+logcpb"])
+def test_training_in_the_order_of_timms_script_and_resuming_it(script, position):
+    path, out = script.parent / "train.py", script.parent / "out"
+    path.write_text(textwrap.dedent(TRAIN))
+    out.mkdir()
+    kwargs = [f"position={position}", "img_size=48", *(f"{k}={v}" for k, v in MICRO.items())]
+    arguments = ["--model", NAME, "--data-dir", str(script.parent / "data"), "--output", str(out)]
+    for more in ([], ["--resume", str(out / "last.pth.tar")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vit2dpe.timm", str(path), *arguments, *more, "--model-kwargs", *kwargs],
+            capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "--result 2 2 True" in done.stdout, "two epochs in all"
+    # Its file goes into a model of another size, by timm's loader.
+    wide = timm.create_model(NAME, position=position, num_classes=2, **MICRO).eval()
+    load_checkpoint(wide, str(out / "last.pth.tar"), use_ema=True)
+    same = timm.create_model(NAME, position=position, num_classes=2, img_size=48, **MICRO).eval()
+    load_checkpoint(same, str(out / "last.pth.tar"), use_ema=True)
+    same.set_input_size(32)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(wide(x), same(x))
 
 
 def test_the_wrapper_leaves_no_trace_and_passes_the_end_on(tmp_path):
