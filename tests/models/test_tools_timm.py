@@ -88,8 +88,7 @@ def test_without_the_wrapper_the_name_is_unknown(script):
 
 # What timm's train.py does, in its order: overlay file, layer decay, averaged weights, saver, resume.
 TRAIN = """
-import argparse, sys
-from pathlib import Path
+import argparse
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import create_model, load_checkpoint, resume_checkpoint
@@ -101,7 +100,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--data-dir")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output")
     parser.add_argument("--resume", default="")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     args = parser.parse_args()
@@ -118,8 +117,7 @@ def main():
     dataset = create_dataset("", args.data_dir, split="val", is_training=True)
     loader = create_loader(dataset, batch_size=3, is_training=True, use_prefetcher=False, num_workers=0,
                            input_size=config["input_size"], mean=config["mean"], std=config["std"])
-    saver = CheckpointSaver(model, optimizer, args=args, model_ema=ema, checkpoint_dir=str(args.output),
-                            recovery_dir=str(args.output))
+    saver = CheckpointSaver(model, optimizer, args=args, model_ema=ema, checkpoint_dir=args.output, recovery_dir=args.output)
     for epoch in range(start, epochs):
         for i, (images, labels) in enumerate(loader):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
@@ -128,8 +126,8 @@ def main():
             optimizer.step()
             ema.update(model, step=i)
         schedule.step(epoch + 1)
-        saver.save_checkpoint(epoch, metric=float(loss))
-    print("--result", len(loader), epochs, float(loss) < 10)
+        saver.save_checkpoint(epoch, metric=loss.item())
+    print("--result", len(loader), epochs, loss.item() < 10)
 
 if __name__ == "__main__":
     main()
