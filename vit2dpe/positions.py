@@ -59,7 +59,7 @@ class Positions:
     def grid(cls, extent: Sequence[int], device: torch.device | str | None = None) -> Positions:
         """All places of a grid in row-major order: `grid((2, 3))` is (0,0) (0,1) (0,2) (1,0) (1,1) (1,2)."""
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
-        coords = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         return cls(coords[None], tuple(extent))  # (1, N, d)
 
     @classmethod

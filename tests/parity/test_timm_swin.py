@@ -15,8 +15,8 @@ from trajectory import assert_fifty_equal_steps
 import vit2dpe.models  # noqa: F401 - registers the names with timm
 from vit2dpe import CheckpointError, Positions, Signal, attend
 from vit2dpe.models import Swin
-from vit2dpe.models.swin import WindowAttention
 from vit2dpe.models.swin_convert import from_timm_swin
+from vit2dpe.models.swin_stage import WindowAttention
 from vit2dpe.models.swin_weights import checkpoint_filter_fn, to_timm_swin
 from vit2dpe.models.swin_windows import cut
 from vit2dpe.signal import Table

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..encodings import PositionEncoding, Sum, parse
 from ..errors import ConfigError
 from ..models import Swin, from_timm
-from ..models.swin import in_full
+from ..models.swin_stage import in_full
 
 LEVELS = ("table", "attention", "block", "encoder")
 TORCHVISION = "torchvision_swin_t"

@@ -26,22 +26,36 @@ from torch import Tensor
 
 from ..positions import Positions
 from ..signal import Table
+from .choice import Choice, plain_only
 
+PATHS = ("learned", "view", "chunked")
 BUDGET = 32 * 2**20  # bytes of a matrix of biases in inference
 CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
 
 
-def choose(q: Tensor, k: Tensor, term: Table) -> str | None:
-    """The path for these inputs; None where the plain one serves."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not Tensor or q.device.type != "cpu":
-        return None
-    if torch._C._functorch.maybe_current_level() is not None or q.dtype == torch.float16 or term.prefix is not None:
-        return None
+def choose(q: Tensor, k: Tensor, term: Table) -> Choice:
+    """The path for these inputs: "matrix" is the plain one, which serves everything."""
+    plain = plain_only(q)
+    if plain is not None:
+        return Choice("matrix", plain)
+    if q.device.type != "cpu" or q.dtype == torch.float16:
+        return Choice("matrix", f"{q.dtype} on {q.device.type} has no path of its own")
+    if term.prefix is not None:
+        return Choice("matrix", "prefix tokens have biases too")
     if torch.is_grad_enabled() and (term.table.requires_grad or q.requires_grad or k.requires_grad):
-        return "learned" if term.table.requires_grad and _whole_grid(term) else None
-    if q.shape[1] * q.shape[2] * k.shape[2] * q.element_size() <= BUDGET:
-        return None
-    return "view" if _whole_grid(term) and not term.q.prefix else "chunked"
+        if not term.table.requires_grad:
+            return Choice("matrix", "training, but the table is not learned: its matrix costs the kernel nothing")
+        if not _whole_grid(term):
+            return Choice("matrix", "training, but queries and keys are not all places of one 2-D grid")
+        return Choice("learned", "training one table on a whole grid")
+    size = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+    if size <= BUDGET:
+        return Choice("matrix", f"inference, and the matrix is not above {BUDGET >> 20} MiB")
+    if _whole_grid(term) and not term.q.prefix:
+        return Choice("view", f"inference, the matrix would be above {BUDGET >> 20} MiB, and the grid is whole")
+    return Choice(
+        "chunked", f"inference, the matrix would be above {BUDGET >> 20} MiB; prefix tokens, or not all places"
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: float, path: str) -> Tensor:
