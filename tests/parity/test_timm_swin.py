@@ -336,7 +336,7 @@ def test_attend_is_the_only_attention(monkeypatch):
         calls.append(args)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr("vit2dpe.models.swin.attend", counted)
+    monkeypatch.setattr("vit2dpe.models.swin_stage.attend", counted)
     Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), **MICRO)(randn(1, 3, 24, 40))
     # Grids of 4x4 and 2x2 windows: one call and four, then 2x2 again in the second stage; the last has one window.
     assert len(calls) == 1 + 4 + 1 + 4 + 1 + 1
