@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "kernels": {"errors", "positions", "signal"},
     "cache": {"errors", "positions"},
     "masks": {"errors", "positions"},
-    "attention": {"errors", "positions", "signal", "kernels", "cache"},
+    "paths": {"errors", "positions", "signal", "kernels"},
+    "attention": {"errors", "positions", "signal", "kernels", "cache", "paths"},
     "encodings": {"errors", "positions", "signal"},
 }
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels"} - {"masks"}

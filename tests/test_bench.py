@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 
-from vit2dpe import ConfigError, ViT, bench
-from vit2dpe.bench import BenchConfig, interval, kernels, saved_bytes
+from vit2dpe import ConfigError, PositionEncoding, ViT, frozen
+from vit2dpe.bench import BenchConfig, bench, contenders, interval, kernels, peak_bytes, saved_bytes
+from vit2dpe.bench.measure import buffer_bytes
+from vit2dpe.bench.table import markdown, verdict
 from vit2dpe.cli import main
+from vit2dpe.signal import Table
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=32, num_heads=2, depth=3, num_classes=2)
 IMAGES = torch.randn(2, 3, 32, 48)
@@ -26,33 +29,142 @@ def test_a_row_has_ratios_counts_and_a_file(tmp_path, capsys):
     assert row["saved_limit"] <= row["saved_ours"] < row["saved_peer"]
     assert row["kernels_limit"] < row["kernels_ours"]
     assert row["peer_ours"][1] <= row["peer_ours"][0] <= row["peer_ours"][2]
-    assert "vit_small_patch16_rope_224, 32x48, training:" in capsys.readouterr().out
+    assert "vit_small_patch16_rope_224, 32x48, training, batch 1, 1 blocks:" in capsys.readouterr().out
 
 
-def test_what_is_not_equal_gets_no_ratio(monkeypatch):
-    made = bench._contenders
+def run(tmp_path, **settings):
+    """The rows of a bench at 32x48, one block, one image, one repetition."""
+    small = dict(sizes="32x48", batch=1, depth=1, repeats=1, block=0, out=str(tmp_path / "bench.json"))
+    return bench(BenchConfig(**small | settings))
 
-    def broken(*args):
-        contenders = made(*args)
-        with torch.no_grad():
-            contenders["ours"].norm.weight.mul_(1.01)
-            contenders["ours"].fc_norm.weight.mul_(1.01) if hasattr(contenders["ours"].fc_norm, "weight") else None
-        return contenders
 
-    monkeypatch.setattr(bench, "_contenders", broken)
-    name = "vit_small_patch16_224"
-    config = BenchConfig(models=name, sizes="32", batch=1, depth=1, repeats=1, modes="inference", out="/dev/null")
-    monkeypatch.setattr(bench, "write_atomically", lambda *args: None)
-    (row,) = bench.bench(config)
-    assert "failed" in row
+ROPE, MIXED = "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224"
+BIAS = "vit_relpos_small_patch16_224(rel_pos_type=bias)"
+
+
+def alter(name, how, monkeypatch):
+    """Ours differs from the peer from now on, as `how(model)` says."""
+    made = contenders.from_timm
+
+    def broken(peer, position=None):
+        model = made(peer, position)
+        if position is None:
+            how(model)
+        return model
+
+    monkeypatch.setattr(contenders, "from_timm", broken)
+
+
+def test_what_is_not_equal_gets_no_ratio(monkeypatch, tmp_path):
+    alter(ROPE, lambda model: model.blocks[0].mlp.fc1.weight.data.mul_(1.1), monkeypatch)
+    (row,) = run(tmp_path, models=ROPE, modes="inference")
+    assert "does not compute" in row["failed"]
     assert "peer_ours" not in row
+    assert "does not compute" in markdown([row])[-1]
 
 
-def test_bad_settings():
-    with pytest.raises(ConfigError, match="inference and training"):
-        bench.bench(BenchConfig(modes="both"))
-    with pytest.raises(ConfigError, match="not a model of timm"):
-        bench.bench(BenchConfig(models="vit_smal"))
+def test_what_has_other_gradients_gets_no_ratio_in_training(monkeypatch, tmp_path):
+    """The outputs are the same; the table receives no gradient."""
+    alter(BIAS, lambda model: model.blocks[0].attn.position.requires_grad_(False), monkeypatch)
+    inference, training = run(tmp_path, models=BIAS, modes="inference,training")
+    assert "peer_ours" in inference
+    assert "gradients" in training["failed"]
+    assert "peer_ours" not in training
+
+
+@pytest.mark.parametrize("level", ["attention", "block"])
+@pytest.mark.parametrize("model", [ROPE, MIXED, BIAS])
+def test_parts_of_a_model_are_the_same_function(level, model, tmp_path):
+    inference, training = run(tmp_path, models=model, level=level, repeats=0, modes="inference,training")
+    assert inference["difference"] < 1e-5
+    assert training["gradient_difference"] < 1e-4
+    assert inference["kernels_ours"] < inference["kernels_peer"] or model == BIAS
+
+
+@pytest.mark.parametrize("model", [MIXED, BIAS])
+def test_tables_alone_are_the_same_numbers_with_the_same_gradients(model, tmp_path):
+    row = run(tmp_path, models=model, level="table", modes="training", depth=2)[0]
+    assert row["difference"] < 1e-5
+    assert row["gradient_difference"] < 1e-4
+    assert "peer_ours" in row
+    assert "ours_limit" not in row
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_shifted_windows(fused, tmp_path):
+    model = f"swin_tiny_patch4_window7_224(fused={fused}, depths=(2,), num_heads=(3,), embed_dim=12)"
+    row = run(tmp_path, models=model, sizes="56", level="attention", block=1, modes="training", depth=None, repeats=0)[
+        0
+    ]
+    assert row["difference"] < 1e-5
+    assert row["gradient_difference"] < 1e-4
+
+
+def test_half_precision_and_the_first_forward_at_a_size(tmp_path):
+    half, auto = (run(tmp_path, models=ROPE, modes="inference", precision=p)[0] for p in ("bfloat16", "autocast"))
+    assert 0 < half["difference"] < 0.1
+    assert auto["difference"] < 0.1
+    (row,) = run(tmp_path, models=ROPE, modes="first", repeats=2)
+    assert row["kernels_first"] == row["kernels_later"]
+    assert len(row["first_later"]) == 3
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    first = run(tmp_path, models=ROPE, modes="inference")
+    monkeypatch.setattr("vit2dpe.bench.run._row", lambda *args: pytest.fail("measured again"))
+    assert run(tmp_path, models=ROPE, modes="inference") == json.loads(json.dumps(first))
+    with pytest.raises(pytest.fail.Exception):
+        run(tmp_path, models=ROPE, modes="inference", repeats=2)
+
+
+def test_a_row_that_cannot_run_says_why(tmp_path):
+    (row,) = run(tmp_path, models="cait_xxs24_224", modes="inference")
+    assert "Cait is not covered" in row["failed"]
+    (row,) = run(tmp_path, models="vit_small_patch16_224", level="table", modes="inference")
+    assert "learns no rotations" in row["failed"]
+
+
+def test_the_table_is_printed_from_files(tmp_path, capsys):
+    run(tmp_path, models=ROPE, modes="inference", least=1e-3, most=1e-3)
+    capsys.readouterr()
+    assert main(["bench", "--table", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| row | peer / ours |")
+    assert f"| {ROPE}, 32x48, inference, batch 1, 1 blocks |" in lines[2]
+    assert "peer/ours >= 0.001: met, ours/limit <= 0.001: missed" in lines[2]
+    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+        bench(BenchConfig(table=str(tmp_path / "none.json")))
+
+
+def test_a_row_misses_where_its_interval_lies_wholly_on_the_wrong_side():
+    said = [verdict(dict(least=1.1, peer_ours=found)) for found in ((1.0, 0.9, 1.09), (1.0, 0.9, 1.11))]
+    assert [word.rpartition(" ")[2] for word in said] == ["missed", "met"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(modes="both"), "inference, training"),
+        (dict(models="vit_smal"), "unknown model 'vit_smal'"),
+        (dict(level="layer"), "unknown level"),
+        (dict(precision="bf16"), "unknown precision 'bf16'; did you mean 'bfloat16'"),
+        (dict(modes="first", level="block"), "whole models"),
+    ],
+)
+def test_bad_settings(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **settings)
+
+
+def test_peak_bytes_are_those_alive_at_once():
+    def steps():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + 1
+        del a
+        c = b + 1
+        return c.view(10, 100).t()
+
+    assert peak_bytes(steps) == 8000
 
 
 def test_the_interval_holds_the_median():
@@ -82,3 +194,56 @@ def test_a_bias_costs_no_more_operations_a_block_than_timms(word, theirs):
     ours = a_block(lambda depth: ViT(word, depth=depth, **sizes))
     assert ours <= a_block(lambda depth: relpos(rel_pos_type=theirs, depth=depth, **sizes))
     assert ours - a_block(lambda depth: ViT("none", depth=depth, **sizes)) <= 8
+
+
+def test_a_rotary_model_of_twelve_blocks_dispatches_few_operations():
+    """155 with its table, 140 without; timm's has 304."""
+    model = ViT("rope", **SIZES | dict(depth=12)).eval()
+    assert kernels(model, IMAGES) <= 155
+    with frozen(model):
+        kernels(model, IMAGES)
+        assert kernels(model, IMAGES) <= 140
+
+
+def test_a_new_size_costs_no_more_than_a_later_one():
+    """Nothing is kept on a shape: the first forward dispatches what the second does."""
+    for word in ("rope", "relative", "learned"):
+        model = ViT(word, **SIZES).eval()
+        images = torch.randn(1, 3, 40, 56)
+        assert kernels(model, images) == kernels(model, images)
+
+
+@pytest.mark.parametrize("word", ["rope", "sincos", "relative(shared=true)"])
+def test_tables_are_made_once_a_forward_whatever_the_depth(word, monkeypatch):
+    made, original = [], PositionEncoding._signal
+    monkeypatch.setattr(PositionEncoding, "_signal", lambda *args: made.append(1) or original(*args))
+    for depth in (1, 3):
+        ViT(word, **SIZES | dict(depth=depth))(IMAGES)
+    assert len(made) == 2
+
+
+def test_the_index_of_a_table_is_made_once_a_forward_and_is_no_buffer(monkeypatch):
+    made, original = [], Table._index
+    monkeypatch.setattr(Table, "_index", lambda self: made.append(1) or original(self))
+    model = ViT("relative", **SIZES).eval()
+    with torch.no_grad():
+        model(IMAGES)
+    assert len(made) == 1
+    assert buffer_bytes(model) == 0
+
+
+@pytest.mark.parametrize("size", [(28, 28), (20, 36)])
+def test_a_trained_table_keeps_about_half_of_what_timms_keeps(size, tmp_path):
+    """448 px at patch 16 is 28 x 28. A matrix of biases is the larger, the less width there is beside it."""
+    model = f"{BIAS[:-1]}, patch_size=4, embed_dim=96, num_heads=6)"
+    word = f"{4 * size[0]}x{4 * size[1]}"
+    (row,) = run(tmp_path, models=model, sizes=word, modes="training", depth=2, repeats=0)
+    assert row["saved_peer"] >= 1.9 * row["saved_ours"]
+    assert row["saved_ours"] <= 1.05 * row["saved_limit"]
+
+
+def test_a_large_grid_is_served_with_a_tenth_of_timms_memory(tmp_path):
+    """48 x 48 patches; with all twelve blocks timm's buffers alone are 486 MiB, here it is two blocks."""
+    model = f"{BIAS[:-1]}, patch_size=2, embed_dim=48, num_heads=6)"
+    (row,) = run(tmp_path, models=model, sizes="96", modes="inference", depth=2, repeats=0)
+    assert row["peak_peer"] + row["buffers_peer"] >= 10 * (row["peak_ours"] + row["buffers_ours"])

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import paths
 from .cache import LayerCache
 from .errors import ConfigError, unknown
 from .kernels import table as kernels
+from .kernels.choice import Choice
 from .kernels.rotary import split_and_rotate
-from .signal import Bias, LowRank, Rotation, Signal, Table
+from .paths import explain
+from .signal import Bias, LowRank, Rotation, Signal
 
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_backward_hooks,
     torch.nn.modules.module._global_backward_pre_hooks,
 )
+
+__all__ = ["Attention", "CrossAttention", "attend", "explain", "layer_norm", "rotate", "split_heads"]
 
 # Called with (q, k, signal, mask, scale) of every `attend` while `vit2dpe.show.attention` looks; else there is none.
 watcher: Callable[..., None] | None = None
@@ -88,6 +91,7 @@ def attend(
     if watcher is not None:
         watcher(q, k, signal, mask, scale)
     if signal.q_rotation is not None:
+        paths.tell("rotation", Choice("functional", "queries that come from a map of their own"))
         q = rotate(q, signal.q_rotation)
     if signal.k_rotation is not None:
         k = rotate(k, signal.k_rotation)
@@ -102,17 +106,20 @@ def attend(
         mask = mask | ~alive
     width, terms = v.shape[-1], list(signal.bias)
     products = [term for term in terms if isinstance(term, LowRank)]
-    if products and _kernel_dtype(q) in (torch.float32, torch.float64):
+    appended = bool(products) and paths.kernel_dtype(q) in (torch.float32, torch.float64)
+    if appended:
         q, k, v = _append_channels(q, k, v, products, factor, temperature)
         terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
-    if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # traced; the kernel takes a number
+    traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
+    path, _ = paths.tell("bias", paths.bias(q, k, terms, mask, dropout, traced, appended))
+    if path in kernels.PATHS:
+        return kernels.attend(q, k, v, terms[0], factor, temperature, path)  # type: ignore[arg-type]
+    if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    elif mask is None and not dropout and len(terms) == 1 and isinstance(terms[0], Table):
-        path = kernels.choose(q, k, terms[0])
-        if path is not None:
-            return kernels.attend(q, k, v, terms[0], factor, temperature, path)
-    added = _merge(terms, mask, temperature, _kernel_dtype(q))
-    with _kernels(added, q, k, v):
+    added = _merge(terms, mask, temperature, paths.kernel_dtype(q))
+    if paths.told is not None:
+        paths.tell("kernel", paths.kernel(q, k, v, added, dropout, factor))
+    with paths.allowed_kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
     out = out if out.shape[-1] == width else out[..., :width]
     return out if alive is None else out.masked_fill(~alive, 0.0)
@@ -154,26 +161,6 @@ def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, 
     return bias if torch.is_grad_enabled() else bias.detach()
 
 
-def _kernel_dtype(q: Tensor) -> torch.dtype:
-    """What the kernel will compute in: q's dtype, or autocast's."""
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return q.dtype
-
-
-def _kernels(added: Tensor | None, *inputs: Tensor):
-    """On CUDA, training with a mask or bias keeps away from cuDNN, whose masked backward gives NaN at 64 tokens.
-
-    pytorch issue 196678: any mask, constant or learned, lengths of 64 modulo 128. Not yet run on such a device.
-    """
-    if added is None or not added.is_cuda or not torch.is_grad_enabled():
-        return nullcontext()
-    if not any(tensor.requires_grad for tensor in (added, *inputs)):
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
 def split_heads(
     qkv: Tensor, signal: Signal, heads: int, private: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Signal]:
@@ -184,23 +171,13 @@ def split_heads(
         private: nobody else needs the values of `qkv`. In eager mode q and k are then rotated where they lie.
     """
     turn = signal.q_rotation
-    if private and turn is not None and turn is signal.k_rotation and _in_place(qkv, turn):
+    path, _ = paths.tell("rotation", paths.rotation(qkv, signal, private))
+    if path == "in place" and turn is not None:
         q, k, v = split_and_rotate(qkv, turn, heads)
         return q, k, v, signal._replace(q_rotation=None, k_rotation=None)
     # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
     q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
     return q, k, v, signal
-
-
-def _in_place(qkv: Tensor, turn: Rotation) -> bool:
-    """Whether memory may be written over: eager mode, a plain tensor on a device with complex numbers."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor:
-        return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    if qkv.device.type not in ("cpu", "cuda") or not qkv.is_floating_point() or not qkv.is_contiguous():
-        return False
-    return turn.cos.shape[-2] == qkv.shape[1] and torch.promote_types(qkv.dtype, turn.cos.dtype) == turn.cos.dtype
 
 
 class Attention(nn.Module):
@@ -222,6 +199,8 @@ class Attention(nn.Module):
             to the shared one by the block, which knows the places.
         attn_drop, proj_drop: dropout on the weights and on the output.
     """
+
+    attends = True  # `explain` looks at these
 
     def __init__(
         self,
@@ -337,6 +316,8 @@ class CrossAttention(nn.Module):
         dim: width D, a multiple of `heads`.
         heads, bias, proj_bias, scale, attn_drop, proj_drop: as in `Attention`; `bias` is that of `q` and `kv`.
     """
+
+    attends = True
 
     def __init__(
         self,

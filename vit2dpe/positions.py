@@ -65,7 +65,7 @@ class Positions:
         if not torch.compiler.is_compiling() and any(size < 1 for size in extent):
             raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
-        coords = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         return cls(coords[None], tuple(extent))  # (1, N, d)
 
     @classmethod

@@ -15,8 +15,8 @@ from trajectory import assert_fifty_equal_steps
 import vit2dpe.models  # noqa: F401 - registers the names with timm
 from vit2dpe import CheckpointError, Positions, Signal, attend
 from vit2dpe.models import Swin
-from vit2dpe.models.swin import WindowAttention
 from vit2dpe.models.swin_convert import from_timm_swin
+from vit2dpe.models.swin_stage import WindowAttention
 from vit2dpe.models.swin_weights import checkpoint_filter_fn, to_timm_swin
 from vit2dpe.models.swin_windows import cut
 from vit2dpe.signal import Table
@@ -336,7 +336,7 @@ def test_attend_is_the_only_attention(monkeypatch):
         calls.append(args)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr("vit2dpe.models.swin.attend", counted)
+    monkeypatch.setattr("vit2dpe.models.swin_stage.attend", counted)
     Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), **MICRO)(randn(1, 3, 24, 40))
     # Grids of 4x4 and 2x2 windows: one call and four, then 2x2 again in the second stage; the last has one window.
     assert len(calls) == 1 + 4 + 1 + 4 + 1 + 1

@@ -44,7 +44,8 @@ class DirectionalRoPE(PositionEncoding):
             raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
         if self.policy is not None:
             w = self.policy.rescale(w, at.extent)
-        coords = exact(at.coords).to(w.device, w.dtype)[:, None, :, :, None]  # (B|1, 1, N, d, 1)
+        coords = exact(at.coords) if w.dtype == torch.float64 else at.coords
+        coords = coords.to(w.device, w.dtype)[:, None, :, :, None]  # (B|1, 1, N, d, 1)
         angle = coords[..., 0, :] * w[0][:, None]  # (B|1, 1|H, N, Dh/2); a matmul could be autocast
         for axis in range(1, at.axes):
             angle = angle + coords[..., axis, :] * w[axis][:, None]
@@ -83,7 +84,7 @@ class AxialRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return torch.block_diag(*[bank * step for step in self.steps])[:, None]  # (d, 1, Dh/2)
+        return torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])[:, None]  # (d, 1, Dh/2)
 
     def angle(self, at: Positions) -> Tensor:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
@@ -132,7 +133,7 @@ class MixedRoPE(DirectionalRoPE):
 def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
     """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
     k = torch.arange(count, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    return base ** (-k / count)
+    return base ** (k / -count)
 
 
 def _random_axes(axes: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ The matrix has (RC)² entries a head, the table (2R - 1)(2C - 1). Between them l
 
 of which the biases of query row i are a slice: R rows from r = R - 1 - i on, RC numbers in one run of memory.
 
-    learned    training: the fused kernel forward; a backward a head at a time, which makes that head's matrix again
+    learned    training: the fused kernel forward; a backward a few heads at a time, which makes their matrices again
     view       inference, the matrix larger than `BUDGET`: the kernel reads the stretched table, no matrix at all
     chunked    inference elsewhere above `BUDGET` (prefix tokens, subsets of a grid): some queries at a time
 
@@ -26,22 +26,37 @@ from torch import Tensor
 
 from ..positions import Positions
 from ..signal import Table
+from .choice import Choice, plain_only
 
+PATHS = ("learned", "view", "chunked")
 BUDGET = 32 * 2**20  # bytes of a matrix of biases in inference
 CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
+MATRICES = 4 * 2**20  # bytes of matrices that a backward makes at once, of several heads where they are small
 
 
-def choose(q: Tensor, k: Tensor, term: Table) -> str | None:
-    """The path for these inputs; None where the plain one serves."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not Tensor or q.device.type != "cpu":
-        return None
-    if torch._C._functorch.maybe_current_level() is not None or q.dtype == torch.float16 or term.prefix is not None:
-        return None
+def choose(q: Tensor, k: Tensor, term: Table) -> Choice:
+    """The path for these inputs: "matrix" is the plain one, which serves everything."""
+    plain = plain_only(q)
+    if plain is not None:
+        return Choice("matrix", plain)
+    if q.device.type != "cpu" or q.dtype == torch.float16:
+        return Choice("matrix", f"{q.dtype} on {q.device.type} has no path of its own")
+    if term.prefix is not None:
+        return Choice("matrix", "prefix tokens have biases too")
     if torch.is_grad_enabled() and (term.table.requires_grad or q.requires_grad or k.requires_grad):
-        return "learned" if term.table.requires_grad and _whole_grid(term) else None
-    if q.shape[1] * q.shape[2] * k.shape[2] * q.element_size() <= BUDGET:
-        return None
-    return "view" if _whole_grid(term) and not term.q.prefix else "chunked"
+        if not term.table.requires_grad:
+            return Choice("matrix", "training, but the table is not learned: its matrix costs the kernel nothing")
+        if not _whole_grid(term):
+            return Choice("matrix", "training, but queries and keys are not all places of one 2-D grid")
+        return Choice("learned", "training one table on a whole grid")
+    size = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+    if size <= BUDGET:
+        return Choice("matrix", f"inference, and the matrix is not above {BUDGET >> 20} MiB")
+    if _whole_grid(term) and not term.q.prefix:
+        return Choice("view", f"inference, the matrix would be above {BUDGET >> 20} MiB, and the grid is whole")
+    return Choice(
+        "chunked", f"inference, the matrix would be above {BUDGET >> 20} MiB; prefix tokens, or not all places"
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: float, path: str) -> Tensor:
@@ -111,14 +126,18 @@ class _Learned(torch.autograd.Function):
         dq, dk, dv, dtable = (torch.empty_like(x) for x in (q, k, v, table))
         count = min(q.shape[0], max(1, CACHE // (q.shape[2] ** 2 * table.element_size())))
         space = table.new_empty(2, count, q.shape[2], q.shape[2])
-        for head in range(q.shape[1]):
-            bias = matrix(table[head : head + 1], grid, prefix)[0]
-            total = torch.zeros_like(bias)
-            for part in (slice(i, i + count) for i in range(0, q.shape[0], count)):
-                images = (x[part, head].to(table.dtype) for x in (q, k, v, gradient))
-                dq[part, head], dk[part, head], dv[part, head], logits = _backward(bias, scale, space, *images)
-                total += logits.sum(0) if logits.shape[0] > 1 else logits[0]
-            dtable[head] = _fold(total[prefix:, prefix:], grid)
+        several = max(1, MATRICES // (q.shape[2] ** 2 * table.element_size()))
+        for heads in torch.arange(q.shape[1]).split(several):
+            first, last = int(heads[0]), int(heads[-1]) + 1
+            biases = matrix(table[first:last], grid, prefix)
+            totals = torch.zeros_like(biases)
+            for head in range(first, last):
+                for part in (slice(i, i + count) for i in range(0, q.shape[0], count)):
+                    images = (x[part, head].to(table.dtype) for x in (q, k, v, gradient))
+                    found = _backward(biases[head - first], scale, space, *images)
+                    dq[part, head], dk[part, head], dv[part, head], logits = found
+                    totals[head - first] += logits.sum(0) if logits.shape[0] > 1 else logits[0]
+            dtable[first:last] = _fold(totals[:, prefix:, prefix:], grid)
         return dq, dk, dv, dtable, None, None, None
 
 
@@ -154,16 +173,17 @@ def _stretch(table: Tensor, cols: int) -> Tensor:
 
 
 def _fold(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """(2R - 1, 2C - 1) sums of a matrix (N, N) over pairs of one offset: the transpose of `matrix`."""
+    """(H, 2R - 1, 2C - 1) sums of matrices (H, N, N) over pairs of one offset: the transpose of `matrix`."""
     rows, cols = grid
     size = rows * cols
-    runs = matrix.new_zeros(cols, (2 * rows - 1) * cols)
-    for i, row in enumerate(matrix.unflatten(0, (rows, cols))):
+    runs = matrix.new_zeros(matrix.shape[0], cols, (2 * rows - 1) * cols)
+    for i, row in enumerate(matrix.unflatten(1, (rows, cols)).unbind(1)):
         start = (rows - 1 - i) * cols
-        runs[:, start : start + size] += row
+        runs[:, :, start : start + size] += row
     index = torch.arange(cols)[:, None] - torch.arange(cols) + cols - 1
-    runs = runs.unflatten(1, (-1, cols)).transpose(0, 1).flatten(1)  # (2R - 1, C C)
-    return runs.new_zeros(2 * rows - 1, 2 * cols - 1).index_add_(1, index.flatten(), runs).flip(0)
+    runs = runs.unflatten(2, (-1, cols)).transpose(1, 2).flatten(2).flatten(0, 1)  # (H (2R - 1), C C)
+    sums = runs.new_zeros(runs.shape[0], 2 * cols - 1).index_add_(1, index.flatten(), runs)
+    return sums.unflatten(0, (-1, 2 * rows - 1)).flip(1)
 
 
 def _whole_grid(term: Table) -> bool:

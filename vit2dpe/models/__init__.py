@@ -9,7 +9,8 @@ from . import registry
 from .convert import from_timm, to_timm
 from .deit import DistilledViT
 from .mae import MAE
-from .swin import Swin, SwinStage, to_grid
+from .swin import Swin, to_grid
+from .swin_stage import SwinStage
 from .vit import ViT
 
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.

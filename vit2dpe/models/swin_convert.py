@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from .swin import Swin, Word
+from .swin import Swin
+from .swin_stage import Word
 
 
 def from_timm_swin(model: nn.Module, position: Word | None = None, **kwargs: Any) -> Swin:

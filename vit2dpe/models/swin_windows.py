@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..kernels.gather import permute_rows
 from ..positions import Positions
 
 Size = tuple[int, int]
@@ -38,6 +39,7 @@ class Windows(NamedTuple):
         groups: (windows, mask) in order: how many windows have this mask, boolean (N, N) or (W·B, 1, N, N), True may
             attend; None where all may.
         zero_row: whether filled-up places hold a row of zeros behind the tokens, instead of being masked.
+        whole: whether nothing was filled up, so that `order` and `back` undo each other.
     """
 
     grid: Size
@@ -46,17 +48,22 @@ class Windows(NamedTuple):
     back: Tensor
     groups: tuple[tuple[int, Tensor | None], ...]
     zero_row: bool
+    whole: bool
 
     def split(self, x: Tensor) -> Tensor:
         """(B, H, W, D) -> (W·B, N, D), the images of a window beside each other."""
         tokens = x.flatten(1, 2)
         if self.zero_row:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        return tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, self.area))
+        rows = tokens.flatten(0, 1)
+        rows = permute_rows(rows, self.order, self.back) if self.whole else rows.index_select(0, self.order)
+        return rows.unflatten(0, (-1, self.area))
 
     def join(self, y: Tensor, images: int) -> Tensor:
         """(W·B, N, D) -> (B, H, W, D): `split` undone, filled-up places dropped."""
-        return y.flatten(0, 1).index_select(0, self.back).unflatten(0, (images, *self.grid))
+        rows = y.flatten(0, 1)
+        rows = permute_rows(rows, self.back, self.order) if self.whole else rows.index_select(0, self.back)
+        return rows.unflatten(0, (images, *self.grid))
 
 
 def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, device: torch.device) -> Windows:
@@ -92,7 +99,8 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
     row, column = order // filled[1], order % filled[1]
     inside = (row < grid[0]) & (column < grid[1])
     tokens = math.prod(grid)
-    zero_row = not masked
+    whole = not torch.compiler.is_compiling() and filled == grid  # a comparison may not shape the graph
+    zero_row = not masked and not whole
     nowhere = tokens if zero_row else 0
     per_image = torch.arange(images, device=device)
     token = torch.where(inside, row * grid[1] + column, nowhere)
@@ -101,7 +109,7 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
     went = order.flatten().argsort()[here.flatten()]  # (H·W,) of W·N
     area = math.prod(window)
     back = went // area * (images * area) + went % area + area * per_image[:, None]  # (B, H·W)
-    return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row)
+    return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row, whole)
 
 
 def _shift(side: int, count: int, shifted: bool) -> int:

@@ -1,0 +1,105 @@
+"""`explain` tells the path that is taken: the same decisions, and the kernels behind them are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, attention, build, paths
+from vit2dpe.attention import explain
+from vit2dpe.kernels import rotary, table
+from vit2dpe.models import Swin
+
+SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=2)
+AVERAGE = dict(class_token=False, global_pool="avg")
+
+
+def vit(word, **kwargs):
+    torch.manual_seed(0)
+    return ViT(word, **SIZES | kwargs)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What really runs, in order."""
+    calls = []
+
+    def count(owner, name, label):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(label) or original(*args, **kwargs))
+
+    count(table, "_view", "view")
+    count(table, "_chunked", "chunked")
+    count(table._Learned, "apply", "learned")
+    count(rotary._SplitAndRotate, "apply", "in place")
+    count(attention, "rotate", "functional")
+    count(attention, "_append_channels", "channels")
+    count(attention, "_merge", "merged")
+    return calls
+
+
+# word, arguments, training, budget in bytes; then rotation, bias, why
+CASES = [
+    ("none", {}, False, None, "none", "none", "no bias"),
+    ("rope", {}, False, None, "in place", "none", "eager mode"),
+    ("rope", {}, True, None, "in place", "none", "eager mode"),
+    ("rope", dict(qk_norm=True), True, None, "functional", "none", "a norm"),
+    ("relative", {}, False, None, "none", "matrix", "not above"),
+    ("relative", {}, True, None, "none", "learned", "whole grid"),
+    ("relative", AVERAGE, False, 100, "none", "view", "the grid is whole"),
+    ("relative", {}, False, 100, "none", "chunked", "prefix tokens"),
+    ("relative(prefix=true)", {}, True, None, "none", "matrix", "prefix tokens have biases too"),
+    ("relative", dict(attn_drop_rate=0.1), True, None, "none", "matrix", "dropout"),
+    ("relative+relative", {}, True, None, "none", "matrix", "several terms"),
+    ("alibi", {}, False, None, "none", "matrix", "a Dense term"),
+    ("alibi(distance=squared)", {}, False, None, "none", "channels", "a product"),
+    ("rope+relative", {}, True, None, "in place", "learned", "whole grid"),
+]
+
+
+@pytest.mark.parametrize(("word", "arguments", "training", "budget", "rotation", "bias", "why"), CASES)
+def test_what_is_told_is_what_is_done(word, arguments, training, budget, rotation, bias, why, taken, monkeypatch):
+    model = vit(word, **arguments).train(not training)
+    if budget is not None:
+        monkeypatch.setattr(table, "BUDGET", budget)
+    state = torch.get_rng_state()
+    first, second = explain(model, (32, 48), training=training)
+    assert (first.name, second.name) == ("blocks.0.attn", "blocks.1.attn")
+    assert (first.rotation.path, first.bias.path) == (rotation, bias)
+    assert why in first.rotation.why + first.bias.why
+    turned = {"none": [], "in place": ["in place"], "functional": ["functional"] * 2}[rotation]
+    biased = {"channels": ["channels", "merged"], "none": ["merged"], "matrix": ["merged"]}.get(bias, [bias])
+    assert taken == (turned + biased) * 2
+    assert (first.kernel is None) == (bias in table.PATHS)
+    assert model.training is not training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.name in str(first)
+    assert first.bias.why in str(first)
+
+
+def test_the_kernel_is_torchs_choice():
+    """On the CPU a bias that asks for gradients loses the fused kernel, a constant one does not."""
+    rope, constant = (explain(vit(word), 32)[0].kernel for word in ("rope", "alibi"))
+    assert rope.path == constant.path == "flash_attention"
+    (line, _) = explain(vit("relative(prefix=true)"), (32, 48), training=True)
+    assert line.kernel.path == "math"
+
+
+def test_swin_and_a_module_alone():
+    sizes = dict(img_size=(16, 24), patch_size=2, window_size=(4, 6), embed_dim=8, num_classes=3)
+    lines = explain(Swin("relative", depths=(2,), num_heads=(2,), **sizes), (16, 24))
+    assert [line.name for line in lines] == ["layers.0.blocks.0.attn", "layers.0.blocks.1.attn"]
+    at = Positions.grid((2, 3))
+    signal = build("rope", Dims(16, 2, (2, 3)))(at)
+    (line,) = explain(Attention(16, 2), torch.randn(1, 6, 16), signal, torch.ones(6, 6, dtype=torch.bool))
+    assert (line.name, line.rotation.path, line.bias.path) == ("Attention", "in place", "none")
+
+
+def test_what_cannot_be_explained():
+    with pytest.raises(ConfigError, match="an Attention of ours"):
+        explain(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    model = vit("rope")
+    model.blocks[0].attn.qkv.register_forward_hook(lambda *_: explain(model, 32))
+    with pytest.raises(ConfigError, match="looking already"):
+        explain(model, 32)
+    assert paths.told is None

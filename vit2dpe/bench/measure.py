@@ -1,0 +1,166 @@
+"""What is measured: paired ratios of time, and what needs no clock: operations, saved bytes, peak bytes.
+
+Contenders run in shuffled order in every repetition, and a ratio is taken within a repetition, so that whatever else
+the machine does falls on all of them. On the CPU the clock is the process's own time: other work does not count, but
+it still takes the caches.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Interval = tuple[float, float, float]
+
+
+def infer(module: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        return module(x)
+
+
+class Step:
+    """Forward and backward, with the same gradient handed to every contender."""
+
+    def __init__(self, like: nn.Module, x: Tensor) -> None:
+        generator = torch.Generator().manual_seed(1)
+        out = outputs(infer(like, x))
+        self.gradients = [torch.randn(y.shape, generator=generator).to(y) for y in out]
+
+    def __call__(self, module: nn.Module, x: Tensor) -> None:
+        self.backward(module, x)
+        clear(module, x)
+
+    def backward(self, module: nn.Module, x: Tensor) -> None:
+        hand_back = getattr(module, "gradients", lambda gradients: gradients)
+        torch.autograd.backward(outputs(module(x)), hand_back(self.gradients))
+
+
+def clear(module: nn.Module, x: Tensor) -> None:
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+
+
+def outputs(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def paired(
+    runs: dict[str, Callable[[], Any]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
+) -> list[Interval]:
+    """For each (a, b): the time of a over that of b, median and interval over the repetitions."""
+    order, seconds = list(runs), dict.fromkeys(runs, 0.0)
+    shuffled = random.Random(0)
+    found: list[list[float]] = [[] for _ in ratios]
+    for _ in range(repeats):
+        shuffled.shuffle(order)
+        for kind in order:
+            seconds[kind] = timed(runs[kind], device)
+        for ratio, (a, b) in zip(found, ratios, strict=True):
+            ratio.append(seconds[a] / seconds[b])
+    return [interval(ratio) for ratio in found]
+
+
+def timed(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one run: of the process on the CPU, of the wall elsewhere."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.accelerator.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def interval(ratios: list[float]) -> Interval:
+    """Median and the order statistics around it that hold the true median with 95% (the ends where there are few)."""
+    ordered, n = sorted(ratios), len(ratios)
+    reach = 1.96 * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    return statistics.median(ordered), ordered[low], ordered[high]
+
+
+class _Count(TorchDispatchMode):
+    """Operations that do work (views and bookkeeping are not counted), and the bytes of tensors alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.live, self.peak = 0, 0, 0
+        self.seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        idle = any(word in str(function) for word in ("_unsafe_view", "detach", "promote_types"))
+        self.number += not (function.is_view or idle)
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            given = {x.untyped_storage()._cdata for x in _tensors(args)}
+            for x in _tensors(result):
+                self._meet(x.untyped_storage(), given)
+        return result
+
+    def _meet(self, storage: Any, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen or key in given:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            self.seen.pop(key, None)
+
+        self.seen[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def kernels(module: nn.Module, x: Tensor) -> int:
+    """How many operations a forward without gradients dispatches, views excluded."""
+    with _Count() as count:
+        infer(module, x)
+    return count.number
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors made in a run take at once; what a kernel takes inside itself is not seen."""
+    with _Count() as count:
+        run()
+    return count.peak
+
+
+def buffer_bytes(module: nn.Module) -> int:
+    """Bytes of a module's buffers, each storage once."""
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in module.buffers()}
+    return sum(storages.values())
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward with gradients keeps for the backward, each storage once, parameters excluded."""
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    return sum(size for place, (_, size) in kept.items() if place not in parameters)
+
+
+def in_precision(name: str, device: str) -> Any:
+    """The context that a run goes on in."""
+    return torch.autocast(device, torch.bfloat16) if name == "autocast" else nullcontext()

@@ -1,0 +1,75 @@
+"""Rows of the bench as lines and as a Markdown table, with what was wanted beside what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+KINDS = ("peer", "ours", "limit", "first", "later")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row on the terminal."""
+    head = f"{about(row)}: "
+    if "failed" in row:
+        found = row.get("gradient_difference", row.get("difference"))
+        apart = "" if found is None else f" (relative difference {found:.1e})"
+        return f"{head}{row['failed']}{apart}"
+    parts = [", ".join(found for found in (ratio(row, kind) for kind in RATIOS) if found)]
+    parts += [", ".join(cells(row, name, mib)) for name, mib in COUNTS]
+    return head + "; ".join(part for part in [*parts, verdict(row)] if part)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table; a row that failed says why."""
+    names = ["row", "peer / ours", "ours / limit", "saved MiB", "peak MiB", "buffers MiB", "operations", "wanted"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {about(row)} | {row['failed']} |" + " |" * (len(names) - 2))
+            continue
+        first = ratio(row, "first_later")
+        found = [ratio(row, "peer_ours") or (f"first / later {first}" if first else ""), ratio(row, "ours_limit")]
+        counts = {name: ", ".join(cells(row, name, mib)) for name, mib in COUNTS}
+        found += [counts[name] for name in ("saved", "peak", "buffers", "kernels")]
+        lines.append("| " + " | ".join([about(row), *found, verdict(row)]) + " |")
+    return lines
+
+
+RATIOS = ("peer_ours", "ours_limit", "first_later")
+COUNTS = (("kernels", False), ("saved", True), ("peak", True), ("buffers", True))
+
+
+def about(row: dict[str, Any]) -> str:
+    """What a row is about: the model, the size, and what is not as usual."""
+    part = row.get("level", "encoder")
+    words = [row["model"], f"{row['height']}x{row['width']}", row["mode"]]
+    if part != "encoder":
+        words.append(part if row.get("block") is None else f"{part} {row['block']}")
+    words += [] if row.get("precision", "float32") == "float32" else [row["precision"]]
+    words += ["compiled"] if row.get("compiled") else []
+    words += [f"batch {row['batch']}"]
+    words += [] if row.get("depth") is None else [f"{row['depth']} blocks"]
+    return ", ".join(words)
+
+
+def ratio(row: dict[str, Any], kind: str) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*row[kind]) if kind in row else ""
+
+
+def cells(row: dict[str, Any], name: str, mib: bool) -> list[str]:
+    found = [row[f"{name}_{kind}"] for kind in KINDS if f"{name}_{kind}" in row]
+    return [f"{value / 2**20:.1f}" if mib else str(value) for value in found]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether a row is where it was wanted: it misses where its interval lies wholly on the wrong side."""
+    said = []
+    for wanted, kind, sign in (("least", "peer_ours", ">="), ("most", "ours_limit", "<=")):
+        goal = row.get(wanted)
+        if goal is None or kind not in row:
+            continue
+        _, low, high = row[kind]
+        missed = high < goal if sign == ">=" else low > goal
+        said.append(f"{kind.replace('_', '/')} {sign} {goal}: {'missed' if missed else 'met'}")
+    return ", ".join(said)
