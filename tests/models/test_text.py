@@ -10,7 +10,9 @@ from vit2dpe.attention import Attention, attend
 from vit2dpe.cache import KVCache
 from vit2dpe.encodings import ENCODINGS, Dims, build
 from vit2dpe.models.generate import beam_search, generate, pick
-from vit2dpe.models.text import Encoded, Seq2Seq, TextDecoder, TextEncoder, pack, pad
+from vit2dpe.models.seq2seq import Seq2Seq
+from vit2dpe.models.text import TextDecoder, TextEncoder
+from vit2dpe.models.text_model import Encoded, pack, pad
 from vit2dpe.signal import Dense
 from vit2dpe.testing import randomise
 
@@ -515,7 +517,7 @@ def test_bfloat16_is_near(word):
     [
         (dict(num_heads=5), "embed_dim must be a multiple of num_heads"),
         (dict(num_heads=4, kv_heads=3), "and this of kv_heads"),
-        (dict(norm="batch"), "unknown norm 'batch'"),
+        (dict(norm="batch"), "unknown norm_layer 'batch'"),
         (dict(mlp="swigl"), "did you mean 'swiglu'"),
         (dict(pool="meen"), "did you mean 'mean'"),
         (dict(context=0), "context=0"),

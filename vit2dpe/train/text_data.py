@@ -29,7 +29,7 @@ from .text_config import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
 IGNORE = -100  # a label that asks nothing
-SHAKESPEARE = {
+SHAKESPEARE: dict[str, Any] = {
     "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }

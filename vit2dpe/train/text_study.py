@@ -64,10 +64,10 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     text = None
     if config.task == "text":
         length = max(plan.length, *plan.lengths)
-        source = dict(SHAKESPEARE) if config.root is None else dict(path=config.root)
-        text = load_text(
-            TextDataConfig(**source, context=length, limit=100 * length if config.smoke else None), option="--root"
+        data = TextDataConfig(
+            path=config.root, context=length, limit=100 * length if config.smoke else None, **SHAKESPEARE
         )
+        text = load_text(data, option="--root")  # the download serves where no file is named
         if config.limit_test and not config.smoke:
             text = text._replace(val=text.val[: max(config.limit_test, length) + 1])
     out = Path(config.out)
