@@ -77,7 +77,7 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
     if config.smoothing and config.objective not in ("translate", "classify"):
         raise ConfigError(f"smoothing is for objective translate or classify, not {config.objective}")
     if config.objective == "translate":
-        bleu([], [])  # that sacrebleu is there, before hours of training
+        bleu(["is it there?"], ["is it there?"])  # sacrebleu, before hours of training
     if config.steps_per_epoch < 1 or config.data.context < 1:
         raise ConfigError(
             f"steps_per_epoch and data.context must be at least 1, got {config.steps_per_epoch} and "

@@ -146,7 +146,7 @@ def translate(
 ) -> list[str]:
     """What the model makes of sentences, by beam search (one beam: greedy), in their order.
 
-    A translation has at most 1.5 times the tokens of its source and 20 more.
+    A translation has at most as many tokens as the decoder's context, whatever it is batched with.
     """
     encode, device = Encoder(tokenizer), next(model.parameters()).device
     sources = [encode(text) for text in texts]
@@ -158,8 +158,7 @@ def translate(
         start = torch.full((len(part), 1), encode.start, device=device)
         with torch.no_grad():
             memory = model.encode(source, valid)
-        longest = source.shape[1] * 3 // 2 + 20
-        written = beam_search(model.decoder, start, longest, stop=encode.stop, beams=beams, memory=memory)
+        written = beam_search(model.decoder, start, model.decoder.context, stop=encode.stop, beams=beams, memory=memory)
         for i, row in zip(part, written[:, 1:].tolist(), strict=True):
             found[i] = tokenizer.decode(row[: row.index(encode.stop)] if encode.stop in row else row).strip()
     return found
