@@ -264,9 +264,10 @@ def _draw_depths(rows: list[Row], status: str):
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     ax, metric, shown = figure.subplots(), metric_of(rows), default_rows(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    for word in dict.fromkeys(row["encoding"] for row in rows):
+    for i, word in enumerate(dict.fromkeys(row["encoding"] for row in rows)):
+        x = [at + 0.03 * i for at in range(len(modes))]  # so that equal lines are told apart
         cells = [[r["value"] for r in shown if (r["encoding"], r["mode"]) == (word, mode)] for mode in modes]
-        ax.plot(range(len(modes)), [statistics.mean(v) if v else float("nan") for v in cells], "o-", label=word, ms=4)
+        ax.plot(x, [statistics.mean(v) if v else float("nan") for v in cells], "o-", label=word, ms=4)
     ax.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
     ax.set(xlabel="depth [blocks]", ylabel=metric.unit, ylim=(-4, 104))
     ax.grid(alpha=0.25)
