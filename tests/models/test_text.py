@@ -551,6 +551,14 @@ def test_ragged_batches_of_another_kind_are_refused_by_name():
         pack([])
 
 
+@each_encoding
+@pytest.mark.parametrize("kind", [TextDecoder, TextEncoder, Seq2Seq])
+def test_nested_tensors_are_refused_whatever_the_encoding(word, kind):
+    nested = torch.nested.nested_tensor([ids(3), ids(5)], layout=torch.jagged)
+    with pytest.raises(ConfigError, match="nested tensors are not taken: pad"):
+        drawn(kind, word)(nested, *([ids(2, 3)] if kind is Seq2Seq else []))
+
+
 def test_causality_needs_a_line():
     at = Positions.grid((2, 3))
     with pytest.raises(ConfigError, match="2 and 2 axes"):
