@@ -121,6 +121,9 @@ def test_lines_are_cut_for_each_label(lines):
         lines.write_text(text)
         with pytest.raises(DataError, match=message):
             load_lines(TextDataConfig(path=str(lines)))
+    lines.write_bytes("a\tGröße\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        load_lines(TextDataConfig(path=str(lines)))
     with pytest.raises(ConfigError, match="label<TAB>text"):
         load_lines(TextDataConfig())
 

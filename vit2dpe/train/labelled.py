@@ -48,8 +48,12 @@ def load_lines(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> Li
     if not path.is_file():
         raise DataError(f"there is no file {path}: give another --data.path")
     raw = path.read_bytes()
+    try:
+        whole = raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}): convert it") from None
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(raw.decode().removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(whole.removesuffix("\n").split("\n"), start=1):
         label, tab, text = line.partition("\t")
         if not (label and tab and text):
             raise DataError(f"{path}, line {number}: a label, a tab and a text are needed, got {line[:40]!r}")
