@@ -32,7 +32,7 @@ _HOME = {
     "set_policy": "resolution",
     "TextEncoder": "models.text",
     "TextDecoder": "models.text",
-    "Seq2Seq": "models.text",
+    "Seq2Seq": "models.seq2seq",
     "KVCache": "cache",
     "generate": "models.generate",
     "beam_search": "models.generate",
@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
     from .models import MAE, Swin, ViT, from_timm, to_timm  # noqa: F401
     from .models.generate import beam_search, generate  # noqa: F401
-    from .models.text import Seq2Seq, TextDecoder, TextEncoder  # noqa: F401
+    from .models.seq2seq import Seq2Seq  # noqa: F401
+    from .models.text import TextDecoder, TextEncoder  # noqa: F401
     from .models.text_weights import from_transformers  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution import set_policy, sweep, use_policy  # noqa: F401

@@ -59,7 +59,7 @@ COMMANDS = {
         "train.evaluate:evaluate_model",
         "train.config:EvaluateConfig",
     ),
-    "show": Command("draw encodings, without data, or a model's attention to an image", "cli:_show", ""),
+    "show": Command("draw encodings, without data, or a model's attention to an image or a sentence", "cli:_show", ""),
     "report": Command("one HTML page of one study or several", "cli:_report", ""),
     "bench": Command("time our models against timm's, and against no encoding", "bench:bench", "bench:BenchConfig"),
     "doctor": Command("say whether this machine is fit to train on", "doctor:doctor", "doctor:DoctorConfig"),
@@ -215,12 +215,13 @@ def _named(place: str) -> Any:
 
 
 def _show(args: list[str]) -> int:
-    parser = _parser("vit2dpe show", "Draw encodings, without data, or a model's attention to an image.")
+    parser = _parser("vit2dpe show", "Draw encodings, without data, or a model's attention.")
     parser.add_argument("encodings", nargs="*", help="words such as rope, sincos+alibi, rope(base=10), or all")
     parser.add_argument("--grid", default="14x14", type=str, help="rows x columns, 14x14; a line: 64x1 is 64")
     parser.add_argument("--out", default=None, type=str, help="the picture to write: encodings.png, attention.png")
-    parser.add_argument("--attention", action="store_true", help="draw attention, with --image and --run or --model")
-    parser.add_argument("--image", default=None, type=str, help="an image file")
+    parser.add_argument("--attention", action="store_true", help="draw attention, with --image or --text")
+    parser.add_argument("--image", default=None, type=str, help="an image file, for --run or --model")
+    parser.add_argument("--text", default=None, type=str, help="a sentence, for a --run of text")
     parser.add_argument("--run", default=None, type=str, help="the folder of a finished run")
     parser.add_argument("--model", default=None, type=str, help="a timm name; vit2dpe_* has its initial weights")
     parser.add_argument("--size", default=None, type=str, help="of the image for the model: 48 or 48x64")

@@ -215,12 +215,24 @@ class PostNormBlock(Block):
         return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-MLPS: dict[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+NORMS: dict[str, Callable[..., nn.Module]] = {  # arXiv 1607.06450, 1910.07467; each by a short name too
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": nn.RMSNorm,
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+}
 ACTS: dict[str, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
+MLPS: dict[str, Callable[..., nn.Module]] = {  # the gated ones: arXiv 2002.05202
+    "mlp": Mlp,
+    "swiglu": SwiGLU,
+    "swiglu_packed": SwiGLUPacked,
+    "geglu": partial(SwiGLU, act_layer=nn.GELU),
+    "geglu_tanh": partial(SwiGLU, act_layer=ACTS["gelu_tanh"]),
 }
 
 
@@ -231,10 +243,15 @@ def norm_of(word: str, eps: float) -> Callable[[int], nn.Module]:
     return partial(NORMS[word], eps=eps)
 
 
-def mlp_of(word: str, act: str) -> Callable[..., nn.Module]:
-    """What makes an MLP for a width and a hidden width; the gated ones have their own activation."""
+def mlp_of(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
+    """What makes an MLP for a width and a hidden width; the gated ones have their own activation.
+
+    The name of an activation is the plain MLP with it.
+    """
+    if word in ACTS:
+        word, act = "mlp", word
     if word not in MLPS:
-        raise unknown("mlp_layer", word, MLPS)
+        raise unknown("mlp_layer", word, [*MLPS, *ACTS])
     if act not in ACTS:
         raise unknown("act_layer", act, ACTS)
     return partial(Mlp, act_layer=ACTS[act]) if word == "mlp" else MLPS[word]

@@ -125,8 +125,14 @@ def command(values: dict[str, Any]) -> Path:
     """`vit2dpe show --attention`: the picture of what was asked for."""
     from .resolution import parse_size
 
-    if not values["image"] or values["encodings"]:
-        raise ConfigError("--attention takes --image FILE, and no encodings")
+    if values["text"] is not None and not (values["image"] or values["encodings"] or values["model"]):
+        from .show_text import save as save_text
+
+        return save_text(load(values["run"], None), values["text"], values["out"] or "attention.png")
+    if not values["image"] or values["encodings"] or values["text"] is not None:
+        raise ConfigError(
+            "--attention takes --image FILE with --run or --model, or --text SENTENCE with --run, and no encodings"
+        )
     model = load(values["run"], values["model"])
     size = None if values["size"] is None else parse_size(values["size"])
     return save(model, values["image"], values["out"] or "attention.png", size)

@@ -10,7 +10,9 @@ from vit2dpe.attention import Attention, attend
 from vit2dpe.cache import KVCache
 from vit2dpe.encodings import ENCODINGS, Dims, build
 from vit2dpe.models.generate import beam_search, generate, pick
-from vit2dpe.models.text import Encoded, Seq2Seq, TextDecoder, TextEncoder, pack, pad
+from vit2dpe.models.seq2seq import Seq2Seq
+from vit2dpe.models.text import TextDecoder, TextEncoder
+from vit2dpe.models.text_model import Encoded, pack, pad
 from vit2dpe.signal import Dense
 from vit2dpe.testing import randomise
 
@@ -515,7 +517,7 @@ def test_bfloat16_is_near(word):
     [
         (dict(num_heads=5), "embed_dim must be a multiple of num_heads"),
         (dict(num_heads=4, kv_heads=3), "and this of kv_heads"),
-        (dict(norm="batch"), "unknown norm 'batch'"),
+        (dict(norm="batch"), "unknown norm_layer 'batch'"),
         (dict(mlp="swigl"), "did you mean 'swiglu'"),
         (dict(pool="meen"), "did you mean 'mean'"),
         (dict(context=0), "context=0"),
@@ -547,6 +549,14 @@ def test_ragged_batches_of_another_kind_are_refused_by_name():
         model(ids(2, 3), torch.ones(2, 3))
     with pytest.raises(ConfigError, match="list of at least one sequence"):
         pack([])
+
+
+@each_encoding
+@pytest.mark.parametrize("kind", [TextDecoder, TextEncoder, Seq2Seq])
+def test_nested_tensors_are_refused_whatever_the_encoding(word, kind):
+    nested = torch.nested.nested_tensor([ids(3), ids(5)], layout=torch.jagged)
+    with pytest.raises(ConfigError, match="nested tensors are not taken: pad"):
+        drawn(kind, word)(nested, *([ids(2, 3)] if kind is Seq2Seq else []))
 
 
 def test_causality_needs_a_line():

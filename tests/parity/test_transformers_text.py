@@ -25,7 +25,7 @@ from transformers import (
 
 from vit2dpe import CheckpointError, ConfigError, use_policy
 from vit2dpe.models.generate import beam_search, generate
-from vit2dpe.models.text import pad
+from vit2dpe.models.text_model import pad
 from vit2dpe.models.text_weights import from_transformers, interleaved
 
 BERT = dict(vocab_size=31, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40,

@@ -10,6 +10,7 @@ import torch
 from vit2dpe import load_run, use_policy
 from vit2dpe.cli import main
 from vit2dpe.models.text import TextDecoder
+from vit2dpe.train.config import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
 from vit2dpe.train.sequences import SEQUENCES, SequenceTask, answers
 from vit2dpe.train.study import COLUMNS
 from vit2dpe.train.text_study import text_scores
@@ -93,7 +94,28 @@ def test_a_sequence_task_over_depth(tmp_path, capsys):
         ("sincos", "depth 2", "exact"),
         ("none", "depth 2", "exact"),
     ]
-    assert "sequences right in percent" in (out / "summary.md").read_text()
+    summary = (out / "summary.md").read_text()
+    assert summary.startswith("# Sequence study")
+    assert "sequences right in percent, sequences of 16" in summary
+    assert "| encoding | policy | depth 1 | depth 2 |" in summary
+    assert "learned tables start at N(0, 0.02), truncated" in summary
+    assert len([line for line in summary.splitlines() if line.startswith(("| sincos", "| none"))]) == 2
+
+
+def test_the_presets_are_those_of_the_task():
+    config = resolve(StudyConfig(task="text"))
+    assert (config.encodings, config.train_length, config.lengths) == (TEXT_ENCODINGS, 256, "256,512,1024,2048")
+    assert resolve(StudyConfig(task="reverse")).encodings == "sincos,learned,none"
+    assert resolve(StudyConfig()).encodings == DEFAULT_ENCODINGS
+
+
+def test_validation_can_be_cut(text, tmp_path, capsys):
+    command = ["study", "--task", "text", "--root", str(text), "--train-length", "16", "--lengths", "16,32"]
+    command += ["--encodings", "none", "--depth", "1", "--epochs", "1", "--limit-test", "100", "--width", "16"]
+    command += ["--heads", "2", "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "study")]
+    assert main(command) == 0, capsys.readouterr().err
+    rows = [row for row in rows_of(tmp_path / "study") if row["mode"] == "all tokens"]
+    assert [float(row["n"]) for row in rows] == [96, 96]  # six windows of 16, three of 32
 
 
 def test_answers_are_right():
@@ -121,7 +143,7 @@ def test_answers_are_right():
     ("more", "message"),
     [
         (["--task", "txt"], "did you mean 'text'"),
-        (["--task", "text"], "--root path/to/text.txt"),
+        (["--task", "text", "--root", "no.txt"], "there is no text at no.txt: give another --root"),
         (["--task", "reverse", "--depths", "one"], "--depths are whole numbers"),
         (["--task", "sort", "--encodings", "rop"], "did you mean 'rope'"),
     ],

@@ -227,7 +227,7 @@ def test_settings_that_cannot_work(file, tmp_path, capsys):
     for more, message in [
         (["--objective", "maskd"], "did you mean 'masked'"),
         (["--model.position", "ropes"], "did you mean 'rope'"),
-        (["--model.mlp", "silu"], "unknown mlp 'silu'"),
+        (["--model.mlp", "silu"], "unknown mlp_layer 'silu'"),
         (["--steps_per_epoch", "0"], "must be at least 1"),
         (["--data.val_share", "1"], "data.val_share must be in (0, 1)"),
     ]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..errors import ConfigError, unknown
-from .text import Encoded, TextDecoder
+from .text import TextDecoder
+from .text_model import Encoded
 
 
 @torch.no_grad()

@@ -5,30 +5,16 @@ Legend: B batch, N tokens, S tokens of the memory, D width.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
-from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
 
 from ..attention import CrossAttention
 from ..cache import LayerCache
 from ..encodings import PositionEncoding
-from ..errors import unknown
-from ..layers import Block, add_token
+from ..layers import Block, add_token, mlp_of, norm_of
 from ..positions import Positions
 from ..signal import Signal
-
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # arXiv 1607.06450, 1910.07467
-_TANH = partial(nn.GELU, approximate="tanh")
-MLPS = {
-    "gelu": partial(Mlp, act_layer=nn.GELU),
-    "gelu_tanh": partial(Mlp, act_layer=_TANH),
-    "relu": partial(Mlp, act_layer=nn.ReLU),
-    "swiglu": partial(SwiGLU, act_layer=nn.SiLU),  # arXiv 2002.05202
-    "geglu": partial(SwiGLU, act_layer=nn.GELU),
-    "geglu_tanh": partial(SwiGLU, act_layer=_TANH),
-}
 
 
 class Memory(NamedTuple):
@@ -47,8 +33,8 @@ class TextBlock(Block):
 
     Args:
         dim, heads: D and H.
-        norm: "layer" or "rms", with `eps`; the same for queries and keys where `qk_norm` is on.
-        mlp: "gelu", "gelu_tanh", "relu", or gated: "swiglu", "geglu", "geglu_tanh".
+        norm: a name in `layers.NORMS`, with `eps`; the same for queries and keys where `qk_norm` is on.
+        mlp: "gelu", "gelu_tanh", "relu", or gated: "swiglu", "geglu", "geglu_tanh"; see `layers.mlp_of`.
         hidden: channels inside the MLP.
         post_norm: norm after each residual sum (BERT, the first transformer) instead of before each part.
         cross: whether there is cross-attention, between attention and MLP.
@@ -70,7 +56,7 @@ class TextBlock(Block):
         bias: bool = True,
         **block: Any,
     ) -> None:
-        make_norm, make_mlp = norm_layer(norm, eps), mlp_layer(mlp)
+        make_norm, make_mlp = norm_of(norm, eps), mlp_of(mlp)
         super().__init__(
             dim,
             heads,
@@ -125,15 +111,3 @@ def signal_of(position: nn.Module, at: Positions, keys: Positions | None) -> Sig
     if keys is None or keys is at or not isinstance(position, PositionEncoding) or "bias" not in position.gives:
         return signal
     return signal._replace(bias=position(at, keys).bias)
-
-
-def norm_layer(norm: str, eps: float):
-    if norm not in NORMS:
-        raise unknown("norm", norm, NORMS)
-    return partial(NORMS[norm], eps=eps)
-
-
-def mlp_layer(mlp: str):
-    if mlp not in MLPS:
-        raise unknown("mlp", mlp, MLPS)
-    return MLPS[mlp]

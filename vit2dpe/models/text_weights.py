@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, unknown
-from .text import Seq2Seq, TextDecoder, TextEncoder
+from .seq2seq import Seq2Seq
+from .text import TextDecoder, TextEncoder
 
 Config = dict[str, Any]
 State = dict[str, Tensor]
@@ -81,6 +82,13 @@ class _Weights:
         parts = ("weight", "bias") if bias else ("weight",)
         return {f"{ours}.{part}": self.take(f"{theirs}.{part}") for part in parts}
 
+    def linears(self, ours: str, theirs: str, names: dict[str, str], bias: bool = True) -> State:
+        """Several maps, each under its own name: `names` is ours -> theirs, behind the prefixes."""
+        found: State = {}
+        for mine, other in names.items():
+            found |= self.linear(ours + mine, theirs + other, bias)
+        return found
+
     def joined(self, ours: str, theirs: list[str], bias: bool = True) -> State:
         """Several maps of one input as one: rows below rows."""
         parts = ("weight", "bias") if bias else ("weight",)
@@ -106,6 +114,30 @@ class _Weights:
             raise CheckpointError(f"weights that ours has no place for: {', '.join(list(self.left)[:5])}")
 
 
+# Maps of a block that change their names alone: ours -> theirs.
+_BERT_BLOCK = {
+    "attn.proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+_BLOOM_BLOCK = {
+    "attn.proj": "self_attention.dense",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "mlp.fc1": "mlp.dense_h_to_4h",
+    "mlp.fc2": "mlp.dense_4h_to_h",
+}
+_LLAMA_MAPS = {
+    "attn.proj": "self_attn.o_proj",
+    "mlp.fc1_g": "mlp.gate_proj",
+    "mlp.fc1_x": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+}
+_LLAMA_NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+
+
 def _bert(config: Config, w: _Weights) -> tuple[type, Config, State]:
     _demand(config, hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     w.without("bert.").drop("pooler.", "position_ids", "cls.seq_relationship.", "cls.predictions.decoder.")
@@ -120,11 +152,7 @@ def _bert(config: Config, w: _Weights) -> tuple[type, Config, State]:
     for i in range(config["num_hidden_layers"]):
         ours, theirs = f"blocks.{i}.", f"encoder.layer.{i}."
         state |= w.joined(ours + "attn.qkv", [f"{theirs}attention.self.{n}" for n in ("query", "key", "value")])
-        state |= w.linear(ours + "attn.proj", theirs + "attention.output.dense")
-        state |= w.linear(ours + "norm1", theirs + "attention.output.LayerNorm")
-        state |= w.linear(ours + "mlp.fc1", theirs + "intermediate.dense")
-        state |= w.linear(ours + "mlp.fc2", theirs + "output.dense")
-        state |= w.linear(ours + "norm2", theirs + "output.LayerNorm")
+        state |= w.linears(ours, theirs, _BERT_BLOCK)
     if masked:
         state["masked_head.bias"] = w.take("cls.predictions.bias")
         state |= w.linear("masked_head.dense", "cls.predictions.transform.dense")
@@ -164,7 +192,7 @@ def _gpt2(config: Config, w: _Weights) -> tuple[type, Config, State]:
     state = {"embed.weight": embedding, "position.pos_embed": w.take("wpe.weight")[None], **w.linear("norm", "ln_f")}
     for i in range(config["n_layer"]):
         ours, theirs = f"blocks.{i}.", f"h.{i}."
-        state |= w.linear(ours + "norm1", theirs + "ln_1") | w.linear(ours + "norm2", theirs + "ln_2")
+        state |= w.linears(ours, theirs, {"norm1": "ln_1", "norm2": "ln_2"})
         for mine, other in (("attn.qkv", "attn.c_attn"), ("attn.proj", "attn.c_proj"), ("mlp.fc1", "mlp.c_fc"),
                             ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
             state[f"{ours}{mine}.weight"] = w.take(f"{theirs}{other}.weight").t().contiguous()
@@ -200,11 +228,7 @@ def _bloom(config: Config, w: _Weights) -> tuple[type, Config, State]:
         ours, theirs = f"blocks.{i}.", f"h.{i}."
         for name, value in w.linear(ours + "attn.qkv", theirs + "self_attention.query_key_value").items():
             state[name] = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)  # theirs: q, k, v of a head
-        state |= w.linear(ours + "attn.proj", theirs + "self_attention.dense")
-        state |= w.linear(ours + "norm1", theirs + "input_layernorm")
-        state |= w.linear(ours + "norm2", theirs + "post_attention_layernorm")
-        state |= w.linear(ours + "mlp.fc1", theirs + "mlp.dense_h_to_4h")
-        state |= w.linear(ours + "mlp.fc2", theirs + "mlp.dense_4h_to_h")
+        state |= w.linears(ours, theirs, _BLOOM_BLOCK)
     head = w.head("lm_head.weight", embedding)
     w.finish()
     return (
@@ -244,11 +268,8 @@ def _llama(config: Config, w: _Weights) -> tuple[type, Config, State]:
         for part in ("weight", "bias") if bias else ("weight",):
             q, k, v = (w.take(f"{theirs}self_attn.{n}_proj.{part}") for n in "qkv")
             state[f"{ours}attn.qkv.{part}"] = torch.cat([interleaved(q, heads), interleaved(k, kv_heads), v])
-        state |= w.linear(ours + "attn.proj", theirs + "self_attn.o_proj", bias)
-        state |= w.linear(ours + "norm1", theirs + "input_layernorm", bias=False)
-        state |= w.linear(ours + "norm2", theirs + "post_attention_layernorm", bias=False)
-        for mine, other in (("fc1_g", "gate"), ("fc1_x", "up"), ("fc2", "down")):
-            state |= w.linear(f"{ours}mlp.{mine}", f"{theirs}mlp.{other}_proj", bias)
+        state |= w.linears(ours, theirs, _LLAMA_MAPS, bias)
+        state |= w.linears(ours, theirs, _LLAMA_NORMS, bias=False)
     head = w.head("lm_head.weight", embedding)
     w.finish()
     before = rope.get("original_max_position_embeddings") if scaled else None
@@ -290,23 +311,19 @@ def _t5(config: Config, w: _Weights) -> tuple[type, Config, State]:
         for i in range(depth):
             ours, theirs = f"{half}.blocks.{i}.", f"{half}.block.{i}.layer."
             last = 2 if half == "decoder" else 1
-            self_, dense = f"{theirs}0.SelfAttention.", f"{theirs}{last}.DenseReluDense."
-            state |= w.joined(ours + "attn.qkv", [self_ + n for n in "qkv"], bias=False)
-            state |= w.linear(ours + "attn.proj", self_ + "o", bias=False)
-            state |= w.linear(ours + "norm1", theirs + "0.layer_norm", bias=False)
-            state |= w.linear(ours + "norm2", f"{theirs}{last}.layer_norm", bias=False)
-            state |= w.linear(ours + "mlp.fc2", dense + "wo", bias=False)
+            self_, dense = f"{theirs}0.SelfAttention.", f"{last}.DenseReluDense."
+            names = {"attn.proj": "0.SelfAttention.o", "norm1": "0.layer_norm", "norm2": f"{last}.layer_norm"}
+            names |= {"mlp.fc2": dense + "wo"}
             if config["feed_forward_proj"] == "relu":
-                state |= w.linear(ours + "mlp.fc1", dense + "wi", bias=False)
+                names |= {"mlp.fc1": dense + "wi"}
             else:
-                state |= w.linear(ours + "mlp.fc1_g", dense + "wi_0", bias=False)
-                state |= w.linear(ours + "mlp.fc1_x", dense + "wi_1", bias=False)
+                names |= {"mlp.fc1_g": dense + "wi_0", "mlp.fc1_x": dense + "wi_1"}
+            state |= w.joined(ours + "attn.qkv", [self_ + n for n in "qkv"], bias=False)
             if half == "decoder":
-                cross = f"{theirs}1.EncDecAttention."
-                state |= w.linear(ours + "cross.q", cross + "q", bias=False)
-                state |= w.joined(ours + "cross.kv", [cross + "k", cross + "v"], bias=False)
-                state |= w.linear(ours + "cross.proj", cross + "o", bias=False)
-                state |= w.linear(ours + "norm_cross", theirs + "1.layer_norm", bias=False)
+                cross = "1.EncDecAttention."
+                names |= {"cross.q": cross + "q", "cross.proj": cross + "o", "norm_cross": "1.layer_norm"}
+                state |= w.joined(ours + "cross.kv", [theirs + cross + n for n in "kv"], bias=False)
+            state |= w.linears(ours, theirs, names, bias=False)
     head = w.head("lm_head.weight", embedding)
     w.finish()
     buckets, reach = config["relative_attention_num_buckets"], config["relative_attention_max_distance"]

@@ -39,7 +39,7 @@ MODELS = {  # name in a checkpoint -> what is called with its arguments, "module
     "timm": "train.checkpoint:timm_model",
     "TextEncoder": "models.text:TextEncoder",
     "TextDecoder": "models.text:TextDecoder",
-    "Seq2Seq": "models.text:Seq2Seq",
+    "Seq2Seq": "models.seq2seq:Seq2Seq",
 }
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda meta: meta | dict(format=2, files={"model": meta["sha256"]}),

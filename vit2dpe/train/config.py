@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 DEFAULT_ENCODINGS = "none,learned,sincos,relative,alibi,rope,rope_mixed"
+TEXT_ENCODINGS = "none,learned,sincos,t5,alibi,fire,rope"
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class StudyConfig:
     Settings left at None take the preset of the data source.
 
     Args:
-        task: images; text (perplexity over length, of the file --root); copy, reverse or sort (sequences of numbers).
+        task: images; text (perplexity over length, of the file --root or else Shakespeare, downloaded); copy, reverse
+            or sort (sequences of numbers).
         data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
         root: folder of the data.
         encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi; or all.
@@ -30,7 +32,7 @@ class StudyConfig:
         seeds: how many seeds, 0 upward.
         source_size: size that pictures of differing sizes are brought to once.
         limit_train: use only so many training images, balanced over classes.
-        limit_test: use only so many test images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes; of a text, so many validation tokens.
         arch: vit, or swin: windows that are shifted in every second block, and two stages at least.
         stages: blocks of each stage of a swin, comma-separated.
         window: side of a swin's windows at the training size, in tokens.
@@ -62,7 +64,7 @@ class StudyConfig:
     task: str = "images"
     data: str = "digits"
     root: str | None = None
-    encodings: str = DEFAULT_ENCODINGS
+    encodings: str | None = None
     train_size: str | None = None
     sizes: str | None = None
     train_length: int | None = None
@@ -104,21 +106,23 @@ class StudyConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(
-        train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=8, epochs=40, batch_size=64,
-        lr=3e-3, shift=1, flip=False,
+        encodings=DEFAULT_ENCODINGS, train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=8,
+        epochs=40, batch_size=64, lr=3e-3, shift=1, flip=False,
     ),
     "folder": dict(
-        train_size="32", sizes="24,32,48,64,96", patch=4, width=192, depth=9, heads=3, epochs=60, batch_size=128,
-        lr=1e-3, shift=4, flip=True,
+        encodings=DEFAULT_ENCODINGS, train_size="32", sizes="24,32,48,64,96", patch=4, width=192, depth=9, heads=3,
+        epochs=60, batch_size=128, lr=1e-3, shift=4, flip=True,
     ),
 }  # fmt: skip
 PRESETS["cifar10"] = PRESETS["folder"]
 PRESETS["text"] = dict(
-    train_length=256, lengths="256,512,1024,2048", width=128, depth=4, heads=4, epochs=7, batch_size=24, lr=2e-3
-)
+    encodings=TEXT_ENCODINGS, train_length=256, lengths="256,512,1024,2048", width=128, depth=4, heads=4, epochs=7,
+    batch_size=24, lr=2e-3,
+)  # fmt: skip
 PRESETS["copy"] = PRESETS["reverse"] = PRESETS["sort"] = dict(
-    train_length=16, lengths="16", width=64, depth=2, heads=2, epochs=20, batch_size=128, lr=2e-3
-)
+    encodings="sincos,learned,none", train_length=16, lengths="16", width=64, depth=2, heads=2, epochs=20,
+    batch_size=128, lr=2e-3,
+)  # fmt: skip
 QUICK = dict(encodings="none,learned,rope", sizes="16,24,32", modes="scale", policies="default", epochs=12)
 
 

@@ -26,6 +26,7 @@ from .checkpoint import ModelSpec, flatten, read_meta, read_tensors, unflatten, 
 from .distributed import ALONE, World, sharded_like, sum_over_ranks, unsynchronized, whole, wrapped
 from .keys import keyed
 from .log import Bar, Row, Table, Trackers
+from .schedules import Noam
 from .settings import OptimConfig, RunConfig
 from .signals import Signals
 from .task import Batch, Task, split_batch
@@ -400,8 +401,10 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> Any:
+    if optim.schedule == "noam":
+        return Noam(optimizer, optim.warmup_epochs * steps)
     if optim.schedule not in ("cosine", "tanh", "step", "poly"):  # those that need no memory of their own
-        raise unknown("schedule", optim.schedule, ("cosine", "tanh", "step", "poly"))
+        raise unknown("schedule", optim.schedule, ("cosine", "tanh", "step", "poly", "noam"))
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=optim.schedule,

@@ -22,8 +22,10 @@ Row = dict[str, Any]
 
 
 class Metric(NamedTuple):
-    """How `value` is told: its name, its unit on an axis, what it is drawn over, and whether more of it is better."""
+    """How `value` is told: of which study, its name, its unit on an axis, what it is drawn over, and whether more of it
+    is better."""
 
+    study: str
     name: str
     unit: str
     over: str
@@ -32,9 +34,9 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "top1": Metric("top-1 in percent", "top-1 [%]", "image size", "image size [pixels]"),
-    "perplexity": Metric("perplexity", "perplexity", "length", "length [tokens]", more_is_better=False),
-    "exact": Metric("sequences right in percent", "sequences right [%]", "length", "length [tokens]"),
+    "top1": Metric("Resolution study", "top-1 in percent", "top-1 [%]", "image size", "image size [pixels]"),
+    "perplexity": Metric("Length study", "perplexity", "perplexity", "length", "length [tokens]", more_is_better=False),
+    "exact": Metric("Sequence study", "sequences right in percent", "sequences right [%]", "length", "length [tokens]"),
 }
 
 
@@ -113,7 +115,8 @@ class Report:
         print(f"table    {self.out / 'results.csv'}")
         print(f"report   {self.out / 'report.html'}")
         print(f"picture  {self.picture}")
-        print(f"next     vit2dpe show {' '.join(shlex.quote(w) for w in best(self.rows)[:2])} --grid 14x14")
+        grid = "14x14" if metric_of(self.rows).over == "image size" else "64"
+        print(f"next     vit2dpe show {' '.join(shlex.quote(w) for w in best(self.rows)[:2])} --grid {grid}")
         return self.picture
 
     def _draw(self, status: str) -> None:
@@ -127,12 +130,13 @@ class Report:
         state = "" if self.finished == self.total else f"**{self.finished} of {self.total} cells finished.**\n\n"
         seeds = sorted({int(row["seed"]) for row in self.rows})
         lines = [
-            "# Resolution study",
+            f"# {metric_of(self.rows).study}",
             "",
             f"{state}    {self.about['command']}",
             "",
             f"{self.about['data']}; seeds {seeds}; {minutes:.1f} minutes on {self.about['hardware']}; "
-            f"torch {self.about['torch']}, timm {self.about['timm']}, vit2dpe {self.about['vit2dpe']}.",
+            f"torch {self.about['torch']}, timm {self.about['timm']}, vit2dpe {self.about['vit2dpe']}."
+            + (f" Here {self.about['tables']}." if "tables" in self.about else ""),
             "",
             table(self.rows),
             "",
@@ -167,8 +171,18 @@ def spell(size: tuple[float, float]) -> str:
     return str(w) if h in (w, 1) else f"{h}x{w}"
 
 
+def over_depth(rows: list[Row]) -> bool:
+    """Whether these are answers to sequences of one length, which are told over the number of blocks."""
+    return bool(rows) and rows[0]["metric"] == "exact" and len({row["width"] for row in rows}) == 1
+
+
 def table(rows: list[Row]) -> str:
-    """Markdown: top-1 over size, a line for each mode, encoding and policy; mean ± deviation over several seeds."""
+    """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± deviation over several seeds.
+
+    Sequences of one length: over depth, a line for each encoding and policy.
+    """
+    if over_depth(rows):
+        return _depth_table(rows)
     sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
     train, metric = {(r["train_height"], r["train_width"]) for r in rows}, metric_of(rows)
     cells: dict[tuple, dict[tuple, list[float]]] = {}
@@ -188,6 +202,22 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _depth_table(rows: list[Row]) -> str:
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    cells: dict[tuple, dict[str, list[float]]] = {}
+    for r in rows:
+        cells.setdefault((r["encoding"], r["policy"]), {}).setdefault(r["mode"], []).append(r["value"])
+    lines = [
+        f"{metric_of(rows).name}, sequences of {int(rows[0]['width'])}",
+        "",
+        "| " + " | ".join(["encoding", "policy", *modes]) + " |",
+        "|" + "---|" * 2 + "---:|" * len(modes),
+    ]
+    for key, by_mode in cells.items():
+        lines.append("| " + " | ".join([*key, *(_mean(by_mode.get(mode, [])) for mode in modes)]) + " |")
+    return "\n".join(lines)
+
+
 def _mean(values: list[float]) -> str:
     if not values:
         return ""
@@ -202,6 +232,8 @@ def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = No
     """
     from matplotlib.figure import Figure
 
+    if over_depth(rows):
+        return _draw_depths(rows, status)
     modes = list(dict.fromkeys(row["mode"] for row in rows)) or [""]
     figure = Figure(figsize=(6.2 * len(modes) + 1.6, 5), layout="constrained")
     axes = figure.subplots(1, len(modes), squeeze=False)[0]
@@ -223,6 +255,24 @@ def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = No
     figure.suptitle(
         f"{metric_of(rows).name} over {metric_of(rows).over}{f' ({status})' if status else ''}", fontsize=11
     )
+    return figure
+
+
+def _draw_depths(rows: list[Row], status: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    ax, metric, shown = figure.subplots(), metric_of(rows), default_rows(rows)
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for i, word in enumerate(dict.fromkeys(row["encoding"] for row in rows)):
+        x = [at + 0.03 * i for at in range(len(modes))]  # so that equal lines are told apart
+        cells = [[r["value"] for r in shown if (r["encoding"], r["mode"]) == (word, mode)] for mode in modes]
+        ax.plot(x, [statistics.mean(v) if v else float("nan") for v in cells], "o-", label=word, ms=4)
+    ax.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
+    ax.set(xlabel="depth [blocks]", ylabel=metric.unit, ylim=(-4, 104))
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{metric.name} over depth{f' ({status})' if status else ''}", fontsize=11)
     return figure
 
 

@@ -19,7 +19,7 @@ class OptimConfig:
         lr: peak learning rate.
         weight_decay: biases, norms, tables, tokens and frequencies are exempt.
         betas: of Adam and its kin; two numbers.
-        schedule: of timm, once for every update: cosine, tanh, step, poly.
+        schedule: of timm, once for every update: cosine, tanh, step, poly; or noam (the inverse square root).
         min_lr: where the schedule ends; default lr / 100.
         warmup_epochs: linear warm-up, from lr / 100.
         epochs: passes over the training data.

@@ -115,7 +115,7 @@ def check(config: StudyConfig) -> Plan:
         raise unknown("arch", config.arch, ARCHITECTURES)
     if not all(word.isdigit() and int(word) > 0 for word in split_words(config.stages)):
         raise ConfigError(f"stages are numbers of blocks, such as 2,2, got {config.stages!r}")
-    words = list(ENCODINGS) if config.encodings == "all" else split_words(config.encodings)
+    words = list(ENCODINGS) if config.encodings == "all" else split_words(str(config.encodings))
     for word in words:
         parse(word)
     train_size = parse_size(str(config.train_size))

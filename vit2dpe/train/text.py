@@ -1,7 +1,8 @@
-"""`vit2dpe text train` and `vit2dpe text sample`: a language model of plain text, and what it writes."""
+"""`vit2dpe text train` and `vit2dpe text sample`: models of text by any objective, and what they write."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import torch
 from ..encodings import parse
 from ..errors import CheckpointError, ConfigError, unknown
 from ..models.generate import generate
+from ..models.seq2seq import Seq2Seq
 from ..models.text import TextDecoder
-from .checkpoint import ModelSpec, load_run
+from .checkpoint import load_run, write_atomically
 from .distributed import local_device
 from .engine import pick_device, precision
+from .objectives import OBJECTIVES, model_spec, prepare
 from .runs import write_summary
 from .settings import check_numbers
 from .start import training
 from .text_config import SampleConfig, TextTrainConfig, smoke
-from .text_data import LanguageTask, load_text
 from .tokenizers import from_json
+from .translation import Pairs, bleu, tokenizer_of, translate
 
 
 def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
@@ -41,39 +44,40 @@ def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
     config = check(config)
     with training(config, command) as under_way:
         say, folder, world = under_way.say, under_way.folder, under_way.world
-        data = load_text(config.data)
-        spec = model_spec(config, data.tokenizer.size)
-        model = under_way.model(spec)
-        task = LanguageTask(
-            data,
-            config.data.context,
-            config.optim.batch_size,
-            config.steps_per_epoch,
-            mask=data.tokenizer.size if config.objective == "masked" else None,
-            seed=config.run.seed,
-            device=under_way.device,
-            world=world,
-        )
-        facts = under_way.record(data.name, data.digest)
+        found = prepare(config, under_way.device, world)
+        model = under_way.model(found.spec)
+        facts = under_way.record(found.name, found.digest)
         say(
             f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-            f"{len(data.train):,} training and {len(data.val):,} validation tokens, {data.tokenizer.size} kinds; "
-            f"on {facts['hardware']}; into {folder}"
+            f"{found.amount}; on {facts['hardware']}; into {folder}"
         )
-        rows = under_way.fit(model, task, spec)
+        rows = under_way.fit(model, found.task, found.spec)
         if world.first:
-            following = shlex.join(["vit2dpe", "text", "sample", "--run", str(folder), "--prompt", "ROMEO:"])
-            write_summary(folder, f"{config.model.position} on {data.name}", rows, facts, following)
+            following = _following(config, folder)
+            write_summary(folder, f"{config.model.position} on {found.name}", rows, facts, following)
             best = min((row["val_loss"] for row in rows), default=float("nan"))
-            say(f"validation loss {rows[-1]['val_loss']:.4f} nats a token (best {best:.4f})")
+            unit = "line" if config.objective == "classify" else "token"
+            say(f"validation loss {rows[-1]['val_loss']:.4f} nats a {unit} (best {best:.4f})")
+            if config.objective == "classify":
+                say(f"right {rows[-1]['val_top1']:.1f}% (best {max(row['val_top1'] for row in rows):.1f}%)")
+            if found.pairs is not None:
+                say(_translate_test(folder, found.pairs, config, under_way.device))
             say(f"next     {following}")
     return folder
 
 
 def check(config: TextTrainConfig) -> TextTrainConfig:
     """The settings, after refusing all that can be refused before data are read."""
-    if config.objective not in ("causal", "masked"):
-        raise unknown("objective", config.objective, ("causal", "masked"))
+    if config.objective not in OBJECTIVES:
+        raise unknown("objective", config.objective, OBJECTIVES)
+    if not 0 <= config.smoothing < 1 or config.beams < 1:
+        raise ConfigError(
+            f"smoothing must be in [0, 1) and beams at least 1, got {config.smoothing} and {config.beams}"
+        )
+    if config.smoothing and config.objective not in ("translate", "classify"):
+        raise ConfigError(f"smoothing is for objective translate or classify, not {config.objective}")
+    if config.objective == "translate":
+        bleu(["is it there?"], ["is it there?"])  # sacrebleu, before hours of training
     if config.steps_per_epoch < 1 or config.data.context < 1:
         raise ConfigError(
             f"steps_per_epoch and data.context must be at least 1, got {config.steps_per_epoch} and "
@@ -89,30 +93,34 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
     return config
 
 
-def model_spec(config: TextTrainConfig, vocab_size: int) -> ModelSpec:
-    """The model that the settings name, for so many tokens."""
-    model, causal = config.model, config.objective == "causal"
-    arguments: dict[str, Any] = dict(
-        position=model.position,
-        vocab_size=vocab_size + (not causal),  # the last one hides others
-        context=config.data.context,
-        embed_dim=model.width,
-        depth=model.depth,
-        num_heads=model.heads,
-        mlp_ratio=model.mlp_ratio,
-        norm=model.norm,
-        mlp=model.mlp,
-        bias=model.bias,
-        drop_rate=model.dropout,
-        attn_drop_rate=model.dropout,
-    )
-    if not causal:
-        arguments |= dict(pool="", masked_lm=True)
-    return ModelSpec("TextDecoder" if causal else "TextEncoder", arguments | model.options)
+def _following(config: TextTrainConfig, folder: Path) -> str:
+    """The command to try next."""
+    run = str(folder)
+    if config.objective == "causal":
+        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", "ROMEO:"])
+    if config.objective == "translate":
+        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", "Zwei Hunde spielen im Schnee."])
+    if config.objective == "masked":
+        more = ["--objective", "classify", "--data.path", "labelled.tsv", "--run.out", f"{run}_classes", "--init", run]
+        return shlex.join(["vit2dpe", "text", "train", *more])
+    return shlex.join(["vit2dpe", "show", "--attention", "--text", "To be, or not to be", "--run", run])
+
+
+def _translate_test(folder: Path, pairs: Pairs, config: TextTrainConfig, device: torch.device) -> str:
+    """Translate the test set with the best weights, keep what was written and its BLEU, and say it."""
+    model = load_run(folder, device, which="best")
+    sources, references = zip(*pairs.test, strict=True)
+    written = translate(model, pairs.tokenizer, sources, beams=config.beams)  # type: ignore[arg-type]
+    score = bleu(written, references)
+    write_atomically(folder / "translations.txt", "".join(f"{line}\n" for line in written).encode())
+    facts = dict(bleu=score.bleu, signature=score.signature, set=config.data.test, n=len(written), beams=config.beams)
+    write_atomically(folder / "bleu.json", json.dumps(facts, indent=1).encode())
+    return f"BLEU {score.bleu:.2f} on {len(written)} sentences of {config.data.test} ({score.signature})"
 
 
 def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[str]:
-    """Let the model of a run write; each text is printed behind its prompt, and returned.
+    """Let the model of a run write; each text is printed behind its prompt, and returned. A translator's is the
+    translation.
 
     Raises:
         CheckpointError: if the run is not one of a language model that writes.
@@ -121,6 +129,12 @@ def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[s
     """
     model = load_run(config.run, pick_device(config.device), which=config.which)
     about: dict[str, Any] = model.about  # type: ignore[assignment]
+    if isinstance(model, Seq2Seq) and about.get("task") == "translation":
+        if not config.prompt.strip():
+            raise ConfigError("a sentence to translate is needed: --prompt")
+        texts = translate(model, tokenizer_of(about), [config.prompt], beams=config.beams)
+        print(texts[0])
+        return texts
     if not isinstance(model, TextDecoder) or "tokenizer" not in about:
         raise CheckpointError(f"{config.run} holds a {about['model']}; writing takes a run of `vit2dpe text train`")
     tokenizer = from_json(about["tokenizer"])

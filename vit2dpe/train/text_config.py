@@ -12,19 +12,28 @@ class TextDataConfig:
     """What is read.
 
     Args:
-        path: a file of plain text, UTF-8; default: `url`, downloaded once.
+        path: a file of plain text, UTF-8; default: `url`, downloaded once. To classify: lines of a label, a tab and a
+            text.
         url: where the file comes from if no path is given.
         sha256: of the downloaded file; another one is refused.
+        pairs: to translate: a folder of train, val and a test set in two languages, train.de, train.en, ... or .gz.
+        source: the language that is read.
+        target: the language that is written.
+        test: the set that is translated in the end.
         tokenizer: chars, bytes, bpe, wordpiece (learned from the training text), or the path of a tokenizer.json.
         vocab: how many tokens bpe and wordpiece learn.
-        val_share: part of the text, at its end, that is kept for validation.
-        context: tokens of a training sequence.
-        limit: read only so many characters.
+        val_share: part of the text, at its end, that is kept for validation; of labelled lines, of each label's.
+        context: tokens of a training sequence; longer pairs are left out, longer lines are cut.
+        limit: read only so many characters, or pairs of each set.
     """
 
     path: str | None = None
     url: str | None = None
     sha256: str | None = None
+    pairs: str | None = None
+    source: str = "de"
+    target: str = "en"
+    test: str = "test_2016_flickr"
     tokenizer: str = "chars"
     vocab: int = 8000
     val_share: float = 0.1
@@ -42,7 +51,7 @@ class TextModelConfig:
         depth: blocks.
         heads: attention heads.
         mlp_ratio: hidden channels of the MLP over width.
-        norm: layer or rms.
+        norm: layer or rms, layernorm or rmsnorm in full.
         mlp: gelu, gelu_tanh, relu, swiglu, geglu or geglu_tanh.
         bias: whether linear maps have biases.
         dropout: of embedding, attention weights and outputs.
@@ -67,17 +76,21 @@ _RUN = RunConfig(out="runs/text")
 
 @dataclass(frozen=True)
 class TextTrainConfig:
-    """Train a language model on plain text.
+    """Train a language model on plain text, a translator on pairs of sentences, or a classifier of lines.
 
     Args:
         model: what is trained.
         data: what it is trained on.
         optim: how weights are updated.
         run: where and how it runs.
-        objective: causal (the next token) or masked (15% of the tokens hidden, BERT's 80/10/10).
-        steps_per_epoch: updates between two evaluations, which is what an epoch is here.
+        objective: causal (the next token), masked (15% of the tokens hidden, BERT's 80/10/10), spans (T5's span
+            corruption), translate (pairs of sentences) or classify (lines with labels).
+        steps_per_epoch: updates between two evaluations, which is what an epoch is here; for pairs and lines an epoch
+            is all of them once.
+        smoothing: label smoothing, to translate and to classify.
+        beams: of the translation of the test set; 1 is greedy.
         resume: go on from run.out/last, if it is there.
-        init: start from these weights: a run folder or a .safetensors.
+        init: start from these weights: a run folder or a .safetensors. To classify, a run's tokenizer is taken too.
         smoke: two steps on the CPU, to see that everything runs.
     """
 
@@ -87,6 +100,8 @@ class TextTrainConfig:
     run: RunConfig = _RUN
     objective: str = "causal"
     steps_per_epoch: int = 250
+    smoothing: float = 0.0
+    beams: int = 4
     resume: bool = False
     init: str | None = None
     smoke: bool = False
@@ -94,16 +109,17 @@ class TextTrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Let a trained language model write.
+    """Let a trained language model write, or a translator translate.
 
     Args:
         run: folder of the run.
-        prompt: what it goes on from.
+        prompt: what it goes on from, or the sentence to translate.
         length: how many tokens it writes.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw among so many of the likeliest.
         top_p: draw among the likeliest that together reach this probability.
         count: how many texts.
+        beams: of a translation; 1 is greedy.
         seed: of the draws.
         which: best or last.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -116,6 +132,7 @@ class SampleConfig:
     top_k: int | None = None
     top_p: float | None = None
     count: int = 1
+    beams: int = 4
     seed: int = 0
     which: str = "best"
     device: str = "auto"
@@ -126,7 +143,7 @@ def smoke(config: TextTrainConfig) -> TextTrainConfig:
     return replace(
         config,
         optim=replace(config.optim, epochs=1, batch_size=2, warmup_epochs=0),
-        data=replace(config.data, limit=20 * config.data.context),
+        data=replace(config.data, limit=8 if config.objective == "translate" else 20 * config.data.context),
         run=replace(config.run, device="cpu", compile=False),
         steps_per_epoch=2,
     )

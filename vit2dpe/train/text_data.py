@@ -29,6 +29,10 @@ from .text_config import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
 IGNORE = -100  # a label that asks nothing
+SHAKESPEARE: dict[str, Any] = {
+    "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+}
 
 
 class TextData(NamedTuple):
@@ -41,12 +45,13 @@ class TextData(NamedTuple):
     digest: str
 
 
-def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> TextData:
+def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None, option: str = "--data.path") -> TextData:
     """Read, split and tokenize a text.
 
     Args:
         config: where it is and how it is read.
         tokenizer: one that is there already, instead of the one that the settings name.
+        option: what names another file, for messages.
 
     Raises:
         DataError: if the file is missing, is no UTF-8, or too short for one sequence of each split.
@@ -55,9 +60,9 @@ def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> Tex
         raise ConfigError("name the text: --data.path file.txt, or --data.url to download one")
     if not 0 < config.val_share < 1:
         raise ConfigError(f"data.val_share must be in (0, 1), got {config.val_share}")
-    path = fetch(str(config.url), config.sha256) if config.path is None else Path(config.path).expanduser()
+    path = fetch(str(config.url), config.sha256, option) if config.path is None else Path(config.path).expanduser()
     if not path.is_file():
-        raise DataError(f"there is no text at {path}: give another --data.path")
+        raise DataError(f"there is no text at {path}: give another {option}")
     raw = path.read_bytes()
     try:
         text = raw.decode()[: config.limit]
@@ -78,7 +83,7 @@ def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> Tex
     return TextData(path.stem, train, val, found, hashlib.sha256(raw).hexdigest())
 
 
-def fetch(url: str, sha256: str | None = None) -> Path:
+def fetch(url: str, sha256: str | None = None, option: str = "--data.path") -> Path:
     """A file from the web, downloaded once into the cache and compared with its digest.
 
     Raises:
@@ -94,7 +99,7 @@ def fetch(url: str, sha256: str | None = None) -> Path:
             os.replace(temporary, path)
         except OSError as error:
             raise DataError(
-                f"cannot download {url}: {error}; get the file another way and name it with --data.path"
+                f"cannot download {url}: {error}; get the file another way and name it with {option}"
             ) from None
         finally:
             with suppress(OSError):  # renamed, or never made

@@ -31,7 +31,7 @@ from .settings import OptimConfig, RunConfig
 from .study import digest_of, finished, read_rows, slug, to_csv, write_settings
 from .task import Task
 from .text_config import TextDataConfig
-from .text_data import LanguageTask, TextData, load_text, token_loss, windows
+from .text_data import SHAKESPEARE, LanguageTask, TextData, load_text, token_loss, windows
 
 STEPS = 100  # updates of an epoch
 LAST = 64  # tokens at the end of a window that are measured by themselves too
@@ -64,7 +64,12 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     text = None
     if config.task == "text":
         length = max(plan.length, *plan.lengths)
-        text = load_text(TextDataConfig(path=config.root, context=length, limit=100 * length if config.smoke else None))
+        data = TextDataConfig(
+            path=config.root, context=length, limit=100 * length if config.smoke else None, **SHAKESPEARE
+        )
+        text = load_text(data, option="--root")  # the download serves where no file is named
+        if config.limit_test and not config.smoke:
+            text = text._replace(val=text.val[: max(config.limit_test, length) + 1])
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_settings(out, config)
@@ -83,11 +88,9 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
 
 def check(config: StudyConfig) -> Plan:
     """Everything that can be refused before data are read."""
-    words = list(ENCODINGS) if config.encodings == "all" else split_words(config.encodings)
+    words = list(ENCODINGS) if config.encodings == "all" else split_words(str(config.encodings))
     for word in words:
         parse(word)
-    if config.task == "text" and config.root is None:
-        raise ConfigError("a study of text needs one: --root path/to/text.txt")
     length = int(config.train_length or 0)
     lengths = _numbers("lengths", config.lengths or str(length))
     depths = _numbers("depths", config.depths or str(config.depth))
