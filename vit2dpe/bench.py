@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ConfigError
 from .resolution import parse_size
-from .train.checkpoint import write_atomically
 from .train.config import split_words
+from .train.files import write_atomically
 
 MODES = ("inference", "training")
 
@@ -191,9 +191,9 @@ def _about(command: str) -> dict[str, Any]:
     import timm
 
     from . import __version__
-    from .train.report import _cpu
+    from .train.runs import processor
 
     return dict(
         command=command, vit2dpe=__version__, torch=torch.__version__, timm=timm.__version__,
-        python=platform.python_version(), cpu=_cpu(), threads=torch.get_num_threads(), load=os.getloadavg(),
+        python=platform.python_version(), cpu=processor(), threads=torch.get_num_threads(), load=os.getloadavg(),
     )  # fmt: skip

@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import interpolate
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
-from vit2dpe.cli import _in_full, main
+from vit2dpe.cli import main
 from vit2dpe.models.simmim import SimMIM
+from vit2dpe.options import _in_full
 from vit2dpe.reconstruction import LEAK, draw
-from vit2dpe.train.data import Images, Split
+from vit2dpe.train.data import Images
 from vit2dpe.train.distributed import World
 from vit2dpe.train.init import load_weights
 from vit2dpe.train.masked import MaskedTask
@@ -22,6 +23,7 @@ from vit2dpe.train.pretrain import check, masked_spec, pretrain
 from vit2dpe.train.pretrain_settings import DecoderConfig, PretrainConfig, ProbeConfig
 from vit2dpe.train.probe import features, knn_probe, linear_probe, probe
 from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig
+from vit2dpe.train.splits import Split
 from vit2dpe.train.task import ImageTask
 from vit2dpe.train.train import train
 

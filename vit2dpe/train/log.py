@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 Row = dict[str, Any]
 

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .checkpoint import ModelSpec
+from .devices import pick_device, precision
 from .distributed import World, joined, local_device
-from .engine import fit, pick_device
+from .engine import fit
 from .init import load_weights
 from .keys import keyed
-from .runs import changed_settings, environment, printable, run_folder, write_facts
+from .runs import changed_settings, environment, printable, run_folder, write_facts, write_summary
+from .settings import check_numbers
+from .stream import lost_worker
 from .task import Task
 
 
@@ -62,18 +66,39 @@ class Training:
 
     def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[dict[str, Any]]:
         """`engine.fit` with these settings; returns its rows."""
-        return fit(
-            model,
-            task,
-            self.config.optim,
-            replace(self.config.run, device=str(self.device)),
-            folder=self.folder,
-            spec=spec,
-            resume=self.config.resume,
-            world=self.world,
-            about=dict(command=self.command),
-            stop_after=stop_after,
-        )
+        try:
+            return fit(
+                model,
+                task,
+                self.config.optim,
+                replace(self.config.run, device=str(self.device)),
+                folder=self.folder,
+                spec=spec,
+                resume=self.config.resume,
+                world=self.world,
+                about=dict(command=self.command),
+                stop_after=stop_after,
+            )
+        except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
+            raise lost_worker(error) or error from None
+
+    def finish(self, title: str, rows: list[dict[str, Any]], facts: Any, result: str, following: str) -> None:
+        """Write `summary.md`, and say what came out and what to try next."""
+        write_summary(self.folder, title, rows, facts, following)
+        self.say(f"{result}; summary {self.folder / 'summary.md'}")
+        self.say(f"next     {following}")
+
+
+def check_run(config: Any) -> None:
+    """What any training can be refused for before data are read: numbers, device, precision, first weights.
+
+    Raises:
+        ConfigError: naming the setting, what it must be and what came.
+    """
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    if config.init is not None and not Path(config.init).expanduser().exists():
+        raise ConfigError(f"there is nothing at {config.init} to start from")
 
 
 @contextmanager

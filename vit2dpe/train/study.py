@@ -24,13 +24,16 @@ from ..errors import ConfigError, unknown
 from ..models import Swin, ViT
 from ..policies import POLICIES, TEMPERATURES
 from ..resolution import MODES, parse_size, policies_of, sweep
-from .checkpoint import read_meta, save_model, write_atomically
+from .checkpoint import read_meta, save_model
 from .config import StudyConfig, as_dict, resolve, split_words
-from .data import Images, load_images
-from .engine import fit, keyed, pick_device, precision
+from .data import Images, load
+from .devices import pick_device, precision
+from .engine import fit
+from .files import write_atomically
 from .jobs import Progress, count, each
-from .report import Report, environment
-from .settings import AugmentConfig, OptimConfig, RunConfig
+from .keys import keyed
+from .report import Report, about_study
+from .settings import AugmentConfig, DataConfig, OptimConfig, RunConfig
 from .task import ImageTask, evaluation_batches
 
 COLUMNS = (
@@ -81,19 +84,13 @@ def study(config: StudyConfig, command: str = "") -> Path:
         return study_text(resolve(config), command)
     plan = check(config)
     config = plan.config
-    data = load_images(
-        config.data,
-        config.root,
-        source_size=None if config.source_size is None else parse_size(config.source_size),
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-    )
+    data = load(DataConfig(config.data, config.root, None, config.source_size, config.limit_train, config.limit_test))
     for note in data.notes:
         print(f"note: {note}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_settings(out, config)
-    about = environment(command, config, data.digest, pick_device(config.device))
+    about = about_study(command, config, pick_device(config.device), config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
 
