@@ -29,6 +29,7 @@ from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
 from .signals import Signals
 from .snapshots import Snapshots, State
+from .stream import lost_worker
 from .task import Batch, Task, split_batch
 
 
@@ -122,22 +123,30 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
-        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb) if first else None
+        about = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
+        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         with (
             Signals(listen=self.spec is not None) as self.signals,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
         ):
-            while self.state.epoch < self.optim.epochs and not self._patience_ended():
-                self._train_epoch(self.state.epoch)
-                row = self._evaluate()
+            try:
+                while self.state.epoch < self.optim.epochs and not self._patience_ended():
+                    self._train_epoch(self.state.epoch)
+                    row = self._evaluate()
+                    if trackers is not None:
+                        trackers.add(row)
+                    if self.stop_after is not None and self.state.step >= self.stop_after:
+                        break
+            except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
+                if lost := lost_worker(error):
+                    raise lost from error
+                raise
+            finally:
+                self.task.close()
                 if trackers is not None:
-                    trackers.add(row)
-                if self.stop_after is not None and self.state.step >= self.stop_after:
-                    break
-        if trackers is not None:
-            trackers.close()
+                    trackers.close()
         return self.table.rows if self.table is not None else []
 
     def _train_epoch(self, epoch: int) -> None:

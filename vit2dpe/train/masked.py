@@ -45,6 +45,9 @@ class MaskedTask(Task):
         noise = torch.rand(size, math.prod(self.grid), generator=generator(task.seed, epoch, step, "mask"))
         return dict(images=batch["images"], noise=noise[task.world.share(size)].to(task.device), index=batch["index"])
 
+    def close(self) -> None:
+        self.images.close()
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         return model(batch["images"], self.mask_ratio, batch["noise"])[0], {}
 

@@ -63,8 +63,8 @@ class RunConfig:
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
-        tensorboard: write TensorBoard's events too.
-        wandb: the name of a Weights & Biases project to log to.
+        tensorboard: write TensorBoard's events too, into out/tensorboard.
+        wandb: the name of a Weights & Biases project to log to; with WANDB_MODE=offline into out/wandb only.
     """
 
     out: str = "runs/train"

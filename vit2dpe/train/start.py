@@ -20,7 +20,6 @@ from .init import load_weights
 from .keys import keyed
 from .runs import changed_settings, environment, printable, run_folder, write_facts, write_summary
 from .settings import check_numbers
-from .stream import lost_worker
 from .task import Task
 
 
@@ -66,21 +65,18 @@ class Training:
 
     def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[dict[str, Any]]:
         """`engine.fit` with these settings; returns its rows."""
-        try:
-            return fit(
-                model,
-                task,
-                self.config.optim,
-                replace(self.config.run, device=str(self.device)),
-                folder=self.folder,
-                spec=spec,
-                resume=self.config.resume,
-                world=self.world,
-                about=dict(command=self.command),
-                stop_after=stop_after,
-            )
-        except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
-            raise lost_worker(error) or error from None
+        return fit(
+            model,
+            task,
+            self.config.optim,
+            replace(self.config.run, device=str(self.device)),
+            folder=self.folder,
+            spec=spec,
+            resume=self.config.resume,
+            world=self.world,
+            about=dict(command=self.command),
+            stop_after=stop_after,
+        )
 
     def finish(self, title: str, rows: list[dict[str, Any]], facts: Any, result: str, following: str) -> None:
         """Write `summary.md`, and say what came out and what to try next."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ AHEAD = 2  # batches that each worker prepares
 
 def default_workers() -> int:
     """Of this process: the cores, shared between the processes of this machine, eight at most."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class Feed:
@@ -53,10 +54,17 @@ class Feed:
         if isinstance(self.split, Split):
             return self.split.pixels(self.plan(epoch, step))
         if self.next != (epoch, step):
+            self.close()
             self.batches = stream(self.split, self._from(epoch, step), self.workers)
         pixels = next(self.batches)
         self.next = (epoch, step + 1) if step + 1 < self.steps() else (epoch + 1, 0)
         return pixels
+
+    def close(self) -> None:
+        """End the workers. A later call starts new ones."""
+        if isinstance(self.batches, Generator):
+            self.batches.close()
+        self.next = None
 
     def _from(self, epoch: int, step: int) -> Iterator[Tensor]:
         while True:

@@ -57,6 +57,9 @@ class Task(Protocol):
         """What a reader of the checkpoint must know (classes, mean, std, digest of the data): JSON values."""
         ...
 
+    def close(self) -> None:
+        """Let go of processes and files; called when a training ends, however it ends."""
+
     def count(self, batch: Batch) -> int:
         """How many items the loss is the mean of; the first dimension of the first tensor, if not overridden."""
         return len(tensors_of(batch)[0])
@@ -128,6 +131,9 @@ class ImageTask(Task):
             classes = len(self.data.classes)
             batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
         return batch
+
+    def close(self) -> None:
+        self.feed.close()
 
     def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
         """Which part of which batch is this rank's, and the numbers of its images."""
