@@ -19,7 +19,7 @@ from ..resolution import parse_size
 from .checkpoint import ModelSpec, load_run, timm_model, write_checkpoint
 from .data import Images, check_data, load, normalize
 from .distributed import World
-from .init import initialize
+from .init import initialize, jitter_places
 from .keys import generator
 from .masked import MaskedTask
 from .optimizer import make_optimizer, make_schedule
@@ -56,6 +56,8 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = masked_spec(config, size, len(data.mean))
         model = under_way.model(spec, lambda model: _draw(model, config.model.init))
+        if config.model.jitter:
+            jitter_places(model.encoder, config.model.jitter)
         grid = model.mask_grid(*size)
         task = masked_task(config, data, size, grid, under_way.device, world)
         facts = under_way.record(data.name, data.digest)
@@ -106,6 +108,8 @@ def check(config: PretrainConfig) -> PretrainConfig:
     size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
     with torch.device("meta"):
         model: Any = masked_spec(config, parse_size(size), 3).build()
+    if config.model.jitter:
+        jitter_places(model.encoder, config.model.jitter)
     keep_count(math.prod(model.mask_grid(*parse_size(size))), _ratio(config))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     return config

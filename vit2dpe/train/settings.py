@@ -97,6 +97,8 @@ class ModelConfig:
         pool: avg, token or map.
         class_token: whether there is one; default: with pool token.
         drop_path: stochastic depth rate of the last block.
+        jitter: in training every token's place is moved by up to so many patches along each axis (arXiv 2506.03737);
+            0: not. Encodings that look places up in tables cannot be.
         init: default (the model's own), xavier, trunc_normal or gpt2.
         options: further arguments of the model, such as '{"qk_norm": true}'.
     """
@@ -111,6 +113,7 @@ class ModelConfig:
     pool: str | None = None
     class_token: bool | None = None
     drop_path: float = 0.0
+    jitter: float = 0.0
     init: str = "default"
     options: dict = field(default_factory=dict)
 

@@ -109,7 +109,9 @@ def stream(split: Split | FileSplit, plan: Iterable[Tensor], workers: int | None
         raise
     finally:
         _FLIGHTS.remove(flight)
-        del batches  # ends the workers
+        end = getattr(batches, "_shutdown_workers", None)  # at once, not when an error's traceback is let go of
+        if end is not None:
+            end()
 
 
 def lost_worker(error: BaseException) -> TrainingError | None:

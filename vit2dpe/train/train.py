@@ -16,7 +16,7 @@ from .checkpoint import ModelSpec
 from .config import split_words
 from .data import Images, check_data, load
 from .distributed import World, wrapped
-from .init import INITS, initialize
+from .init import INITS, initialize, jitter_places
 from .optimizer import make_optimizer, make_schedule
 from .policy import POLICIES
 from .settings import AugmentConfig, TrainConfig, resolve
@@ -48,6 +48,8 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
+        if config.model.jitter:
+            jitter_places(model, config.model.jitter)
         task = image_task(config, data, size, under_way.device, world)
         facts = under_way.record(data.name, data.digest)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -81,6 +83,8 @@ def check(config: TrainConfig) -> TrainConfig:
     size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
     with torch.device("meta"):
         model = model_spec(config, parse_size(size), 3, 10).build()
+    if config.model.jitter:
+        jitter_places(model, config.model.jitter)
     for other in split_words(config.augment.train_sizes or ""):
         if isinstance(model, TimmContract):
             model.patch_embed.grid(*parse_size(other))
