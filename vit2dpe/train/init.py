@@ -121,7 +121,7 @@ def jitter_places(model: nn.Module, amount: float) -> None:
     if not parts:
         raise ConfigError(f"model.jitter moves what encodings see, and {type(model).__name__} has none of ours")
     for part in parts:
-        part.perturb = _after(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign]
+        part.perturb = _after(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign, assignment]
 
 
 def _after(first: Callable[[Positions], Any], second: Callable[[Positions], Any]) -> Callable[[Positions], Any]:

@@ -35,17 +35,7 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
     """Pretrain as told and leave a run folder: what `train` leaves, `encoder/`, which `load_run` reads, and
     `reconstructions.png`.
 
-    Args:
-        config: settings; those at None take the preset of the data.
-        command: what was typed, for the record.
-
-    Returns:
-        the run folder.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: before anything is trained, for what cannot work.
-        TrainingError: for what went wrong on the way.
-        Stopped: after a signal, when everything is saved.
+    Arguments, result and errors are those of `train.train`.
     """
     config = check(config)
     with training(config, command) as under_way:

@@ -58,7 +58,8 @@ class Task(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of processes and files; called when a training ends, however it ends."""
+        """Let go of processes and files; called when a training ends, however it ends. Most tasks hold none."""
+        return
 
     def count(self, batch: Batch) -> int:
         """How many items the loss is the mean of; the first dimension of the first tensor, if not overridden."""

@@ -13,8 +13,11 @@ from ..errors import CheckpointError, ConfigError, unknown
 from ..models.generate import generate
 from ..models.text import TextDecoder
 from .checkpoint import ModelSpec, load_run
-from .devices import pick_device
-from .start import check_run, training
+from .distributed import local_device
+from .engine import pick_device, precision
+from .runs import write_summary
+from .settings import check_numbers
+from .start import training
 from .text_config import SampleConfig, TextTrainConfig, smoke
 from .text_data import LanguageTask, load_text
 from .tokenizers import from_json
@@ -60,9 +63,10 @@ def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
         rows = under_way.fit(model, task, spec)
         if world.first:
             following = shlex.join(["vit2dpe", "text", "sample", "--run", str(folder), "--prompt", "ROMEO:"])
+            write_summary(folder, f"{config.model.position} on {data.name}", rows, facts, following)
             best = min((row["val_loss"] for row in rows), default=float("nan"))
-            result = f"validation loss {rows[-1]['val_loss']:.4f} nats a token (best {best:.4f})"
-            under_way.finish(f"{config.model.position} on {data.name}", rows, facts, result, following)
+            say(f"validation loss {rows[-1]['val_loss']:.4f} nats a token (best {best:.4f})")
+            say(f"next     {following}")
     return folder
 
 
@@ -77,7 +81,8 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
         )
     if config.smoke:
         config = smoke(config)
-    check_run(config)
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
     parse(config.model.position)
     with torch.device("meta"):
         model_spec(config, 2).build()
