@@ -246,9 +246,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def smoked(config: Any) -> Any:
     """Two small steps on the CPU, of any training on images."""
     batch = min(16, config.optim.batch_size)
+    few = None if config.data.val_fraction else 2 * batch  # two images of every class, where a part is held out
     return replace(
         config,
-        data=replace(config.data, limit_train=2 * batch, limit_test=40),
+        data=replace(config.data, limit_train=few, limit_test=40),
         optim=replace(config.optim, epochs=1, batch_size=batch),
         run=replace(config.run, device="cpu", compile=False),
     )
