@@ -248,7 +248,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 def test_an_interrupted_study(tmp_path, monkeypatch):
     micro = StudyConfig(
         encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
-        limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu",
+        limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
     study_module.study(replace(micro, out=str(tmp_path / "whole")))
     real = study_module.fit

@@ -93,6 +93,7 @@ def test_two_steps_of_a_study(path, command, tmp_path, monkeypatch):
     smallest = given["sizes"].split(",")[0]
     words = ["--config", str(path), "--smoke", "--encodings", "rope", "--sizes", smallest, "--modes", "scale"]
     words += ["--depth", "1", "--seeds", "1", "--batch_size", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    words += ["--jobs", "1", *(["--stages", "1,1"] if given.get("arch") == "swin" else [])]
     if given["data"] != "digits":
         words += ["--data", "folder", "--root", micro(tmp_path / "data", int(given["train_size"]))]
     assert main(["study", *words]) == 0

@@ -255,7 +255,7 @@ def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypa
     monkeypatch.setattr(study_module, "fit", spy)
     config = StudyConfig(
         encodings="learned", train_size="8x12", sizes="8,8x12,16", modes="scale", policies="default", finetune=1,
-        epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu",
+        epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,
         out=str(tmp_path),
     )  # fmt: skip
     study_module.study(config)
