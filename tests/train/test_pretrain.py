@@ -86,13 +86,13 @@ def test_the_run_and_its_encoder_load(run):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     """Stopped after an epoch, resumed, and every tensor is that of the run that was not."""
+    from vit2dpe.train.data import load
     from vit2dpe.train.engine import fit
     from vit2dpe.train.keys import keyed
-    from vit2dpe.train.pretrain import loaded, masked_task
-    from vit2dpe.train.settings import TrainConfig
+    from vit2dpe.train.pretrain import masked_task
 
     told = check(config(tmp_path / "again"))
-    data = loaded(TrainConfig(data=told.data))
+    data = load(told.data)
     spec = masked_spec(told, (16, 16), 1)
     for resume, stop in ((False, 2), (True, None)):
         torch.manual_seed(keyed(0, "init"))
