@@ -56,6 +56,7 @@ def test_workers_change_no_bit(root, workers):
     assert stream.steps_per_epoch == 3
     for epoch, step in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (0, 1)):  # in order over an epoch's end, then jumps
         same(memory.batch(epoch, step), stream.batch(epoch, step))
+    stream.close()
     for size in (None, (12, 8)):
         pairs = zip(evaluation_batches(kept, size, 4), evaluation_batches(disk, size, 4, workers=workers), strict=True)
         assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
@@ -119,3 +120,4 @@ def test_sizes_that_differ_are_named(root, workers):
     task = ImageTask(replace(data, train=replace(data.train, source=None)), (8, 12), 8, workers=workers)
     with pytest.raises(DataError, match=match):
         task.batch(0, 0)
+    task.close()
