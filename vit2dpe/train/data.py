@@ -24,7 +24,7 @@ from . import archives
 from .folders import LAYOUT, list_folders
 from .images import cache_dir, decode, load_files
 from .settings import DataConfig
-from .splits import FileSplit, Split, digest_of
+from .splits import FileSplit, Split, digest_of, resize
 
 
 @dataclass(frozen=True)
@@ -308,3 +308,6 @@ def _shared(train: Split, test: Split) -> int:
     seen = [image.tobytes() for image in test.images.numpy()]
     leaked = set(seen).intersection(image.tobytes() for image in train.images.numpy())
     return sum(image in leaked for image in seen)
+
+
+__all__ = ["SOURCES", "Images", "Split", "load", "load_images", "normalize", "resize"]
