@@ -223,23 +223,29 @@ def sweep(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, Any]:
+    """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
+
+    Args:
+        top: for each k how often the label is among the k likeliest classes, as "topk".
+    """
     was_training = model.training
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    right, loss, n = 0, 0.0, 0
+    right, loss, n = dict.fromkeys(top, 0), 0.0, 0
     try:
         for images, labels in batches:
             logits, labels = model(images.to(device)).float(), labels.to(device)
-            right += int((logits.argmax(-1) == labels).sum())
+            for k in top:
+                likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
+                right[k] += int((likeliest == labels[:, None]).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
     finally:
         model.train(was_training)
     if n == 0:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
-    return {"top1": 100 * right / n, "loss": loss / n, "n": n}
+    return {f"top{k}": 100 * hits / n for k, hits in right.items()} | {"loss": loss / n, "n": n}
 
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vit2dpe import Dims, Positions, ViT, build
+from vit2dpe import Dims, Positions, Swin, ViT, build
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.layers import PatchEmbed
+from vit2dpe.models.mae import keep_count
 from vit2dpe.resolution import parse_size
 
 fault = pytest.mark.fault
@@ -73,17 +74,60 @@ def test_windows_never_change_silently():
         build("windowed(window=0)", Dims(width=8, heads=2, grid=(4, 5)))
 
 
-@fault("F30")
-@pytest.mark.parametrize("word", ["rope(base=0)", "rope(base=-1)", "sincos(base=0)", "rope(base=1)"])
-def test_bases_out_of_range(word):
-    with pytest.raises(ConfigError, match="base"):
-        build(word, Dims(width=16, heads=2, grid=(4, 5)))
+@fault("F29")
+def test_a_grid_that_windows_do_not_divide_is_filled_up():
+    """Windows of 4x6 on a grid of 5x7: whole windows see what they saw alone, the last one its single token."""
+    sizes = dict(embed_dim=16, depths=(1,), num_heads=(2,), num_classes=3)
+    model = Swin("relative", img_size=(16, 24), window_size=(4, 6), **sizes).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(1, 3, 20, 28)
+    with torch.no_grad():
+        whole = model.forward_features(images)
+        for rows, columns in ((slice(0, 4), slice(0, 6)), (slice(4, 5), slice(6, 7)), (slice(4, 5), slice(0, 6))):
+            pixels = [slice(4 * part.start, 4 * part.stop) for part in (rows, columns)]
+            alone = model.forward_features(images[:, :, pixels[0], pixels[1]])
+            torch.testing.assert_close(whole[:, rows, columns], alone)
+    assert model.window_sizes == ((4, 6),)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="at least 1"):
+        Swin("relative", img_size=(16, 24), window_size=0, **sizes)
 
 
 @fault("F30")
-def test_rates_out_of_range():
-    with pytest.raises(ConfigError, match=r"\[0, 1\), got 1"):
-        ViT("rope", **MICRO | dict(patch_drop_rate=1.0))
+@pytest.mark.parametrize("name", ["rope", "rope_mixed", "rope_dinov3", "sincos"])
+@pytest.mark.parametrize("base", ["0", "-1", "1", "nan", "1e999"])
+def test_bases_out_of_range(name, base):
+    with pytest.raises(ConfigError, match=r"base"):
+        build(f"{name}(base={base})", Dims(width=16, heads=2, grid=(4, 5)))
+
+
+@fault("F30")
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.5", "1.5", "nan"])
+def test_masks_that_hide_nothing_or_everything(ratio, capsys, monkeypatch):
+    monkeypatch.setattr("vit2dpe.train.pretrain.load", None)  # before data are read
+    assert main(["pretrain", f"--mask_ratio={ratio}"]) == 2
+    error = capsys.readouterr().err
+    assert ratio in error
+    assert "mask_ratio" in error
+
+
+@fault("F30")
+def test_masks_keep_something_and_hide_something():
+    for n in range(2, 400):
+        for ratio in (1e-6, 0.1, 0.5, 0.75, 0.8, 0.9, 1 - 1e-9):
+            assert 1 <= keep_count(n, ratio) <= n - 1
+    assert (keep_count(5, 0.8), keep_count(10, 0.9), keep_count(196, 0.75)) == (1, 1, 49)
+    with pytest.raises(ConfigError, match="one patch cannot be masked"):
+        keep_count(1, 0.5)
+
+
+@fault("F30")
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
+def test_rates_out_of_range(rate):
+    with pytest.raises(ConfigError, match=rf"\[0, 1\), got {rate}"):
+        ViT("rope", **MICRO | dict(patch_drop_rate=rate))
 
 
 @fault("F31")

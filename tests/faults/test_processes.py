@@ -1,6 +1,7 @@
 """F50 to F65: what machines and people do to a training while it runs."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,19 +13,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vit2dpe
 from vit2dpe import load_run
 from vit2dpe.cli import main
-from vit2dpe.errors import ConfigError, TrainingError
+from vit2dpe.errors import ConfigError, DataError, TrainingError
+from vit2dpe.train import stream
 from vit2dpe.train import study as study_module
 from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors, write_checkpoint
 from vit2dpe.train.config import StudyConfig
 from vit2dpe.train.engine import Trainer
 from vit2dpe.train.log import read_table
 from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.train.splits import FileSplit
 from vit2dpe.train.task import ImageTask
 from vit2dpe.train.train import train
 
@@ -114,7 +119,7 @@ def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys
 @fault("F51")
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
-    monkeypatch.setattr("vit2dpe.train.train.load_images", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.train.train.load", None)  # before data are read
     assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
     assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
 
@@ -243,7 +248,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 def test_an_interrupted_study(tmp_path, monkeypatch):
     micro = StudyConfig(
         encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
-        limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu",
+        limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
     study_module.study(replace(micro, out=str(tmp_path / "whole")))
     real = study_module.fit
@@ -311,3 +316,84 @@ def test_other_hash_seeds_no_home_no_network_no_time_zone(tmp_path):
         assert process.returncode == 0, error
     files = [(tmp_path / str(i) / "last/model.safetensors").read_bytes() for i in range(2)]
     assert files[0] == files[1]
+
+
+def streaming(tmp_path, **data):
+    """Settings of a training whose images stay on disk: 2 classes of 16 to train on, 4 to test."""
+    draws = np.random.default_rng(0)
+    for split, n in (("train", 16), ("val", 4)):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = draws.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    data = DataConfig("folder", str(tmp_path / "data"), "8x12", cache="none", workers=2, **data)
+    return replace(at(tmp_path / "out"), data=data, model=replace(MICRO.model, patch=4, position="rope"))
+
+
+def on_step(monkeypatch, step, then):
+    real = Trainer._tell
+
+    def spy(self, epoch):
+        real(self, epoch)
+        if self.state.step == step:
+            then()
+
+    monkeypatch.setattr(Trainer, "_tell", spy)
+
+
+@fault("F55")
+def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
+    config, killed = streaming(tmp_path), []
+    config = replace(config, optim=replace(config.optim, epochs=5))
+
+    def kill():
+        victim = next(p for p in multiprocessing.active_children() if p.pid not in killed)
+        killed.append(victim.pid)
+        os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(2)  # torch is told by a signal
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        on_step(patch, 3, kill)
+        with pytest.raises(
+            TrainingError, match=r"data worker [01] \(process \d+\).* Killed.*--data\.workers"
+        ) as caught:
+            train(config)
+    assert f"process {killed[0]}" in str(caught.value)
+    assert re.search(r"at .*/train/[ab]/\d+\.png and 15 more", str(caught.value))
+    assert time.monotonic() - began < 60
+    assert read_meta(tmp_path / "out/last")["state"]["step"] == 2, "the last whole epoch is kept"
+    train(replace(config, resume=True))
+    train(replace(config, run=replace(config.run, out=str(tmp_path / "whole"))))
+    weights = [(tmp_path / run / "last/model.safetensors").read_bytes() for run in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
+@fault("F55")
+def test_a_data_worker_that_cannot_read(tmp_path, monkeypatch):
+    config = streaming(tmp_path)
+    damaged = sorted((tmp_path / "data/train/b").iterdir())
+    on_step(monkeypatch, 2, lambda: [path.write_bytes(b"") for path in damaged])
+    config = replace(config, optim=replace(config.optim, epochs=9))  # read ahead, so a later epoch meets them
+    with pytest.raises(DataError, match=r"cannot read the image .*/train/b/\d+\.png"):
+        train(config)
+    load_run(tmp_path / "out")
+
+
+@fault("F55")
+def test_a_data_worker_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "PATIENCE_S", 1.0)
+    config, real = streaming(tmp_path), FileSplit.read
+
+    def hangs(self, index):
+        if multiprocessing.parent_process() is not None and self.path(index).endswith("train/a/7.png"):
+            time.sleep(100)
+        return real(self, index)
+
+    monkeypatch.setattr(FileSplit, "read", hangs)
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=r"data worker [01] .*/train/.*png.* gave no batch within 1 seconds"):
+        train(config)
+    assert time.monotonic() - began < 60
+    assert not multiprocessing.active_children()

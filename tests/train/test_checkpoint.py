@@ -7,7 +7,8 @@ import torch
 
 from vit2dpe import ViT, load_run
 from vit2dpe.errors import CheckpointError, TrainingError
-from vit2dpe.train.checkpoint import save_model, write_atomically
+from vit2dpe.train.checkpoint import save_model
+from vit2dpe.train.files import write_atomically
 
 ARGUMENTS = dict(
     position="learned+rope_mixed", img_size=(12, 16), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5
@@ -69,7 +70,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vit2dpe.train.checkpoint.os.fsync", full)
+    monkeypatch.setattr("vit2dpe.train.files.os.fsync", full)
     with pytest.raises(TrainingError, match=r"file, 3 bytes, [\d,]+ free: No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

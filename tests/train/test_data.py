@@ -25,8 +25,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from vit2dpe.errors import ConfigError, DataError
 from vit2dpe.train import data, images
-from vit2dpe.train.data import SOURCES, Split, load_images, normalize, resize
+from vit2dpe.train.data import SOURCES, load_images, normalize
 from vit2dpe.train.images import decode
+from vit2dpe.train.splits import Split, resize
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ from vit2dpe import ViT
 from vit2dpe.errors import TrainingError
 from vit2dpe.train.augment import shift_and_flip
 from vit2dpe.train.data import load_images
-from vit2dpe.train.engine import fit, keyed, pick_device
+from vit2dpe.train.devices import pick_device
+from vit2dpe.train.engine import fit
+from vit2dpe.train.keys import keyed
 from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
 from vit2dpe.train.task import ImageTask
 

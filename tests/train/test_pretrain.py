@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import interpolate
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
-from vit2dpe.cli import _in_full, main
+from vit2dpe.cli import main
 from vit2dpe.models.simmim import SimMIM
+from vit2dpe.options import _in_full
 from vit2dpe.reconstruction import LEAK, draw
-from vit2dpe.train.data import Images, Split
+from vit2dpe.train.data import Images
 from vit2dpe.train.distributed import World
 from vit2dpe.train.init import load_weights
 from vit2dpe.train.masked import MaskedTask
@@ -22,6 +23,7 @@ from vit2dpe.train.pretrain import check, masked_spec, pretrain
 from vit2dpe.train.pretrain_settings import DecoderConfig, PretrainConfig, ProbeConfig
 from vit2dpe.train.probe import features, knn_probe, linear_probe, probe
 from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig
+from vit2dpe.train.splits import Split
 from vit2dpe.train.task import ImageTask
 from vit2dpe.train.train import train
 
@@ -84,13 +86,13 @@ def test_the_run_and_its_encoder_load(run):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     """Stopped after an epoch, resumed, and every tensor is that of the run that was not."""
+    from vit2dpe.train.data import load
     from vit2dpe.train.engine import fit
     from vit2dpe.train.keys import keyed
-    from vit2dpe.train.pretrain import loaded, masked_task
-    from vit2dpe.train.settings import TrainConfig
+    from vit2dpe.train.pretrain import masked_task
 
     told = check(config(tmp_path / "again"))
-    data = loaded(TrainConfig(data=told.data))
+    data = load(told.data)
     spec = masked_spec(told, (16, 16), 1)
     for resume, stop in ((False, 2), (True, None)):
         torch.manual_seed(keyed(0, "init"))

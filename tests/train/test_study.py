@@ -242,3 +242,30 @@ def test_unknown_commands_and_pictures(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert main(["show", "rope", "--grid", "5xx8"]) == 2
     assert "14x14" in capsys.readouterr().err
+
+
+def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypatch):
+    trained = []
+    real = study_module.fit
+
+    def spy(model, task, *args, **kwargs):
+        trained.append(task.train_size)
+        return real(model, task, *args, **kwargs)
+
+    monkeypatch.setattr(study_module, "fit", spy)
+    config = StudyConfig(
+        encodings="learned", train_size="8x12", sizes="8,8x12,16", modes="scale", policies="default", finetune=1,
+        epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,
+        out=str(tmp_path),
+    )  # fmt: skip
+    study_module.study(config)
+    assert trained == [(8, 12), (8, 8), (16, 16)], "once at the training size, then on from there at each other one"
+    rows = study_module.read_rows(tmp_path / "results.csv")
+    fine = {(row["height"], row["width"]): row for row in rows if row["policy"] == "finetuned"}
+    assert fine.keys() == {(8, 8), (16, 16)}
+    assert all((row["train_height"], row["train_width"]) == (8, 12) for row in fine.values())
+    plain = {(row["height"], row["width"]): row["loss"] for row in rows if row["policy"] != "finetuned"}
+    assert all(row["loss"] != plain[size] for size, row in fine.items())
+    assert "finetuned" in (tmp_path / "summary.md").read_text()
+    study_module.study(config)
+    assert len(trained) == 3, "finished cells are read"

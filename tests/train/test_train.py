@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from vit2dpe import ViT, load_run
+from vit2dpe import PositionEncoding, Positions, ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError, ConfigError
 from vit2dpe.train.checkpoint import read_meta
 from vit2dpe.train.data import load_images
-from vit2dpe.train.init import initialize, load_weights
+from vit2dpe.train.init import initialize, jitter_places, load_weights
 from vit2dpe.train.log import read_table
 from vit2dpe.train.settings import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.train.task import ImageTask
@@ -117,7 +117,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_data_are_read(args, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.train.train.load_images", None)
+    monkeypatch.setattr("vit2dpe.train.train.load", None)
     assert main(["train", "--run.out", str(tmp_path / "out"), *args]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -257,3 +257,41 @@ def test_float16_skips_what_overflows_and_goes_on(tmp_path):
     meta = read_meta(out / "last")
     assert meta["state"]["scaler"]["scale"] > 0
     assert meta["state"]["step"] == 2
+
+
+def test_places_are_jittered_in_training_only(tmp_path):
+    model, still = vit("rope_mixed+sincos"), vit("rope_mixed+sincos")
+    still.load_state_dict(model.state_dict())
+    names = list(model.state_dict())
+    jitter_places(model, 0.5)
+    assert list(model.state_dict()) == names
+    at = Positions.grid((3, 4))
+    for mine, other in zip(encodings(model), encodings(still), strict=True):
+        for module in (mine, other):
+            module.train()
+        once, twice, plain = mine(at), mine(at), other(at)
+        found = [s.token if s.token is not None else s.q_rotation.cos for s in (once, twice, plain)]
+        assert not torch.allclose(found[0], found[1])
+        assert not torch.allclose(found[0], found[2])
+        mine.eval()
+        again = mine(at)
+        assert torch.equal(again.token if again.token is not None else again.q_rotation.cos, found[2])
+    with pytest.raises(ConfigError, match="cannot be jittered"):
+        jitter_places(vit("rope+learned"), 0.5)
+    with pytest.raises(ConfigError, match="has none of ours"):
+        jitter_places(vit("none"), 0.5)
+    config = replace(MICRO, model=replace(MICRO.model, position="rope", jitter=0.5))
+    runs = [train(at_(tmp_path, name, config)) for name in ("a", "b")]
+    weights = [(run / "last/model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1], "the draws are keyed"
+    plain = train(at_(tmp_path, "plain", replace(config, model=replace(config.model, jitter=0.0))))
+    assert (plain / "last/model.safetensors").read_bytes() != weights[0]
+
+
+def at_(folder, name, config):
+    return at(config, folder / name)
+
+
+def encodings(model):
+    found = [m for m in model.modules() if isinstance(m, PositionEncoding) and m.gives]
+    return [m for m in found if not hasattr(m, "terms")]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..resolution import parse_size
-from ..train.checkpoint import write_atomically
 from ..train.config import split_words
+from ..train.files import write_atomically
 from . import contenders as peers
 from . import measure
 from .table import line, markdown
@@ -259,10 +259,10 @@ def _about(command: str, device: str) -> dict[str, Any]:
     import timm
 
     from .. import __version__
-    from ..train.report import _cpu
+    from ..train.runs import processor
 
     return dict(
         command=command, vit2dpe=__version__, torch=torch.__version__, timm=timm.__version__,
-        python=platform.python_version(), cpu=_cpu(), threads=torch.get_num_threads(), load=os.getloadavg(),
+        python=platform.python_version(), cpu=processor(), threads=torch.get_num_threads(), load=os.getloadavg(),
         device=torch.cuda.get_device_name() if device == "cuda" else device,
     )  # fmt: skip

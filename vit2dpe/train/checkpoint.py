@@ -14,9 +14,7 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +26,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError, ConfigError, TrainingError, unknown
+from ..errors import CheckpointError, ConfigError, unknown
+from .files import sync_folder, write_atomically
 
 FORMAT = 2
 MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
@@ -140,7 +139,7 @@ def settle(folder: Path) -> None:
             path.replace(folder / wanted[path.name])
         elif _LEFT_OVER.fullmatch(path.name):
             path.unlink()
-    _sync(folder)
+    sync_folder(folder)
 
 
 def load_run(
@@ -250,62 +249,6 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
         )
 
 
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Either the whole new file or the old one, whatever happens meanwhile.
-
-    Raises:
-        TrainingError: if the disk does not take it; what was there before still is.
-    """
-    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {path}, {len(payload):,} bytes, {_free(path.parent)} free: {error.strerror or error}; "
-            "what was there before still is"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "unknown"
-
-
-def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nest of dicts, lists and numbers as JSON, its tensors moved to `tensors` under names that the JSON holds."""
-    if isinstance(tree, Tensor):
-        tensors[name] = tree
-        return {"tensor": name}
-    if isinstance(tree, Mapping):
-        return {"items": [[key, flatten(value, tensors, f"{name}/{key}")] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return {"list": [flatten(value, tensors, f"{name}/{i}") for i, value in enumerate(tree)]}
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise CheckpointError(f"the state of the training holds {name} of type {type(tree).__name__}: it cannot be saved")
-
-
-def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nest that `flatten` took apart."""
-    if not isinstance(node, dict):
-        return node
-    if "tensor" in node:
-        return tensors[node["tensor"]]
-    if "items" in node:
-        return {key: unflatten(value, tensors) for key, value in node["items"]}
-    return [unflatten(value, tensors) for value in node["list"]]
-
-
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, no two sharing memory (tied weights are written twice)."""
     found: dict[str, Tensor] = {}
@@ -325,13 +268,3 @@ def _pending(name: str, digest: str) -> str:
 def _check(meta: dict[str, Any]) -> str:
     rest = {key: value for key, value in meta.items() if key != "check"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make renames last; where folders cannot be opened (Windows) the system sees to it."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -51,6 +51,7 @@ class StudyConfig:
         shift: random shift in training, pixels of the training size.
         flip: random horizontal flip in training.
         clip_grad: largest gradient norm.
+        finetune: also train so many epochs on at each other size, and measure there: rows of policy "finetuned".
         precision: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
         device: auto, cpu, cuda, cuda:1, mps.
         jobs: how many cells are trained at a time, a process each; default as many as there are CPU cores, at most 8,
@@ -95,6 +96,7 @@ class StudyConfig:
     shift: int | None = None
     flip: bool | None = None
     clip_grad: float = 1.0
+    finetune: int = 0
     precision: str = "auto"
     device: str = "auto"
     jobs: int | None = None

@@ -1,87 +1,70 @@
-"""Labelled images in memory: where they come from, what is known about them, and how a batch becomes an input.
+"""Labelled images: where they come from, what is known about them, and how a batch becomes an input.
 
 Legend: N images, B batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError, unknown
+from ..resolution import parse_size
 from . import archives
 from .folders import LAYOUT, list_folders
-from .images import cache_dir, load_files
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 (N, C, H, W) and their labels int64 (N,), on the CPU."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, n: int) -> Split:
-        """n images, as many of every class as there are (the first classes one more); all of them if n is larger.
-
-        The same n always gives the same images, in their old order, and a smaller n some of those of a larger one.
-
-        Raises:
-            ConfigError: if n < 1.
-        """
-        if n < 1:
-            raise ConfigError(f"a limit must be at least 1 image, got {n}; None takes all of them")
-        if n >= len(self):
-            return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        order = order[self.labels[order].argsort(stable=True)]  # class by class, shuffled within each
-        counts = self.labels.bincount()
-        rank = torch.arange(len(self)) - (counts.cumsum(0) - counts)[self.labels[order]]
-        index = order[rank.argsort(stable=True)[:n]].sort().values
-        return Split(self.images[index], self.labels[index])
+from .images import cache_dir, decode, load_files
+from .settings import DataConfig
+from .splits import FileSplit, Split, digest_of, resize
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory.
+    """A data set, in memory or on disk.
 
     Args:
         name: its source.
         classes: class names; a label is an index into them.
         train, test: the two splits, of one image size.
         mean, std: of every channel over the pixels of `train`, for images in [0, 1].
-        digest: sha256 of the images and labels of both splits: equal digests, equal data.
+        digest: sha256 of all splits: equal digests, equal data.
         notes: what a person should be told about the data.
+        val: what `val_fraction` held out of training: early stopping and `best/` go by it, never by `test`.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Split
-    test: Split
+    train: Split | FileSplit
+    test: Split | FileSplit
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
     notes: tuple[str, ...]
+    val: Split | FileSplit | None = None
 
     @property
     def native(self) -> tuple[int, int]:
         """(H, W) of the stored images."""
-        return self.train.images.shape[2], self.train.images.shape[3]
+        return self.train.size
+
+    @property
+    def held_out(self) -> dict[str, Split | FileSplit]:
+        """What is evaluated, by name; the first decides which weights are best."""
+        return ({} if self.val is None else {"val": self.val}) | {"test": self.test}
 
 
-Loaded = tuple[tuple[str, ...], Split, Split, list[str]]  # classes, train, test, notes
-Source = Callable[[Path | None, tuple[int, int] | None], Loaded]  # of root and source_size
+# classes, train, test (None where there is none), notes
+Loaded = tuple[tuple[str, ...], Split | FileSplit, Split | FileSplit | None, list[str]]
+Source = Callable[..., Loaded]  # of root and source_size
 
 
 def load_images(
@@ -91,40 +74,84 @@ def load_images(
     source_size: tuple[int, int] | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    cache: str = "memory",
 ) -> Images:
-    """Load a data set into memory.
+    """Load a data set.
 
     Args:
         name: a key of `SOURCES`.
         root: where it lies; see the source.
         source_size: (H, W) that the images of a `folder` are brought to in decoding.
-        limit_train, limit_test: keep a balanced part of this many images (`Split.take`).
+        limit_train, limit_test: keep a balanced part of this many images (`Labelled.take`).
+        val_fraction: hold out this part of every class of the training images, drawn by `seed`, as `Images.val`;
+            where a `folder` has no held-out split, as `Images.test`.
+        cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`stream.py`);
+            auto: memory where it is large enough.
 
     Raises:
         ConfigError: for an unknown name, or a setting that the source does not take.
         DataError: for data that are missing, unreadable or not laid out as required.
     """
-    check_source(name)
-    source = SOURCES[name.partition(":")[0]]
-    at = name.partition(":")[2] or root
+    check_source(name, cache=cache)
+    kind, _, what = name.partition(":")
+    at, source = what or root, SOURCES[kind]
+    if kind in FOLDERS:
+        more: dict[str, Any] = dict(cache=cache, alone=val_fraction > 0)
+        source = partial(source, **more)
     classes, train, test, notes = source(Path(at).expanduser() if at else None, source_size)
     train = train if limit_train is None else train.take(limit_train)
+    val: Split | FileSplit | None = None
+    if val_fraction:
+        train, val = train.parted(val_fraction, seed)
+        said = f"validation: {len(val)} images, {val_fraction:g} of every class of train, by seed {seed}"
+        notes = [*notes, f"{said}; there is no other held-out split" if test is None else said]
+    if test is None:
+        test, val = cast(Split, val), None
     test = test if limit_test is None else test.take(limit_test)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        digest = beside.submit(_digest, train, test)
-        mean, std = _statistics(train.images)
-        if leaked := _shared(train, test):
+        digest = beside.submit(digest_of, *(split for split in (train, test, val) if split is not None))
+        mean, std = _statistics(train.sample())
+        if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes = [*notes, f"same image in train and test: {leaked}"]
-    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes))
+    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val)
 
 
-def check_source(name: str, root: str | os.PathLike[str] | None = None) -> None:
-    """Refuse a source that does not exist, without reading any."""
+def load(data: DataConfig, seed: int = 0) -> Images:
+    """`load_images` as these settings say."""
+    return load_images(
+        data.name,
+        data.root,
+        source_size=None if data.source_size is None else parse_size(data.source_size),
+        limit_train=data.limit_train,
+        limit_test=data.limit_test,
+        val_fraction=data.val_fraction,
+        seed=seed,
+        cache=data.cache,
+    )
+
+
+def check_source(name: str, root: str | os.PathLike[str] | None = None, cache: str = "auto") -> None:
+    """Refuse a source that does not exist, or cannot be kept as `cache` says, without reading any."""
     kind, colon, what = name.partition(":")
     if kind not in SOURCES or (kind == "hf") != bool(what):
         raise unknown("data source", name, [*(s for s in SOURCES if s != "hf"), "hf:<name>"])
     if colon and root:
         raise ConfigError(f"{name} says where the data are: leave out root, got {root}")
+    if cache not in CACHES:
+        raise unknown("data.cache", cache, CACHES)
+    if cache == "none" and kind not in FOLDERS:
+        raise ConfigError(f"data.cache none is of files in class folders ({', '.join(FOLDERS)}); {name} is in memory")
+
+
+def check_data(data: DataConfig) -> None:
+    """Refuse settings that cannot work, without reading any data."""
+    check_source(data.name, data.root, data.cache)
+    if not 0 <= data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction is a part of the training images, in [0, 1), got {data.val_fraction}")
+    if data.workers is not None and data.workers < 0:
+        raise ConfigError(f"data.workers must be 0 or above, got {data.workers}")
 
 
 def digits(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
@@ -178,30 +205,64 @@ def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) ->
     return tuple(train.classes), splits[0], splits[1], []
 
 
-def folder(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+def folder(
+    root: Path | None, source_size: tuple[int, int] | None, *, cache: str = "memory", alone: bool = False
+) -> Loaded:
     """Class folders: `root/train/<class>/*`, and `root/val` or `root/test` likewise (val, where there are both).
 
     Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
     The classes are those of train, by name; the other split must have the same. Images become RGB.
+
+    Args:
+        cache: as in `load_images`.
+        alone: whether train may be the only split.
     """
     if root is None:
         raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
-    train, test, notes = list_folders(root)
+    train, test, notes = list_folders(root, alone=alone)
     names, labels = [], []
     for listing in (train, test):
-        for label, files in enumerate(listing[name] for name in train):
+        for label, files in enumerate(listing.get(name, []) for name in train):
             names += files
             labels += [label] * len(files)
-    images, said = load_files(root, names, source_size)
     split, target = sum(map(len, train.values())), torch.tensor(labels)
-    return tuple(train), Split(images[:split], target[:split]), Split(images[split:], target[split:]), notes + said
+    parts = (slice(split), slice(split, None))
+    if cache != "memory":
+        native, _ = decode(root / names[0], source_size)
+        size = native.shape[0], native.shape[1]
+        need, free = len(names) * native.size, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if cache == "none" or need > free / 2:
+            notes.append(f"{len(names)} images stay on disk and are decoded as they are needed: {need / 2**30:.1f} GB")
+            named = np.array([os.fsencode(name) for name in names])
+            splits = [FileSplit(root, named[part], target[part], source_size, size, size) for part in parts]
+            return tuple(train), splits[0], splits[1] if test else None, notes
+    images, said = load_files(root, names, source_size)
+    kept = [Split(images[part], target[part]) for part in parts]
+    return tuple(train), kept[0], kept[1] if test else None, notes + said
 
 
-def tar(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
+def free_memory() -> int:
+    """Bytes that this machine, or the container that it is, has free."""
+    free = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError):  # a container's limit, where there is one
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        free.append(int((group / "memory.max").read_text()) - used)
+    with suppress(ValueError, OSError, AttributeError):
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free, default=2**33)
+
+
+def tar(
+    root: Path | None, source_size: tuple[int, int] | None, *, cache: str = "memory", alone: bool = False
+) -> Loaded:
     """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`."""
     if root is None:
         raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
-    return folder(archives.unpack(root), source_size)
+    return folder(archives.unpack(root), source_size, cache=cache)
 
 
 def hf(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
@@ -210,20 +271,11 @@ def hf(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
     return classes, Split(*train), Split(*test), notes
 
 
+FOLDERS = ("folder", "tar")  # sources whose images can stay on disk
+CACHES = ("auto", "memory", "none")
 SOURCES: dict[str, Source] = {
     "digits": digits, "folder": folder, "tar": tar, "cifar10": cifar10, "cifar100": cifar100, "hf": hf,
 }  # fmt: skip
-
-
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) uint8, or float in [0, 1], to (B, C, H, W) float in [0, 1]: bicubic, antialiased, clamped.
-
-    At their own size images keep their exact values.
-    """
-    images = images if images.is_floating_point() else images.float() / 255
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -251,17 +303,11 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(stds)
 
 
-def _digest(*splits: Split) -> str:
-    digest = hashlib.sha256()
-    for split in splits:
-        for tensor in (split.images, split.labels):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def _shared(train: Split, test: Split) -> int:
     """Images of test whose pixels are those of an image of train."""
     seen = [image.tobytes() for image in test.images.numpy()]
     leaked = set(seen).intersection(image.tobytes() for image in train.images.numpy())
     return sum(image in leaked for image in seen)
+
+
+__all__ = ["SOURCES", "Images", "Split", "load", "load_images", "normalize", "resize"]

@@ -11,42 +11,26 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, Stopped, TrainingError, unknown
-from .checkpoint import ModelSpec, flatten, read_meta, read_tensors, unflatten, write_checkpoint
-from .distributed import ALONE, World, sharded_like, sum_over_ranks, unsynchronized, whole, wrapped
+from ..errors import ConfigError, Stopped, TrainingError
+from .checkpoint import ModelSpec
+from .devices import pick_device, precision
+from .distributed import ALONE, World, sum_over_ranks, unsynchronized, whole, wrapped
 from .keys import keyed
 from .log import Bar, Row, Table, Trackers
-from .schedules import Noam
+from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
 from .signals import Signals
+from .snapshots import Snapshots, State
+from .stream import lost_worker
 from .task import Batch, Task, split_batch
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class State:
-    """Where a training is: what its checkpoint says beside the tensors."""
-
-    epoch: int = 0  # epochs that are finished and evaluated
-    step: int = 0  # updates
-    count: int = 0  # items of this epoch so far, and sums over them
-    sums: dict[str, float] = field(default_factory=dict)
-    rows: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    bad: int = 0  # losses in a row that were not finite
-    seconds: float = 0.0
 
 
 def fit(
@@ -125,6 +109,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        averaged = self.ema.module if self.ema is not None else None
+        self.snapshots = Snapshots(folder, spec, self.model, averaged, self.optimizer, self.scaler, world)
         self.state = State()
         self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
@@ -137,22 +123,30 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
-        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb) if first else None
+        about = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
+        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         with (
             Signals(listen=self.spec is not None) as self.signals,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
         ):
-            while self.state.epoch < self.optim.epochs and not self._patience_ended():
-                self._train_epoch(self.state.epoch)
-                row = self._evaluate()
+            try:
+                while self.state.epoch < self.optim.epochs and not self._patience_ended():
+                    self._train_epoch(self.state.epoch)
+                    row = self._evaluate()
+                    if trackers is not None:
+                        trackers.add(row)
+                    if self.stop_after is not None and self.state.step >= self.stop_after:
+                        break
+            except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
+                if lost := lost_worker(error):
+                    raise lost from error
+                raise
+            finally:
+                self.task.close()
                 if trackers is not None:
-                    trackers.add(row)
-                if self.stop_after is not None and self.state.step >= self.stop_after:
-                    break
-        if trackers is not None:
-            trackers.close()
+                    trackers.close()
         return self.table.rows if self.table is not None else []
 
     def _train_epoch(self, epoch: int) -> None:
@@ -291,6 +285,8 @@ class Trainer:
         return best is None or (value > best if direction == "max" else value < best)
 
     def _patience_ended(self) -> bool:
+        if self.task.best is None:
+            return False
         waited = self.state.epoch - self.state.best_epoch
         return 0 < self.run.patience <= waited
 
@@ -319,170 +315,23 @@ class Trainer:
         raise Stopped(128 + (self.signals.asked or 15))
 
     def save(self, name: str = "last", row: Row | None = None) -> None:
-        """Write a checkpoint. `model` are the weights that are evaluated: the averaged ones, where there are."""
         if self.spec is None:
             return
-        kept = self.ema.module if self.ema is not None else self.model
-        files = {"model": _tensors(kept)}
-        state: dict[str, Any] = {}
         if name == "last":
             self.state.seconds = time.monotonic() - self.began
-            if self.ema is not None:
-                files["raw"] = _tensors(self.model)
-            files["optimizer"] = {}
-            state = asdict(self.state)
-            state["optimizer"] = flatten(optimizer_state(self.model, self.optimizer), files["optimizer"])
-            state["scaler"] = self.scaler.state_dict()
             self.last_save = time.monotonic()
-        if self.world.first:
-            write_checkpoint(
-                self.folder / name,
-                self.spec,
-                files,
-                grid=getattr(self.model, "train_grid", None),
-                weights="averaged" if self.ema is not None else "trained",
-                optim=asdict(self.optim),
-                run=asdict(self.run),
-                final=row,
-                state=state,
-                **{**self.task.describe(), **self.about},
-            )
+        about = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
+        self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
 
     def load(self) -> None:
-        """Take up the state of `last`, on any number of processes."""
-        folder = self.folder / "last"
-        meta = read_meta(folder)
-        if self.spec is not None and (meta["model"], meta["arguments"]) != (self.spec.kind, _json(self.spec.arguments)):
-            raise CheckpointError(
-                f"{folder} is a run of another model, {meta['model']} {meta['arguments']}; this one is "
-                f"{self.spec.kind} {self.spec.arguments}: give another --run.out, or "
-                f"--init {folder} to start from its weights"
-            )
-        digest = self.task.describe().get("digest")
-        if digest != meta.get("digest"):
-            raise CheckpointError(f"{folder} was trained on other data ({meta.get('digest')}, here {digest})")
-        if "state" not in meta or "optimizer" not in meta["files"]:
-            raise CheckpointError(f"{folder} holds a model but no state of its training: --init takes its weights")
-        averaged = self.ema is not None
-        if averaged != ("raw" in meta["files"]):
-            raise CheckpointError(
-                f"{folder} was trained {'without' if averaged else 'with'} --optim.ema; resume likewise"
-            )
-        tensors = read_tensors(folder, meta, "model")
-        if self.ema is not None:
-            _load(self.ema.module, tensors)
-            tensors = read_tensors(folder, meta, "raw")
-        _load(self.model, tensors)
-        state = dict(meta["state"])
-        moments = unflatten(state.pop("optimizer"), read_tensors(folder, meta, "optimizer"))
-        load_optimizer(self.model, self.optimizer, moments)
-        self.scaler.load_state_dict(state.pop("scaler"))
-        self.state = State(**state)
+        self.state = self.snapshots.load(self.task.describe().get("digest"))
         self.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with
 
     def _precision(self):
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    from timm.optim import list_optimizers
-
-    if optim.name not in list_optimizers():
-        raise unknown("optimizer", optim.name, list_optimizers())
-    more = {} if optim.betas is None else dict(betas=tuple(optim.betas))
-    return create_optimizer_v2(
-        model,
-        opt=optim.name,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        layer_decay=None if optim.layer_decay == 1 else optim.layer_decay,
-        **more,
-    )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> Any:
-    if optim.schedule == "noam":
-        return Noam(optimizer, optim.warmup_epochs * steps)
-    if optim.schedule not in ("cosine", "tanh", "step", "poly"):  # those that need no memory of their own
-        raise unknown("schedule", optim.schedule, ("cosine", "tanh", "step", "poly", "noam"))
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=optim.schedule,
-        num_epochs=optim.epochs,
-        min_lr=optim.lr / 100 if optim.min_lr is None else optim.min_lr,
-        warmup_lr=optim.lr / 100,
-        warmup_epochs=optim.warmup_epochs,  # parts of an epoch are fine
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
-    return schedule
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the optimizer remembers of each parameter, by its name, in one piece."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    state = {names[id(p)]: kept for p, kept in optimizer.state.items()}
-    return {
-        name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in state[name].items()}
-        for name, _ in model.named_parameters()
-        if name in state
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    parameters = dict(model.named_parameters())
-    if strange := sorted(set(state) - set(parameters)):
-        raise CheckpointError(f"the optimizer's state speaks of parameters that the model has not: {strange[:5]}")
-    for name, kept in state.items():
-        like = parameters[name]
-        optimizer.state[like] = {
-            key: sharded_like(value, like) if isinstance(value, Tensor) else value for key, value in kept.items()
-        }
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA, then MPS, then the CPU; a named device that is not there is an error."""
-    if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
-    return device
-
-
-def precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for float32. "auto" is bfloat16 on CUDA and float32 elsewhere."""
-    if name != "auto" and name not in PRECISIONS:
-        raise ConfigError(f"precision must be auto, float32, bfloat16 or float16, got {name!r}")
-    return PRECISIONS["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else PRECISIONS[name]
-
-
 def checkpointing(model: Any) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"{type(model).__name__} cannot compute its blocks again: leave run.grad_checkpointing out")
     model.set_grad_checkpointing(True)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(value) for name, value in model.state_dict().items()}
-
-
-def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = model.state_dict()
-    other = sorted(name for name in own.keys() ^ tensors.keys() if not name.endswith("_extra_state"))
-    if other:
-        raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
-    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors.items()})
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-__all__ = ["State", "Trainer", "fit", "keyed", "pick_device"]

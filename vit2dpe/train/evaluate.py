@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from ..encodings import parse
 from ..errors import ConfigError, DataError
 from ..resolution import MODES, parse_size, policies_of, sweep, train_size_of
-from .checkpoint import load_run, write_atomically
+from .checkpoint import load_run
 from .config import EvaluateConfig, split_words
-from .data import SOURCES, Split, load_images, normalize
-from .engine import pick_device
+from .data import SOURCES, load_images, normalize
+from .devices import pick_device
+from .files import write_atomically
 from .folders import list_held_out
 from .images import decode
-from .report import environment, table
+from .report import about_study, table
+from .splits import Split
 from .study import _known, to_csv
 
 Size = tuple[int, int]
@@ -88,7 +90,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     )
     rows = [dict(encoding=subject.label, seed=subject.seed, metric="top1", value=row["top1"], **row) for row in rows]
     out = Path(config.out)
-    about = environment(command, config, data.digest, device)
+    about = about_study(command, config, device, config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     write_atomically(out / "results.csv", to_csv(rows).encode())
     print(f"\n{table(rows)}\n\ntable    {out / 'results.csv'}")
@@ -212,7 +214,7 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
         split = data.test if limit is None else data.test.take(limit)
         labels = _numbering(subject, data.classes)[split.labels]
         held = InMemory(labels, subject, config.batch_size, data.digest)
-        held.images = split.images
+        held.images = split.pixels(torch.arange(len(split)))
         return held, len(data.test)
     root, listing, notes = list_held_out(Path(config.data).expanduser())
     for note in notes:

@@ -17,10 +17,13 @@ ANNOTATIONS = "val_annotations.txt"
 Listing = dict[str, list[str]]
 
 
-def list_folders(root: Path) -> tuple[Listing, Listing, list[str]]:
+def list_folders(root: Path, *, alone: bool = False) -> tuple[Listing, Listing, list[str]]:
     """For train and the held-out split, the images of each class as names relative to root; and what to tell people.
 
     Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
+
+    Args:
+        alone: whether train may be the only split; the other one is empty then.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; {LAYOUT}")
@@ -28,11 +31,15 @@ def list_folders(root: Path) -> tuple[Listing, Listing, list[str]]:
     if "train" not in splits:
         raise DataError(f"there is no folder {root / 'train'}; {LAYOUT}")
     if len(splits) == 1:
+        if alone:
+            notes: list[str] = []
+            return _two_or_more(root, _by_class(root, "train", notes)), {}, notes
         raise DataError(
-            f"{root} has neither val nor test: nothing to measure on; move some images of every class out of train; "
-            f"{LAYOUT}"
+            f"{root} has neither val nor test: nothing to measure on; --data.val_fraction 0.1 holds out a tenth of "
+            f"train, or move some images of every class out of it; {LAYOUT}"
         )
-    held_out, notes = splits[1], []
+    held_out = splits[1]
+    notes = []
     if len(splits) == 3:
         notes.append(f"{root} has both val and test: val is used")
     train = _by_class(root, "train", notes)
@@ -112,8 +119,7 @@ def _by_annotation(root: Path, split: str, notes: list[str]) -> dict[str, list[s
 
 
 def _match(root: Path, train: dict[str, list[str]], held_out: str, test: dict[str, list[str]]) -> None:
-    if len(train) < 2:
-        raise DataError(f"{root / 'train'} has one class ({', '.join(train)}): there must be two or more; {LAYOUT}")
+    _two_or_more(root, train)
     strangers, missing = sorted(set(test) - set(train)), sorted(set(train) - set(test))
     if strangers:
         raise DataError(
@@ -125,3 +131,9 @@ def _match(root: Path, train: dict[str, list[str]], held_out: str, test: dict[st
             f"{root / held_out} lacks classes of train: {', '.join(missing[:5])} ({len(missing)} in all); "
             "add images of them, or delete them from train"
         )
+
+
+def _two_or_more(root: Path, train: dict[str, list[str]]) -> dict[str, list[str]]:
+    if len(train) < 2:
+        raise DataError(f"{root / 'train'} has one class ({', '.join(train)}): there must be two or more; {LAYOUT}")
+    return train

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 Row = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, unknown
+from ..errors import CheckpointError, ConfigError, unknown
+from ..positions import Positions
 from .checkpoint import check_finite, read_meta, read_tensors
 
 INITS = ("default", "xavier", "trunc_normal", "gpt2")
@@ -102,6 +104,30 @@ def initialize(model: nn.Module, how: str) -> None:
             nn.init.normal_(module.weight, std=0.02 / ((2 * depth) ** 0.5 if last else 1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def jitter_places(model: nn.Module, amount: float) -> None:
+    """Let every encoding of `model` see places moved by up to ±amount patches in training; its state_dict stays.
+
+    Raises:
+        ConfigError: for a model without encodings of ours, and for an encoding that takes whole coordinates only.
+    """
+    from ..encodings import Jitter, PositionEncoding, Sum
+
+    parts = [part for part in model.modules() if isinstance(part, PositionEncoding) and part.gives]
+    parts = [part for part in parts if not isinstance(part, Sum)]
+    if not parts:
+        raise ConfigError(f"model.jitter moves what encodings see, and {type(model).__name__} has none of ours")
+    for part in parts:
+        part.perturb = _after(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign, assignment]
+
+
+def _after(first: Callable[[Positions], Any], second: Callable[[Positions], Any]) -> Callable[[Positions], Any]:
+    def perturb(at: Positions) -> Callable[[Positions], Positions]:
+        move, more = first(at), second(at)
+        return move if more is None else lambda where: more(move(where))
+
+    return perturb
 
 
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

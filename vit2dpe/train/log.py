@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 Row = dict[str, Any]
 
@@ -96,23 +98,39 @@ class Bar:
 
 
 class Trackers:
-    """TensorBoard and Weights & Biases, imported only where they are asked for."""
+    """TensorBoard and Weights & Biases, imported only where they are asked for. The x-axis of both is the update.
 
-    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None) -> None:
+    Args:
+        folder: of the run; events go to `folder/tensorboard`, W&B's files to `folder/wandb`.
+        tensorboard: whether TensorBoard's events are written.
+        wandb: the name of a W&B project. A resumed run goes on under the same id; WANDB_MODE=offline needs no account.
+        about: settings that W&B shows beside the curves.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Any]) -> None:
         self.writer: Any = None
         self.run: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError(f"run.tensorboard needs it installed ({error}): pip install tensorboard") from None
+                raise ConfigError(
+                    f'run.tensorboard needs it installed ({error}): pip install "vit2dpe[tracking]"'
+                ) from None
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         if wandb:
             try:
                 import wandb as service  # type: ignore[import-not-found, unused-ignore]
             except ImportError as error:
-                raise ConfigError(f"run.wandb needs it installed ({error}): pip install wandb") from None
-            self.run = service.init(project=wandb, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+                raise ConfigError(f'run.wandb needs it installed ({error}): pip install "vit2dpe[tracking]"') from None
+            self.run = service.init(
+                project=wandb,
+                name=folder.name,
+                dir=str(folder),
+                id=re.sub(r"[^\w.-]+", "_", folder.name)[:64],
+                resume="allow",
+                config=dict(about),
+            )
 
     def add(self, row: Row) -> None:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}

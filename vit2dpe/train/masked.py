@@ -28,8 +28,11 @@ class MaskedTask(Task):
     images: ImageTask
     grid: tuple[int, int]
     mask_ratio: float = 0.75
-    best: tuple[str, str] | None = ("test_loss", "min")
     unit: str = "images"
+
+    @property
+    def best(self) -> tuple[str, str]:  # type: ignore[override]
+        return f"{next(iter(self.images.data.held_out))}_loss", "min"
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
@@ -42,28 +45,36 @@ class MaskedTask(Task):
         noise = torch.rand(size, math.prod(self.grid), generator=generator(task.seed, epoch, step, "mask"))
         return dict(images=batch["images"], noise=noise[task.world.share(size)].to(task.device), index=batch["index"])
 
+    def close(self) -> None:
+        self.images.close()
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         return model(batch["images"], self.mask_ratio, batch["noise"])[0], {}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The loss on test images, behind the same masks every time."""
-        task, was = self.images, model.training
-        device, count = next(model.parameters()).device, len(task.data.test)
-        noise = torch.rand(count, math.prod(self.grid), generator=generator(task.seed, "test mask"))
+        """The loss on held-out images, behind the same masks every time."""
+        was = model.training
+        model.eval()
+        found = {f"{split}_loss": self._loss(model, split) for split in self.images.data.held_out}
+        model.train(was)
+        return found
+
+    def _loss(self, model: nn.Module, split: str) -> float:
+        task = self.images
+        device, count = next(model.parameters()).device, len(task.data.held_out[split])
+        noise = torch.rand(count, math.prod(self.grid), generator=generator(task.seed, f"{split} mask"))
         noise = noise[task.world.share(count)]
         total, seen = 0.0, 0
-        model.eval()
-        for images, _ in evaluation_batches(task.data, task.train_size, world=task.world):
+        batches = evaluation_batches(task.data, task.train_size, world=task.world, split=split, workers=task.workers)
+        for images, _ in batches:
             draw = noise[seen : seen + len(images)]
-            loss = model(images.to(device), self.mask_ratio, draw.to(device))[
-                0
-            ]  # all ranks meet, with images or without
-            if len(images):  # a rank may have none left, and takes part all the same
+            # All ranks meet, with images or without: one may have none left, and takes part all the same.
+            loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
+            if len(images):
                 total, seen = total + float(loss) * len(images), seen + len(images)
-        model.train(was)
         everything, images_seen = sum_over_ranks([total, seen], task.world, device)
-        return dict(test_loss=everything / images_seen)
+        return everything / images_seen
 
     def describe(self) -> dict[str, Any]:
         return self.images.describe() | dict(task="masked pretraining", mask_ratio=self.mask_ratio)

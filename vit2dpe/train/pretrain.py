@@ -17,18 +17,17 @@ from ..models.simmim import SimMIM
 from ..reconstruction import save as save_pictures
 from ..resolution import parse_size
 from .checkpoint import ModelSpec, load_run, timm_model, write_checkpoint
-from .data import Images, check_source, normalize, resize
-from .distributed import World, local_device
-from .engine import make_optimizer, make_schedule, pick_device, precision
-from .init import initialize
+from .data import Images, check_data, load, normalize
+from .distributed import World
+from .init import initialize, jitter_places
 from .keys import generator
 from .masked import MaskedTask
+from .optimizer import make_optimizer, make_schedule
 from .pretrain_settings import PretrainConfig, resolve
-from .runs import write_summary
-from .settings import AugmentConfig, TrainConfig, check_numbers
-from .start import training
+from .settings import AugmentConfig, TrainConfig
+from .splits import resize
+from .start import check_run, training
 from .task import ImageTask
-from .train import _loaded as loaded
 from .train import check_augment, model_spec
 
 
@@ -36,27 +35,19 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
     """Pretrain as told and leave a run folder: what `train` leaves, `encoder/`, which `load_run` reads, and
     `reconstructions.png`.
 
-    Args:
-        config: settings; those at None take the preset of the data.
-        command: what was typed, for the record.
-
-    Returns:
-        the run folder.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: before anything is trained, for what cannot work.
-        TrainingError: for what went wrong on the way.
-        Stopped: after a signal, when everything is saved.
+    Arguments, result and errors are those of `train.train`.
     """
     config = check(config)
     with training(config, command) as under_way:
         say, folder, world = under_way.say, under_way.folder, under_way.world
-        data = loaded(TrainConfig(data=config.data))
+        data = load(config.data, config.run.seed)
         for note in data.notes:
             say(f"note: {note}")
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = masked_spec(config, size, len(data.mean))
         model = under_way.model(spec, lambda model: _draw(model, config.model.init))
+        if config.model.jitter:
+            jitter_places(model.encoder, config.model.jitter)
         grid = model.mask_grid(*size)
         task = masked_task(config, data, size, grid, under_way.device, world)
         facts = under_way.record(data.name, data.digest)
@@ -73,9 +64,9 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
             title = (
                 f"Masked pretraining ({config.objective}), {config.model.position or config.model.name}, on {data.name}"
             )
-            write_summary(folder, title, rows, facts, following)
-            say(f"loss on hidden test patches {rows[-1]['test_loss']:.4f}; pictures {folder / 'reconstructions.png'}")
-            say(f"next     {following}")
+            pictures = f"; pictures {folder / 'reconstructions.png'}" if config.pictures else ""
+            result = f"loss on hidden test patches {rows[-1]['test_loss']:.4f}{pictures}"
+            under_way.finish(title, rows, facts, result, following)
     return folder
 
 
@@ -89,10 +80,9 @@ def _draw(model: Any, init: str) -> None:
 
 def check(config: PretrainConfig) -> PretrainConfig:
     """The settings with every preset filled in, after refusing all that can be refused before data are read."""
-    check_source(config.data.name, config.data.root)
+    check_data(config.data)
     config = resolve(config)
-    check_numbers(config.optim, config.run)
-    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    check_run(config)
     check_augment(views(config))
     if config.objective not in ("mae", "simmim"):
         raise unknown("objective", config.objective, ("mae", "simmim"))
@@ -106,10 +96,10 @@ def check(config: PretrainConfig) -> PretrainConfig:
     if config.pictures < 0:
         raise ConfigError(f"pictures must be 0 or more, got {config.pictures}")
     size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
-    if config.init is not None and not Path(config.init).expanduser().exists():
-        raise ConfigError(f"there is nothing at {config.init} to start from")
     with torch.device("meta"):
         model: Any = masked_spec(config, parse_size(size), 3).build()
+    if config.model.jitter:
+        jitter_places(model.encoder, config.model.jitter)
     keep_count(math.prod(model.mask_grid(*parse_size(size))), _ratio(config))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     return config
@@ -170,6 +160,7 @@ def masked_task(
         device=device,
         augment=views(config),
         world=world,
+        workers=config.data.workers,
     )
     return MaskedTask(images, grid, _ratio(config))
 
@@ -189,7 +180,7 @@ def finish(config: PretrainConfig, folder: Path, data: Images, size: tuple[int, 
     write_checkpoint(folder / "encoder", kind, {"model": tensors}, grid=model.train_grid, **about)
     if config.pictures:
         spaced = torch.linspace(0, len(data.test) - 1, config.pictures).long()  # test images may lie class by class
-        images = normalize(resize(data.test.images[spaced], size), data.mean, data.std)
+        images = normalize(resize(data.test.pixels(spaced), size), data.mean, data.std)
         draws = generator(config.run.seed, "pictures")
         save_pictures(
             folder / "reconstructions.png", model, images, data.mean, data.std, _ratio(config), generator=draws

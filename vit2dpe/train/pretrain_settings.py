@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .settings import DataConfig, ModelConfig, OptimConfig, RunConfig
+from .settings import PRESETS, DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, smoked
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,6 @@ class DecoderConfig:
     depth: int | None = None
     heads: int | None = None
     mlp_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """What happens to training images, to each for itself.
-
-    Args:
-        shift: random shift in pixels, edges reflected.
-        flip: random horizontal flip.
-        crop: instead of a shift, a random part of at least this share of the area, resized; 0.2 is MAE's on ImageNet.
-    """
-
-    shift: int | None = None
-    flip: bool | None = None
-    crop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +51,10 @@ class PretrainConfig:
         smoke: two steps on the CPU, to see that everything runs.
     """
 
-    model: ModelConfig = ModelConfig()  # noqa: RUF009 - frozen, like the three below
+    model: ModelConfig = ModelConfig()  # noqa: RUF009 - frozen, like the four below
     decoder: DecoderConfig = DecoderConfig()
     data: DataConfig = DataConfig()  # noqa: RUF009
-    augment: ViewConfig = ViewConfig()
+    augment: ViewConfig = ViewConfig()  # noqa: RUF009
     optim: OptimConfig = OptimConfig(  # noqa: RUF009
         lr=1.5e-3, betas=(0.9, 0.95), clip_grad=0.0, epochs=100, warmup_epochs=5, batch_size=128
     )
@@ -110,24 +95,16 @@ class ProbeConfig:
     threads: int | None = None
 
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": dict(
-        model=dict(patch=4, width=64, depth=3, heads=8, mlp_ratio=2.0, pool="avg", position="rope"),
-        decoder=dict(width=32, depth=1, heads=4, mlp_ratio=2.0),
-        data=dict(size="16"),
-        augment=dict(shift=1, flip=False),
-    ),
-    "": dict(
-        model=dict(patch=4, width=192, depth=9, heads=3, mlp_ratio=2.0, pool="avg", position="rope"),
-        decoder=dict(width=96, depth=4, heads=3, mlp_ratio=4.0),
-        augment=dict(shift=4, flip=True),
-    ),
+DECODERS: dict[str, dict[str, Any]] = {  # what is chosen where a setting of the decoder is null, by the data
+    "digits": dict(width=32, depth=1, heads=4, mlp_ratio=2.0),
+    "": dict(width=96, depth=4, heads=3, mlp_ratio=4.0),
 }
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
     """Every setting that is None filled from the preset of the data; `smoke` applied."""
-    for part, values in PRESETS.get(config.data.name, PRESETS[""]).items():
+    decoder = DECODERS.get(config.data.name, DECODERS[""])
+    for part, values in (PRESETS.get(config.data.name, PRESETS[""]) | dict(decoder=decoder)).items():
         if part == "model" and config.model.name is not None:
             values = dict(position="rope", pool="avg") if config.objective == "mae" else {}
         if part == "augment" and config.augment.crop is not None:
@@ -140,12 +117,4 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         config = replace(config, mask_ratio=0.75 if mae else 0.6)
     if config.norm_pix is None:
         config = replace(config, norm_pix=mae)
-    if config.smoke:
-        batch = min(16, config.optim.batch_size)
-        config = replace(
-            config,
-            data=replace(config.data, limit_train=2 * batch, limit_test=40),
-            optim=replace(config.optim, epochs=1, batch_size=batch),
-            run=replace(config.run, device="cpu", compile=False),
-        )
-    return config
+    return smoked(config) if config.smoke else config

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..resolution import parse_size
-from .checkpoint import load_run, write_atomically
-from .data import load_images, normalize, resize
-from .engine import pick_device
+from .checkpoint import load_run
+from .data import load_images, normalize
+from .devices import pick_device
+from .files import write_atomically
 from .keys import generator
 from .pretrain_settings import ProbeConfig
+from .splits import resize
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 TEMPERATURE = 0.07
@@ -66,7 +68,7 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     rows = []
     for pool in pools:
         train, test = (
-            features(model, split.images, about["mean"], about["std"], size=size, pool=pool)
+            features(model, split.pixels(torch.arange(len(split))), about["mean"], about["std"], size=size, pool=pool)
             for split in (data.train, data.test)
         )
         linear = linear_probe(train, data.train.labels, test, data.test.labels)
@@ -89,8 +91,10 @@ def data_of(config: ProbeConfig, folder: Path, name: str) -> dict[str, Any]:
 
     path = folder / "config.yaml"
     before: dict[str, Any] = {}
+    seed = 0
     if config.data is None and path.is_file():
-        before = (yaml.safe_load(path.read_text()) or {}).get("data") or {}
+        settings = yaml.safe_load(path.read_text()) or {}
+        before, seed = settings.get("data") or {}, (settings.get("run") or {}).get("seed") or 0
     source = before.get("source_size")
     given = dict(
         name=config.data or name,
@@ -100,7 +104,7 @@ def data_of(config: ProbeConfig, folder: Path, name: str) -> dict[str, Any]:
     for limit in ("limit_train", "limit_test"):
         told = getattr(config, limit)
         given[limit] = before.get(limit) if told is None else told
-    return given
+    return given | dict(val_fraction=before.get("val_fraction") or 0.0, seed=seed)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shlex
 import statistics
 import time
@@ -12,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__
 from ..errors import ConfigError
-from .checkpoint import write_atomically
 from .config import EvaluateConfig, StudyConfig, as_dict
+from .files import write_atomically
 from .html import Study, page
+from .runs import environment
 
 Row = dict[str, Any]
 
@@ -44,24 +42,14 @@ def metric_of(rows: list[Row]) -> Metric:
     return METRICS[rows[0]["metric"] if rows else "top1"]
 
 
-def environment(
-    command: str, config: StudyConfig | EvaluateConfig, digest: str, device: torch.device
+def about_study(
+    command: str, config: StudyConfig | EvaluateConfig, device: torch.device, data: str, digest: str
 ) -> dict[str, Any]:
-    """What a number needs beside it: command, versions, hardware, data, settings."""
-    import timm
-
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return dict(
-        command=command,
-        vit2dpe=__version__,
-        torch=torch.__version__,
-        timm=timm.__version__,
-        python=platform.python_version(),
-        hardware=gpu or f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        device=str(device),
-        data=f"{config.data} (sha256 {digest[:12]})",
-        config=as_dict(config),
-    )
+    """`runs.environment`, the data with the start of their digest in one phrase, and all settings."""
+    told = f"{data} (sha256 {digest[:12]})" if digest else data
+    facts = environment(command, device, told, digest) | dict(config=as_dict(config))
+    del facts["argv"]  # a page that is passed on says the command, not where it lies
+    return facts
 
 
 class Report:
@@ -312,13 +300,3 @@ def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
     if not metric_of(rows).more_is_better:
         ax.set_yscale("log")
     ax.grid(alpha=0.25)
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

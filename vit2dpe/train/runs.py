@@ -19,8 +19,8 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError
-from .checkpoint import write_atomically
 from .distributed import ALONE, World
+from .files import write_atomically
 
 
 @contextmanager

@@ -63,8 +63,8 @@ class RunConfig:
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
-        tensorboard: write TensorBoard's events too.
-        wandb: the name of a Weights & Biases project to log to.
+        tensorboard: write TensorBoard's events too, into out/tensorboard.
+        wandb: the name of a Weights & Biases project to log to; with WANDB_MODE=offline into out/wandb only.
     """
 
     out: str = "runs/train"
@@ -97,6 +97,8 @@ class ModelConfig:
         pool: avg, token or map.
         class_token: whether there is one; default: with pool token.
         drop_path: stochastic depth rate of the last block.
+        jitter: in training every token's place is moved by up to so many patches along each axis (arXiv 2506.03737);
+            0: not. Encodings that look places up in tables cannot be.
         init: default (the model's own), xavier, trunc_normal or gpt2.
         options: further arguments of the model, such as '{"qk_norm": true}'.
     """
@@ -111,6 +113,7 @@ class ModelConfig:
     pool: str | None = None
     class_token: bool | None = None
     drop_path: float = 0.0
+    jitter: float = 0.0
     init: str = "default"
     options: dict = field(default_factory=dict)
 
@@ -127,6 +130,11 @@ class DataConfig:
         source_size: size that pictures of differing sizes are brought to once.
         limit_train: use only so many training images, balanced over classes.
         limit_test: use only so many test images, balanced over classes.
+        val_fraction: hold this part of every class of the training images out, drawn by run.seed; best/ and patience
+            go by it instead of the test images. It also serves class folders that have no held-out split.
+        cache: memory (decoded once and kept), none (files decoded as they are needed, by worker processes), or auto:
+            memory where half of what is free is enough.
+        workers: processes that decode, with cache none; 0: the training process itself; default: one a core, 8 at most.
     """
 
     name: str = "digits"
@@ -135,17 +143,32 @@ class DataConfig:
     source_size: str | None = None
     limit_train: int | None = None
     limit_test: int | None = None
+    val_fraction: float = 0.0
+    cache: str = "auto"
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
-    """What happens to training images, to each for itself.
+class ViewConfig:
+    """Which part of a training image is seen, drawn for each by itself.
 
     Args:
         shift: random shift in pixels, edges reflected.
         flip: random horizontal flip.
         crop: instead of a shift, a random part of at least this share of the area, resized: 0.08 is ImageNet's custom,
-            0.8 one for small images.
+            0.8 one for small images, 0.2 MAE's on ImageNet.
+    """
+
+    shift: int | None = None
+    flip: bool | None = None
+    crop: float | None = None
+
+
+@dataclass(frozen=True)
+class AugmentConfig(ViewConfig):
+    """What happens to training images, to each for itself.
+
+    Args:
         policy: none, trivial (TrivialAugment), rand or rand(ops=2, magnitude=9) (RandAugment).
         erase: probability of erasing a random rectangle.
         mixup: α of mixup; 0: none.
@@ -154,9 +177,6 @@ class AugmentConfig:
         train_sizes: comma-separated sizes, of which each step draws one, such as 128,160,224 or 32,32x48.
     """
 
-    shift: int | None = None
-    flip: bool | None = None
-    crop: float | None = None
     policy: str = "none"
     erase: float = 0.0
     mixup: float = 0.0
@@ -194,7 +214,7 @@ class TrainConfig:
 
 
 # What is chosen where a setting is null. A named model brings its own sizes.
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": dict(
         model=dict(patch=4, width=64, depth=3, heads=8, mlp_ratio=2.0, pool="avg", position="rope"),
         data=dict(size="16"),
@@ -220,15 +240,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
             values = dict(values, shift=0)
         new = {name: value for name, value in values.items() if getattr(old, name) is None}
         config = replace(config, **{part: replace(old, **new)})
-    if config.smoke:
-        batch = min(16, config.optim.batch_size)
-        config = replace(
-            config,
-            data=replace(config.data, limit_train=2 * batch, limit_test=40),
-            optim=replace(config.optim, epochs=1, batch_size=batch),
-            run=replace(config.run, device="cpu", compile=False),
-        )
-    return config
+    return smoked(config) if config.smoke else config
+
+
+def smoked(config: Any) -> Any:
+    """Two small steps on the CPU, of any training on images."""
+    batch = min(16, config.optim.batch_size)
+    few = None if config.data.val_fraction else 2 * batch  # two images of every class, where a part is held out
+    return replace(
+        config,
+        data=replace(config.data, limit_train=few, limit_test=40),
+        optim=replace(config.optim, epochs=1, batch_size=batch),
+        run=replace(config.run, device="cpu", compile=False),
+    )
 
 
 def like_run(model: ModelConfig, init: str) -> ModelConfig:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .checkpoint import ModelSpec
+from .devices import pick_device, precision
 from .distributed import World, joined, local_device
-from .engine import fit, pick_device
+from .engine import fit
 from .init import load_weights
 from .keys import keyed
-from .runs import changed_settings, environment, printable, run_folder, write_facts
+from .runs import changed_settings, environment, printable, run_folder, write_facts, write_summary
+from .settings import check_numbers
 from .task import Task
 
 
@@ -74,6 +77,24 @@ class Training:
             about=dict(command=self.command),
             stop_after=stop_after,
         )
+
+    def finish(self, title: str, rows: list[dict[str, Any]], facts: Any, result: str, following: str) -> None:
+        """Write `summary.md`, and say what came out and what to try next."""
+        write_summary(self.folder, title, rows, facts, following)
+        self.say(f"{result}; summary {self.folder / 'summary.md'}")
+        self.say(f"next     {following}")
+
+
+def check_run(config: Any) -> None:
+    """What any training can be refused for before data are read: numbers, device, precision, first weights.
+
+    Raises:
+        ConfigError: naming the setting, what it must be and what came.
+    """
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    if config.init is not None and not Path(config.init).expanduser().exists():
+        raise ConfigError(f"there is nothing at {config.init} to start from")
 
 
 @contextmanager

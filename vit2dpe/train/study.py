@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +25,17 @@ from ..errors import ConfigError, unknown
 from ..models import Swin, ViT
 from ..policies import POLICIES, TEMPERATURES
 from ..resolution import MODES, parse_size, policies_of, sweep
-from .checkpoint import read_meta, save_model, write_atomically
+from .checkpoint import load_run, read_meta, save_model
 from .config import StudyConfig, as_dict, resolve, split_words
-from .data import Images, load_images
-from .engine import fit, keyed, pick_device, precision
+from .data import Images, load
+from .devices import pick_device, precision
+from .engine import fit
+from .files import write_atomically
+from .init import load_weights
 from .jobs import Progress, count, each
-from .report import Report, environment
-from .settings import AugmentConfig, OptimConfig, RunConfig
+from .keys import keyed
+from .report import Report, about_study
+from .settings import AugmentConfig, DataConfig, OptimConfig, RunConfig
 from .task import ImageTask, evaluation_batches
 
 COLUMNS = (
@@ -81,19 +86,13 @@ def study(config: StudyConfig, command: str = "") -> Path:
         return study_text(resolve(config), command)
     plan = check(config)
     config = plan.config
-    data = load_images(
-        config.data,
-        config.root,
-        source_size=None if config.source_size is None else parse_size(config.source_size),
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-    )
+    data = load(DataConfig(config.data, config.root, None, config.source_size, config.limit_train, config.limit_test))
     for note in data.notes:
         print(f"note: {note}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_settings(out, config)
-    about = environment(command, config, data.digest, pick_device(config.device))
+    about = about_study(command, config, pick_device(config.device), config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
 
@@ -125,6 +124,10 @@ def check(config: StudyConfig) -> Plan:
     policies = split_words(config.policies)
     for policy in policies:
         parse(policy, "policy", ["all", "default", *POLICIES])
+    if config.finetune < 0 or (config.finetune and config.arch != "vit"):
+        raise ConfigError(
+            f"finetune is a number of epochs, 0 or more, of arch vit; got {config.finetune}, {config.arch}"
+        )
     if not words or not sizes or config.seeds < 1 or int(config.epochs or 0) < 1:
         raise ConfigError("a study needs at least one encoding, one size, one seed and one epoch")
     precision(config.precision, pick_device(config.device))
@@ -142,15 +145,13 @@ def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progre
     config = plan.config
     names = _TRAINING if config.arch == "vit" else (*_TRAINING, *_SWIN)
     trained = {name: getattr(config, name) for name in names} | dict(encoding=word, seed=seed, data=data.digest)
-    measured = plan._replace(config=config)[2:]
+    measured = (*plan[2:], config.finetune) if config.finetune else plan[2:]
     folder = cells / f"{slug(word)}-seed{seed}-{digest_of(trained)}"
     results = folder / f"sweep-{digest_of(measured)}.csv"
     if results.is_file():
         print(f"{word} seed {seed}: finished before, read from {results}")
         return read_rows(results)
     if finished(folder, trained):
-        from .checkpoint import load_run
-
         model = load_run(folder, pick_device(config.device))
     else:
         torch.manual_seed(keyed(seed, "init"))
@@ -186,9 +187,35 @@ def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progre
         temperatures=plan.temperatures,
         train_size=plan.train_size,
     )
+    if config.finetune:
+        rows += finetuned(plan, data, word, seed, folder)
     rows = [dict(encoding=word, seed=seed, metric="top1", value=row["top1"], **row) for row in rows]
     write_atomically(results, to_csv(rows).encode())
     return read_rows(results)
+
+
+def finetuned(plan: Plan, data: Images, word: str, seed: int, trained: Path) -> list[dict[str, Any]]:
+    """A row for every other size: the trained model after `finetune` epochs at that size, policy "finetuned".
+
+    A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours differs:
+    all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
+    """
+    config, found = plan.config, []
+    for size in plan.sizes:
+        if size == plan.train_size:
+            continue
+        at_size = plan._replace(train_size=size)
+        torch.manual_seed(keyed(seed, "init"))
+        model = _build(at_size, word, len(data.mean), len(data.classes))
+        load_weights(model, trained)
+        task, optim, run = training(at_size, data, seed)
+        optim = replace(optim, lr=optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
+        folder = trained / f"finetuned-{size[0]}x{size[1]}"
+        fit(model, task, optim, run, folder=folder, stop_after=2 if config.smoke else None)
+        (row,) = sweep(model, _Batches(data), [size], policies_of(model)[:1], train_size=size)
+        height, width = plan.train_size
+        found.append(row | dict(policy="finetuned", train_height=height, train_width=width))
+    return found
 
 
 def training(plan: Plan, data: Images, seed: int) -> tuple[ImageTask, OptimConfig, RunConfig]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from ..encodings import parse
 from ..resolution import evaluate, parse_size
 from .augment import erase, mix, resized_crop, shift_and_flip
-from .data import Images, Split, normalize, resize
+from .data import Images, normalize
 from .distributed import ALONE, World, sum_over_ranks
 from .keys import generator, keyed
 from .policy import POLICIES, rand, trivial
 from .settings import AugmentConfig
+from .splits import FileSplit, Split, resize, resized
+from .stream import Feed, stream
 
 Batch = Any  # a tensor, or dicts, lists and tuples of tensors whose first dimension is the sample's
 
@@ -54,6 +57,10 @@ class Task(Protocol):
         """What a reader of the checkpoint must know (classes, mean, std, digest of the data): JSON values."""
         ...
 
+    def close(self) -> None:
+        """Let go of processes and files; called when a training ends, however it ends. Most tasks hold none."""
+        return
+
     def count(self, batch: Batch) -> int:
         """How many items the loss is the mean of; the first dimension of the first tensor, if not overridden."""
         return len(tensors_of(batch)[0])
@@ -69,7 +76,7 @@ class _Part(TypedDict):
 
 @dataclass(frozen=True)
 class ImageTask(Task):
-    """Classification of images that are in memory.
+    """Classification of images.
 
     Args:
         data: images at their native size.
@@ -79,6 +86,7 @@ class ImageTask(Task):
         device: where batches go.
         augment: what happens to training images.
         world: this process among how many.
+        workers: processes that decode images which are not in memory (`stream.py`).
     """
 
     data: Images
@@ -88,17 +96,20 @@ class ImageTask(Task):
     device: torch.device | str = "cpu"
     augment: AugmentConfig = PLAIN
     world: World = ALONE
-    train: Split = field(init=False)
+    workers: int | None = None
+    best: tuple[str, str] | None = field(init=False)
+    train: Split | FileSplit = field(init=False)
     sizes: list[tuple[int, int]] = field(init=False)
-    best: tuple[str, str] | None = ("test_top1", "max")
+    feed: Feed = field(init=False, repr=False, compare=False)
     unit: str = "images"
 
     def __post_init__(self) -> None:
-        train = Split(resized(self.data.train.images, self.train_size), self.data.train.labels)
-        object.__setattr__(self, "train", train)
-        object.__setattr__(
-            self, "sizes", [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
-        )
+        train = self.data.train.resized(self.train_size)
+        sizes = [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
+        feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
+        best = (f"{next(iter(self.data.held_out))}_top1", "max")
+        for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
+            object.__setattr__(self, name, value)
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
@@ -107,15 +118,12 @@ class ImageTask(Task):
         return whole + (rest >= self.world.size or (rest > 0 and whole == 0))
 
     def batch(self, epoch: int, step: int) -> Batch:
-        train = self.train
-        order = torch.randperm(len(train), generator=generator(self.seed, epoch, "order"))
-        index = order[step * self.batch_size : (step + 1) * self.batch_size]
-        part = self.world.share(len(index))
-        images = self._augmented(train.images[index[part]].to(self.device, non_blocking=True), epoch, step, index, part)
+        where, index = self._share(epoch, step)
+        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, where)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
-        labels = train.labels[index[part]].to(self.device)
-        batch = dict(images=images, labels=labels, index=index[part])
-        augment, where = self.augment, _Part(of=len(index), part=part)
+        labels = self.train.labels[index].to(self.device)
+        batch = dict(images=images, labels=labels, index=index)
+        augment = self.augment
         if augment.erase:
             batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
         if augment.mixup or augment.cutmix:
@@ -125,9 +133,18 @@ class ImageTask(Task):
             batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
         return batch
 
-    def _augmented(self, images: Tensor, epoch: int, step: int, index: Tensor, part: slice) -> Tensor:
+    def close(self) -> None:
+        self.feed.close()
+
+    def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
+        """Which part of which batch is this rank's, and the numbers of its images."""
+        order = _order(len(self.train), self.seed, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        part = self.world.share(len(order))
+        return _Part(of=len(order), part=part), order[part]
+
+    def _augmented(self, images: Tensor, epoch: int, step: int, where: _Part) -> Tensor:
         """uint8 to uint8: where, how, how large."""
-        augment, where = self.augment, _Part(of=len(index), part=part)
+        augment = self.augment
         flip, draws = bool(augment.flip), self._draws(epoch, step, "augment")
         if augment.crop is not None:
             images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
@@ -150,12 +167,18 @@ class ImageTask(Task):
         return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing), {}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        score = evaluate(model, evaluation_batches(self.data, self.train_size, world=self.world))
-        if self.world.size > 1:
-            mine = [score["n"], score["n"] * score["top1"], score["n"] * score["loss"]]
-            n, right, loss = sum_over_ranks(mine, self.world, next(model.parameters()).device)
-            score = dict(top1=right / n, loss=loss / n)
-        return dict(test_top1=score["top1"], test_loss=score["loss"])
+        """Top-1, top-5 where there are more than five classes, and loss, of every held-out split."""
+        top = (1, 5) if len(self.data.classes) > 5 else (1,)
+        names, found = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
+        for split in self.data.held_out:
+            batches = evaluation_batches(self.data, self.train_size, 256, self.world, split, self.workers)
+            score = evaluate(model, batches, top)
+            if self.world.size > 1:
+                mine = [score["n"], *(score["n"] * score[name] for name in names)]
+                n, *sums = sum_over_ranks(mine, self.world, next(model.parameters()).device)
+                score = {name: value / n for name, value in zip(names, sums, strict=True)}
+            found |= {f"{split}_{name}": score[name] for name in names}
+        return found
 
     def describe(self) -> dict[str, Any]:
         data = self.data
@@ -171,30 +194,33 @@ class ImageTask(Task):
 
 
 def evaluation_batches(
-    data: Images, size: tuple[int, int] | None = None, batch: int = 256, world: World = ALONE
+    data: Images,
+    size: tuple[int, int] | None = None,
+    batch: int = 256,
+    world: World = ALONE,
+    split: str = "test",
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised test images in order, at their native size or at `size`.
+    """Normalised images of a held-out split in order, at their native size or at `size`.
 
     A rank has its own part of them, in as many batches as every other rank: sharded models meet in each forward pass.
     """
-    count = len(data.test)
+    held = data.held_out[split]
+    count = len(held)
     cuts = [slice(start, start + batch) for start in range(0, count, batch)]
     if world.size > 1:
         mine, batches = world.share(count), math.ceil(math.ceil(count / world.size) / batch)
         parts = [World(i, batches).share(mine.stop - mine.start) for i in range(batches)]
         cuts = [slice(mine.start + part.start, mine.start + part.stop) for part in parts]
-    for cut in cuts:
-        images = data.test.images[cut]
+    everything = torch.arange(count)
+    for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
         images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]
-        yield normalize(images, data.mean, data.std), data.test.labels[cut]
+        yield normalize(images, data.mean, data.std), held.labels[cut]
 
 
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 images at the training size, once."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    parts = [(resize(part, size) * 255).round().to(torch.uint8) for part in images.split(1024)]
-    return torch.cat(parts)
+@lru_cache(maxsize=2)  # of this epoch, and of the next one for what is read ahead
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, epoch, "order"))
 
 
 def tensors_of(tree: Batch) -> list[Tensor]:

@@ -20,12 +20,14 @@ from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..policies import POLICIES, TEMPERATURES
 from ..resolution import policies_of, use_policy
-from .checkpoint import ModelSpec, load_run, save_model, write_atomically
+from .checkpoint import ModelSpec, load_run, save_model
 from .config import StudyConfig, split_words
-from .engine import fit, pick_device, precision
+from .devices import pick_device, precision
+from .engine import fit
+from .files import write_atomically
 from .jobs import Progress, count, each
 from .keys import keyed
-from .report import Report, environment
+from .report import Report, about_study
 from .sequences import SEQUENCES, SequenceTask, answers
 from .settings import OptimConfig, RunConfig
 from .study import digest_of, finished, read_rows, slug, to_csv, write_settings
@@ -73,8 +75,8 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_settings(out, config)
-    about = environment(command, config, text.digest if text else config.task, device)
-    about["data"] = f"{text.name} (sha256 {text.digest[:12]})" if text else f"{config.task}, drawn from its seed"
+    source = (text.name, text.digest) if text else (f"{config.task}, drawn from its seed", "")
+    about = about_study(command, config, device, *source)
     about["tables"] = "learned tables start at N(0, 0.02), truncated"
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     cells = [(w, depth, seed) for seed in range(config.seeds) for depth in plan.depths for w in plan.encodings]

@@ -14,14 +14,13 @@ from ..models.contract import TimmContract
 from ..resolution import parse_size
 from .checkpoint import ModelSpec
 from .config import split_words
-from .data import Images, check_source, load_images
-from .distributed import World, local_device, wrapped
-from .engine import make_optimizer, make_schedule, pick_device, precision
-from .init import INITS, initialize
+from .data import Images, check_data, load
+from .distributed import World, wrapped
+from .init import INITS, initialize, jitter_places
+from .optimizer import make_optimizer, make_schedule
 from .policy import POLICIES
-from .runs import write_summary
-from .settings import AugmentConfig, TrainConfig, check_numbers, resolve
-from .start import training
+from .settings import AugmentConfig, TrainConfig, resolve
+from .start import check_run, training
 from .task import ImageTask
 
 
@@ -43,12 +42,14 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
     config = check(config)
     with training(config, command) as under_way:
         say, folder, world = under_way.say, under_way.folder, under_way.world
-        data = _loaded(config)
+        data = load(config.data, config.run.seed)
         for note in data.notes:
             say(f"note: {note}")
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
+        if config.model.jitter:
+            jitter_places(model, config.model.jitter)
         task = image_task(config, data, size, under_way.device, world)
         facts = under_way.record(data.name, data.digest)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -59,19 +60,18 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         rows = under_way.fit(model, task, spec, stop_after=2 if config.smoke else None)
         if world.first:
             following = next_command(config, folder, size)
-            write_summary(folder, f"{spec.arguments.get('position', '')} on {data.name}", rows, facts, following)
-            best = max((row["test_top1"] for row in rows), default=float("nan"))
-            say(f"top-1 {rows[-1]['test_top1']:.2f}% (best {best:.2f}%); summary {folder / 'summary.md'}")
-            say(f"next     {following}")
+            by = str(task.best[0]) if task.best else "test_top1"
+            best = max(rows, key=lambda row: row[by])  # the first of equals, as best/ is
+            result = f"test top-1 {rows[-1]['test_top1']:.2f}%, of best/ (by {by}) {best['test_top1']:.2f}%"
+            under_way.finish(f"{spec.arguments.get('position', '')} on {data.name}", rows, facts, result, following)
     return folder
 
 
 def check(config: TrainConfig) -> TrainConfig:
     """The settings with every preset filled in, after refusing all that can be refused before data are read."""
-    check_source(config.data.name, config.data.root)
+    check_data(config.data)
     config = resolve(config)
-    check_numbers(config.optim, config.run)
-    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    check_run(config)
     if config.model.position is not None:
         parse(config.model.position)
     if config.model.init not in INITS:
@@ -81,10 +81,10 @@ def check(config: TrainConfig) -> TrainConfig:
             parse_size(size)
     check_augment(config.augment)
     size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
-    if config.init is not None and not Path(config.init).expanduser().exists():
-        raise ConfigError(f"there is nothing at {config.init} to start from")
     with torch.device("meta"):
         model = model_spec(config, parse_size(size), 3, 10).build()
+    if config.model.jitter:
+        jitter_places(model, config.model.jitter)
     for other in split_words(config.augment.train_sizes or ""):
         if isinstance(model, TimmContract):
             model.patch_embed.grid(*parse_size(other))
@@ -148,6 +148,7 @@ def image_task(
         device=device,
         augment=config.augment,
         world=world,
+        workers=config.data.workers,
     )
 
 
@@ -158,17 +159,6 @@ def next_command(config: TrainConfig, folder: Path, size: tuple[int, int]) -> st
     words = ["vit2dpe", "train", "--config", str(folder / "config.yaml"), "--init", str(folder), "--data.size", larger]
     words += ["--optim.epochs", "5", "--optim.warmup_epochs", "1", "--optim.lr", f"{config.optim.lr / 10:g}"]
     return shlex.join([*words, "--run.out", f"{folder}-{larger}"])
-
-
-def _loaded(config: TrainConfig) -> Images:
-    data = config.data
-    return load_images(
-        data.name,
-        data.root,
-        source_size=None if data.source_size is None else parse_size(data.source_size),
-        limit_train=data.limit_train,
-        limit_test=data.limit_test,
-    )
 
 
 def _sized(name: str) -> bool:
