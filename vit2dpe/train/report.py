@@ -7,6 +7,7 @@ import platform
 import shlex
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,8 +168,8 @@ def spell(size: tuple[float, float]) -> str:
     return str(w) if h in (w, 1) else f"{h}x{w}"
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: top-1 over size, a line for each mode, encoding and policy; mean ± deviation over several seeds."""
+def table(rows: list[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
+    """Markdown: top-1 over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds."""
     sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
     train, metric = {(r["train_height"], r["train_width"]) for r in rows}, metric_of(rows)
     cells: dict[tuple, dict[tuple, list[float]]] = {}
@@ -183,16 +184,16 @@ def table(rows: list[Row]) -> str:
         "|" + "---|" * 4 + "---:|" * len(sizes),
     ]
     for key, by_size in sorted(cells.items(), key=lambda item: item[0][0] != "scale"):
-        numbers = [_mean(by_size.get(size, [])) for size in sizes]
+        numbers = [_mean(by_size.get(size, []), spread) for size in sizes]
         lines.append("| " + " | ".join([*key, *numbers]) + " |")
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], spread: Callable[[list[float]], float]) -> str:
     if not values:
         return ""
     mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    return f"{mean} ± {spread(values):.1f}" if len(values) > 1 else mean
 
 
 def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = None, status: str = ""):
