@@ -108,17 +108,17 @@ def models() -> str:
         more.append(f"| `{word}` | {' | '.join(cells)} |")
     return f"""# Models
 
-Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted are
-matrix products, convolutions and attention, by `torch.utils.flop_counter`. Encodings are the default ones: `learned` in a
-ViT, `relative` in a Swin.
+Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted
+are matrix products, convolutions and attention, by `torch.utils.flop_counter`. Encodings are the default ones: `learned`
+in a ViT, `relative` in a Swin.
 
 {chr(10).join(lines)}
 
 ## What an encoding adds
 
-To `{base}` ({least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without an encoding). Most of what encodings do is no matrix
-product (cosines, rotations, gathers) and is not in these counts; what they cost in time is measured by `vit2dpe bench`, with
-numbers in [Results](../recipes/RESULTS.md).
+To `{base}` ({least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without an encoding). Most of what
+encodings do is no matrix product (cosines, rotations, gathers) and is not in these counts; what they cost in time is
+measured by `vit2dpe bench`, with numbers in [Results](../recipes/RESULTS.md).
 
 {chr(10).join(more)}
 """
@@ -143,8 +143,8 @@ def faults() -> str:
     ]
     return f"""# Faults
 
-Built by `python docs/build_tables.py`. Each of these is really caused by a test; `pytest tests/faults --board` prints the
-board with what came about on the machine it runs on.
+Built by `python docs/build_tables.py`. Each of these is really caused by a test; `pytest tests/faults --board` prints
+the board with what came about on the machine it runs on.
 
 | | what happens | what is promised |
 |---|---|---|
