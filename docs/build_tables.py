@@ -106,6 +106,7 @@ def models() -> str:
         _, _, at_448 = _counted(base, (448, 448), position=word)
         cells = (f"{parameters - least:,}", f"{(flops - least_flops) / 1e9:.3f}", f"{(at_448 - large) / 1e9:.3f}")
         more.append(f"| `{word}` | {' | '.join(cells)} |")
+    without = f"{least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without"
     return f"""# Models
 
 Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted
@@ -116,9 +117,8 @@ in a ViT, `relative` in a Swin.
 
 ## What an encoding adds
 
-To `{base}` ({least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without an encoding). Most of what
-encodings do is no matrix product (cosines, rotations, gathers) and is not in these counts; what they cost in time is
-measured by `vit2dpe bench`, with numbers in [Results](../recipes/RESULTS.md).
+To `{base}` ({without}). Most of what encodings do is no matrix product (cosines, rotations, gathers) and is not in
+these counts; what they cost in time is measured by `vit2dpe bench`, with numbers in [Results](../recipes/RESULTS.md).
 
 {chr(10).join(more)}
 """

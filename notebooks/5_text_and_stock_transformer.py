@@ -29,7 +29,7 @@ def lines(count, length, seed):
     return tokens, tokens.roll(BACK, dims=1)  # the first three have nothing to repeat and are not counted
 
 
-def learn(position, steps=300):
+def learn(position, steps=250):
     torch.manual_seed(0)
     model = TextDecoder(position, vocab_size=LETTERS, context=LENGTH, embed_dim=48, depth=2, num_heads=4)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

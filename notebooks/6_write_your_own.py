@@ -116,12 +116,12 @@ print("MAE, loss    ", f"{mae(images)[0].item():.2f}")
 # %% [markdown]
 # ## In a study
 #
-# Does it earn its keep? A short study on digits against what it should beat (`none`, `alibi`) and what is known to work
+# Does it earn its keep? A short study on digits against what it should beat (`none`) and what is known to work
 # (`rope`). One seed and a few epochs: enough to see whether to go on, not enough for a claim.
 
 # %%
 os.chdir(tempfile.mkdtemp())  # a study leaves files
-config = StudyConfig(encodings="none,alibi,rings,rope", sizes="16,24,32,48", modes="scale", epochs=8, limit_test=180)
+config = StudyConfig(encodings="none,rings,rope", sizes="16,24,32,48", modes="scale", epochs=8, limit_test=180)
 with redirect_stdout(StringIO()):
     picture = study(config, command="from a notebook")
 report.draw(read_rows(picture.parent / "results.csv"))
