@@ -110,8 +110,8 @@ def models() -> str:
     return f"""# Models
 
 Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted
-are matrix products, convolutions and attention, by `torch.utils.flop_counter`. Encodings are the default ones: `learned`
-in a ViT, `relative` in a Swin.
+are matrix products, convolutions and attention, by `torch.utils.flop_counter`. Encodings are the default ones:
+`learned` in a ViT, `relative` in a Swin.
 
 {chr(10).join(lines)}
 

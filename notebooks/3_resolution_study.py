@@ -9,7 +9,7 @@
 # %%
 import os
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ sizes, temperatures = "12,16,24,24x32,32,48", "none,log"
 config = StudyConfig(
     encodings=",".join(names), sizes=sizes, temperatures=temperatures, modes="scale", epochs=8, limit_test=180
 )
-with redirect_stdout(StringIO()):
+with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
     picture = study(config, command="from a notebook")
 print(*sorted(path.name for path in picture.parent.iterdir()))
 
