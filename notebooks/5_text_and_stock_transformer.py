@@ -70,11 +70,11 @@ axes[1].legend(fontsize=7, frameon=False)
 figure.tight_layout()
 
 # %% [markdown]
-# A distance of three is a distance of three anywhere: `rope` carries on far beyond its training, `t5` fades, and `alibi`,
-# which only knows near and far, never quite learned to point. A learned table is stretched over the longer line, and
-# with it every distance, so that it is lost from the first place on. `interpolate` does the same to `rope`: what rescues
-# a picture with more pixels ruins a line with more words, where `ntk` holds. Two questions, two answers, and the reason
-# why a policy is chosen at evaluation.
+# A distance of three is a distance of three anywhere: `rope` carries on far beyond its training, `t5` fades, and
+# `alibi`, which only knows near and far, never quite learned to point. A learned table is stretched over the longer
+# line, and with it every distance, so that it is lost from the first place on. `interpolate` does the same to `rope`:
+# what rescues a picture with more pixels ruins a line with more words, where `ntk` holds. Two questions, two answers,
+# and the reason why a policy is chosen at evaluation.
 
 # %% [markdown]
 # ## torch's own transformer: a fault without a message
