@@ -127,8 +127,8 @@ with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
 report.draw(read_rows(picture.parent / "results.csv"))
 
 # %% [markdown]
-# Not yet: after so short a training `rings` stands below `none`, at every size. One seed and 180 images say no more than
-# that it is no quick bargain; `rope`, with its places interpolated, is. What the heads have learned, ring by ring:
+# Not yet: after so short a training `rings` stands below `none`, at every size. One seed and 180 images say no more
+# than that it is no quick bargain; `rope`, with its places interpolated, is. What the heads have learned, ring by ring:
 
 # %%
 run = next(path for path in picture.parent.glob("cells/rings*"))
