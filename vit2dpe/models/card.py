@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from timm.models._hub import generate_readme
 from torch import nn
 
-from .. import __version__
 from ..encodings import PositionEncoding, Sum
 from ..errors import ConfigError
 
@@ -66,7 +66,7 @@ def card(
         "Normalisation": f"mean {list(cfg.get('mean', []))}, std {list(cfg.get('std', []))}" if cfg else UNKNOWN,
         "Data": data,
         "Recipe": recipe,
-        "Software": f"vit2dpe {__version__}",
+        "Software": f"vit2dpe {version('vit2dpe')}",
     }
     found: dict[str, Any] = dict(
         tags=["image-classification", "timm", "vit2dpe", "positional-encoding"],
