@@ -63,8 +63,9 @@ report.draw(rows)
 
 # %% [markdown]
 # How to read it. At the dotted line all models are at home. To the right, the same digits have more pixels and so
-# more patches than in training. A line that falls to 10% is guessing. Now compare the solid with the dashed line of
-# one colour: it is the *same trained model*, told to look at its places in another way.
+# more patches than in training; at 24x32 they are stretched, too, which costs all of them. A line that falls to 10% is
+# guessing. Now compare the solid with the dashed line of one colour: it is the *same trained model*, told to look at
+# its places in another way.
 #
 # ## What it loses
 #
@@ -90,7 +91,7 @@ Markdown(losses(rows))
 #
 # ## Why
 #
-# Two numbers explain much: how spread attention is (its entropy, in nats) and how far it reaches (its mean distance, in
+# Two numbers to look at: how spread attention is (its entropy, in nats) and how far it reaches (its mean distance, in
 # patches). Both are read from the trained models, at 16 and at 48 pixels.
 
 # %%
@@ -104,7 +105,7 @@ def seen(model, side, policy="default"):
 
 
 cases = [(word, "default") for word in names] + [("sincos", "interpolate"), ("rope", "interpolate")]
-figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 for word, policy in cases:
     values = torch.tensor([seen(models[word], side, policy) for side in (16, 24, 32, 48)])
     for ax, column in zip(axes, values.T, strict=True):
@@ -113,8 +114,7 @@ for word, policy in cases:
 axes[0].plot((16, 24, 32, 48), torch.tensor([16, 36, 64, 144]).log(), ":", color="0.6", label="all keys alike")
 axes[0].set(title="entropy of attention [nats]", xlabel="image size [pixels]")
 axes[1].set(title="mean distance of attention [patches]", xlabel="image size [pixels]")
-axes[0].legend(fontsize=7, frameon=False)
-figure.tight_layout()
+figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right upper")
 
 # %% [markdown]
 # ## One image, two policies
