@@ -1,11 +1,14 @@
-"""Writes docs/encodings.md from what the encodings declare: `python docs/build_tables.py`."""
+"""Writes docs/encodings.md, models.md and faults.md from what the code declares: `python docs/build_tables.py`."""
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
+import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vit2dpe.encodings import ENCODINGS, Dims, NoPosition, assign
 from vit2dpe.positions import Positions
@@ -88,7 +91,71 @@ Sums are written `sincos+rope`, options `rope(base=10)`. A new one: [adding-an-e
 {sources()}"""
 
 
+def models() -> str:
+    """docs/models.md: counted on the meta device, so that nothing is computed."""
+    lines = ["| timm name | input | parameters | GFLOPs |", "|---|---:|---:|---:|"]
+    for name in timm.list_models("vit2dpe_*"):
+        size, parameters, flops = _counted(name)
+        lines.append(f"| `{name}` | {size[0]}x{size[1]} | {parameters / 1e6:.2f} M | {flops / 1e9:.2f} |")
+    base = "vit2dpe_small_patch16_224"
+    _, least, least_flops = _counted(base, position="none")
+    more = ["| encoding | parameters more | GFLOPs more at 224x224 | at 448x448 |", "|---|---:|---:|---:|"]
+    _, _, large = _counted(base, (448, 448), position="none")
+    for word in ENCODINGS:
+        _, parameters, flops = _counted(base, position=word)
+        _, _, at_448 = _counted(base, (448, 448), position=word)
+        cells = (f"{parameters - least:,}", f"{(flops - least_flops) / 1e9:.3f}", f"{(at_448 - large) / 1e9:.3f}")
+        more.append(f"| `{word}` | {' | '.join(cells)} |")
+    without = f"{least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without"
+    return f"""# Models
+
+Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted
+are matrix products, convolutions and attention, by `torch.utils.flop_counter`. Encodings are the default ones:
+`learned` in a ViT, `relative` in a Swin.
+
+{chr(10).join(lines)}
+
+## What an encoding adds
+
+To `{base}` ({without}). Most of what encodings do is no matrix product (cosines, rotations, gathers) and is not in
+these counts; what they cost in time is measured by `vit2dpe bench`, with numbers in [Results](../recipes/RESULTS.md).
+
+{chr(10).join(more)}
+"""
+
+
+def _counted(name: str, size: tuple[int, int] | None = None, **options: str) -> tuple[tuple[int, int], int, int]:
+    """(height, width), parameters and FLOPs of a forward."""
+    with torch.device("meta"):
+        model = timm.create_model(name, **options).eval()
+        size = size or model.pretrained_cfg["input_size"][1:]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, *size))
+    return size, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def faults() -> str:
+    """docs/faults.md: the board of tests/faults."""
+    board = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "faults" / "conftest.py"))
+    rows = [
+        f"| {name} | {fault} | {board['NOT_APPLICABLE'].get(name) or expected} |"
+        for name, (fault, expected) in board["FAULTS"].items()
+    ]
+    return f"""# Faults
+
+Built by `python docs/build_tables.py`. Each of these is really caused by a test; `pytest tests/faults --board` prints
+the board with what came about on the machine it runs on.
+
+| | what happens | what is promised |
+|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+PAGES = {"encodings.md": page, "models.md": models, "faults.md": faults}
+
 if __name__ == "__main__":
-    target = Path(__file__).parent / "encodings.md"
-    target.write_text(page().rstrip() + "\n")
-    print(target)
+    for name, text in PAGES.items():
+        target = Path(__file__).parent / name
+        target.write_text(text().rstrip() + "\n")
+        print(target)

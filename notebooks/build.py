@@ -37,7 +37,7 @@ def convert(text: str) -> nbformat.NotebookNode:
     return new_notebook(cells=cells, metadata=KERNEL)
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: float = 120) -> None:
+def execute(notebook: nbformat.NotebookNode, timeout: float = 900) -> None:
     """Run all cells in place; an error in one is raised. Nothing of the machine or the clock is recorded."""
     from nbclient import NotebookClient
 

@@ -1,24 +1,34 @@
-"""The generated table is current, and the code on the pages runs."""
+"""Generated pages are current, the code on the pages runs, its commands are understood, and the site is built."""
 
 import re
 import runpy
+import shlex
 import sys
 import types
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import timm
 
+from vit2dpe import cli
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models.families import FAMILIES
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+TABLES = runpy.run_path(str(DOCS / "build_tables.py"))["PAGES"]
 
 
-def test_the_table_of_encodings_is_what_they_declare():
-    page = runpy.run_path(str(DOCS / "build_tables.py"))["page"]()
-    assert (DOCS / "encodings.md").read_text() == page.rstrip() + "\n", "run: python docs/build_tables.py"
-    assert all(f"| `{name}` |" in page for name in ENCODINGS)
+@pytest.mark.parametrize("name", TABLES)
+def test_generated_pages_are_current(name):
+    assert (DOCS / name).read_text() == TABLES[name]().rstrip() + "\n", "run: python docs/build_tables.py"
+
+
+def test_every_encoding_is_in_the_tables():
+    for name in ("encodings.md", "models.md"):
+        assert all(f"| `{word}` |" in (DOCS / name).read_text() for word in ENCODINGS)
 
 
 def test_the_table_of_timms_families_is_what_the_readers_take():
@@ -29,7 +39,7 @@ def test_the_table_of_timms_families_is_what_the_readers_take():
         assert page == built["page"](), "run: python docs/build_timm.py"
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_code_on_the_pages_runs(path, monkeypatch):
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -40,3 +50,80 @@ def test_code_on_the_pages_runs(path, monkeypatch):
     finally:
         ENCODINGS.clear()
         ENCODINGS.update(before)
+
+
+def commands(text):
+    """Every command of ours in a block, fenced or indented; what follows three spaces is said about it."""
+    fenced = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    indented = re.findall(r"^    (?=\S).*$", text, flags=re.M)
+    for line in "\n".join([*fenced, *indented]).splitlines():
+        line = re.split(r" {3,}", line.strip())[0].removesuffix(" ...")
+        line = re.sub(r"^torchrun --nproc-per-node \d+ -m ", "", re.sub(r"<[^>]*>", "folder", line))
+        if line.startswith("vit2dpe "):
+            yield line
+
+
+WRITTEN = [
+    pytest.param(line, id=f"{path.stem}-{i}")
+    for path in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "RESULTS.md"]
+    for i, line in enumerate(commands(path.read_text()))
+]
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_commands_on_the_pages_are_understood(line, monkeypatch):
+    """Up to the point where work would begin: options exist, recipes are there, settings have their types."""
+    real, seen = cli._named, []
+
+    def named(where):
+        found = real(where)
+        return found if isinstance(found, type) else lambda *args, **_: seen.append(args) or 0
+
+    monkeypatch.setattr(cli, "_named", named)
+    monkeypatch.chdir(ROOT)
+    if line.endswith("--print_config"):  # which ends by itself
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(shlex.split(line)[1:])
+        return
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert len(seen) == 1
+
+
+class Fetched(HTMLParser):
+    """What a browser gets by itself on opening a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for key, value in attributes:
+            if (key == "src" or (key == "href" and tag == "link")) and value and "://" in value:
+                self.found.append(value)
+
+
+def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path, monkeypatch):
+    import logging
+
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    told = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    log = logging.getLogger("mkdocs")
+    log.addHandler(handler)
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    try:
+        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
+        config.plugins.on_startup(command="build", dirty=False)
+        build(config)
+    finally:
+        log.removeHandler(handler)
+    assert not told
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 25
+    fetched = {path.name: found for path in pages if (found := Fetched(path.read_text()).found)}
+    assert not fetched
+    assert "iframe-worker.js" in (tmp_path / "index.html").read_text()

@@ -64,6 +64,6 @@ def test_what_is_committed_was_executed_and_names_no_machine(source):
 @each
 def test_it_runs(source):
     notebook = BUILD["convert"](source.read_text(encoding="utf-8"))
-    BUILD["execute"](notebook, timeout=80)
+    BUILD["execute"](notebook)
     assert any("image/png" in out.get("data", {}) for out in outputs(notebook))
     assert not [out.text for out in outputs(notebook) if out.get("name") == "stderr"]

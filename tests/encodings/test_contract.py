@@ -115,7 +115,16 @@ class Rounds(Wave):
         return (exact(at.coords).add(0.25).round().sum(-1, keepdim=True) / k).sin()
 
 
+class CountsFromTheKeysGiven(Penalty):
+    """Right for all keys in any order, wrong as soon as one is missing."""
+
+    def bias(self, q, k):
+        middle = exact(k.coords) - exact(k.coords).mean(dim=1, keepdim=True)
+        return -middle.norm(dim=-1)[:, None, None].expand(-1, self.heads, q.coords.shape[1], -1)
+
+
 FAULTS = [
+    (lambda d: CountsFromTheKeysGiven(d.heads), "not the gather"),
     (lambda d: WrongFact(d.heads), "not declared relative"),
     (lambda d: FalselyRelative(d.width), "declared relative"),
     (lambda d: UndeclaredField(d.heads), "gives"),

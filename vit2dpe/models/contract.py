@@ -18,6 +18,7 @@ from ..errors import ConfigError, unknown
 from ..layers import PatchEmbed
 from ..positions import Positions
 from ..signal import Signal
+from .card import save_card
 
 POOLS = ("token", "avg", "map", "")
 
@@ -39,6 +40,7 @@ class TimmContract(nn.Module):
     embed_dim: int
     global_pool: str
     grad_checkpointing: bool
+    save_card = save_card
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""

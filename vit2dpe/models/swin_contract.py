@@ -17,6 +17,7 @@ from ..encodings import PositionEncoding
 from ..errors import ConfigError, unknown
 from ..layers import PatchEmbed
 from ..positions import Positions
+from .card import save_card
 from .contract import change_patch, pair
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -37,6 +38,7 @@ class SwinContract(nn.Module):
     num_features: int
     head_hidden_size: int
     global_pool: str
+    save_card = save_card
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, H, W, D) at the input of the first stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,13 +165,13 @@ def over_depth(rows: list[Row]) -> bool:
     return bool(rows) and rows[0]["metric"] == "exact" and len({row["width"] for row in rows}) == 1
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± deviation over several seeds.
+def table(rows: list[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
+    """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds.
 
     Sequences of one length: over depth, a line for each encoding and policy.
     """
     if over_depth(rows):
-        return _depth_table(rows)
+        return _depth_table(rows, spread)
     sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
     train, metric = {(r["train_height"], r["train_width"]) for r in rows}, metric_of(rows)
     cells: dict[tuple, dict[tuple, list[float]]] = {}
@@ -185,12 +186,12 @@ def table(rows: list[Row]) -> str:
         "|" + "---|" * 4 + "---:|" * len(sizes),
     ]
     for key, by_size in sorted(cells.items(), key=lambda item: item[0][0] != "scale"):
-        numbers = [_mean(by_size.get(size, [])) for size in sizes]
+        numbers = [_mean(by_size.get(size, []), spread) for size in sizes]
         lines.append("| " + " | ".join([*key, *numbers]) + " |")
     return "\n".join(lines)
 
 
-def _depth_table(rows: list[Row]) -> str:
+def _depth_table(rows: list[Row], spread: Callable[[list[float]], float]) -> str:
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     cells: dict[tuple, dict[str, list[float]]] = {}
     for r in rows:
@@ -202,15 +203,15 @@ def _depth_table(rows: list[Row]) -> str:
         "|" + "---|" * 2 + "---:|" * len(modes),
     ]
     for key, by_mode in cells.items():
-        lines.append("| " + " | ".join([*key, *(_mean(by_mode.get(mode, [])) for mode in modes)]) + " |")
+        lines.append("| " + " | ".join([*key, *(_mean(by_mode.get(mode, []), spread) for mode in modes)]) + " |")
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], spread: Callable[[list[float]], float]) -> str:
     if not values:
         return ""
     mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    return f"{mean} ± {spread(values):.1f}" if len(values) > 1 else mean
 
 
 def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = None, status: str = ""):
