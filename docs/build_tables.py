@@ -137,10 +137,7 @@ def _counted(name: str, size: tuple[int, int] | None = None, **options: str) -> 
 def faults() -> str:
     """docs/faults.md: the board of tests/faults."""
     board = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "faults" / "conftest.py"))
-    rows = [
-        f"| {name} | {fault} | {board['NOT_APPLICABLE'].get(name) or expected} |"
-        for name, (fault, expected) in board["FAULTS"].items()
-    ]
+    rows = [f"| {name} | {fault} | {expected} |" for name, (fault, expected) in board["FAULTS"].items()]
     return f"""# Faults
 
 Built by `python docs/build_tables.py`. Each of these is really caused by a test; `pytest tests/faults --board` prints
