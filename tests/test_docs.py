@@ -21,7 +21,9 @@ PAGES = sorted(DOCS.glob("*.md"))
 TABLES = runpy.run_path(str(DOCS / "build_tables.py"))["PAGES"]
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(  # that of the models builds and counts each
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "models.md" else []) for name in TABLES]
+)
 def test_generated_pages_are_current(name):
     assert (DOCS / name).read_text() == TABLES[name]().rstrip() + "\n", "run: python docs/build_tables.py"
 

@@ -61,7 +61,10 @@ def test_what_is_committed_was_executed_and_names_no_machine(source):
     assert path.stat().st_size < 900_000
 
 
-@each
+@pytest.mark.parametrize(  # those that train take a minute each
+    "source",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem[0] in "23456" else [], id=path.stem) for path in SOURCES],
+)
 def test_it_runs(source):
     notebook = BUILD["convert"](source.read_text(encoding="utf-8"))
     BUILD["execute"](notebook)

@@ -392,8 +392,8 @@ def test_set_input_size_and_the_way_to_a_file(tmp_path):
         assert torch.equal(again(x), model(x))
     model.set_input_size(window_ratio=(2, 4))
     assert model.window_sizes == ((6, 12), (3, 6))
-    with pytest.raises(ConfigError, match="the patch stays"):
-        model.set_input_size(patch_size=4)
+    model.set_input_size(patch_size=4)
+    assert (model.patch_embed.patch_size, model.train_grid) == ((4, 4), (6, 12))
 
     named = randomise(timm.create_model(NAME, position="rope_mixed", **MICRO)).eval()
     save_for_hf(named, tmp_path, model_args=dict(position="rope_mixed", **MICRO))

@@ -25,6 +25,8 @@ class StudyConfig:
         sizes: comma-separated sizes to measure at.
         train_length: tokens of a training sequence, for the other tasks than images.
         lengths: comma-separated lengths to measure at.
+        embed_scale: factor on the embedding of words. They start at N(0, 0.02), which a learned table matches and sines
+            of length √(width/2) drown; arXiv 1706.03762 takes √width.
         depths: comma-separated numbers of blocks, each trained.
         modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
         policies: comma-separated resolution policies; "all" that an encoding can take, or "default".
@@ -70,6 +72,7 @@ class StudyConfig:
     sizes: str | None = None
     train_length: int | None = None
     lengths: str | None = None
+    embed_scale: float = 1.0
     depths: str | None = None
     modes: str = "scale,canvas"
     policies: str = "all"

@@ -151,7 +151,8 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     other = sorted(name for name in own.keys() ^ tensors.keys() if not name.endswith("_extra_state"))
     if other:
         raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
-    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors.items() if name in own})
+    # In the model's order, the same on every rank: cutting a tensor up is a conversation between ranks.
+    model.load_state_dict({name: sharded_like(tensors[name], own[name]) for name in own if name in tensors})
 
 
 def _json(value: Any) -> Any:

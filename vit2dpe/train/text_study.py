@@ -38,7 +38,7 @@ from .text_data import SHAKESPEARE, LanguageTask, TextData, load_text, token_los
 STEPS = 100  # updates of an epoch
 LAST = 64  # tokens at the end of a window that are measured by themselves too
 _TRAINING = (
-    "task", "train_length", "width", "heads", "mlp_ratio", "epochs", "batch_size", "lr", "weight_decay",
+    "task", "train_length", "embed_scale", "width", "heads", "mlp_ratio", "epochs", "batch_size", "lr", "weight_decay",
     "warmup_epochs", "drop_path", "clip_grad", "precision", "smoke",
 )  # fmt: skip
 
@@ -202,7 +202,7 @@ def _spec(plan: Plan, word: str, depth: int, vocab_size: int) -> ModelSpec:
         drop_path_rate=config.drop_path,
     )
     if config.task == "text":
-        return ModelSpec("TextDecoder", arguments)
+        return ModelSpec("TextDecoder", arguments | dict(embed_scale=config.embed_scale))
     return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=vocab_size))
 
 
