@@ -200,9 +200,10 @@ def _spec(plan: Plan, word: str, depth: int, vocab_size: int) -> ModelSpec:
         num_heads=config.heads,
         mlp_ratio=config.mlp_ratio,
         drop_path_rate=config.drop_path,
+        embed_scale=config.embed_scale,
     )
     if config.task == "text":
-        return ModelSpec("TextDecoder", arguments | dict(embed_scale=config.embed_scale))
+        return ModelSpec("TextDecoder", arguments)
     return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=vocab_size))
 
 
