@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """A setting that cannot work: an unknown name, an impossible size, a combination that makes no sense."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument that a constructor does not have; a TypeError too, as from any other one in Python."""
+
+
 class DataError(ValueError):
     """Data that are missing, unreadable or not laid out as required."""
 
@@ -26,9 +30,9 @@ class Stopped(SystemExit):
     """A training that was asked to stop, and saved first; leaves with 128 + the signal's number."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown(kind: str, name: str, known: Iterable[str], error: type[ConfigError] = ConfigError) -> ConfigError:
     """The error for a name that does not exist: the nearest one, and all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    return error(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")

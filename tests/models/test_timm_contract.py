@@ -264,3 +264,9 @@ def test_export_with_dynamic_height_and_width(position):
         x = torch.randn(2, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit2dpe_tiny_patch4_32", "vit2dpe_swin_tiny_patch2_window4_32"])
+def test_an_argument_that_no_model_has_is_a_type_error_as_timms_tests_ask(name):
+    with pytest.raises(TypeError, match="qk_nrom"):
+        timm.create_model(name, qk_nrom=True)

@@ -43,8 +43,11 @@ def _cfg(size: int, **more: Any) -> dict[str, Any]:
     )
 
 
-def _swin_cfg(size: int) -> dict[str, Any]:
-    return _cfg(size) | dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, classifier="head.fc")
+def _swin_cfg(size: int, last: int) -> dict[str, Any]:
+    """`last` is the side of the last stage's grid, which timm calls pool_size."""
+    return _cfg(size) | dict(
+        pool_size=(last, last), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, classifier="head.fc"
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -55,10 +58,10 @@ default_cfgs = generate_default_cfgs(
         "vit2dpe_large_patch16_224.untrained": _cfg(224),
         "vit2dpe_tiny_patch4_32.untrained": _cfg(32),
         "vit2dpe_tiny_patch8_64.untrained": _cfg(64),
-        "vit2dpe_swin_tiny_patch4_window7_224.untrained": _swin_cfg(224),
-        "vit2dpe_swin_small_patch4_window7_224.untrained": _swin_cfg(224),
-        "vit2dpe_swin_base_patch4_window7_224.untrained": _swin_cfg(224),
-        "vit2dpe_swin_tiny_patch2_window4_32.untrained": _swin_cfg(32),
+        "vit2dpe_swin_tiny_patch4_window7_224.untrained": _swin_cfg(224, 7),
+        "vit2dpe_swin_small_patch4_window7_224.untrained": _swin_cfg(224, 7),
+        "vit2dpe_swin_base_patch4_window7_224.untrained": _swin_cfg(224, 7),
+        "vit2dpe_swin_tiny_patch2_window4_32.untrained": _swin_cfg(32, 4),
     }
 )
 

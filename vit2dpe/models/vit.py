@@ -16,7 +16,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, assign
-from ..errors import ConfigError, unknown
+from ..errors import ArgumentError, ConfigError, unknown
 from ..layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
 from ..positions import Positions
 from ..signal import Signal
@@ -97,7 +97,7 @@ class ViT(TimmContract):
         for name in block:
             if name not in theirs:
                 known = (mine | theirs) - {"block", "attention", "dim", "heads"}
-                raise unknown(f"argument of {type(self).__name__}", name, known)
+                raise unknown(f"argument of {type(self).__name__}", name, sorted(known), ArgumentError)
         check_pool(global_pool, class_token)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
