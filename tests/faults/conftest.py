@@ -82,20 +82,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(*ids): the faults of the board that a test causes")
-    config.stash[_RESULTS] = {}
 
 
-_RESULTS: pytest.StashKey[dict[str, list[str]]] = pytest.StashKey()
+_RESULTS: dict[str, list[str]] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     if report.when == "call" or report.outcome != "passed":
-        for mark in item.iter_markers("fault"):
-            for fault in mark.args:
-                item.config.stash[_RESULTS].setdefault(fault, []).append(report.outcome)
+        report.user_properties += [("fault", fault) for mark in item.iter_markers("fault") for fault in mark.args]
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Also called for what another process of `pytest -n 2` ran."""
+    for name, value in report.user_properties if report.when == "call" or report.outcome != "passed" else ():
+        if name == "fault":
+            _RESULTS.setdefault(str(value), []).append(report.outcome)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -103,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     lines, right = [], 0
     for fault, (what, expected) in FAULTS.items():
-        outcomes = config.stash[_RESULTS].get(fault, [])
+        outcomes = _RESULTS.get(fault, [])
         if not outcomes:
             result = "not run"
         else:
