@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError
 from ..models.text_model import pad
 from .distributed import ALONE, World, sum_over_ranks
-from .keys import generator
-from .task import Batch, Task
+from .task import Batch, Task, batch_of, steps_of
 from .text_config import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
@@ -102,13 +101,11 @@ class LineTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        whole, rest = divmod(len(self.data.train), self.batch_size)
-        return whole + (rest >= self.world.size or (rest > 0 and whole == 0))
+        return steps_of(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         train = self.data.train
-        order = torch.randperm(len(train), generator=generator(self.seed, epoch, "order"))
-        index = order[step * self.batch_size : (step + 1) * self.batch_size]
+        index = batch_of(len(train), self.batch_size, self.seed, epoch, step)
         index = index[self.world.share(len(index))]
         return self._batch([train[i] for i in index.tolist()]) | {"index": index}
 

@@ -113,9 +113,7 @@ class ImageTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        whole, rest = divmod(len(self.data.train), self.batch_size)
-        # A rest smaller than the number of processes would leave one with nothing to do: it is left out.
-        return whole + (rest >= self.world.size or (rest > 0 and whole == 0))
+        return steps_of(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         where, index = self._share(epoch, step)
@@ -138,7 +136,7 @@ class ImageTask(Task):
 
     def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
         """Which part of which batch is this rank's, and the numbers of its images."""
-        order = _order(len(self.train), self.seed, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        order = batch_of(len(self.train), self.batch_size, self.seed, epoch, step)
         part = self.world.share(len(order))
         return _Part(of=len(order), part=part), order[part]
 
@@ -216,6 +214,20 @@ def evaluation_batches(
     for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
         images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]
         yield normalize(images, data.mean, data.std), held.labels[cut]
+
+
+def steps_of(count: int, batch_size: int, world: World) -> int:
+    """How many steps an epoch over `count` items has.
+
+    A rest smaller than the number of processes would leave one with nothing to do: it is left out.
+    """
+    whole, rest = divmod(count, batch_size)
+    return whole + (rest >= world.size or (rest > 0 and whole == 0))
+
+
+def batch_of(count: int, batch_size: int, seed: int, epoch: int, step: int) -> Tensor:
+    """The numbers of a step's items, of all ranks: each item once an epoch, in an order drawn anew for each."""
+    return _order(count, seed, epoch)[step * batch_size : (step + 1) * batch_size]
 
 
 @lru_cache(maxsize=2)  # of this epoch, and of the next one for what is read ahead

@@ -22,8 +22,7 @@ from ..models.seq2seq import Seq2Seq
 from ..models.text_model import pad
 from .decoding import Pair, count_labels, decoding_batch, decoding_loss, evaluate_pairs
 from .distributed import ALONE, World
-from .keys import generator
-from .task import Batch, Task
+from .task import Batch, Task, batch_of, steps_of
 from .text_config import TextDataConfig
 from .tokenizers import Subwords, from_json, make_tokenizer
 
@@ -114,13 +113,11 @@ class TranslationTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        whole, rest = divmod(len(self.data.train), self.batch_size)
-        return whole + (rest >= self.world.size or (rest > 0 and whole == 0))
+        return steps_of(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         train = self.data.train
-        order = torch.randperm(len(train), generator=generator(self.seed, epoch, "order"))
-        index = order[step * self.batch_size : (step + 1) * self.batch_size]
+        index = batch_of(len(train), self.batch_size, self.seed, epoch, step)
         index = index[self.world.share(len(index))]
         encode = Encoder(self.data.tokenizer)
         found = decoding_batch([train[i] for i in index.tolist()], encode.start, encode.pad)
