@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ def lives_or_dies(folder, cell, progress):
     if cell == "refuses":
         raise DataError("image 3 is unreadable")
     if cell == "takes long":
-        time.sleep(600)
+        time.sleep(60)
     (folder / cell).write_text(str(os.getpid()))
     return [{"cell": cell, "threads": torch.get_num_threads()}]
 
@@ -54,6 +55,15 @@ def test_a_lost_cell_ends_the_study_and_not_after_the_others(cell, error, messag
     with pytest.raises(error, match=message):
         collect(tmp_path, ["takes long", cell], jobs=2)
     assert not (tmp_path / "takes long").exists(), "the other process was ended, not waited for"
+
+
+def test_a_lost_process_is_seen_where_the_pool_does_not_watch_it(tmp_path, monkeypatch):
+    """The pool of Python 3.11.7 may list whom it watches while the last process is still being started."""
+    start = ProcessPoolExecutor._spawn_process
+    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", lambda pool: (time.sleep(0.5), start(pool)))
+    with pytest.raises(TrainingError, match="a process that trained a cell died"):
+        collect(tmp_path, ["takes long", "dies"], jobs=2)
+    assert not (tmp_path / "takes long").exists()
 
 
 def test_how_many_at_a_time(monkeypatch):

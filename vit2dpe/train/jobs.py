@@ -7,6 +7,7 @@ two threads.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -62,22 +63,27 @@ def each(
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch in the middle of their work
     said = context.SimpleQueue()
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(jobs, context, _prepare, (run, fixed, said, threads or 1))
+    running: dict[Future[Rows], int] = {pool.submit(_run, cell): i for i, cell in enumerate(cells)}
+    workers = [process for process in multiprocessing.active_children() if process not in others]
     try:
-        running: dict[Future[Rows], int] = {pool.submit(_run, cell): i for i, cell in enumerate(cells)}
         while running:
             done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             while not said.empty():
                 progress(*said.get())
             for future in done:
                 yield running.pop(future), future.result()
+            # The pool lists whom it watches while it still starts the last one (Python 3.11.7), so we look too.
+            if running and multiprocessing.connection.wait([process.sentinel for process in workers], timeout=0):
+                raise BrokenProcessPool
     except BrokenProcessPool:
         raise TrainingError(
             "a process that trained a cell died, perhaps for want of memory: the same command goes on from what is "
             "finished; --jobs 1 trains one at a time"
         ) from None
     finally:
-        for process in multiprocessing.active_children() if running else ():
+        for process in workers if running else ():
             process.terminate()
         pool.shutdown(cancel_futures=True)
 
