@@ -196,9 +196,10 @@ def test_a_bias_costs_no_more_operations_a_block_than_timms(word, theirs):
     assert ours - a_block(lambda depth: ViT("none", depth=depth, **sizes)) <= 8
 
 
-def test_a_rotary_model_of_twelve_blocks_dispatches_few_operations():
-    """155 with its table, 140 without; timm's has 304."""
-    model = ViT("rope", **SIZES | dict(depth=12)).eval()
+@pytest.mark.parametrize("init_values", [None, 1e-5])
+def test_a_rotary_model_of_twelve_blocks_dispatches_few_operations(init_values):
+    """155 with its table, 140 without, with LayerScale or not; timm's has 304 with it."""
+    model = ViT("rope", init_values=init_values, **SIZES | dict(depth=12)).eval()
     assert kernels(model, IMAGES) <= 155
     with frozen(model):
         kernels(model, IMAGES)

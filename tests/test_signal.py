@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit2dpe import Positions, Rotation, Signal, attend, rotate
-from vit2dpe.signal import Dense, LowRank, Table
+from vit2dpe.signal import Dense, LowRank, Phases, Table
 
 N, WIDTH, HEADS = 3, 4, 2
 angles = st.lists(st.floats(-100, 100), min_size=N * WIDTH // 2, max_size=N * WIDTH // 2)
@@ -127,16 +128,37 @@ def test_terms_of_every_kind_add_up_in_attention():
     assert float((ours - attend(q, k, v, Signal(bias=(dense, table)))).abs().max()) > 0.1
 
 
-def test_cosine_and_sine_of_a_learned_angle_have_the_gradients_of_the_formula():
-    angle = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cosine_and_sine_of_learned_phases_have_the_gradients_of_the_formula(batch):
+    generator = torch.Generator().manual_seed(0)
+    coords = torch.randn(batch, 6, 2, dtype=torch.float64, generator=generator)
+    w = torch.randn(2, HEADS, 4, dtype=torch.float64, generator=generator).requires_grad_()
 
-    def both(x):
-        return tuple(Rotation.of(x, torch.float64, x.device))
+    def both(w):
+        return tuple(Rotation.of(Phases(coords, w), torch.float64, w.device, prefix=1))
 
-    torch.testing.assert_close(both(angle), (angle.cos(), angle.sin()))
-    assert torch.autograd.gradcheck(both, (angle,))
-    assert torch.autograd.gradgradcheck(both, (angle,))
-    torch.testing.assert_close(torch.func.vmap(both)(angle), (angle.cos(), angle.sin()))
+    def formula(w):
+        angle = F.pad(torch.einsum("bnd,dhk->bhnk", coords, w), (0, 0, 1, 0))
+        return angle.cos(), angle.sin()
+
+    assert type(both(w)[0].grad_fn).__name__ == "_TurnBackward"
+    torch.testing.assert_close(both(w), formula(w))
+    given = [torch.randn(batch, HEADS, 7, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
+    ours, theirs = (torch.autograd.grad(f(w), w, given) for f in (both, formula))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(both, (w,))
+    assert torch.autograd.gradgradcheck(both, (w,))
+    several = torch.stack([w.detach(), -w.detach()])
+    torch.testing.assert_close(torch.func.vmap(both)(several)[0][1], formula(-w)[0])
+    torch.testing.assert_close(
+        torch.func.jacrev(both)(w.detach())[0], torch.autograd.functional.jacobian(formula, w)[0]
+    )
+
+
+def test_phases_whose_places_ask_for_a_gradient_give_it():
+    coords = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: tuple(Rotation.of(Phases(*given), w.dtype, w.device)), (coords, w))
 
 
 def test_an_encoding_lays_cosine_and_sine_side_by_side():

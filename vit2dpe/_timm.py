@@ -21,7 +21,9 @@ class _WhenTimmArrives(importlib.abc.MetaPathFinder):
 
             def exec_module(module):
                 load(module)
-                importlib.import_module("vit2dpe.models")
+                # Where `layers` brings timm, it is not whole yet, and registers them itself at its end.
+                if f"{__package__}.layers" not in sys.modules:
+                    importlib.import_module("vit2dpe.models")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

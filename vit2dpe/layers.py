@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import DropPath, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import LayerScale as ScaleOnly
 from timm.layers.activations import QuickGELU
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
+from ._timm import register_with_timm
 from .attention import Attention
 from .encodings.base import PositionEncoding
 from .errors import ConfigError, unknown
@@ -125,6 +127,20 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
+class LayerScale(ScaleOnly):
+    """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation."""
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        return super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
+
+
+def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
+    """x + drop_path(scale(branch)): the end of a residual branch."""
+    if isinstance(scale, LayerScale) and not (isinstance(drop_path, DropPath) and drop_path.training):
+        return scale(branch, onto=x)
+    return x + drop_path(scale(branch))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block under timm's names (`norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`).
 
@@ -199,8 +215,8 @@ class Block(nn.Module):
             own = self.attn.position(at)
             x = add_token(x, own)
             signal = signal.plus(own)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), signal, mask)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = add_branch(x, self.attn(self.norm1(x), signal, mask), self.ls1, self.drop_path1)
+        return add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
 
 
 class PostNormBlock(Block):
@@ -211,8 +227,8 @@ class PostNormBlock(Block):
             own = self.attn.position(at)
             x = add_token(x, own)
             signal = signal.plus(own)
-        x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x, signal, mask))))
-        return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+        x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1)
+        return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {  # arXiv 1607.06450, 1910.07467; each by a short name too
@@ -260,3 +276,6 @@ def mlp_of(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
 def add_token(x: Tensor, signal: Signal) -> Tensor:
     """x + signal.token in x's dtype; x where there is none."""
     return x if signal.token is None else x + signal.token.to(x.dtype)
+
+
+register_with_timm()  # timm came with this module, perhaps before our models did

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import vit2dpe.models  # noqa: F401 - registers the names with timm
 from vit2dpe import ENCODINGS, ConfigError, Dims, PositionEncoding, Positions, ViT, build
 from vit2dpe.encodings import MixedRoPE, RelativeBias, SinCos
+from vit2dpe.layers import LayerScale, add_branch
 
 SIZES = [(224, 224), (224, 320), (96, 160)]
 MICRO = dict(img_size=(8, 12), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=8)
@@ -350,3 +351,20 @@ def test_the_model_says_where_its_tokens_are():
     assert isinstance(seen[0], Positions)
     assert torch.equal(seen[0].coords, model.positions(12, 20).coords)
     assert (seen[0].extent, seen[0].prefix) == ((3, 5), 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_branch_ends_as_timms_does_and_its_hooks_are_called(training, rate):
+    generator = torch.Generator().manual_seed(0)
+    x, branch = torch.randn(2, 8, 3, 6, generator=generator).unbind(0)
+    scale, theirs = LayerScale(6, 0.5), timm.layers.LayerScale(6, 0.5)
+    drop_path = (timm.layers.DropPath(rate) if rate else nn.Identity()).train(training)
+    seen = []
+    scale.register_forward_hook(lambda *given: seen.append(given))
+    torch.manual_seed(0)
+    ours = add_branch(x, branch, scale, drop_path)
+    torch.manual_seed(0)
+    assert torch.equal(ours, x + drop_path(theirs(branch)))
+    assert len(seen) == 1
+    assert (ours == x).all(dim=(1, 2)).any() == bool(training and rate)

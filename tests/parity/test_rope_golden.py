@@ -57,7 +57,7 @@ def test_a_square_grid_spans_minus_one_to_one(side):
     """Up to a shift that is the same for all tokens, of which a rotary encoding's logits know nothing."""
     ours, at = GoldenRoPE(16, 3, (side, side)), Positions.grid((side, side))
     theirs = linspaced(ours, (side, side), (1.0, 1.0))
-    for angle, fits in ((ours.angle(at)[0], True), (ours.angle(exchanged(at))[0], False)):
+    for angle, fits in ((ours.angle(at).dense()[0], True), (ours.angle(exchanged(at)).dense()[0], False)):
         shift = (angle - theirs)[:, :1].expand_as(angle)
         assert torch.allclose(angle - theirs, shift, rtol=0, atol=1e-10) == fits
 
@@ -71,7 +71,7 @@ def test_another_grid_keeps_one_step_for_both_axes(extent):
     side = math.prod(extent) ** 0.5
     assert min(steps) < 2 / (side - 1) < max(steps)
     assert max(steps) / min(steps) - 1 < 1 / (min(extent) - 1)
-    angle, theirs = ours.angle(at)[0], linspaced(ours, extent, spans)
+    angle, theirs = ours.angle(at).dense()[0], linspaced(ours, extent, spans)
     change = (angle - theirs) - (angle - theirs)[:, :1]
     assert change.abs().max() > 0.1
     y, x = (at.coords[0].double()[None, :, axis, None] for axis in (0, 1))

@@ -29,20 +29,24 @@ def infer(module: nn.Module, x: Tensor) -> Any:
 
 
 class Step:
-    """Forward and backward, with the same gradient handed to every contender."""
+    """Forward and backward of a module, with the gradient that every contender is handed, in the module's own layout.
 
-    def __init__(self, like: nn.Module, x: Tensor) -> None:
+    Args:
+        module: the contender.
+        like: the peer, whose outputs have the shape of the gradient.
+    """
+
+    def __init__(self, module: nn.Module, like: nn.Module, x: Tensor) -> None:
         generator = torch.Generator().manual_seed(1)
-        out = outputs(infer(like, x))
-        self.gradients = [torch.randn(y.shape, generator=generator).to(y) for y in out]
+        given = [torch.randn(y.shape, generator=generator).to(y) for y in outputs(infer(like, x))]
+        self.gradients = module.gradients(given) if hasattr(module, "gradients") else given  # type: ignore[operator]
 
     def __call__(self, module: nn.Module, x: Tensor) -> None:
         self.backward(module, x)
         clear(module, x)
 
     def backward(self, module: nn.Module, x: Tensor) -> None:
-        hand_back = getattr(module, "gradients", lambda gradients: gradients)
-        torch.autograd.backward(outputs(module(x)), hand_back(self.gradients))
+        torch.autograd.backward(outputs(module(x)), self.gradients)
 
 
 def clear(module: nn.Module, x: Tensor) -> None:

@@ -181,7 +181,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient to the inputs, and the length of the gradient to the encodings (in another layout, the same length)."""
     x = x.clone().requires_grad_()
-    measure.Step(peer, x).backward(module, x)
+    measure.Step(module, peer, x).backward(module, x)
     learned = [p.grad.square().sum() for p in peers.encodings_of(module) if p.grad is not None]
     length = torch.stack(learned).sum().sqrt() if learned else x.new_zeros(())
     found = (torch.zeros_like(x) if x.grad is None else x.grad, length)
@@ -192,11 +192,11 @@ def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, T
 def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> dict[str, Any]:
     row: dict[str, Any] = {}
     training = mode == "training"
-    step = measure.Step(modules["peer"], x) if training else measure.infer
     if training and config.level in ("block", "attention"):
         x.requires_grad_()
-    runs: dict[str, Callable[[], Any]] = {}
+    steps: dict[str, Callable[..., Any]] = {}
     for kind, module in modules.items():
+        step = steps[kind] = measure.Step(module, modules["peer"], x) if training else measure.infer
         module.train(training)
         row[f"kernels_{kind}"] = measure.kernels(module, x)
         row[f"peak_{kind}"] = measure.peak_bytes(partial(step, module, x))
@@ -205,9 +205,10 @@ def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: Bench
             row[f"saved_{kind}"] = measure.saved_bytes(module, x)
     if not config.repeats:
         return row
+    runs: dict[str, Callable[[], Any]] = {}
     for kind, module in modules.items():
         run: Any = torch.compile(module) if config.compile else module
-        runs[kind] = partial(step, run, x)
+        runs[kind] = partial(steps[kind], run, x)
         try:
             runs[kind]()
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..positions import Positions
-from ..signal import Bias, Dense, Rotation, Signal
+from ..signal import Bias, Dense, Phases, Rotation, Signal
 
 
 class Policy(Protocol):
@@ -77,8 +77,8 @@ class PositionEncoding(nn.Module):
         """(B|1, N, D) to be added to tokens that have a place."""
         return None
 
-    def angle(self, at: Positions) -> Tensor | None:
-        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place."""
+    def angle(self, at: Positions) -> Tensor | Phases | None:
+        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place, or Phases."""
         return None
 
     def bias(self, q: Positions, k: Positions) -> Tensor | Bias | None:
@@ -134,12 +134,7 @@ class PositionEncoding(nn.Module):
 
     def _rotation(self, at: Positions) -> Rotation | None:
         angle = self.angle(at)
-        if angle is None:
-            return None
-        # A zero angle is the identity. Cosine and sine are taken before the cast: the cosine of a
-        # float32 angle is off by 3e-5 at place 1,024.
-        angle = F.pad(angle, (0, 0, at.prefix, 0))
-        return Rotation.of(angle, self.dtype, at.coords.device)
+        return None if angle is None else Rotation.of(angle, self.dtype, at.coords.device, at.prefix)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:
         bias = self.bias(q, k)
