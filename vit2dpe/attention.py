@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +59,18 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
+class NoEmptyRow(NamedTuple):
+    """A boolean mask whose maker knows that every query may attend to something; `attend` need not look."""
+
+    mask: Tensor
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     signal: Signal = Signal(),  # noqa: B008 - an immutable tuple
-    mask: Tensor | None = None,
+    mask: Tensor | NoEmptyRow | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -83,6 +90,8 @@ def attend(
     Raises:
         ValueError: for a mask of another kind, or rotations of other sizes than q and k.
     """
+    known = isinstance(mask, NoEmptyRow)
+    mask = mask.mask if isinstance(mask, NoEmptyRow) else mask
     if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
         raise ValueError(
             f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
@@ -101,9 +110,10 @@ def attend(
     alive = None
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
-        alive = mask.any(dim=-1, keepdim=True)
-        mask = mask | ~alive
+        if not known:
+            # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
+            alive = mask.any(dim=-1, keepdim=True)
+            mask = mask | ~alive
     width, terms = v.shape[-1], list(signal.bias)
     products = [term for term in terms if isinstance(term, LowRank)]
     appended = bool(products) and paths.kernel_dtype(q) in (torch.float32, torch.float64)
@@ -150,7 +160,7 @@ def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, 
     if isinstance(temperature, Tensor) or temperature != 1.0:
         bias = bias * temperature
     if mask is not None:
-        bias = bias.masked_fill(~mask, float("-inf"))
+        bias = torch.where(mask, bias, float("-inf"))
     if dtype == torch.float16:
         # float16 ends at 65,504. Moving a row changes no softmax, so its largest entry becomes 0, and what then
         # falls below the limit weighs nothing anyway.

@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import Attention, attend
+from ..attention import Attention, NoEmptyRow, attend
 from ..encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ..errors import ConfigError
 from ..positions import Positions
@@ -175,7 +175,8 @@ class WindowAttention(Attention):
         found, start = [], 0
         for count, mask in windows.groups:
             end = start + count * images
-            found.append(attend(q[start:end], k[start:end], v[start:end], signal, mask, scale, dropout))
+            seen = None if mask is None else NoEmptyRow(mask)
+            found.append(attend(q[start:end], k[start:end], v[start:end], signal, seen, scale, dropout))
             start = end
         out = torch.cat([part.transpose(1, 2).flatten(2) for part in found]) if len(found) > 1 else found[0]
         out = out if len(found) > 1 else out.transpose(1, 2).flatten(2)

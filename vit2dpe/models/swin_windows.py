@@ -19,11 +19,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from ..kernels.gather import permute_rows
-from ..positions import Positions
 
 Size = tuple[int, int]
 
@@ -80,35 +78,37 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
     counts = -(-grid[0] // window[0]), -(-grid[1] // window[1])
     filled = counts[0] * window[0], counts[1] * window[1]
     shift = _shift(window[0], counts[0], shifted), _shift(window[1], counts[1], shifted)
-    rolled = torch.arange(math.prod(filled), device=device).view(filled).roll([-shift[0], -shift[1]], (0, 1))
-    order = rearrange(rolled, "(r h) (c w) -> r c (h w)", h=window[0], w=window[1])
-    # Whatever is done to tokens is done to Positions: the places of the tokens in each window.
-    places = Positions.grid(filled, device).take(order.flatten()).coords.view(*order.shape, 2)  # (r, c, N, 2)
-    real = (places[..., 0] < grid[0]) & (places[..., 1] < grid[1])
+    # Rows and columns are cut each by itself; windows, and who may attend in them, are all pairs of these.
+    rows, columns = (_places(*axis, device) for axis in zip(counts, window, shift, strict=True))
+    place = rows[:, None, :, None] * filled[1] + columns[None, :, None, :]  # (r, c, h, w) along the filled-up grid
 
     picked: list[tuple[Tensor, Tensor | None]]
     if torch.compiler.is_compiling():  # one group: how many windows are alike may not shape the graph
-        mask = _may_attend(places, real, window, masked).flatten(0, 1)[:, None]
-        picked = [(order.flatten(0, 1), mask.repeat_interleave(images, 0))]
+        near = (_near(*axis, masked) for axis in zip((rows, columns), window, grid, strict=True))
+        mask = _both(*near).flatten(0, 1)[:, None]
+        picked = [(place.flatten(2).flatten(0, 1), mask.repeat_interleave(images, 0))]
     else:
-        picked = _by_kind(order, places, real, grid if masked else filled, window, shift, masked)
-    order = torch.cat([index for index, _ in picked])  # (W, N) places of the filled-up grid
+        picked = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
+    order = torch.cat([index for index, _ in picked]) if len(picked) > 1 else picked[0][0]  # (W, N)
     groups = tuple((index.shape[0], mask) for index, mask in picked)
 
     # Places count along the filled-up grid, tokens along the grid itself.
-    row, column = order // filled[1], order % filled[1]
-    inside = (row < grid[0]) & (column < grid[1])
-    tokens = math.prod(grid)
+    tokens, area = math.prod(grid), math.prod(window)
     whole = not torch.compiler.is_compiling() and filled == grid  # a comparison may not shape the graph
     zero_row = not masked and not whole
-    nowhere = tokens if zero_row else 0
-    per_image = torch.arange(images, device=device)
-    token = torch.where(inside, row * grid[1] + column, nowhere)
-    into = token[:, None] + (tokens + int(zero_row)) * per_image[:, None]  # (W, B, N)
-    here = torch.arange(grid[0], device=device)[:, None] * filled[1] + torch.arange(grid[1], device=device)
-    went = order.flatten().argsort()[here.flatten()]  # (H·W,) of W·N
-    area = math.prod(window)
-    back = went // area * (images * area) + went % area + area * per_image[:, None]  # (B, H·W)
+    token = order
+    if not whole:
+        row, column = order // filled[1], order % filled[1]
+        token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
+    per_image = torch.arange(images, device=device)[:, None]
+    into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
+    where = torch.arange(0, images * math.prod(filled), images * area, device=device)[:, None]
+    where = where + torch.arange(area, device=device)  # (W, N) of the first image's tokens among W·B·N
+    went = torch.empty_like(where).flatten().scatter(0, order.flatten(), where.flatten())
+    if not whole:
+        here = torch.arange(grid[0], device=device)[:, None] * filled[1] + torch.arange(grid[1], device=device)
+        went = went[here.flatten()]
+    back = went + area * per_image  # (B, H·W)
     return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row, whole)
 
 
@@ -117,27 +117,48 @@ def _shift(side: int, count: int, shifted: bool) -> int:
     return side // 2 * torch.sym_min(1, count - 1) if shifted else 0  # type: ignore[return-value]
 
 
-def _may_attend(places: Tensor, real: Tensor, window: Size, masked: bool) -> Tensor:
-    """(..., N, 2) places -> (..., N, N): neighbours, and no key that is not there."""
-    apart = (places[..., :, None, :] - places[..., None, :, :]).abs()
-    near = (apart < places.new_tensor(window)).all(-1)
-    return near & real[..., None, :] if masked else near
+def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
+    """(windows, side): the places along an axis that each window holds, rolled by the shift."""
+    places = torch.arange(count * side, device=device)
+    if not isinstance(shift, int) or shift:  # 0 is known where nothing is traced
+        places = (places + shift) % (count * side)
+    return places.view(count, side)
+
+
+def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
+    """(windows, side) places -> (windows, side, side): neighbours, and no key that is not there.
+
+    A place that is not there may attend to itself: no query is left with nothing, and what it gets is dropped.
+    """
+    near = (places[:, :, None] - places[:, None, :]).abs() < side
+    if masked:
+        near = near & ((places < size)[:, None, :] | torch.eye(side, dtype=torch.bool, device=places.device))
+    return near
+
+
+def _both(rows: Tensor, columns: Tensor) -> Tensor:
+    """(r, h, h), (c, w, w) -> (r, c, h w, h w): what may attend along both axes."""
+    near = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+    return near.flatten(4).flatten(2, 3)
 
 
 def _by_kind(
-    order: Tensor, places: Tensor, real: Tensor, end: Size, window: Size, shift: Size, masked: bool
+    place: Tensor, axes: tuple[Tensor, Tensor], window: Size, shift: Size, grid: Size, masked: bool
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Windows of one mask beside each other: [(index (W_i, N), mask (N, N) or None)]."""
     rows, columns = (
-        _alike(count, side, moved, last)
-        for count, side, moved, last in zip(order.shape[:2], window, shift, end, strict=True)
+        _alike(len(places), side, moved, size if masked else places.numel())
+        for places, side, moved, size in zip(axes, window, shift, grid, strict=True)
     )
+    parts = [(row, column) for row in rows for column in columns]
+    near: list[Tensor] = []
+    if len(parts) > 1 or not (rows[0][2] and columns[0][2]):
+        near = [_near(places, side, size, masked) for places, side, size in zip(axes, window, grid, strict=True)]
     found: list[tuple[Tensor, Tensor | None]] = []
-    for top, bottom, whole_rows in rows:
-        for left, right, whole_columns in columns:
-            whole = whole_rows and whole_columns
-            mask = None if whole else _may_attend(places[top, left], real[top, left], window, masked)
-            found.append((order[top:bottom, left:right].flatten(0, 1), mask))
+    for (top, bottom, whole_rows), (left, right, whole_columns) in parts:
+        ways = None if whole_rows and whole_columns else [near[0][top : top + 1], near[1][left : left + 1]]
+        mask = None if ways is None else _both(*ways)[0, 0]
+        found.append((place[top:bottom, left:right].flatten(2).flatten(0, 1), mask))
     return found
 
 
