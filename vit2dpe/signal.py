@@ -151,7 +151,8 @@ class Table(NamedTuple):
     def _index(self) -> Tensor:
         """(B|1, Nq, Nk) entry of the flat table behind three columns for the prefix."""
         sizes = self.table.shape[1:]
-        q, k = self.q.places(), self.k.places()  # (B|1, N, d)
+        q = self.q.places()  # (B|1, N, d)
+        k = q if self.k is self.q else self.k.places()
         if checkable(q) and checkable(k) and q.numel() and k.numel():
             self._check(q, k)
         # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
@@ -167,10 +168,10 @@ class Table(NamedTuple):
         return torch.cat([above, F.pad(index, (self.k.prefix, 0), value=1)], dim=1)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
-        for axis, size in enumerate(self.table.shape[1:]):
+        (q_low, q_high), (k_low, k_high) = (t.flatten(0, 1).aminmax(dim=0) for t in (q, k))
+        least, most = (q_low - k_high).tolist(), (q_high - k_low).tolist()
+        for axis, (size, low, high) in enumerate(zip(self.table.shape[1:], least, most, strict=True)):
             reach = (size - 1) // 2
-            low = int(q[..., axis].min() - k[..., axis].max())
-            high = int(q[..., axis].max() - k[..., axis].min())
             if low < -reach or high > reach:
                 raise ValueError(f"offsets along axis {axis} leave the table: it covers ±{reach}, got {low} to {high}")
 
