@@ -81,6 +81,41 @@ def test_parts_of_a_model_are_the_same_function(level, model, tmp_path):
     assert inference["kernels_ours"] < inference["kernels_peer"] or model == BIAS
 
 
+@pytest.mark.parametrize("model", [ROPE, MIXED, "rotary_embedding_torch"])
+def test_the_rotation_alone_is_the_same_function(model, tmp_path):
+    inference, training = run(tmp_path, models=model, level="op", repeats=0, modes="inference,training")
+    assert inference["difference"] < 1e-6
+    assert training["gradient_difference"] < 1e-5
+    assert inference["kernels_ours"] == inference["kernels_limit"] + 1
+    assert inference["kernels_peer"] >= 13
+
+
+def test_a_rotation_of_halves_of_a_head_is_not_compared(tmp_path):
+    for model in ("vit_small_patch16_dinov3", "vit_small_patch16_224"):
+        (row,) = run(tmp_path, models=model, level="op", repeats=0, modes="inference")
+        assert "does not turn neighbouring channels" in row["failed"]
+    (row,) = run(tmp_path, models="rotary_embedding_torch", repeats=0, modes="inference")
+    assert "level=op alone" in row["failed"]
+
+
+MICRO = "hidden_size=32, num_attention_heads=2, intermediate_size=64, patch_size=8"
+
+
+@pytest.mark.parametrize("name", ["transformers_vitmae", "transformers_dinov3"])
+def test_models_of_transformers_are_the_same_function(name, tmp_path):
+    model = f"{name}({MICRO})"
+    inference, training = run(tmp_path, models=model, sizes="32", repeats=0, modes="inference,training")
+    assert inference["difference"] < 1e-5
+    assert training["gradient_difference"] < 1e-5
+    made = contenders.contenders(model, (32, 32), 1, 1)
+    images = torch.randn(2, 3, 32, 32)
+    assert float((made["limit"](images) - made["ours"](images)).detach().abs().max()) > 1e-3
+    (row,) = run(tmp_path, models=model, sizes="32x48", repeats=0, modes="inference")
+    assert "square images, got 32x48" in row["failed"]
+    (row,) = run(tmp_path, models=f"{name}(hiden_size=32)", sizes="32", repeats=0, modes="inference")
+    assert "has no hiden_size" in row["failed"]
+
+
 @pytest.mark.parametrize("model", [MIXED, BIAS])
 def test_tables_alone_are_the_same_numbers_with_the_same_gradients(model, tmp_path):
     row = run(tmp_path, models=model, level="table", modes="training", depth=2)[0]

@@ -31,10 +31,12 @@ class Rotation(NamedTuple):
         3e-5 at place 1,024.
         """
         if isinstance(angle, Phases):
+            angle = Phases(F.pad(angle.coords, (0, 0, prefix, 0)), angle.w)  # nothing turns at 0
             if angle.learned and _can_interleave(angle.w):
-                return cls(*(part.to(device, dtype) for part in _Turn.apply(angle.coords, angle.w, prefix)))
+                return cls(*(part.to(device, dtype) for part in _Turn.apply(angle.coords, angle.w)))
             angle = angle.dense()
-        angle = F.pad(angle, (0, 0, prefix, 0))
+        else:
+            angle = F.pad(angle, (0, 0, prefix, 0))
         return cls.interleaved(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
 
     @classmethod
@@ -73,7 +75,7 @@ class Phases(NamedTuple):
         w = self.w[:, :, None].unbind(0)  # of each axis (1|H, 1, Dh/2)
         angle = places[0] * w[0]  # a matmul could be autocast, or rounded to TF32
         for place, frequency in zip(places[1:], w[1:], strict=True):
-            angle.add_(place * frequency)
+            angle.add_(place * frequency)  # not addcmul, whose one rounding would tell the axes apart
         return angle
 
 
@@ -83,31 +85,25 @@ def _can_interleave(x: Tensor) -> bool:
 
 
 class _Turn(torch.autograd.Function):
-    """Cosine and sine of learned phases, interleaved, behind rows of the prefix.
+    """Cosine and sine of learned phases, interleaved.
 
     The backward takes the gradients of both at once, computes neither again, and sums over tokens in one product.
     """
 
     @staticmethod
-    def forward(ctx, coords: Tensor, w: Tensor, prefix: int):
+    def forward(ctx, coords: Tensor, w: Tensor):
         angle = Phases(coords, w).dense()
-        batch, heads, count, pairs = angle.shape
-        turn = angle.new_empty(batch, heads, prefix + count, pairs, dtype=angle.dtype.to_complex())
-        turn[:, :, :prefix] = 1
-        torch.complex(angle.cos(), angle.sin_(), out=turn[:, :, prefix:])
-        cos, sin = torch.view_as_real(turn).unbind(-1)
+        cos, sin = torch.view_as_real(torch.complex(angle.cos(), angle.sin_())).unbind(-1)
         ctx.save_for_backward(coords, cos, sin)
-        ctx.prefix = prefix
         return cos, sin
 
     @staticmethod
     def backward(ctx, dcos: Tensor, dsin: Tensor):
-        coords, *turn = ctx.saved_tensors
-        cos, sin, dcos, dsin = (part[:, :, ctx.prefix :] for part in (*turn, dcos, dsin))
+        coords, cos, sin = ctx.saved_tensors
         dangle = (dsin * cos).addcmul_(dcos, sin, value=-1)  # (B|1, 1|H, N, Dh/2)
         with torch.autocast(dangle.device.type, enabled=False):
-            dw = coords.transpose(1, 2)[:, None] @ dangle  # (B|1, 1|H, d, Dh/2)
-        return None, dw.sum(0).transpose(0, 1), None
+            dw = coords.mT.unsqueeze(1) @ dangle  # (B|1, 1|H, d, Dh/2)
+        return None, dw.sum(0).transpose(0, 1)
 
 
 class Bias(Protocol):

@@ -17,8 +17,9 @@ from ..encodings import PositionEncoding, Sum, parse
 from ..errors import ConfigError
 from ..models import Swin, from_timm
 from ..models.swin_stage import in_full
+from . import hf, rotation
 
-LEVELS = ("table", "attention", "block", "encoder")
+LEVELS = ("op", "table", "attention", "block", "encoder")
 TORCHVISION = "torchvision_swin_t"
 
 
@@ -32,7 +33,14 @@ def contenders(
     Raises:
         ConfigError: for a name that nobody has, and what has no such level.
     """
-    peer = _peer(word, size, depth)
+    if word.startswith("transformers_"):
+        ((name, options),) = parse(word, "model", [hf.VITMAE, hf.DINOV3])
+        if level != "encoder":
+            raise ConfigError(f"{name} is measured as a whole, got level={level}")
+        return {kind: model.eval() for kind, model in hf.contenders(name, options, size, depth).items()}
+    if word == rotation.PACKAGE and level != "op":
+        raise ConfigError(f"{word} has no models, it is measured at level=op alone; got level={level}")
+    peer = _peer(rotation.ROPE if word == rotation.PACKAGE else word, size, depth)
     with torch.no_grad():
         for parameter in peer.parameters():  # LayerScale and tables that start near zero would hide a difference
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -47,13 +55,15 @@ def contenders(
     if block >= len(blocks["ours"]):
         raise ConfigError(f"{word} has {len(blocks['ours'])} blocks, counted from 0; got block={block}")
     found: dict[str, nn.Module] = {}
-    for kind, model in models.items():
-        part = blocks[kind][block]
-        given = _inputs(model, part, torch.zeros(batch, 3, *size))
-        if kind == "ours":
-            given = _turned(part, *given)
+    parts = {kind: of_kind[block] for kind, of_kind in blocks.items()}
+    inputs = {kind: _inputs(models[kind], part, torch.zeros(batch, 3, *size)) for kind, part in parts.items()}
+    if level == "op":
+        (x, *_), words = inputs["peer"]
+        return rotation.contenders(word, parts["peer"].attn, words.get("rope"), x.shape[1:])
+    inputs["ours"] = _turned(parts["ours"], *inputs["ours"])
+    for kind, part in parts.items():
         make = _Block if level == "block" else _PeerAttention if kind == "peer" else _OurAttention
-        found[kind] = make(part, *given)
+        found[kind] = make(part, *inputs[kind])
     return found
 
 
@@ -209,7 +219,6 @@ class _OurTables(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
         self.at = model.positions(*model.patch_embed.img_size).with_prefix(model.num_prefix_tokens)
         own = [block.attn.position for block in model.blocks]
         self.parts = nn.ModuleList([model.position] if own[0] is None else own)

@@ -36,13 +36,13 @@ class BenchConfig:
 
     Args:
         models: comma-separated: timm names that from_timm reads, with arguments where they need some, as in
-            vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true), and
-            torchvision_swin_t.
+            vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true);
+            torchvision_swin_t, transformers_vitmae, transformers_dinov3; at level op rotary_embedding_torch too.
         sizes: comma-separated sizes in pixels, 224 or 224x320.
         modes: inference, training (forward and backward), first (ours alone: the first forward at a size over the next
             one there), or several.
-        level: encoder (the whole model), block, attention (with roll and windows in a Swin), or table (what the
-            encoding gives, alone).
+        level: encoder (the whole model), block, attention (with roll and windows in a Swin), table (what the encoding
+            gives, alone), or op (the rotation alone, from the packed projection to q, k and v).
         block: which block, at the levels of block and attention; a Swin's are counted through its stages, the odd ones
             are shifted.
         precision: float32, bfloat16 (weights too), or autocast (to bfloat16).
@@ -114,7 +114,7 @@ def _check(config: BenchConfig) -> list[str]:
 
 def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) -> dict[str, Any]:
     """What a row is about; rows with the same are the same."""
-    one_block = config.level in ("block", "attention")
+    one_block = config.level in ("block", "attention", "op")
     return dict(
         model=word, height=size[0], width=size[1], mode=mode, level=config.level,
         block=config.block if one_block else None, precision=config.precision, compiled=config.compile,
@@ -192,7 +192,7 @@ def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, T
 def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> dict[str, Any]:
     row: dict[str, Any] = {}
     training = mode == "training"
-    if training and config.level in ("block", "attention"):
+    if training and config.level in ("block", "attention", "op"):
         x.requires_grad_()
     steps: dict[str, Callable[..., Any]] = {}
     for kind, module in modules.items():
