@@ -140,24 +140,32 @@ class Table(NamedTuple):
 
     def dense(self) -> Tensor:
         index = self.q.shared(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
-        front = self.table.new_zeros(self.table.shape[0], 3) if self.prefix is None else self.prefix
-        bias = torch.cat([front, self.table.flatten(1)], dim=1).index_select(1, index.flatten())
-        return bias.unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
+        flat = self.table.flatten(1)
+        if self._columns:
+            front = flat.new_zeros(flat.shape[0], self._columns) if self.prefix is None else self.prefix
+            flat = torch.cat([front, flat], dim=1)
+        return flat.index_select(1, index.flatten()).unflatten(1, index.shape).movedim(0, 1)  # (B|1, H, Nq, Nk)
+
+    @property
+    def _columns(self) -> int:
+        """How many columns stand in front of the flat table, for pairs with the prefix."""
+        return 3 if self.q.prefix or self.k.prefix else 0
 
     def _index(self) -> Tensor:
-        """(B|1, Nq, Nk) entry of the flat table behind three columns for the prefix."""
+        """(B|1, Nq, Nk) entry of the flat table behind its columns for the prefix."""
         sizes = self.table.shape[1:]
         q = self.q.places()  # (B|1, N, d)
         k = q if self.k is self.q else self.k.places()
         if checkable(q) and checkable(k) and q.numel() and k.numel():
             self._check(q, k)
         # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
-        q_index, k_index = torch.full_like(q[..., 0], 3), torch.zeros_like(k[..., 0])
-        for axis, size in enumerate(sizes):
-            later = math.prod(sizes[axis + 1 :])
-            q_index = q_index + (q[..., axis] + (size - 1) // 2) * later
-            k_index = k_index + k[..., axis] * later
+        later = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        middle = sum((size - 1) // 2 * step for size, step in zip(sizes, later, strict=True))
+        k_index = _inner(k, later)
+        q_index = (k_index if k is q else _inner(q, later)) + (self._columns + middle)
         index = q_index[..., :, None] - k_index[..., None, :]
+        if not self._columns:
+            return index
         above = F.pad(index.new_zeros(index.shape[0], 1, index.shape[2]), (self.k.prefix, 0), value=2).expand(
             -1, self.q.prefix, -1
         )
@@ -170,6 +178,14 @@ class Table(NamedTuple):
             reach = (size - 1) // 2
             if low < -reach or high > reach:
                 raise ValueError(f"offsets along axis {axis} leave the table: it covers ±{reach}, got {low} to {high}")
+
+
+def _inner(places: Tensor, steps: list[int]) -> Tensor:
+    """(B|1, N, d) -> (B|1, N): the sum over axes of place times step."""
+    found = places[..., -1]  # whose step is 1
+    for axis, step in enumerate(steps[:-1]):
+        found = found + places[..., axis] * step
+    return found
 
 
 class LowRank(NamedTuple):
