@@ -165,3 +165,30 @@ def test_an_encoding_lays_cosine_and_sine_side_by_side():
     """Where the kernel reads both as one complex number without a copy."""
     cos, sin = Rotation.of(torch.randn(1, 1, 3, 4), torch.float32, torch.device("cpu"))
     assert sin.data_ptr() - cos.data_ptr() == cos.element_size()
+
+
+@pytest.mark.parametrize("prefixes", [(0, 0), (1, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_a_table_is_looked_up_as_by_a_double_loop(prefixes, with_columns):
+    """Queries and keys at places of their own, each with its prefix."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(HEADS, 5, 9, generator=generator)
+    columns = torch.randn(HEADS, 3, generator=generator) if with_columns else None
+    q = Positions.grid((3, 2)).with_prefix(prefixes[0])
+    k = Positions.grid((2, 5)).with_prefix(prefixes[1])
+    dense = Table(table, q, k, columns).dense()
+    front = torch.zeros(HEADS, 3) if columns is None else columns
+    for i in range(prefixes[0] + 6):
+        for j in range(prefixes[1] + 10):
+            a, b = i - prefixes[0], j - prefixes[1]
+            if a >= 0 and b >= 0:
+                expected = table[:, a // 2 - b // 5 + 2, a % 2 - b % 5 + 4]
+            else:
+                expected = front[:, 2 if a < 0 and b < 0 else 0 if a < 0 else 1]
+            assert torch.equal(dense[0, :, i, j], expected), (i, j)
+
+
+@pytest.mark.parametrize(("queries", "keys", "got"), [((4, 2), (2, 2), "-1 to 3"), ((2, 2), (4, 2), "-3 to 1")])
+def test_offsets_beyond_a_table_are_refused_on_either_side(queries, keys, got):
+    with pytest.raises(ValueError, match=f"offsets along axis 0 leave the table: it covers ±2, got {got}"):
+        Table(torch.zeros(HEADS, 5, 5), Positions.grid(queries), Positions.grid(keys)).dense()
