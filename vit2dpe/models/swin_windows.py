@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.gather import permute_rows
-
 Size = tuple[int, int]
 
 
@@ -37,7 +35,6 @@ class Windows(NamedTuple):
         groups: (windows, mask) in order: how many windows have this mask, boolean (N, N) or (W·B, 1, N, N), True may
             attend; None where all may.
         zero_row: whether filled-up places hold a row of zeros behind the tokens, instead of being masked.
-        whole: whether nothing was filled up, so that `order` and `back` undo each other.
     """
 
     grid: Size
@@ -46,22 +43,17 @@ class Windows(NamedTuple):
     back: Tensor
     groups: tuple[tuple[int, Tensor | None], ...]
     zero_row: bool
-    whole: bool
 
     def split(self, x: Tensor) -> Tensor:
         """(B, H, W, D) -> (W·B, N, D), the images of a window beside each other."""
         tokens = x.flatten(1, 2)
         if self.zero_row:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        rows = tokens.flatten(0, 1)
-        rows = permute_rows(rows, self.order, self.back) if self.whole else rows.index_select(0, self.order)
-        return rows.unflatten(0, (-1, self.area))
+        return tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, self.area))
 
     def join(self, y: Tensor, images: int) -> Tensor:
         """(W·B, N, D) -> (B, H, W, D): `split` undone, filled-up places dropped."""
-        rows = y.flatten(0, 1)
-        rows = permute_rows(rows, self.back, self.order) if self.whole else rows.index_select(0, self.back)
-        return rows.unflatten(0, (images, *self.grid))
+        return y.flatten(0, 1).index_select(0, self.back).unflatten(0, (images, *self.grid))
 
 
 def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, device: torch.device) -> Windows:
@@ -109,7 +101,7 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         here = torch.arange(grid[0], device=device)[:, None] * filled[1] + torch.arange(grid[1], device=device)
         went = went[here.flatten()]
     back = went + area * per_image  # (B, H·W)
-    return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row, whole)
+    return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row)
 
 
 def _shift(side: int, count: int, shifted: bool) -> int:
