@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from vit2dpe import ConfigError, PositionEncoding, ViT, frozen
+from vit2dpe import ConfigError, PositionEncoding, Swin, ViT, frozen
 from vit2dpe.bench import BenchConfig, bench, contenders, interval, kernels, peak_bytes, saved_bytes
-from vit2dpe.bench.measure import buffer_bytes
+from vit2dpe.bench.measure import buffer_bytes, step_kernels
 from vit2dpe.bench.table import markdown, verdict
 from vit2dpe.cli import main
 from vit2dpe.signal import Table
@@ -229,6 +229,29 @@ def test_a_bias_costs_no_more_operations_a_block_than_timms(word, theirs):
     ours = a_block(lambda depth: ViT(word, depth=depth, **sizes))
     assert ours <= a_block(lambda depth: relpos(rel_pos_type=theirs, depth=depth, **sizes))
     assert ours - a_block(lambda depth: ViT("none", depth=depth, **sizes)) <= 8
+
+
+@pytest.mark.parametrize(("word", "most"), [("rope", 5), ("rope_mixed", 32)])
+def test_a_rotation_adds_few_operations_to_a_training_step(word, most):
+    """Of each block, forward and backward; timm's rotary attention adds 26 and more."""
+
+    def a_block(word):
+        few, many = (ViT(word, **SIZES | dict(depth=depth)).train() for depth in (3, 6))
+        return (step_kernels(many, IMAGES) - step_kernels(few, IMAGES)) / 3
+
+    assert 0 < a_block(word) - a_block("none") <= most
+
+
+def test_blocks_of_a_swin_dispatch_no_more_than_timms_and_windows_are_cut_once_a_stage():
+    sizes = dict(img_size=56, patch_size=4, window_size=7, embed_dim=12, num_heads=(3,), num_classes=2)
+    images = torch.randn(1, 3, 56, 56)
+
+    def count(make, depth):
+        return kernels(make(depths=(depth,), drop_path_rate=0.0, **sizes).eval(), images)
+
+    ours, theirs = (count(make, 6) - count(make, 2) for make in (Swin, timm.models.SwinTransformer))
+    assert ours < theirs
+    assert count(Swin, 2) <= 110
 
 
 @pytest.mark.parametrize("init_values", [None, 1e-5])

@@ -138,6 +138,15 @@ def kernels(module: nn.Module, x: Tensor) -> int:
     return count.number
 
 
+def step_kernels(module: nn.Module, x: Tensor) -> int:
+    """How many operations a forward and a backward dispatch, views excluded."""
+    step = Step(module, module, x)
+    with _Count() as count:
+        step.backward(module, x)
+    clear(module, x)
+    return count.number
+
+
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most bytes that tensors made in a run take at once; what a kernel takes inside itself is not seen."""
     with _Count() as count:
