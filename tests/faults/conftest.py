@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 FAULTS = {
-    "F01": ("truncated JPEG or PNG", "refused, with the path"),
-    "F02": ("image file of zero bytes", "refused, with the path"),
-    "F03": ("HTML or text named .jpg", "refused, with the path"),
+    "F01": ("truncated JPEG or PNG", "refused, with the path; or left out, counted and listed"),
+    "F02": ("image file of zero bytes", "refused, with the path; or left out, counted and listed"),
+    "F03": ("HTML or text named .jpg", "refused, with the path; or left out, counted and listed"),
     "F04": ("PNG with a flipped bit", "refused, with the path"),
     "F05": ("CMYK image", "converted to RGB, counted"),
     "F06": ("grayscale image", "converted to RGB, counted"),
@@ -114,7 +114,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             good = set(outcomes) == {"passed"}
             right += good
             result = f"right ({len(outcomes)})" if good else f"WRONG ({', '.join(sorted(set(outcomes)))})"
-        lines.append(f"{fault} | {what:45} | {expected:58} | {result}")
+        lines.append(f"{fault} | {what:45} | {expected:60} | {result}")
     terminalreporter.section("fault board")
     terminalreporter.write_line("\n".join(lines))
     terminalreporter.write_line(f"{right} of {len(FAULTS)} right")

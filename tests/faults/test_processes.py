@@ -22,7 +22,7 @@ import vit2dpe
 from vit2dpe import load_run
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError, DataError, TrainingError
-from vit2dpe.train import stream
+from vit2dpe.train import cells, stream
 from vit2dpe.train import study as study_module
 from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors, write_checkpoint
 from vit2dpe.train.config import StudyConfig
@@ -251,21 +251,21 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
     study_module.study(replace(micro, out=str(tmp_path / "whole")))
-    real = study_module.fit
+    real = cells.fit
 
     def dies(*args, folder, **kwargs):
         if folder.name.startswith("alibi"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(study_module, "fit", dies)
+    monkeypatch.setattr(cells, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
         study_module.study(replace(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
-        study_module, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
+        cells, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
     study_module.study(replace(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1

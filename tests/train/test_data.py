@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.train import data, images
+from vit2dpe.train import images
 from vit2dpe.train.data import SOURCES, load_images, normalize
 from vit2dpe.train.images import decode
 from vit2dpe.train.splits import Split, resize
@@ -181,7 +181,7 @@ class TestFolder:
 
             def __exit__(self, *_: object) -> None: ...
 
-        monkeypatch.setattr(data.os, "scandir", Backwards)
+        monkeypatch.setattr(os, "scandir", Backwards)
         assert load_images("folder", root).digest == expected
 
     def test_digest(self, root: Path) -> None:
@@ -548,7 +548,7 @@ class TestDamage:
     def test_bomb_is_refused_by_its_header(self, root: Path, side: tuple[int, int]) -> None:
         path = root / "train/cat/bomb.png"
         path.write_bytes(png(*side, 8, 2, None))
-        refused(root, f"the image {path} has more than 50 megapixels", "not decoded", "make it smaller")
+        refused(root, f"the image {path}: it has more than 50 megapixels", "not decoded", "make it smaller")
 
     def test_bomb_costs_nothing(self, tmp_path: Path) -> None:
         resource = pytest.importorskip("resource")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lives_or_dies import lives_or_dies
 from test_study import MICRO
 
 from vit2dpe.errors import ConfigError, DataError, TrainingError
@@ -14,17 +15,10 @@ from vit2dpe.train.jobs import count, each
 from vit2dpe.train.study import study
 
 
-def lives_or_dies(folder, cell, progress):
-    """What a process does here: leaves its number in the folder, and goes as its cell says."""
-    progress("said by", 0, {"process": os.getpid()})
-    if cell == "dies":
-        os._exit(9)
-    if cell == "refuses":
-        raise DataError("image 3 is unreadable")
-    if cell == "takes long":
-        time.sleep(60)
-    (folder / cell).write_text(str(os.getpid()))
-    return [{"cell": cell, "threads": torch.get_num_threads()}]
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    """What torch would take in a new process by itself: neither what is asked for here, nor the default of several."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
 
 def collect(folder, cells, **options):
@@ -34,17 +28,21 @@ def collect(folder, cells, **options):
 
 
 def test_each_cell_comes_back_with_its_number_and_what_it_said(tmp_path):
-    found, said = collect(tmp_path, ["a", "b", "c"], jobs=2)
+    found, said = collect(tmp_path, ["a", "b", "c"], jobs=2, threads=2)
     assert sorted((i, rows[0]["cell"]) for i, rows in found) == [(0, "a"), (1, "b"), (2, "c")]
-    assert {rows[0]["threads"] for _, rows in found} == {1}
+    assert {rows[0]["threads"] for _, rows in found} == {2}
     assert len(said) == 3
     assert os.getpid() not in {row["process"] for _, _, row in said}
-    assert os.getpid() not in {int((tmp_path / c).read_text()) for c in "abc"}
+    assert os.getpid() not in {int((tmp_path / c).read_text().split()[0]) for c in "abc"}
 
 
 def test_one_at_a_time_needs_no_other_process(tmp_path):
-    collect(tmp_path, ["a"], jobs=1)
-    assert int((tmp_path / "a").read_text()) == os.getpid()
+    before = torch.get_num_threads()
+    try:
+        collect(tmp_path, ["a"], jobs=1, threads=before + 1)
+        assert (tmp_path / "a").read_text() == f"{os.getpid()} {before + 1}"
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("cell", "error", "message"), [
@@ -53,8 +51,9 @@ def test_one_at_a_time_needs_no_other_process(tmp_path):
 ])  # fmt: skip
 def test_a_lost_cell_ends_the_study_and_not_after_the_others(cell, error, message, tmp_path):
     with pytest.raises(error, match=message):
-        collect(tmp_path, ["takes long", cell], jobs=2)
+        collect(tmp_path, ["takes long", "a", cell], jobs=2)
     assert not (tmp_path / "takes long").exists(), "the other process was ended, not waited for"
+    assert (tmp_path / "a").read_text().endswith(" 1"), "one thread each, where nothing is said; and kept"
 
 
 def test_a_lost_process_is_seen_where_the_pool_does_not_watch_it(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 from test_resume import CLOCKED, Killed, everything
 
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.train import data as data_module
+from vit2dpe.train import sources
 from vit2dpe.train.data import load_images
 from vit2dpe.train.engine import Trainer
 from vit2dpe.train.log import read_table
@@ -97,7 +97,7 @@ def test_a_streamed_run_goes_on_to_the_same_bits(root, tmp_path, monkeypatch):
 def test_memory_decides_where_images_are_kept(root, monkeypatch):
     need = 36 * 10 * 12 * 3
     for free, kept in ((2 * need, True), (2 * need - 2, False)):
-        monkeypatch.setattr(data_module, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(sources, "free_memory", lambda free=free: free)
         data = load_images("folder", root, source_size=(10, 12), cache="auto")
         assert isinstance(data.train, FileSplit) != kept
         assert any("stay on disk" in note for note in data.notes) != kept
@@ -108,7 +108,7 @@ def test_memory_decides_where_images_are_kept(root, monkeypatch):
 
 
 def test_this_machine_has_memory():
-    assert 2**20 < data_module.free_memory() < 2**50
+    assert 2**20 < sources.free_memory() < 2**50
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,6 +13,7 @@ from vit2dpe import load_run
 from vit2dpe.cli import main
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.resolution import fit_size
+from vit2dpe.train import cells
 from vit2dpe.train import study as study_module
 from vit2dpe.train.config import StudyConfig, resolve, split_words
 from vit2dpe.train.data import load_images, normalize
@@ -82,20 +83,20 @@ def test_a_trained_model_loads_again_and_gives_the_same_logits(finished, word):
 
 def test_a_finished_cell_is_not_trained_again(finished, monkeypatch, capsys):
     before = (finished / "results.csv").read_bytes()
-    monkeypatch.setattr(study_module, "fit", None)  # training would fail
+    monkeypatch.setattr(cells, "fit", None)  # training would fail
     study(replace(MICRO, out=str(finished), seeds=2), command="again")
     assert (finished / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 6
 
 
 def test_other_sizes_measure_a_trained_cell_without_training_it(finished, monkeypatch, tmp_path):
-    monkeypatch.setattr(study_module, "fit", None)
+    monkeypatch.setattr(cells, "fit", None)
     study(replace(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
     assert {r["height"] for r in read(finished / "results.csv")} == {"20.0"}
 
 
 def test_a_changed_setting_trains_anew(finished, monkeypatch):
-    monkeypatch.setattr(study_module, "fit", None)
+    monkeypatch.setattr(cells, "fit", None)
     with pytest.raises(TypeError):
         study(replace(MICRO, out=str(finished), lr=0.5), command="again")
 
@@ -107,26 +108,26 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 
 def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
-    real = study_module.fit
+    real = cells.fit
 
     def interrupted(*args, folder, **kwargs):
         if folder.name.startswith("rope"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(study_module, "fit", interrupted)
+    monkeypatch.setattr(cells, "fit", interrupted)
     args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--heads", "2"]
     args += ["--out", str(tmp_path)]
     assert main(args) == 130
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
     assert "1 of 2 cells" in (tmp_path / "summary.md").read_text()
-    monkeypatch.setattr(study_module, "fit", real)
+    monkeypatch.setattr(cells, "fit", real)
     assert main(args) == 0
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none", "rope"}
 
 
 def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypatch):
-    real, seen = study_module.fit, []
+    real, seen = cells.fit, []
 
     def watched(*args, progress, **kwargs):
         def spy(row):
@@ -135,7 +136,7 @@ def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypa
 
         return real(*args, progress=spy, **kwargs)
 
-    monkeypatch.setattr(study_module, "fit", watched)
+    monkeypatch.setattr(cells, "fit", watched)
     study(replace(MICRO, out=str(tmp_path), encodings="none"))
     assert seen[0], "the picture is there from the first progress report on"
 
@@ -246,13 +247,13 @@ def test_unknown_commands_and_pictures(tmp_path, capsys):
 
 def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypatch):
     trained = []
-    real = study_module.fit
+    real = cells.fit
 
     def spy(model, task, *args, **kwargs):
         trained.append(task.train_size)
         return real(model, task, *args, **kwargs)
 
-    monkeypatch.setattr(study_module, "fit", spy)
+    monkeypatch.setattr(cells, "fit", spy)
     config = StudyConfig(
         encodings="learned", train_size="8x12", sizes="8,8x12,16", modes="scale", policies="default", finetune=1,
         epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,

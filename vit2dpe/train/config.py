@@ -35,6 +35,8 @@ class StudyConfig:
         source_size: size that pictures of differing sizes are brought to once.
         limit_train: use only so many training images, balanced over classes.
         limit_test: use only so many test images, balanced over classes; of a text, so many validation tokens.
+        unreadable: of a folder: error, or skip: images that cannot be read are left out, counted and listed in
+            out/unreadable.jsonl.
         arch: vit, or swin: windows that are shifted in every second block, and two stages at least.
         stages: blocks of each stage of a swin, comma-separated.
         window: side of a swin's windows at the training size, in tokens.
@@ -81,6 +83,7 @@ class StudyConfig:
     source_size: str | None = None
     limit_train: int | None = None
     limit_test: int | None = None
+    unreadable: str = "error"
     arch: str = "vit"
     stages: str = "2,2"
     window: int = 4
@@ -185,6 +188,8 @@ class EvaluateConfig:
         train_size: the size it was trained at, where the model does not say it.
         crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
         limit: use only so many images, balanced over classes.
+        unreadable: of a folder: error, or skip: files that cannot be read are left out, counted and listed in
+            out/unreadable.jsonl.
         batch_size: images at a time.
         device: auto, cpu, cuda, cuda:1, mps.
         out: folder that results.csv goes to.
@@ -202,6 +207,7 @@ class EvaluateConfig:
     train_size: str | None = None
     crop: float | None = None
     limit: int | None = None
+    unreadable: str = "error"
     batch_size: int = 64
     device: str = "auto"
     out: str = "runs/evaluate"

@@ -1,29 +1,27 @@
-"""Labelled images: where they come from, what is known about them, and how a batch becomes an input.
+"""Labelled images: what is known about them, and how a batch becomes an input. Where they come from: `sources`.
 
 Legend: N images, B batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, unknown
+from ..errors import ConfigError, unknown
 from ..resolution import parse_size
-from . import archives
-from .folders import LAYOUT, list_folders
-from .images import cache_dir, decode, load_files
+from .files import write_atomically
 from .settings import DataConfig
+from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
 from .splits import FileSplit, Split, digest_of, resize
 
 
@@ -39,6 +37,8 @@ class Images:
         digest: sha256 of all splits: equal digests, equal data.
         notes: what a person should be told about the data.
         val: what `val_fraction` held out of training: early stopping and `best/` go by it, never by `test`.
+        total: how many images the source has in `train`, and in `test`, used or not.
+        unreadable: the files that were left out because they cannot be read, with the reason.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Images:
     digest: str
     notes: tuple[str, ...]
     val: Split | FileSplit | None = None
+    total: Mapping[str, int] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def native(self) -> tuple[int, int]:
@@ -61,10 +63,12 @@ class Images:
         """What is evaluated, by name; the first decides which weights are best."""
         return ({} if self.val is None else {"val": self.val}) | {"test": self.test}
 
-
-# classes, train, test (None where there is none), notes
-Loaded = tuple[tuple[str, ...], Split | FileSplit, Split | FileSplit | None, list[str]]
-Source = Callable[..., Loaded]  # of root and source_size
+    @property
+    def used(self) -> str:
+        """How many images are used, of how many: `train 4990 of 5000, test 500 of 500`."""
+        train = f"train {len(self.train)}" + ("" if self.val is None else f" and val {len(self.val)}")
+        held_out = f"test {len(self.test)}" + (f" of {self.total['test']}" if "test" in self.total else "")
+        return f"{train} of {self.total['train']}, {held_out}" if self.total else f"{train}, {held_out}"
 
 
 def load_images(
@@ -77,6 +81,7 @@ def load_images(
     val_fraction: float = 0.0,
     seed: int = 0,
     cache: str = "memory",
+    unreadable: str = "error",
 ) -> Images:
     """Load a data set.
 
@@ -89,18 +94,30 @@ def load_images(
             where a `folder` has no held-out split, as `Images.test`.
         cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`stream.py`);
             auto: memory where it is large enough.
+        unreadable: error: a file that cannot be read stops the load; skip: it is left out of its split, counted and
+            listed with the reason (`Images.unreadable`). More than ten of a split that are more than 1% of it, and a
+            class that is left without an image, stop the load all the same.
 
     Raises:
         ConfigError: for an unknown name, or a setting that the source does not take.
         DataError: for data that are missing, unreadable or not laid out as required.
     """
-    check_source(name, cache=cache)
+    check_source(name, cache=cache, unreadable=unreadable)
     kind, _, what = name.partition(":")
     at, source = what or root, SOURCES[kind]
     if kind in FOLDERS:
-        more: dict[str, Any] = dict(cache=cache, alone=val_fraction > 0)
+        more: dict[str, Any] = dict(cache=cache, alone=val_fraction > 0, unreadable=unreadable)
         source = partial(source, **more)
-    classes, train, test, notes = source(Path(at).expanduser() if at else None, source_size)
+    classes, train, test, notes, lost = source(Path(at).expanduser() if at else None, source_size)
+    total = dict(train=len(train) + len(lost[0])) | ({} if test is None else dict(test=len(test) + len(lost[1])))
+    notes = [
+        *notes,
+        *(
+            f"images of {of} that cannot be read, left out: {len(w)} of {total[of]}"
+            for of, w in zip(total, lost, strict=False)
+            if w
+        ),
+    ]
     train = train if limit_train is None else train.take(limit_train)
     val: Split | FileSplit | None = None
     if val_fraction:
@@ -115,7 +132,7 @@ def load_images(
         mean, std = _statistics(train.sample())
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes = [*notes, f"same image in train and test: {leaked}"]
-    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val)
+    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, lost[0] | lost[1])
 
 
 def load(data: DataConfig, seed: int = 0) -> Images:
@@ -129,11 +146,21 @@ def load(data: DataConfig, seed: int = 0) -> Images:
         val_fraction=data.val_fraction,
         seed=seed,
         cache=data.cache,
+        unreadable=data.unreadable,
     )
 
 
-def check_source(name: str, root: str | os.PathLike[str] | None = None, cache: str = "auto") -> None:
-    """Refuse a source that does not exist, or cannot be kept as `cache` says, without reading any."""
+def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
+    """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. Nothing where there is none."""
+    if unreadable:
+        lines = [json.dumps(dict(file=file, reason=reason)) for file, reason in unreadable.items()]
+        write_atomically(folder / "unreadable.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+
+def check_source(
+    name: str, root: str | os.PathLike[str] | None = None, cache: str = "auto", unreadable: str = "error"
+) -> None:
+    """Refuse a source that does not exist, or cannot be kept or read as it is told, without reading any."""
     kind, colon, what = name.partition(":")
     if kind not in SOURCES or (kind == "hf") != bool(what):
         raise unknown("data source", name, [*(s for s in SOURCES if s != "hf"), "hf:<name>"])
@@ -143,139 +170,19 @@ def check_source(name: str, root: str | os.PathLike[str] | None = None, cache: s
         raise unknown("data.cache", cache, CACHES)
     if cache == "none" and kind not in FOLDERS:
         raise ConfigError(f"data.cache none is of files in class folders ({', '.join(FOLDERS)}); {name} is in memory")
+    if unreadable not in UNREADABLE:
+        raise unknown("data.unreadable", unreadable, UNREADABLE)
+    if unreadable == "skip" and kind not in FOLDERS:
+        raise ConfigError(f"data.unreadable skip is of files in class folders ({', '.join(FOLDERS)}), not of {name}")
 
 
 def check_data(data: DataConfig) -> None:
     """Refuse settings that cannot work, without reading any data."""
-    check_source(data.name, data.root, data.cache)
+    check_source(data.name, data.root, data.cache, data.unreadable)
     if not 0 <= data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction is a part of the training images, in [0, 1), got {data.val_fraction}")
     if data.workers is not None and data.workers < 0:
         raise ConfigError(f"data.workers must be 0 or above, got {data.workers}")
-
-
-def digits(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
-    """scikit-learn's 1,797 handwritten digits, 8x8, one channel; a fixed stratified split, 1,437 and 360."""
-    if root or source_size:
-        raise ConfigError("digits come with scikit-learn, 8x8: leave out root and source_size")
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DataError(f'digits need scikit-learn ({error}): pip install "vit2dpe[recipes]"') from error
-    data = load_digits()
-    images = torch.from_numpy(data.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(data.target).long()
-    parts = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=labels)
-    train, test = (Split(images[part], labels[part]) for part in parts)
-    return tuple(str(name) for name in data.target_names), train, test, []
-
-
-def cifar10(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
-    """CIFAR-10 through torchvision, downloaded into `root` (None: the cache folder) unless it is there already.
-
-    Its batches are pickles; torchvision compares each with its known checksum before it is opened.
-    """
-    return _cifar("CIFAR10", root, source_size)
-
-
-def cifar100(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
-    """CIFAR-100, as `cifar10`."""
-    return _cifar("CIFAR100", root, source_size)
-
-
-def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
-    if source_size:
-        raise ConfigError(f"{name.lower()} is 32x32: leave out source_size")
-    try:
-        from torchvision import datasets
-
-        root = root or cache_dir() / name.lower()
-        train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
-    except Exception as error:  # no network, a broken transfer, a wrong checksum, a torchvision built for another torch
-        raise DataError(
-            f"could not get {name.replace('CIFAR', 'CIFAR-')} with "
-            f"torchvision.datasets.{name}({str(root)!r}, download=True): {error}; "
-            "without internet, use images in class folders: --data folder --root <folder>"
-        ) from error
-    splits = [
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    ]
-    return tuple(train.classes), splits[0], splits[1], []
-
-
-def folder(
-    root: Path | None, source_size: tuple[int, int] | None, *, cache: str = "memory", alone: bool = False
-) -> Loaded:
-    """Class folders: `root/train/<class>/*`, and `root/val` or `root/test` likewise (val, where there are both).
-
-    Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
-    The classes are those of train, by name; the other split must have the same. Images become RGB.
-
-    Args:
-        cache: as in `load_images`.
-        alone: whether train may be the only split.
-    """
-    if root is None:
-        raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
-    train, test, notes = list_folders(root, alone=alone)
-    names, labels = [], []
-    for listing in (train, test):
-        for label, files in enumerate(listing.get(name, []) for name in train):
-            names += files
-            labels += [label] * len(files)
-    split, target = sum(map(len, train.values())), torch.tensor(labels)
-    parts = (slice(split), slice(split, None))
-    if cache != "memory":
-        native, _ = decode(root / names[0], source_size)
-        size = native.shape[0], native.shape[1]
-        need, free = len(names) * native.size, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if cache == "none" or need > free / 2:
-            notes.append(f"{len(names)} images stay on disk and are decoded as they are needed: {need / 2**30:.1f} GB")
-            named = np.array([os.fsencode(name) for name in names])
-            splits = [FileSplit(root, named[part], target[part], source_size, size, size) for part in parts]
-            return tuple(train), splits[0], splits[1] if test else None, notes
-    images, said = load_files(root, names, source_size)
-    kept = [Split(images[part], target[part]) for part in parts]
-    return tuple(train), kept[0], kept[1] if test else None, notes + said
-
-
-def free_memory() -> int:
-    """Bytes that this machine, or the container that it is, has free."""
-    free = []
-    with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # a container's limit, where there is one
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        free.append(int((group / "memory.max").read_text()) - used)
-    with suppress(ValueError, OSError, AttributeError):
-        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(free, default=2**33)
-
-
-def tar(
-    root: Path | None, source_size: tuple[int, int] | None, *, cache: str = "memory", alone: bool = False
-) -> Loaded:
-    """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`."""
-    if root is None:
-        raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
-    return folder(archives.unpack(root), source_size, cache=cache)
-
-
-def hf(root: Path | None, source_size: tuple[int, int] | None) -> Loaded:
-    """A dataset of Hugging Face's: `hf:<name>`."""
-    classes, train, test, notes = archives.from_hub(str(root), source_size)
-    return classes, Split(*train), Split(*test), notes
-
-
-FOLDERS = ("folder", "tar")  # sources whose images can stay on disk
-CACHES = ("auto", "memory", "none")
-SOURCES: dict[str, Source] = {
-    "digits": digits, "folder": folder, "tar": tar, "cifar10": cifar10, "cifar100": cifar100, "hf": hf,
-}  # fmt: skip
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +26,17 @@ from ..errors import ConfigError, DataError
 from ..resolution import MODES, parse_size, policies_of, sweep, train_size_of
 from .checkpoint import load_run
 from .config import EvaluateConfig, split_words
-from .data import SOURCES, load_images, normalize
+from .data import SOURCES, check_source, list_unreadable, load_images, normalize
 from .devices import pick_device
 from .files import write_atomically
 from .folders import list_held_out
-from .images import decode
-from .report import about_study, table
+from .images import decode, find_unreadable
+from .plan import known
+from .report import about_study
+from .rows import to_csv
+from .sources import readable
 from .splits import Split
-from .study import _known, to_csv
+from .tables import table
 
 Size = tuple[int, int]
 
@@ -67,7 +70,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     model = subject.model.to(device).eval()
     train_size = train_size_of(model) if config.train_size is None else parse_size(config.train_size)
     sizes = [parse_size(size) for size in split_words(config.sizes or "")] or [train_size]
-    modes = _known("mode", config.modes, MODES)
+    modes = known("mode", config.modes, MODES)
     able = policies_of(model)
     policies = able if "all" in split_words(config.policies) else split_words(config.policies)
     crop = subject.crop if config.crop is None else config.crop
@@ -78,6 +81,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     source_size = tuple(round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
     data, total = _load_data(config, subject, source_size)
     print(f"images: {len(data)} used of {total}", flush=True)
+    list_unreadable(Path(config.out), data.unreadable)
     rows = sweep(
         model,
         data,
@@ -166,6 +170,8 @@ class Batches:
         digest: what the data are, for the record.
     """
 
+    unreadable: Mapping[str, str] = {}  # files that were left out, with the reason
+
     def __init__(self, labels: Tensor, subject: Subject, batch: int, digest: str) -> None:
         self.labels, self.subject, self.batch, self.digest = labels, subject, batch, digest
 
@@ -194,7 +200,7 @@ class InMemory(Batches):
 
 
 class Files(Batches):
-    """Image files, decoded anew for every row: nothing is kept in memory, and none is left out."""
+    """Image files, decoded anew for every row: nothing is kept in memory."""
 
     root: Path
     names: list[str]
@@ -210,22 +216,25 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
     """The batches, and how many images there were to choose from."""
     limit = config.limit
     if config.data in SOURCES and config.data != "folder":
-        data = load_images(config.data, config.root)
+        data = load_images(config.data, config.root, unreadable=config.unreadable)
         split = data.test if limit is None else data.test.take(limit)
         labels = _numbering(subject, data.classes)[split.labels]
         held = InMemory(labels, subject, config.batch_size, data.digest)
         held.images = split.pixels(torch.arange(len(split)))
         return held, len(data.test)
+    check_source("folder", unreadable=config.unreadable)
     root, listing, notes = list_held_out(Path(config.data).expanduser())
     for note in notes:
         print(f"note: {note}")
     names = [name for files in listing.values() for name in files]
     labels = torch.tensor([i for i, files in enumerate(listing.values()) for _ in files])
-    index = torch.arange(len(names))
+    wrong = find_unreadable(root, names, source_size) if config.unreadable == "skip" else {}
+    index, _ = readable(wrong, names, labels, len(names))
     if limit is not None:
-        index = Split(index, labels).take(limit).images  # balanced as every limit is; the images are their numbers
+        index = Split(index, labels[index]).take(limit).images  # balanced as every limit is; images are their numbers
     found = Files(_numbering(subject, tuple(listing))[labels[index]], subject, config.batch_size, f"{len(names)} files")
     found.root, found.names, found.size = root, [names[i] for i in index.tolist()], source_size
+    found.unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
     return found, len(names)
 
 

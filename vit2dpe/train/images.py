@@ -1,41 +1,46 @@
-"""Image files to one uint8 tensor: a strict decoder, and a cache of what it made.
+"""Image files to one uint8 tensor, and a cache of what was decoded.
 
-A file that cannot be read whole stops the load and is named; none is dropped, guessed at or replaced by another.
+A file that cannot be read whole stops the load and is named. Where that is asked for it is left out instead, counted
+and listed with its reason; no other image ever takes its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .decoder import DECODER, Unreadable, as_rgb, decode
+from .files import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-# Named, because Pillow would otherwise go by content alone and hand a PostScript file called x.jpg to Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-MAX_PIXELS = 50_000_000
-DECODER = 1  # part of every cache key: raise it when the same file decodes to other pixels
+Size = tuple[int, int]
+Reasons = dict[int, str]  # what is wrong with a file, by its number
 
-_ORIENTATION = 0x0112  # EXIF tag
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_MODES = {"1": "grayscale", "L": "grayscale", "LA": "grayscale", "I": "16-bit", "P": "palette", "PA": "palette"}
+
+class Decoded(NamedTuple):
+    """Images uint8 (N, 3, H, W) of the files that could be read, in their order; how many were converted in which way;
+    and what is wrong with the others."""
+
+    images: Tensor
+    counts: dict[str, int]
+    unreadable: Reasons
 
 
 def cache_dir() -> Path:
@@ -43,158 +48,178 @@ def cache_dir() -> Path:
     return Path(os.environ.get("VIT2DPE_CACHE") or "~/.cache/vit2dpe").expanduser()
 
 
-def load_files(root: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> tuple[Tensor, list[str]]:
+def load_files(
+    root: Path, names: Sequence[str], size: Size | None = None, *, skip: bool = False
+) -> tuple[Tensor, list[str], Reasons]:
     """Decode files, or take them from the cache if none has changed since.
 
     Args:
         root: the folder that `names` are relative to.
         names: N files; at least one.
         size: (H, W) to bring every image to; None: they all have one size already.
+        skip: leave out files that cannot be read.
 
     Returns:
-        images uint8 (N, 3, H, W) in the order of `names`, and what there is to say about them.
+        images uint8 (N, 3, H, W) in the order of `names`, what there is to say about them, and what is wrong with
+        those that were left out.
 
     Raises:
-        DataError: for a file that cannot be read, and for two sizes where `size` is None.
+        Unreadable: for a file that cannot be read, unless `skip`.
+        DataError: for two sizes where `size` is None, and if no file can be read.
         ConfigError: for a size that is none.
     """
-    if size is not None and min(size) < 1:
-        raise ConfigError(f"source_size must be two positive numbers (rows, columns), got {size}")
+    check_size(size)
     try:
-        cache = cache_dir() / f"{fingerprint(root, names, size)}.safetensors"
+        cache = cache_dir() / f"{fingerprint(root, names, size, skip)}.safetensors"
     except RuntimeError as error:  # no home folder
-        return _noted(*decode_all(root, names, size), f"decoded images are not cached: {error}")
+        return _noted(decode_all(root, names, size, skip), f"decoded images are not cached: {error}")
     found = _read_cache(cache)
     if found is not None:
-        return _noted(*found)
-    images, counts = decode_all(root, names, size)
-    return _noted(images, counts, _write_cache(cache, images, counts))
+        for number, reason in found.unreadable.items() if not skip else ():
+            raise Unreadable(root / names[number], reason)
+        return _noted(found)
+    decoded = decode_all(root, names, size, skip)
+    return _noted(decoded, _write_cache(cache, decoded))
 
 
-def fingerprint(root: Path, names: Sequence[str], size: tuple[int, int] | None) -> str:
+def find_unreadable(root: Path, names: Sequence[str], size: Size | None = None) -> Reasons:
+    """What is wrong with those of the files that cannot be read. Every one is decoded for it, once: the answer is kept
+    in the cache until a file changes.
+
+    Raises:
+        ConfigError: for a size that is none.
+    """
+    check_size(size)
+    try:
+        kept = cache_dir() / f"{fingerprint(root, names, size, skip=True)}.unreadable.json"
+    except RuntimeError:  # no home folder
+        return _each(root, names, size, lambda *_: None, skip=True)[1]
+    with suppress(OSError, ValueError, AttributeError):
+        return {int(number): str(reason) for number, reason in json.loads(kept.read_text()).items()}
+    reasons = _each(root, names, size, lambda *_: None, skip=True)[1]
+    with suppress(OSError):  # a full disk is no reason to stop
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(reasons).encode())
+    return reasons
+
+
+def check_size(size: Size | None) -> None:
+    if size is not None and min(size) < 1:
+        raise ConfigError(f"source_size must be two positive numbers (rows, columns), got {size}")
+
+
+def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> str:
     """A key that changes with any file, with `size` and with the decoder; reads no file's content.
 
     The time of the last change of the inode (ctime) is part of it: unpacking another archive over the same folder can
     restore names, sizes and modification times, and would otherwise serve the old pixels.
+
+    Raises:
+        Unreadable: for a file that is not there, unless `skip`.
     """
     facts = [repr((DECODER, PIL.__version__, size))]
     for name in names:
         try:
             stat = os.stat(f"{root}/{name}")
+            facts.append(f"{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}")
         except OSError as error:
-            raise _unreadable(root / name, error) from error
-        facts.append(f"{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}")
+            if not skip:
+                raise Unreadable(root / name, error) from error
+            facts.append(f"{name}\0")
     return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()
 
 
-def decode_all(root: Path, names: Sequence[str], size: tuple[int, int] | None) -> tuple[Tensor, dict[str, int]]:
-    """uint8 (N, 3, H, W), and how many images were converted in which way. Raises DataError as `load_files` does."""
-    first, _ = decode(root / names[0], size)
+def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> tuple[str, np.ndarray]:
+    """The name of the first file that can be read, and its pixels (H, W, 3).
+
+    Raises:
+        Unreadable: if the first one cannot be, unless `skip`.
+        DataError: if none can be.
+    """
+    for name in names:
+        try:
+            return name, decode(f"{root}/{name}", size)[0]
+        except Unreadable:
+            if not skip:
+                raise
+    raise DataError(f"not one of {len(names)} images under {root} can be read")
+
+
+def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> Decoded:
+    """Decode files, in threads. Raises as `load_files` does."""
+    reference, first = first_readable(root, names, size, skip)
     images = torch.empty(len(names), 3, *first.shape[:2], dtype=torch.uint8)
     planes = images.numpy()
 
-    def part(start: int, length: int = 256) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for index, name in enumerate(names[start : start + length], start):
-            image, kinds = decode(f"{root}/{name}", size)
-            if image.shape != first.shape:
-                raise DataError(
-                    f"the images differ in size: {root / names[0]} is {_size(first)}, {root / name} is {_size(image)} "
-                    "(rows x columns); pass source_size=(rows, columns) to resize and centre-crop all of them"
-                )
-            planes[index] = image.transpose(2, 0, 1)
-            counts.update(kinds)
-        return counts
+    def keep(index: int, image: np.ndarray) -> None:
+        if image.shape != first.shape:
+            raise DataError(
+                f"the images differ in size: {root / reference} is {_size(first)}, {root / names[index]} is "
+                f"{_size(image)} (rows x columns); pass source_size=(rows, columns) to resize and centre-crop all of "
+                "them"
+            )
+        planes[index] = image.transpose(2, 0, 1)
 
+    counts, reasons = _each(root, names, size, keep, skip)
+    if reasons:
+        images = images[[index for index in range(len(names)) if index not in reasons]]
+    return Decoded(images, counts, reasons)
+
+
+def _each(
+    root: Path, names: Sequence[str], size: Size | None, keep: Callable[[int, np.ndarray], Any], skip: bool
+) -> tuple[dict[str, int], Reasons]:
+    """Every file decoded and handed to `keep`; the conversions, and what is wrong with those that cannot be read."""
+
+    def part(start: int, length: int = 256) -> tuple[Counter[str], Reasons]:
+        counts: Counter[str] = Counter()
+        reasons: Reasons = {}
+        for index, name in enumerate(names[start : start + length], start):
+            try:
+                image, kinds = decode(f"{root}/{name}", size)
+            except Unreadable as error:
+                if not skip:
+                    raise
+                reasons[index] = error.reason
+                continue
+            keep(index, image)
+            counts.update(kinds)
+        return counts, reasons
+
+    counts: Counter[str] = Counter()
+    reasons: Reasons = {}
     # Threads: Pillow lets go of the interpreter while it decodes, and the results need no copy between processes.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        counts = sum(pool.map(part, range(0, len(names), 256)), Counter())
-    return images, dict(sorted(counts.items()))
+        for more, wrong in pool.map(part, range(0, len(names), 256)):
+            counts += more
+            reasons |= wrong
+    return dict(sorted(counts.items())), reasons
 
 
-def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
-    """One file as RGB, upright, transparency composited on black, 16 bits scaled to 8.
-
-    `size` (H, W): resize (bicubic, antialiased) so that the image just covers it, then crop the centre.
-
-    Returns:
-        uint8 (H, W, 3), and the conversions it took.
-
-    Raises:
-        DataError: for a file that is missing, damaged, no image, or has more than 50 megapixels.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
-            if image.format == "PNG":
-                _check_png(path)
-            return as_rgb(image, size)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"the image {path} has more than {MAX_PIXELS // 10**6} megapixels ({error}): it was not decoded; "
-            "make it smaller or delete it"
-        ) from error
-    except Exception as error:  # damage surfaces as whatever a decoder stumbles over: OSError, SyntaxError, IndexError
-        raise _unreadable(path, error) from error
-
-
-def as_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
-    """An opened image as `decode` gives it."""
-    rgb, kinds = _to_rgb(image)
-    if size is not None:
-        rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(rgb), kinds
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    kinds = []
-    if getattr(image, "is_animated", False):
-        kinds.append("images of several frames, first one used")
-    mode = image.mode.split(";")[0]
-    if mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow opens a 16-bit PGM as "I"
-        raise ValueError(f"pixels of mode {image.mode} have no defined white; save it with 8 or 16 bits")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        kinds.append("images turned upright by their EXIF orientation")
-        image = ImageOps.exif_transpose(image)
-    if mode not in ("RGB", "RGBA"):
-        kinds.append(f"{_MODES.get(mode, mode)} images converted to RGB")
-    if mode == "I":  # Pillow's own conversion clips at 255
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        kinds.append("images with transparency composited on black")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB"), kinds
-
-
-def _check_png(path: str | Path) -> None:
-    """Pillow decodes a PNG without looking at its checksums or its end."""
-    data = Path(path).read_bytes()
-    Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-    if _PNG_END not in data:
-        raise OSError("the end of the file is missing")
-
-
-def _read_cache(path: Path) -> tuple[Tensor, dict[str, int]] | None:
+def _read_cache(path: Path) -> Decoded | None:
     """What was written there; None where there is nothing, or anything but what was written."""
     try:
         with safe_open(path, framework="pt") as file:
             images, facts = file.get_tensor("images"), file.metadata()
-        if facts["check"] != _check(images, facts["counts"]):
+        unreadable = facts.get("unreadable", "")
+        if facts["check"] != _check(images, facts["counts"] + unreadable):
             return None
-        return images, json.loads(facts["counts"])
+        reasons = {int(number): reason for number, reason in json.loads(unreadable or "{}").items()}
+        return Decoded(images, json.loads(facts["counts"]), reasons)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def _write_cache(path: Path, images: Tensor, counts: dict[str, int]) -> str:
+def _write_cache(path: Path, decoded: Decoded) -> str:
     """Write under another name, then rename: a reader sees all of it or nothing. A full disk is no reason to stop."""
-    facts = json.dumps(counts)
+    images, counts = decoded.images, json.dumps(decoded.counts)
+    unreadable = json.dumps(decoded.unreadable) if decoded.unreadable else ""
+    facts = dict(counts=counts, check=_check(images, counts + unreadable))
+    facts |= dict(unreadable=unreadable) if unreadable else {}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images}, temporary, {"counts": facts, "check": _check(images, facts)})
+        save_file({"images": images}, temporary, facts)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         return f"decoded images are not cached: {error}"
@@ -209,13 +234,13 @@ def _check(images: Tensor, counts: str) -> str:
     return f"{zlib.crc32(images.numpy().data, zlib.crc32(head.encode())):08x}"
 
 
-def _noted(images: Tensor, counts: dict[str, int], *notes: str) -> tuple[Tensor, list[str]]:
-    return images, [*(f"{kind}: {count}" for kind, count in counts.items()), *notes]
+def _noted(decoded: Decoded, *notes: str) -> tuple[Tensor, list[str], Reasons]:
+    said = [f"{kind}: {count}" for kind, count in decoded.counts.items()]
+    return decoded.images, [*said, *notes], decoded.unreadable
 
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _unreadable(path: str | Path, error: Exception) -> DataError:
-    return DataError(f"cannot read the image {path}: {error}; repair or delete it (no other image takes its place)")
+__all__ = ["SUFFIXES", "Unreadable", "as_rgb", "cache_dir", "decode", "find_unreadable", "load_files"]

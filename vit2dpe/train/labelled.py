@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError
 from ..models.text_model import pad
 from .distributed import ALONE, World, sum_over_ranks
-from .task import Batch, Task, batch_of, steps_of
+from .task import Batch, Task, batch_of, described, steps_of
 from .text_config import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
@@ -133,14 +133,8 @@ class LineTask(Task):
         return dict(val_top1=100 * right / len(lines), val_loss=loss / len(lines))
 
     def describe(self) -> dict[str, Any]:
-        data = self.data
-        return dict(
-            task="text classification",
-            data=data.name,
-            digest=data.digest,
-            classes=data.classes,
-            tokenizer=data.tokenizer.describe(),
-        )
+        tokenizer = self.data.tokenizer.describe()
+        return described("text classification", self.data, classes=self.data.classes, tokenizer=tokenizer)
 
     def _batch(self, lines: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         tokens, valid = pad([ids for ids, _ in lines])

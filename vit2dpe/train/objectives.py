@@ -12,6 +12,7 @@ from ..errors import CheckpointError
 from .checkpoint import ModelSpec, read_meta
 from .distributed import World
 from .labelled import LineTask, load_lines
+from .settings import model_arguments
 from .spans import SpanCorruption, SpanTask
 from .task import Task
 from .text_config import TextTrainConfig
@@ -40,19 +41,8 @@ def model_spec(config: TextTrainConfig, tokens: int, classes: int = 2, own_mask:
         own_mask: whether a model that reads alone keeps a row for the token that hides others, as pretraining does.
     """
     model, objective = config.model, config.objective
-    arguments: dict[str, Any] = dict(
-        position=model.position,
-        context=config.data.context,
-        embed_dim=model.width,
-        depth=model.depth,
-        num_heads=model.heads,
-        mlp_ratio=model.mlp_ratio,
-        norm=model.norm,
-        mlp=model.mlp,
-        bias=model.bias,
-        drop_rate=model.dropout,
-        attn_drop_rate=model.dropout,
-    )
+    arguments = model_arguments(model, norm="norm", mlp="mlp", bias="bias", dropout="drop_rate")
+    arguments |= dict(context=config.data.context, attn_drop_rate=model.dropout)
     if objective in ("translate", "spans"):
         size = tokens + (2 + SENTINELS if objective == "spans" else 0)
         arguments |= dict(source_vocab=size, target_vocab=size, shared=True)

@@ -17,7 +17,7 @@ from ..models.simmim import SimMIM
 from ..reconstruction import save as save_pictures
 from ..resolution import parse_size
 from .checkpoint import ModelSpec, load_run, timm_model, write_checkpoint
-from .data import Images, check_data, load, normalize
+from .data import Images, check_data, list_unreadable, load, normalize
 from .distributed import World
 from .init import initialize, jitter_places
 from .keys import generator
@@ -43,6 +43,8 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
         data = load(config.data, config.run.seed)
         for note in data.notes:
             say(f"note: {note}")
+        if world.first:
+            list_unreadable(folder, data.unreadable)
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = masked_spec(config, size, len(data.mean))
         model = under_way.model(spec, lambda model: _draw(model, config.model.init))
@@ -50,7 +52,7 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
             jitter_places(model.encoder, config.model.jitter)
         grid = model.mask_grid(*size)
         task = masked_task(config, data, size, grid, under_way.device, world)
-        facts = under_way.record(data.name, data.digest)
+        facts = under_way.record(data.name, data.digest, images=data.used)
         n, millions = math.prod(grid), sum(p.numel() for p in model.parameters()) / 1e6
         say(
             f"{type(model).__name__} of {millions:.2f} M parameters, sees {keep_count(n, task.mask_ratio)} of {n} "

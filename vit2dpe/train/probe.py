@@ -104,7 +104,8 @@ def data_of(config: ProbeConfig, folder: Path, name: str) -> dict[str, Any]:
     for limit in ("limit_train", "limit_test"):
         told = getattr(config, limit)
         given[limit] = before.get(limit) if told is None else told
-    return given | dict(val_fraction=before.get("val_fraction") or 0.0, seed=seed)
+    given |= dict(val_fraction=before.get("val_fraction") or 0.0, seed=seed)
+    return given | dict(unreadable=before.get("unreadable") or "error")
 
 
 @torch.no_grad()

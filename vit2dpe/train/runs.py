@@ -157,7 +157,8 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
         "",
         f"{facts['data']} (sha256 {facts['digest'][:12]}); {last.get('seconds', 0) / 60:.1f} minutes on "
         f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] > 1)}; torch {facts['torch']}, "
-        f"timm {facts['timm']}, vit2dpe {facts['vit2dpe']} ({facts['git'] or 'installed'}).",
+        f"timm {facts['timm']}, vit2dpe {facts['vit2dpe']} ({facts['git'] or 'installed'})."
+        + (f" Images used: {facts['images']}." if "images" in facts else ""),
         "",
         "| " + " | ".join(shown) + " |",
         "|" + "---:|" * len(shown),

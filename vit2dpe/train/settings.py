@@ -135,6 +135,8 @@ class DataConfig:
         cache: memory (decoded once and kept), none (files decoded as they are needed, by worker processes), or auto:
             memory where half of what is free is enough.
         workers: processes that decode, with cache none; 0: the training process itself; default: one a core, 8 at most.
+        unreadable: error (an image file that cannot be read ends the run) or skip (it is left out beforehand, counted
+            and listed in out/unreadable.jsonl; up to ten, or 1% of a split).
     """
 
     name: str = "digits"
@@ -146,6 +148,7 @@ class DataConfig:
     val_fraction: float = 0.0
     cache: str = "auto"
     workers: int | None = None
+    unreadable: str = "error"
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
         new = {name: value for name, value in values.items() if getattr(old, name) is None}
         config = replace(config, **{part: replace(old, **new)})
     return smoked(config) if config.smoke else config
+
+
+def model_arguments(model: Any, **more: str) -> dict[str, Any]:
+    """What the settings say of a model's sizes, by the names of the models' arguments; what is None is left out.
+
+    Args:
+        model: settings of a model, of images or of text.
+        more: further settings and their arguments, such as `pool="global_pool"`.
+    """
+    names = dict(position="position", width="embed_dim", depth="depth", heads="num_heads", mlp_ratio="mlp_ratio") | more
+    return {argument: value for name, argument in names.items() if (value := getattr(model, name)) is not None}
 
 
 def smoked(config: Any) -> Any:

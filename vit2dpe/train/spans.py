@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from .decoding import count_labels, decoding_batch, decoding_loss, evaluate_pairs
 from .distributed import ALONE, World
 from .keys import generator
-from .task import Batch, Task
+from .task import Batch, Task, described
 from .text_data import TextData
 
 
@@ -145,11 +145,5 @@ class SpanTask(Task):
         return evaluate_pairs(model, pairs, start, start, self.batch_size, self.world, self.device)
 
     def describe(self) -> dict[str, Any]:
-        data = self.data
-        return dict(
-            task="span corruption",
-            data=data.name,
-            digest=data.digest,
-            context=self.context,
-            tokenizer=data.tokenizer.describe(),
-        )
+        tokenizer = self.data.tokenizer.describe()
+        return described("span corruption", self.data, context=self.context, tokenizer=tokenizer)

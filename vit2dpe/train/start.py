@@ -56,9 +56,9 @@ class Training:
             self.say(f"{self.config.init}: {load_weights(model, self.config.init)}")
         return model
 
-    def record(self, data: str, digest: str) -> dict[str, Any]:
-        """What a number needs beside it; config.yaml and env.json are written."""
-        facts = environment(self.command, self.device, data, digest)
+    def record(self, data: str, digest: str, **more: Any) -> dict[str, Any]:
+        """What a number needs beside it, and `more`; config.yaml and env.json are written."""
+        facts = environment(self.command, self.device, data, digest) | more
         if self.world.first:
             write_facts(self.folder, self.config, facts)
         return facts

@@ -180,15 +180,8 @@ class ImageTask(Task):
 
     def describe(self) -> dict[str, Any]:
         data = self.data
-        return dict(
-            task="classification",
-            data=data.name,
-            digest=data.digest,
-            classes=list(data.classes),
-            mean=list(data.mean),
-            std=list(data.std),
-            train_size=list(self.train_size),
-        )
+        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
+        return described("classification", data, **facts, train_size=list(self.train_size))
 
 
 def evaluation_batches(
@@ -214,6 +207,11 @@ def evaluation_batches(
     for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
         images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]
         yield normalize(images, data.mean, data.std), held.labels[cut]
+
+
+def described(task: str, data: Any, **more: Any) -> dict[str, Any]:
+    """What every task says of itself and its data, and `more`."""
+    return dict(task=task, data=data.name, digest=data.digest) | more
 
 
 def steps_of(count: int, batch_size: int, world: World) -> int:

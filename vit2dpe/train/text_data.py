@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError
 from .distributed import ALONE, World, sum_over_ranks
 from .images import cache_dir
 from .keys import generator
-from .task import Batch, Task
+from .task import Batch, Task, described
 from .text_config import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
@@ -164,13 +164,8 @@ class LanguageTask(Task):
         return dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700.0)))
 
     def describe(self) -> dict[str, Any]:
-        return dict(
-            task="language" if self.mask is None else "masked language",
-            data=self.data.name,
-            digest=self.data.digest,
-            context=self.context,
-            tokenizer=self.data.tokenizer.describe(),
-        )
+        task, tokenizer = "language" if self.mask is None else "masked language", self.data.tokenizer.describe()
+        return described(task, self.data, context=self.context, tokenizer=tokenizer)
 
 
 def windows(

@@ -20,6 +20,7 @@ from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..policies import POLICIES, TEMPERATURES
 from ..resolution import policies_of, use_policy
+from .cells import digest_of, finished, slug
 from .checkpoint import ModelSpec, load_run, save_model
 from .config import StudyConfig, split_words
 from .devices import pick_device, precision
@@ -27,10 +28,10 @@ from .engine import fit
 from .files import write_atomically
 from .jobs import Progress, count, each
 from .keys import keyed
-from .report import Report, about_study
+from .report import Report, about_study, write_settings
+from .rows import read_rows, to_csv
 from .sequences import SEQUENCES, SequenceTask, answers
 from .settings import OptimConfig, RunConfig
-from .study import digest_of, finished, read_rows, slug, to_csv, write_settings
 from .task import Task
 from .text_config import TextDataConfig
 from .text_data import SHAKESPEARE, LanguageTask, TextData, load_text, token_loss, windows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,12 +13,12 @@ from ..models.contract import TimmContract
 from ..resolution import parse_size
 from .checkpoint import ModelSpec
 from .config import split_words
-from .data import Images, check_data, load
+from .data import Images, check_data, list_unreadable, load
 from .distributed import World, wrapped
 from .init import INITS, initialize, jitter_places
 from .optimizer import make_optimizer, make_schedule
 from .policy import POLICIES
-from .settings import AugmentConfig, TrainConfig, resolve
+from .settings import AugmentConfig, TrainConfig, model_arguments, resolve
 from .start import check_run, training
 from .task import ImageTask
 
@@ -45,13 +44,15 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         data = load(config.data, config.run.seed)
         for note in data.notes:
             say(f"note: {note}")
+        if world.first:
+            list_unreadable(folder, data.unreadable)
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
         if config.model.jitter:
             jitter_places(model, config.model.jitter)
         task = image_task(config, data, size, under_way.device, world)
-        facts = under_way.record(data.name, data.digest)
+        facts = under_way.record(data.name, data.digest, images=data.used)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         say(
             f"{type(model).__name__} of {millions:.2f} M parameters; {len(data.train)} training and {len(data.test)} "
@@ -116,17 +117,7 @@ def check_augment(augment: AugmentConfig) -> None:
 def model_spec(config: TrainConfig, size: tuple[int, int], channels: int, classes: int) -> ModelSpec:
     """The model that the settings name, for images of this size, channels and classes."""
     model = config.model
-    sizes = dict(
-        patch_size=model.patch,
-        embed_dim=model.width,
-        depth=model.depth,
-        num_heads=model.heads,
-        mlp_ratio=model.mlp_ratio,
-        global_pool=model.pool,
-        class_token=model.class_token,
-        position=model.position,
-    )
-    arguments: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    arguments = model_arguments(model, patch="patch_size", pool="global_pool", class_token="class_token")
     arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
     if model.pool is not None and model.class_token is None:
         arguments["class_token"] = model.pool == "token"

@@ -22,7 +22,7 @@ from ..models.seq2seq import Seq2Seq
 from ..models.text_model import pad
 from .decoding import Pair, count_labels, decoding_batch, decoding_loss, evaluate_pairs
 from .distributed import ALONE, World
-from .task import Batch, Task, batch_of, steps_of
+from .task import Batch, Task, batch_of, described, steps_of
 from .text_config import TextDataConfig
 from .tokenizers import Subwords, from_json, make_tokenizer
 
@@ -134,8 +134,7 @@ class TranslationTask(Task):
         return evaluate_pairs(model, pairs, encode.start, encode.pad, self.batch_size, self.world, self.device)
 
     def describe(self) -> dict[str, Any]:
-        data = self.data
-        return dict(task="translation", data=data.name, digest=data.digest, tokenizer=data.tokenizer.describe())
+        return described("translation", self.data, tokenizer=self.data.tokenizer.describe())
 
 
 def translate(

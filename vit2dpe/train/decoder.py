@@ -1,0 +1,98 @@
+"""One image file to RGB: strict. What cannot be read whole is refused and named, never guessed at."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import DataError
+
+# Named, because Pillow would otherwise go by content alone and hand a PostScript file called x.jpg to Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+MAX_PIXELS = 50_000_000
+DECODER = 1  # part of every cache key: raise it when the same file decodes to other pixels
+
+_ORIENTATION = 0x0112  # EXIF tag
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_MODES = {"1": "grayscale", "L": "grayscale", "LA": "grayscale", "I": "16-bit", "P": "palette", "PA": "palette"}
+
+
+class Unreadable(DataError):
+    """A file that is missing, damaged, no image, or too large to be decoded.
+
+    Args:
+        path: of the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, reason: object) -> None:
+        self.reason = " ".join(str(reason).split()) or type(reason).__name__
+        super().__init__(
+            f"cannot read the image {path}: {self.reason}; repair or delete it (no other image takes its place)"
+        )
+
+
+def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+    """One file as RGB, upright, transparency composited on black, 16 bits scaled to 8.
+
+    `size` (H, W): resize (bicubic, antialiased) so that the image just covers it, then crop the centre.
+
+    Returns:
+        uint8 (H, W, 3), and the conversions it took.
+
+    Raises:
+        Unreadable: a DataError, for a file that is missing, damaged, no image, or has more than 50 megapixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            if image.format == "PNG":
+                _check_png(path)
+            return as_rgb(image, size)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unreadable(
+            path, f"it has more than {MAX_PIXELS // 10**6} megapixels ({error}) and was not decoded: make it smaller"
+        ) from error
+    except Exception as error:  # damage surfaces as whatever a decoder stumbles over: OSError, SyntaxError, IndexError
+        raise Unreadable(path, error) from error
+
+
+def as_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+    """An opened image as `decode` gives it."""
+    rgb, kinds = _to_rgb(image)
+    if size is not None:
+        rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(rgb), kinds
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    kinds = []
+    if getattr(image, "is_animated", False):
+        kinds.append("images of several frames, first one used")
+    mode = image.mode.split(";")[0]
+    if mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow opens a 16-bit PGM as "I"
+        raise ValueError(f"pixels of mode {image.mode} have no defined white; save it with 8 or 16 bits")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        kinds.append("images turned upright by their EXIF orientation")
+        image = ImageOps.exif_transpose(image)
+    if mode not in ("RGB", "RGBA"):
+        kinds.append(f"{_MODES.get(mode, mode)} images converted to RGB")
+    if mode == "I":  # Pillow's own conversion clips at 255
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        kinds.append("images with transparency composited on black")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB"), kinds
+
+
+def _check_png(path: str | Path) -> None:
+    """Pillow decodes a PNG without looking at its checksums or its end."""
+    data = Path(path).read_bytes()
+    Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+    if _PNG_END not in data:
+        raise OSError("the end of the file is missing")
