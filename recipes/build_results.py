@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.train import report
+from vit2dpe.train.config import split_words
 from vit2dpe.train.study import read_rows
 
 HERE = Path(__file__).parent
@@ -49,6 +51,8 @@ def page(text: str, results: Path = RESULTS) -> str:
 def table(folder: Path) -> str:
     if (folder / "mae.csv").is_file():
         return _mae_table(folder)
+    if (folder / "against.csv").is_file():
+        return _against_table(folder)
     rows = read_rows(folder / "results.csv")
     return f"{_seeds_of(rows, folder)}\n\n{report.table(rows, spread=half_interval)}"
 
@@ -58,7 +62,8 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     seeds: dict[str, set[int]] = {}
     for row in rows:
         seeds.setdefault(row["encoding"], set()).add(int(row["seed"]))
-    planned = json.loads((folder / "env.json").read_text())["config"]["encodings"].split(",")
+    told = json.loads((folder / "env.json").read_text())["config"]["encodings"]
+    planned = list(ENCODINGS) if told == "all" else split_words(told)
     counts = {word: len(found) for word, found in seeds.items()}
     most = max(counts.values())
     fewer = [f"`{word}` has {n}" for word, n in counts.items() if n < most]
@@ -88,6 +93,33 @@ def _mae_table(folder: Path) -> str:
         cells = [_told(values[key], form) for key, form in zip(columns, forms, strict=True)]
         lines.append("| " + " | ".join([f"`{word}`", *cells]) + " |")
     return "\n".join(lines)
+
+
+def _against_table(folder: Path) -> str:
+    """A line for each model of against.csv, and the difference between the first and the second with its interval."""
+    with (folder / "against.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    heads = ("seeds", "top-1", "of each seed", "top-5", "test loss", "training loss", "processor time [s]")
+    lines = ["| " + " | ".join(("model", *heads)) + " |", "|---|" + "---:|" * len(heads)]
+    of = {model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)}
+    for model, mine in of.items():
+        mean = {k: statistics.mean(float(r[k]) for r in mine) for k in rows[0] if k not in ("model", "seed")}
+        each = ", ".join(f"{float(row['test_top1']):.2f}" for row in mine)
+        cells = [f"{len(mine)}", f"{mean['test_top1']:.2f}", each, f"{mean['test_top5']:.2f}"]
+        cells += [f"{mean['test_loss']:.3f}", f"{mean['train_loss']:.3f}", f"{mean['cpu_s']:.0f}"]
+        lines.append("| " + " | ".join([model, *cells]) + " |")
+    (one, a), (other, b) = ((model, [float(row["test_top1"]) for row in mine]) for model, mine in of.items())
+    mean, half = difference(a, b)
+    span = f"95% interval {mean - half:+.2f} to {mean + half:+.2f}"
+    return "\n".join([*lines, "", f"{one} − {other}: {mean:+.2f} points of top-1, {span} over the seeds."])
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """mean(a) - mean(b) and half of its 95% interval: Student's, of two samples of one variance."""
+    degrees = len(a) + len(b) - 2
+    squares = sum((x - statistics.mean(values)) ** 2 for values in (a, b) for x in values)
+    error = math.sqrt(squares / degrees * (1 / len(a) + 1 / len(b)))
+    return statistics.mean(a) - statistics.mean(b), float(student.ppf(0.975, degrees)) * error
 
 
 def _told(values: list[float], form: str) -> str:

@@ -4,8 +4,10 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.train.study import to_csv
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,40 @@ def test_what_is_not_finished_is_said(tmp_path):
     (folder / "results.csv").write_text("".join(rows))
     (folder / "env.json").write_text(json.dumps({"config": {"encodings": "rope,alibi,fire"}}))
     assert "Fewer seeds: `alibi` has 1. Not finished: `fire`." in BUILD["table"](folder)
+
+
+def test_all_is_every_encoding_there_is(tmp_path):
+    every = dict.fromkeys(ENCODINGS, 40.0)
+    folder = study(tmp_path, every, seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert BUILD["table"](folder).startswith(f"{len(every)} encodings, 1 seed, 500 test samples.\n")
+    study(tmp_path, {word: 40.0 for word in every if word != "fire"}, seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert "Not finished: `fire`." in BUILD["table"](folder)
+
+
+def test_options_of_a_planned_encoding_are_one_word_with_it(tmp_path):
+    folder = study(tmp_path, {"rope(base=10, ndim=2)": 40.0}, seeds=1)
+    assert "Not finished" not in BUILD["table"](folder)
+
+
+def test_two_models_are_compared_with_an_interval(tmp_path):
+    """Two-sample t by scipy: the interval of the difference is where its p-value is 5%."""
+    from scipy.stats import ttest_ind
+
+    a, b = [20.0, 21.0, 22.5], [19.0, 21.5]
+    mean, half = BUILD["difference"](a, b)
+    assert mean == pytest.approx(sum(a) / 3 - sum(b) / 2)
+    interval = ttest_ind(a, b).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    more = "epochs,updates,train_loss,test_top5,test_loss,cpu_s"
+    rows = [f"vit2dpe,{i},{v},2,6,3.5,50,3.25,100" for i, v in enumerate(a)]
+    rows += [f"timm,{i},{v},2,6,3,40,3,90" for i, v in enumerate(b)]
+    (tmp_path / "against.csv").write_text("\n".join([f"model,seed,test_top1,{more}", *rows]) + "\n")
+    said = BUILD["table"](tmp_path)
+    assert "| vit2dpe | 3 | 21.17 | 20.00, 21.00, 22.50 | 50.00 | 3.250 | 3.500 | 100 |" in said
+    assert "| timm | 2 | 20.25 | 19.00, 21.50 | 40.00 | 3.000 | 3.000 | 90 |" in said
+    assert f"vit2dpe − timm: +0.92 points of top-1, 95% interval {mean - half:+.2f} to {mean + half:+.2f}" in said
 
 
 def test_verdicts(tmp_path):
