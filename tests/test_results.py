@@ -25,11 +25,12 @@ def study(folder: Path, values: dict[str, float], seeds: int = 4, heat: float = 
                     for side in (32, 64, 96, 128):
                         noise = NOISE[(seed + len(word)) % 4] * (side > 32)
                         top1 = value + noise + 20 * more + heat * (temperature == "log")
-                        rows.append(
-                            dict(encoding=word, policy=policy, temperature=temperature, mode="scale", seed=seed)
-                            | dict(train_height=32, train_width=32, height=side, width=side)
-                            | dict(top1=top1, loss=1.0, n=500, metric="top1", value=top1)
-                        )
+                        for mode, shown in (("canvas", 1.0), ("scale", top1)):  # claims are of the scale alone
+                            rows.append(
+                                dict(encoding=word, policy=policy, temperature=temperature, mode=mode, seed=seed)
+                                | dict(train_height=32, train_width=32, height=side, width=side)
+                                | dict(top1=shown, loss=1.0, n=500, metric="top1", value=shown)
+                            )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(to_csv(rows))
     (folder / "env.json").write_text(json.dumps({"config": {"encodings": ",".join(values)}}))
@@ -124,6 +125,29 @@ def test_verdicts(tmp_path):
     assert "Claim 3 is **confirmed**." in said
 
 
-def test_a_family_is_judged_by_its_default_policy(tmp_path):
-    folder = study(tmp_path, AS_CLAIMED, alibi=["extrapolate", "interpolate"])  # 50 and 70; lookhere has 52
+def test_the_rule_of_a_verdict():
+    """Every difference counts, and one that cannot be judged leaves the claim undecided."""
+    verdict, one = BUILD["verdict"], BUILD["Difference"]
+    above, below, around = [1.0, 1.2, 1.1], [-1.0, -1.2, -1.1], [-1.0, 1.0, 0.1]
+
+    def judged(*differences):
+        return verdict([one("", 2.0, by_seed) for by_seed in differences]).partition(":")[0]
+
+    assert judged(above) == judged(above, above) == judged([0.0, 0.0], above) == "confirmed"
+    assert judged(above, below) == judged(around, below) == "refuted"
+    assert judged(above, around) == "undecided"
+    assert judged(above, [1.0]) == judged(above, []) == judged() == "undecided"
+
+
+def test_claims_are_of_sizes_beyond_training(tmp_path):
+    lines = BUILD["claims"](study(tmp_path, AS_CLAIMED)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    at = {number: [cell[2] for cell in cells if cell[0] == number] for number in "123"}
+    assert at == {"1": ["2x", "3x", "2x", "3x"], "2": ["2x", "3x", "4x"], "3": ["3x", "4x"]}
+    assert {cell[1] for cell in cells if cell[0] == "3"} == {f"with − without, mean of {len(AS_CLAIMED)}"}
+
+
+@pytest.mark.parametrize("policies", [["extrapolate", "interpolate"], ["interpolate", "extrapolate"]])
+def test_a_family_is_judged_by_its_default_policy(tmp_path, policies):
+    folder = study(tmp_path, AS_CLAIMED, alibi=policies)  # 50 by the first and 70 by the second; lookhere has 52
     assert "distance biases (`lookhere`)" in BUILD["claims"](folder)

@@ -84,6 +84,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(*ids): the faults of the board that a test causes")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            if unknown := set(mark.args) - set(FAULTS):
+                raise pytest.UsageError(f"{item.nodeid} causes {', '.join(sorted(unknown))}: no fault of the board")
+
+
 _RESULTS: dict[str, list[str]] = {}
 
 

@@ -1,7 +1,9 @@
 """What a process does in test_jobs.py. A module of its own, because every process imports it: it must cost nothing."""
 
 import os
+import sys
 import time
+from pathlib import Path
 
 from vit2dpe.errors import DataError
 
@@ -19,3 +21,14 @@ def lives_or_dies(folder, cell, progress):
 
     (folder / cell).write_text(f"{os.getpid()} {torch.get_num_threads()}")
     return [{"cell": cell, "threads": torch.get_num_threads()}]
+
+
+def main(folder):
+    from vit2dpe.train.jobs import each
+
+    cells = [("takes long",), ("takes long",)]
+    list(each(lives_or_dies, (folder,), cells, lambda *_: print("takes long", flush=True), jobs=2))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

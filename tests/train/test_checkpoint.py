@@ -1,6 +1,8 @@
 """What is saved is what is loaded, or the error says what happened to it."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_what_is_missing_or_too_new_is_named(saved, tmp_path):
         load_run(folder)
     with pytest.raises(CheckpointError, match=r"model\.json is missing"):
         load_run(tmp_path / "no such run")
+
+
+def test_a_name_as_long_as_the_system_takes(tmp_path):
+    path = tmp_path / ("x" * 250)
+    write_atomically(path, b"whole")  # under another name first, which must not be longer
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_renames_are_made_to_last(tmp_path, monkeypatch):
+    """What was written reaches the disk before it gets its name, and the folder's names do after that."""
+    real, seen = os.fsync, []
+
+    def spy(handle):
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        seen.append(("folder" if folder else "file", (tmp_path / "run/model.json").exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    save_model(tmp_path / "run", ViT(**ARGUMENTS), ARGUMENTS)
+    assert seen.count(("file", False)) == 2, "weights, and the JSON that speaks of them"
+    assert ("file", True) not in seen
+    assert seen[-1] == ("folder", True)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

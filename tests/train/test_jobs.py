@@ -1,9 +1,12 @@
 """Several cells at a time: the same numbers in the same order, and one clear line when a process is lost."""
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +68,17 @@ def test_a_lost_process_is_seen_where_the_pool_does_not_watch_it(tmp_path, monke
     assert not (tmp_path / "takes long").exists()
 
 
+def test_processes_do_not_outlive_a_study_that_is_killed(tmp_path):
+    """They share its output, which ends when the last of them has ended."""
+    parent = subprocess.Popen([sys.executable, Path(__file__).with_name("lives_or_dies.py"), tmp_path],
+                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert parent.stdout is not None
+    assert {parent.stdout.readline() for _ in range(2)} == {"takes long\n"}
+    parent.kill()
+    assert parent.communicate(timeout=50)[0] == "", "ended, and long before their minute was over"
+    assert not (tmp_path / "takes long").exists()
+
+
 def test_how_many_at_a_time(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -74,6 +88,9 @@ def test_how_many_at_a_time(monkeypatch):
     assert count(None, None, cpu, 2) == 2
     assert count(None, None, cuda, 20) == 1
     assert count(4, None, cuda, 20) == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert count(None, None, cpu, 20) == 8, "without being asked"
+    assert count(12, None, cpu, 20) == 12
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         count(0, None, cpu, 20)
 

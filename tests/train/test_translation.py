@@ -14,7 +14,7 @@ from vit2dpe.cli import main
 from vit2dpe.models.seq2seq import Seq2Seq
 from vit2dpe.train.decoding import decoding_batch, decoding_loss, evaluate_pairs
 from vit2dpe.train.distributed import ALONE, World
-from vit2dpe.train.engine import make_optimizer, make_schedule
+from vit2dpe.train.optimizer import make_optimizer, make_schedule
 from vit2dpe.train.settings import OptimConfig
 from vit2dpe.train.text_config import TextDataConfig
 from vit2dpe.train.text_data import IGNORE

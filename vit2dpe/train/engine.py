@@ -1,4 +1,4 @@
-"""The training loop: optimizer and schedule from timm, one step after the other, nothing hidden.
+"""The training loop: one step after the other, nothing hidden. What a step does to the weights: `update`.
 
 It knows tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose), so
 a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
@@ -10,27 +10,23 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Stopped, TrainingError
+from ..errors import Stopped, TrainingError
 from .checkpoint import ModelSpec
-from .devices import pick_device, precision
-from .distributed import ALONE, World, sum_over_ranks, unsynchronized, whole, wrapped
-from .keys import keyed
+from .distributed import ALONE, World, sum_over_ranks
 from .log import Bar, Row, Table, Trackers
-from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
 from .signals import Signals
 from .snapshots import Snapshots, State
 from .stream import lost_worker
-from .task import Batch, Task, split_batch
+from .task import Batch, Task
+from .update import Updates
 
 
 def fit(
@@ -94,23 +90,10 @@ class Trainer:
         self.task, self.optim, self.run, self.folder = task, optim, run, folder
         self.spec, self.world, self.about = spec, world, about
         self.progress, self.on_epoch, self.stop_after = progress, on_epoch, stop_after
-        self.device = pick_device(run.device)
-        self.autocast = precision(run.precision, self.device)
-        if run.grad_checkpointing:
-            checkpointing(model)
-        self.model = model.to(self.device)
-        self.ema = None
-        if optim.ema:
-            self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
-        self.net = wrapped(self.model, run.parallel, world)
-        if self.ema is not None and run.parallel == "fsdp":
-            self.ema.module = wrapped(self.ema.module, "fsdp", world)
-        self.forward: Any = torch.compile(self.net) if run.compile else self.net
-        self.optimizer = make_optimizer(self.model, optim)
-        self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        averaged = self.ema.module if self.ema is not None else None
-        self.snapshots = Snapshots(folder, spec, self.model, averaged, self.optimizer, self.scaler, world)
+        self.updates = Updates(model, task, optim, run, world)
+        self.model, self.device = self.updates.model, self.updates.device
+        parts = (self.model, self.updates.averaged, self.updates.optimizer, self.updates.scaler)
+        self.snapshots = Snapshots(folder, spec, *parts, world)
         self.state = State()
         self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
@@ -166,48 +149,16 @@ class Trainer:
         self.pace = (time.monotonic() - began, self.state.count - counted)
 
     def _update(self, epoch: int, step: int) -> None:
-        state, task = self.state, self.task
-        self.schedule.step_update(state.step)
+        state = self.state
+        self.updates.schedule.step_update(state.step)
         batch = self._batch(epoch, step)
-        # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
-        torch.manual_seed(keyed(self.run.seed, epoch, state.step, "model", *[self.world.rank][: self.world.rank]))
-        self.model.train()
-        self.optimizer.zero_grad()
-        parts = split_batch(batch, self.optim.accumulate)
-        counts = [task.count(part) for part in parts]
-        everyone = sum(counts)
-        if self.world.size > 1:
-            everyone = int(sum_over_ranks([everyone], self.world, self.device)[0])
-        numbers: dict[str, Any] = {}
-        try:
-            for i, (part, n) in enumerate(zip(parts, counts, strict=True)):
-                with unsynchronized(self.net, i + 1 < len(parts)), self._precision():
-                    loss, more = task.loss(self.forward, part)
-                    share = n / everyone  # the mean over all ranks and parts; wrappers average over ranks
-                    self.scaler.scale(loss * (share * self.world.size)).backward()
-                for name, value in {"train_loss": loss, **more}.items():
-                    numbers[name] = numbers.get(name, 0) + torch.as_tensor(value).detach().float() * share
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory at epoch {epoch}, step {step} with {counts[0]} {task.unit} at a time: try "
-                f"--optim.accumulate {2 * self.optim.accumulate}, --run.grad_checkpointing, or a smaller "
-                f"--optim.batch_size; with --resume the run goes on from its last checkpoint ({error})"
-            ) from None
-        self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
-        values = torch.stack([norm.to(self.device).float(), *(v.to(self.device) for v in numbers.values())]).tolist()
-        if self.world.size > 1:
-            values[1:] = sum_over_ranks(values[1:], self.world, self.device)
-        if not math.isfinite(values[1]) or (not math.isfinite(values[0]) and not self.scaler.is_enabled()):
-            self._refuse(epoch, step, values[1], values[0], batch)
+        numbers, norm, items, finite = self.updates.take(batch, epoch, step, state.step)
+        if not finite:
+            self._refuse(epoch, step, numbers["train_loss"], norm, batch)
             return
-        self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
-        self.scaler.update()
-        state.step, state.count, state.bad = state.step + 1, state.count + everyone, 0
-        for name, value in zip(numbers, values[1:], strict=True):
-            state.sums[name] = state.sums.get(name, 0.0) + value * everyone
-        if self.ema is not None:
-            self.ema.update(self.model, step=state.step)
+        state.step, state.count, state.bad = state.step + 1, state.count + items, 0
+        for name, value in numbers.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value * items
 
     def _batch(self, epoch: int, step: int) -> Batch:
         began = time.monotonic()
@@ -217,7 +168,6 @@ class Trainer:
 
     def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: Batch) -> None:
         """A loss or gradient that is not finite: the step is not taken, and what caused it is written down."""
-        self.optimizer.zero_grad()
         index = batch.get("index") if isinstance(batch, dict) else None
         entry = dict(epoch=epoch, step=step, rank=self.world.rank, loss=str(loss), grad_norm=str(norm))
         entry["index"] = index.tolist() if isinstance(index, Tensor) else None
@@ -240,7 +190,8 @@ class Trainer:
     # What is said and kept
 
     def _evaluate(self) -> Row:
-        state, evaluated = self.state, self.ema.module if self.ema is not None else self.model
+        state, averaged = self.state, self.updates.averaged
+        evaluated = self.model if averaged is None else averaged
         self.signals.at_once = self.world.size == 1
         try:
             if self.signals.asked:
@@ -251,7 +202,7 @@ class Trainer:
         finally:
             self.signals.at_once = False
         seconds, items = self.pace
-        row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.optimizer.param_groups[0]["lr"])
+        row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updates.lr)
         row |= {name: value / max(1, state.count) for name, value in state.sums.items()} or {"train_loss": math.nan}
         row |= score
         state.seconds = time.monotonic() - self.began
@@ -325,13 +276,4 @@ class Trainer:
 
     def load(self) -> None:
         self.state = self.snapshots.load(self.task.describe().get("digest"))
-        self.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with
-
-    def _precision(self):
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-
-
-def checkpointing(model: Any) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
-        raise ConfigError(f"{type(model).__name__} cannot compute its blocks again: leave run.grad_checkpointing out")
-    model.set_grad_checkpointing(True)
+        self.updates.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with

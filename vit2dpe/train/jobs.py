@@ -29,7 +29,7 @@ def count(jobs: int | None, threads: int | None, device: torch.device, cells: in
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if jobs is None:
-        jobs = 1 if device.type != "cpu" else min(MOST, max(1, (os.cpu_count() or 1) // (threads or 1)))
+        jobs = 1 if device.type != "cpu" else min(MOST, (os.cpu_count() or 1) // (threads or 1))
     return max(1, min(jobs, cells))
 
 

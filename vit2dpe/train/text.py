@@ -15,8 +15,8 @@ from ..models.generate import generate
 from ..models.seq2seq import Seq2Seq
 from ..models.text import TextDecoder
 from .checkpoint import load_run, write_atomically
+from .devices import pick_device, precision
 from .distributed import local_device
-from .engine import pick_device, precision
 from .objectives import OBJECTIVES, model_spec, prepare
 from .runs import write_summary
 from .settings import check_numbers
