@@ -109,9 +109,11 @@ def _against_table(folder: Path) -> str:
         cells += [f"{mean['test_loss']:.3f}", f"{mean['train_loss']:.3f}", f"{mean['cpu_s']:.0f}"]
         lines.append("| " + " | ".join([model, *cells]) + " |")
     (one, a), (other, b) = ((model, [float(row["test_top1"]) for row in mine]) for model, mine in of.items())
+    said = f"{one} − {other}: {statistics.mean(a) - statistics.mean(b):+.2f} points of top-1"
+    if len(a) + len(b) < 3:
+        return "\n".join([*lines, "", f"{said}; one seed each gives no interval."])
     mean, half = difference(a, b)
-    span = f"95% interval {mean - half:+.2f} to {mean + half:+.2f}"
-    return "\n".join([*lines, "", f"{one} − {other}: {mean:+.2f} points of top-1, {span} over the seeds."])
+    return "\n".join([*lines, "", f"{said}, 95% interval {mean - half:+.2f} to {mean + half:+.2f} over the seeds."])
 
 
 def difference(a: list[float], b: list[float]) -> tuple[float, float]:

@@ -108,6 +108,8 @@ def test_two_models_are_compared_with_an_interval(tmp_path):
     assert "| vit2dpe | 3 | 21.17 | 20.00, 21.00, 22.50 | 50.00 | 3.250 | 3.500 | 100 |" in said
     assert "| timm | 2 | 20.25 | 19.00, 21.50 | 40.00 | 3.000 | 3.000 | 90 |" in said
     assert f"vit2dpe − timm: +0.92 points of top-1, 95% interval {mean - half:+.2f} to {mean + half:+.2f}" in said
+    (tmp_path / "against.csv").write_text("\n".join([f"model,seed,test_top1,{more}", rows[0], rows[-1]]) + "\n")
+    assert "vit2dpe − timm: -1.50 points of top-1; one seed each gives no interval." in BUILD["table"](tmp_path)
 
 
 def test_verdicts(tmp_path):
