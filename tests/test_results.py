@@ -25,7 +25,7 @@ def study(folder: Path, values: dict[str, float], seeds: int = 4, heat: float = 
                     for side in (32, 64, 96, 128):
                         noise = NOISE[(seed + len(word)) % 4] * (side > 32)
                         top1 = value + noise + 20 * more + heat * (temperature == "log")
-                        for mode, shown in (("canvas", 1.0), ("scale", top1)):  # claims are of the scale alone
+                        for mode, shown in (("scale", top1), ("canvas", 1.0)):  # claims are of the scale alone
                             rows.append(
                                 dict(encoding=word, policy=policy, temperature=temperature, mode=mode, seed=seed)
                                 | dict(train_height=32, train_width=32, height=side, width=side)
