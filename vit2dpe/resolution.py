@@ -45,8 +45,36 @@ def policies_of(model: nn.Module) -> tuple[str, ...]:
 
 def windows_of(model: nn.Module) -> tuple[str, ...]:
     """What the windows of a model can do at another size, the model's own first; () where it has none."""
-    own = getattr(model, "window_policy", None)
-    return () if own is None else (own, *(policy for policy in WINDOW_POLICIES if policy != own))
+    found = _windowed(model)
+    own = found[0].window_policy if found else ""
+    return (own, *(policy for policy in WINDOW_POLICIES if policy != own)) if found else ()
+
+
+def _windowed(model: nn.Module) -> list[Any]:
+    """The model, or what is in it, that has windows: a Swin, also within a SimMIM."""
+    return [module for module in model.modules() if hasattr(module, "window_policy") and hasattr(module, "scopes")]
+
+
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """For each part with places of its own: the encoding that leads it, the part, the extent it was trained on.
+
+    A Swin and an MAE say it themselves (`scopes`); what has a `position` and a `train_grid` is one; what holds others
+    (Seq2Seq, SimMIM, a wrapper) has theirs.
+
+    Raises:
+        ConfigError: for a model without any.
+    """
+    if found := _scopes(model):
+        return found
+    raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+
+
+def _scopes(model: Any) -> list[Scope]:
+    if hasattr(model, "scopes"):
+        return model.scopes()
+    if hasattr(model, "position") and hasattr(model, "train_grid"):
+        return [(model.position, model, tuple(model.train_grid))]
+    return [scope for child in model.children() for scope in _scopes(child)]
 
 
 @contextmanager
@@ -54,7 +82,7 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     """Within this context every encoding of `model` follows `policy` at sizes it was not trained at.
 
     Args:
-        model: a model of ours; it remembers its `train_grid`.
+        model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
         policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
             "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
             Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
@@ -66,17 +94,11 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     Raises:
         ConfigError: for a policy that one of the encodings cannot take, with the reason.
     """
-    train = getattr(model, "train_grid", None)
-    if train is None:
-        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+    scopes = scopes_of(model)
     windows, policy = _split(policy, model)
-    # An encoder and a decoder have a root each; a Swin says itself what it consists of.
-    roots: list[Any] = [m for m in model.modules() if hasattr(m, "position") and hasattr(m, "train_grid")]
-    own: list[Scope] = [(root.position, root, tuple(train)) for root in roots]
-    scopes: list[Scope] = model.scopes() if hasattr(model, "scopes") else own  # type: ignore[operator]
     before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
     before_heat = [(root, root.temperature) for root, _, _ in scopes]
-    before_windows = getattr(model, "window_policy", None)
+    before_windows = [(part, part.window_policy) for part in _windowed(model)]
     try:
         for root, part, extent in scopes:
             chosen = None if policy == "default" else _policy(policy, extent)
@@ -88,16 +110,15 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
                     )
                 encoding.policy = encoding.own_policy if policy == "default" else chosen
             root.temperature = _temperature(temperature, extent)  # one factor for all its encodings
-        if windows is not None:
-            model.window_policy = windows  # type: ignore[assignment]
+        _set_windows(model, windows)
         yield
     finally:
         for encoding, policy_before in before:
             encoding.policy = policy_before
         for root, heat in before_heat:
             root.temperature = heat
-        if windows is not None:
-            model.window_policy = before_windows  # type: ignore[assignment]
+        for windowed, windows_before in before_windows:
+            windowed.window_policy = windows_before
 
 
 def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
@@ -110,6 +131,12 @@ def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
     return first.strip(), rest.strip() or "default"
 
 
+def _set_windows(model: nn.Module, policy: str | None) -> None:
+    if policy is not None:
+        for part in _windowed(model):
+            part.window_policy = policy
+
+
 def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) -> None:
     """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
 
@@ -118,23 +145,29 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
 
     Args:
         policy: a word as for `use_policy`, but for "default".
-        train: the grid that the policy scales to; default: the model's `train_grid`.
+        train: the grid that the policy scales to; default: what each part of the model was trained on.
 
     Raises:
-        ConfigError: for a policy that none of the encodings can take, with the reason.
+        ConfigError: for a policy that none of the encodings can take, with the reason; for `train` where windows have
+            extents of their own.
     """
-    train = train or getattr(model, "train_grid", None)
-    if train is None:
-        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
-    chosen, found = _policy(policy, tuple(train)), encodings_of(model)
-    able = [encoding for encoding in found if chosen.name in encoding.policies]
-    if not able:
-        names = ", ".join(dict.fromkeys(type(encoding).__name__ for encoding in found)) or "a model without positions"
-        raise ConfigError(
-            f"{names} cannot {chosen.name}: {WHY_NOT[chosen.name]}; it can {' or '.join(policies_of(model))}"
-        )
-    for encoding in able:
+    scopes, (windows, policy) = scopes_of(model), _split(policy, model)
+    if train is not None and windows_of(model):
+        raise ConfigError(f"train is one grid, and {type(model).__name__} has windows of other extents: leave it out")
+    able = []
+    if windows is None or policy != "default":
+        for _, part, extent in scopes:
+            chosen = _policy(policy, tuple(train or extent))
+            able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
+        if not able:
+            found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
+            raise ConfigError(
+                f"{', '.join(found) or 'a model without positions'} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                f"it can {' or '.join(policies_of(model))}"
+            )
+    for encoding, chosen in able:
         encoding.policy = encoding.own_policy = chosen
+    _set_windows(model, windows)
 
 
 def _policy(word: str, train: Extent) -> Keep:

@@ -226,5 +226,3 @@ def test_swin_comes_the_same_way_and_goes_back(name, sizes):
     assert all(torch.equal(back[name], value) for name, value in theirs.named_parameters())
     assert from_timm(theirs, "rope_mixed")(x).isfinite().all()
     assert not torch.allclose(from_timm(theirs, "none")(x), theirs(x), atol=1e-3)
-    with pytest.raises(ConfigError, match="use_policy"):
-        from_timm(theirs, policy="resize")
