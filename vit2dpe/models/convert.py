@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encodings import PositionEncoding
 from ..errors import CheckpointError, ConfigError
-from ..resolution import set_policy
+from ..scopes import set_policy
 from .contract import pair
 from .families import Recipe, read
 from .native import native_steps

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..policies import POLICIES, TEMPERATURES
-from ..resolution import policies_of, use_policy
+from ..scopes import policies_of, use_policy
 from .checkpoint import ModelSpec, load_run, save_model
 from .config import StudyConfig, split_words
 from .devices import pick_device, precision
