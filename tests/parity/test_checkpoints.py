@@ -326,6 +326,19 @@ def test_a_parameter_that_ours_has_not_is_named():
 
 
 @torch.no_grad()
+def test_steps_that_build_on_each_other_go_back_in_the_other_order():
+    """Maps of q, k and v of their own, in half-split pairs: joined and reordered, reordered back and parted."""
+    made = EVA | dict(attn_type="eva", qkv_fused=False, rope_rotate_half=True)
+    theirs = drawn(Eva(img_size=(48, 80), **made))
+    theirs.pretrained_cfg = {}
+    ours, x = from_timm(theirs), torch.randn(2, 3, 48, 80)
+    same(ours(x), theirs(x))
+    again = Eva(img_size=(48, 80), **made).eval()
+    again.load_state_dict(to_timm(ours))
+    same(again(x), ours(x))
+
+
+@torch.no_grad()
 def test_a_distilled_one_too():
     ours = drawn(DistilledViT(img_size=(48, 80), patch_size=16, **MICRO))
     theirs = timm.models.VisionTransformerDistilled(img_size=(48, 80), **MICRO).eval()
