@@ -29,7 +29,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels", "_timm"} - {"masks"}
 MAY_IMPORT["policies"] = {"errors", "positions"}
-MAY_IMPORT["resolution"] = {"errors", "positions", "signal", "encodings", "policies"}
+MAY_IMPORT["scopes"] = {"errors", "encodings", "policies"}
+MAY_IMPORT["resolution"] = {"errors", "encodings", "scopes"}
 MAY_IMPORT["models"] = {*MAY_IMPORT, "layers"}
 
 

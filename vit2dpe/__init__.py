@@ -29,7 +29,7 @@ _HOME = {
     "MAE": "models",
     "from_timm": "models",
     "to_timm": "models",
-    "set_policy": "resolution",
+    "set_policy": "scopes",
     "TextEncoder": "models.text",
     "TextDecoder": "models.text",
     "Seq2Seq": "models.seq2seq",
@@ -37,7 +37,7 @@ _HOME = {
     "generate": "models.generate",
     "beam_search": "models.generate",
     "from_transformers": "models.text_weights",
-    "use_policy": "resolution",
+    "use_policy": "scopes",
     "sweep": "resolution",
     "load_run": "train.checkpoint",
     "check_encoding": "testing",
@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from .models.text import TextDecoder, TextEncoder  # noqa: F401
     from .models.text_weights import from_transformers  # noqa: F401
     from .positions import Positions  # noqa: F401
-    from .resolution import set_policy, sweep, use_policy  # noqa: F401
+    from .resolution import sweep  # noqa: F401
+    from .scopes import set_policy, use_policy  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401
     from .testing import check_encoding  # noqa: F401
     from .train.checkpoint import load_run  # noqa: F401

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from vit2dpe import ENCODINGS, ConfigError, Swin, ViT
+from vit2dpe import ENCODINGS, ConfigError, Swin, ViT, set_policy, use_policy
 from vit2dpe.models.simmim import SimMIM
+from vit2dpe.resolution import policies_of
+from vit2dpe.testing import randomise
 
 SIZE = (16, 48)  # units of 8 x 16: 2 rows and 3 columns; patches of 4 x 8
 
@@ -65,6 +67,36 @@ def test_a_swin_is_pretrained_too(position):
     with torch.no_grad():
         seen = model.eval()(torch.where(hidden, 9.0, pictures()), noise=noise())
         assert torch.equal(seen[1], model(pictures(), noise=noise())[1])
+
+
+@pytest.mark.parametrize("word", ["keep", "scale", "interpolate", "scale+interpolate", "scale+ntk"])
+@torch.no_grad()
+def test_policies_are_those_of_the_swin_within(word):
+    torch.manual_seed(0)
+    sizes = dict(img_size=SIZE, patch_size=(4, 8), in_chans=2, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
+    swin = randomise(Swin("rope_mixed", window_size=(2, 3), num_classes=0, **sizes)).eval()
+    model, wide = SimMIM(swin, mask_unit=(8, 16)).eval(), pictures((32, 96))
+    plain, at_home = swin.forward_features(wide), swin.forward_features(pictures())
+    with use_policy(swin, word, temperature="log"):
+        expected = swin.forward_features(wide)
+    with use_policy(model, word, temperature="log"):
+        assert torch.equal(swin.forward_features(wide), expected)
+        assert torch.equal(swin.forward_features(pictures()), at_home), "nothing changes at the size of training"
+    assert torch.equal(swin.forward_features(wide), plain), "what was there is back"
+    assert torch.equal(expected, plain) == ("scale" not in word), "kept windows are those of training"
+    assert policies_of(model) == policies_of(swin)
+    set_policy(model, word)
+    kept = swin.forward_features(wide)
+    with use_policy(model, temperature="log"):
+        assert torch.equal(swin.forward_features(wide), expected)
+    assert torch.equal(kept, swin.forward_features(wide))
+
+
+def test_a_vit_within_has_no_windows():
+    model = micro("rope")
+    assert policies_of(model) == policies_of(model.encoder)
+    with pytest.raises(ConfigError, match="says what windows do, and SimMIM has none"), use_policy(model, "scale"):
+        pass
 
 
 def test_the_loss_by_a_loop():

@@ -109,3 +109,12 @@ def test_weights_that_do_not_say_their_grid_take_the_models(position):
     square = vit2dpe.encodings.build(position, vit2dpe.encodings.Dims(48, 3, (9, 9)))
     with pytest.raises(ValueError, match="grid of 2 axes"):
         line.load_state_dict({**line.state_dict(), "_extra_state": square.state_dict()["_extra_state"]})
+
+
+@pytest.mark.parametrize("position", ["logcpb", "rope_golden"])
+def test_the_grid_is_a_number_wherever_it_is_asked_for(position):
+    """Not on the device of the day: from the meta device nothing could be read back."""
+    with torch.device("meta"):
+        encoding = vit2dpe.encodings.build(position, vit2dpe.encodings.Dims(48, 3, (9, 4)))
+        state = encoding.state_dict()["_extra_state"]
+    assert state.tolist() == [9, 4]

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
-from vit2dpe import ConfigError, PositionEncoding, Positions, sweep, use_policy
+from vit2dpe import ConfigError, PositionEncoding, Positions, set_policy, sweep, use_policy
 from vit2dpe.encodings import ENCODINGS, Alibi, MixedRoPE, RelativeBias
 from vit2dpe.models import Swin
 from vit2dpe.resolution import policies_of
@@ -235,6 +235,25 @@ def test_policies_measure_from_the_window():
     assert factor == [None, None]
     assert float((hot - results["scale"]).abs().max()) > 1e-3
     assert torch.equal(model(x), plain)
+
+
+@torch.no_grad()
+def test_a_policy_for_good_measures_from_the_window_too():
+    model, x = drawn("rope+sincos"), images(1, 32, 48)
+    at_home, expected = model(X), {}
+    for word in ("interpolate", "scale+interpolate", "scale"):
+        with use_policy(model, word):
+            expected[word] = model(x)
+        chosen = copy.deepcopy(model)
+        set_policy(chosen, word)
+        assert torch.equal(chosen(x), expected[word])
+        assert torch.equal(chosen(X), at_home), "nothing changes at the size of training"
+        assert chosen.window_policy == ("scale" if "scale" in word else "keep")
+    assert len({float(logits.sum()) for logits in expected.values()}) == 3
+    with pytest.raises(ConfigError, match="train is one grid, and Swin has windows of other extents"):
+        set_policy(model, "interpolate", train=(8, 12))
+    with pytest.raises(ConfigError, match="RelativeBias cannot ntk"):
+        set_policy(micro(), "scale+ntk")
 
 
 def test_policies_are_named_and_refused_with_the_reason():

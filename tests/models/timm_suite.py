@@ -5,7 +5,8 @@
 
 timm's wheel leaves its tests out, its source distribution holds them. They are read from the archive, told which of
 their lists our names belong to (models that are no CNNs; models with `forward_intermediates`), and run unchanged.
-What follows the archive goes to pytest. TorchScript is the stated exception, and is left out.
+What follows the archive goes to pytest. TorchScript is the stated exception, and is left out. timm's tests have limits
+of time: on a busy machine put `-p no:timeout` behind the archive.
 """
 
 from __future__ import annotations

@@ -281,6 +281,9 @@ def test_a_relative_bias_written_for_timm(position, class_token):
     [
         ("relative+sincos", {}, "no a table of vectors beside it"),
         ("relative", dict(reg_tokens=1), "no registers"),
+        ("relative", dict(reg_tokens=1, class_token=False, global_pool="avg"), "no registers"),
+        ("relative", dict(global_pool="map"), "no attention pooling"),
+        ("relative", dict(pre_norm=True), "no a norm before the blocks"),
         ("relative", dict(scale_mlp_norm=True), "no norms inside"),
         ("logcpb", dict(qkv_bias="qv", mlp_layer="swiglu"), "no an MLP of another kind and no biases of q and v alone"),
     ],
@@ -295,6 +298,44 @@ def test_a_network_trained_on_another_grid_has_no_timm_model():
     ours.set_input_size((64, 64))
     with pytest.raises(ConfigError, match="trained on another grid"):
         to_timm(ours)
+
+
+@torch.no_grad()
+def test_a_network_that_knows_no_grid_goes_at_any_size():
+    ours = drawn(ViT("logcpb(form=cr, hidden=32)", img_size=(48, 80), patch_size=16, init_values=0.1, **MICRO))
+    ours.set_input_size((64, 64))
+    more = dict(class_token=True, global_pool="token", fc_norm=False, init_values=0.1)
+    theirs = timm.models.VisionTransformerRelPos(img_size=64, rel_pos_type="mlp", rel_pos_dim=32, **MICRO, **more)
+    theirs.eval().load_state_dict(to_timm(ours))
+    x = torch.randn(2, 3, 64, 64)
+    same(theirs(x), ours(x))
+
+
+def test_what_a_formula_adds_is_written_in_the_weights_precision():
+    ours = ViT("sincos", img_size=(48, 80), patch_size=16, **MICRO).bfloat16()
+    assert {value.dtype for value in to_timm(ours).values()} == {torch.bfloat16}
+
+
+def test_a_parameter_that_ours_has_not_is_named():
+    theirs = create("vit_tiny_patch16_224")
+    theirs.colour = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(CheckpointError, match="without a counterpart: colour"):
+        from_timm(theirs, "rope")
+    with pytest.raises(RuntimeError, match="colour"):
+        from_timm(theirs)
+
+
+@torch.no_grad()
+def test_steps_that_build_on_each_other_go_back_in_the_other_order():
+    """Maps of q, k and v of their own, in half-split pairs: joined and reordered, reordered back and parted."""
+    made = EVA | dict(attn_type="eva", qkv_fused=False, rope_rotate_half=True)
+    theirs = drawn(Eva(img_size=(48, 80), **made))
+    theirs.pretrained_cfg = {}
+    ours, x = from_timm(theirs), torch.randn(2, 3, 48, 80)
+    same(ours(x), theirs(x))
+    again = Eva(img_size=(48, 80), **made).eval()
+    again.load_state_dict(to_timm(ours))
+    same(again(x), ours(x))
 
 
 @torch.no_grad()
@@ -317,7 +358,9 @@ def test_a_distilled_one_too():
         DistilledViT(reg_tokens=1, **MICRO)
 
 
-@pytest.mark.parametrize("position", ["alibi", "rope+alibi", "relative+rope", "rope(step=0.5)", "rope_mixed+fire"])
+@pytest.mark.parametrize(
+    "position", ["alibi", "rope+alibi", "relative+rope", "rope(step=0.5)", "rope(start=1)", "rope_mixed+fire"]
+)
 def test_what_timm_has_no_model_for(position):
     with pytest.raises(ConfigError, match=r"timm has no ViT with .*state_dict"):
         to_timm(ViT(position, img_size=(48, 80), patch_size=16, **MICRO))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.data import resolve_data_config
 from trajectory import assert_fifty_equal_steps
 
 from vit2dpe import ConfigError, from_timm, to_timm
@@ -107,6 +108,28 @@ def test_logits_are_timms_and_the_way_back_too(name):
     again = create(name)
     again.load_state_dict(state)
     same(again(x), logits)
+
+
+@pytest.mark.parametrize("position", [None, "rope"])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_base_patch16_siglip_224", SMALL),
+        ("eva02_tiny_patch14_224", SMALL),
+        ("swinv2_tiny_window8_256", dict(embed_dim=24, depths=(1, 1), num_heads=(2, 4), num_classes=5)),
+    ],
+)
+def test_mode_precision_and_record_come_along(name, sizes, position):
+    """timm's tools read sizes, mean and standard deviation from the record."""
+    theirs = timm.create_model(name, **sizes).bfloat16().train()
+    ours = from_timm(theirs, position)
+    assert ours.training
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    assert ours.pretrained_cfg == theirs.pretrained_cfg
+    found = resolve_data_config({}, model=ours)
+    assert found == resolve_data_config({}, model=theirs)
+    assert found["mean"] == theirs.pretrained_cfg["mean"]
+    assert not from_timm(theirs.eval(), position).training
 
 
 ROTARY = [name for name in NAMES if type(create(name, depth=1)).__name__ == "Eva"]
@@ -226,5 +249,3 @@ def test_swin_comes_the_same_way_and_goes_back(name, sizes):
     assert all(torch.equal(back[name], value) for name, value in theirs.named_parameters())
     assert from_timm(theirs, "rope_mixed")(x).isfinite().all()
     assert not torch.allclose(from_timm(theirs, "none")(x), theirs(x), atol=1e-3)
-    with pytest.raises(ConfigError, match="use_policy"):
-        from_timm(theirs, policy="resize")

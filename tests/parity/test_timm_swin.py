@@ -13,7 +13,8 @@ from torchvision.models import swin_transformer as tv
 from trajectory import assert_fifty_equal_steps
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
-from vit2dpe import CheckpointError, Positions, Signal, attend
+from vit2dpe import CheckpointError, ConfigError, Positions, Signal, attend, from_timm, to_timm, use_policy
+from vit2dpe.encodings import NoPosition, RelativeBias
 from vit2dpe.models import Swin
 from vit2dpe.models.swin_convert import from_timm_swin
 from vit2dpe.models.swin_stage import WindowAttention
@@ -139,6 +140,76 @@ def test_ours_go_back_to_timm(family):
     back = FAMILIES[family](**{**MICRO, "img_size": (24, 40), "patch_size": 2, "window_size": (3, 5)}).eval()
     back.load_state_dict(to_timm_swin(from_timm_swin(theirs)), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), theirs.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_a_network_of_other_windows_goes_back_with_their_sizes():
+    ours = enlarged(Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), window_policy="scale", **MICRO, **V2))
+    ours.set_input_size((48, 80))
+    sizes = dict(img_size=(48, 80), patch_size=2, window_size=(6, 10))
+    theirs = SwinTransformerV2(**MICRO, **sizes, pretrained_window_sizes=((3, 5),) * 3).eval()
+    theirs.load_state_dict(to_timm_swin(ours), strict=True)
+    x = randn(1, 3, 48, 80)
+    close(ours(x), theirs(x))
+
+
+def _some_blocks(dims):
+    return RelativeBias(dims.heads, dims.grid) if dims.block != 3 else NoPosition()
+
+
+NO_SWIN = {
+    "rope": (dict(position="rope_mixed"), "layers.0.blocks.0.attn.position is a MixedRoPE"),
+    "shared": (dict(position="relative(shared=true)"), "layers.0.position is a RelativeBias"),
+    "tokens too": (dict(position="sincos+relative"), "position is a SinCos"),
+    "a sum": (dict(position="relative+logcpb"), "layers.0.blocks.0.attn.position is a Sum"),
+    "none": (dict(position="none"), "layers.0.blocks.0.attn has no encoding of its own"),
+    "not all blocks": (dict(position=_some_blocks), "layers.1.blocks.1.attn has no encoding of its own"),
+    "a network, V1": (dict(position="logcpb"), "attn.position is logcpb with qk=dot;"),
+    "a table, V2": (dict(V2, position="relative"), "is relative with qk=cosine and norms behind;"),
+    "norms before, V2": (dict(V2, post_norm=False), "is logcpb with qk=cosine;"),
+    "norms behind, V1": (dict(post_norm=True), "is relative with qk=dot and norms behind;"),
+    "a smaller network": (dict(V2, position="logcpb(hidden=32)"), "a network of form swin with 32 hidden units"),
+    "another network": (dict(V2, position="logcpb(form=cr, hidden=512)"), "a network of form cr with 512"),
+    "a prefix": (dict(position="relative(prefix=true)"), "has entries for prefix tokens"),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "reason"), NO_SWIN.values(), ids=NO_SWIN)
+def test_what_timms_swin_has_not_is_refused_with_the_way_out(kwargs, reason):
+    with pytest.raises(ConfigError) as error:
+        to_timm(Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), **MICRO, **kwargs))
+    said = str(error.value)
+    assert reason in said, "what"
+    assert "timm's Swin is V1" in said, "why"
+    assert "keep such a model in its own names (state_dict)" in said, "what to do"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("patch_size", [3, (4, 2)])
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # timm's
+@torch.no_grad()
+def test_another_patch_is_timms(family, patch_size):
+    """Twelve by twenty patches as before, of other pixels: the kernel is resampled, the windows stay."""
+    theirs = theirs_of(family)
+    rows, columns = (3, 3) if patch_size == 3 else patch_size
+    size = (12 * rows, 20 * columns)
+    ours = from_timm(theirs, img_size=size, patch_size=patch_size)
+    theirs.set_input_size(size, patch_size=(rows, columns), window_size=(3, 5))
+    assert ours.train_grid == theirs.patch_embed.grid_size == (12, 20)
+    x = randn(1, 3, *size)
+    close(ours(x), theirs(x))
+
+
+@torch.no_grad()
+def test_what_windows_and_encodings_do_from_then_on():
+    theirs, x = theirs_of("v1"), randn(1, 3, 48, 80)
+    for word in ("scale", "scale+resize"):
+        close(from_timm(theirs, policy=word)(x), from_timm_swin(theirs, window_policy="scale")(x), 0.0)
+    rope, kept = from_timm(theirs, "rope", policy="scale+interpolate"), from_timm(theirs, "rope")
+    with use_policy(kept, "scale+interpolate"):
+        close(rope(x), kept(x), 0.0)
+    with pytest.raises(ConfigError, match="RelativeBias cannot interpolate: it looks places up in a table"):
+        from_timm(theirs, policy="interpolate")
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi+sincos", "rope_mixed", "logcpb", "relative", "none"])

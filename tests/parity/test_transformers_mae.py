@@ -223,6 +223,14 @@ def test_an_encoder_alone_is_named_as_such():
     model.encoder.load_state_dict(to_timm(model.encoder))
 
 
+def test_a_table_goes_to_the_term_that_has_one():
+    state = from_transformers(theirs().state_dict())
+    model = ours("sincos", "rope+learned")
+    model.load_state_dict(state)
+    table = model.decoder_position.terms[1].pos_embed.detach()
+    assert torch.equal(table.flatten(1, 2), state["decoder_pos_embed"][:, 1:])
+
+
 def test_tables_that_do_not_fit_are_refused():
     state = from_transformers(theirs().state_dict())
     moved = {name: value.clone() for name, value in state.items()}
@@ -231,6 +239,8 @@ def test_tables_that_do_not_fit_are_refused():
         ours("learned", "learned").load_state_dict(moved)
     with pytest.raises(CheckpointError, match="no place in this decoder"):
         ours("sincos", "rope").load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"no place in this decoder, which has a grid of \(6, 6\)"):
+        ours("learned", "learned", img_size=24).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"gives \(1, 24, 32\).*img_size"):
         ours("sincos", "sincos", img_size=(16, 24)).load_state_dict(
             {name: value for name, value in state.items() if name != "decoder_pos_embed"}

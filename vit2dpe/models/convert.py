@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encodings import PositionEncoding
 from ..errors import CheckpointError, ConfigError
-from ..resolution import set_policy
+from ..scopes import set_policy
 from .contract import pair
 from .families import Recipe, read
 from .native import native_steps
@@ -46,8 +46,8 @@ def from_timm(
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
             kept either way, and the rows that a table adds to leading tokens stay with them.
         policy: what the result does at sizes it was not trained at, from now on (`set_policy`), measured from the size
-            the weights come with. Default: what its family does: EVA-02 interpolates, tables are resized, rope-vit
-            extrapolates.
+            the weights come with; for a Swin also what its windows do, "scale" or "keep+resize". Default: what its
+            family does: EVA-02 interpolates, tables are resized, rope-vit extrapolates, windows are kept.
         pretrained: for a name: load timm's weights, with timm's loader.
         img_size: make another size in pixels the model's own: tables are resized for good.
         patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
@@ -58,8 +58,7 @@ def from_timm(
         kwargs: for a name: passed to `timm.create_model`.
 
     Raises:
-        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take. A Swin keeps
-            its patch, and its policy is a context: `use_policy(model, "scale+interpolate")`.
+        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
         CheckpointError: for `weights` that do not fit the name.
     """
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
@@ -69,13 +68,10 @@ def from_timm(
     if weights is not None:
         read_weights(theirs, weights)
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
-        if policy is not None or patch_size is not None:
-            raise ConfigError(
-                "a Swin keeps its patch, and what it does at other sizes is said at evaluation: "
-                "`with use_policy(model, 'keep' or 'scale'):`, not by patch_size and policy"
-            )
         swin = from_timm_swin(theirs, position)
-        swin.set_input_size(img_size)
+        if policy is not None:
+            set_policy(swin, policy)
+        swin.set_input_size(img_size, patch_size)
         return swin
     recipe = read(theirs)
     sizes = {

@@ -55,22 +55,25 @@ def accept_foreign(module: Swin, state_dict: dict[str, Any], prefix: str, *_: An
 def to_timm_swin(model: Swin) -> dict[str, Tensor]:
     """The state of a Swin under timm's names, for `SwinTransformer` or `SwinTransformerV2` of the same sizes.
 
+    A `logcpb` that was trained on other windows than the model's needs timm's `pretrained_window_sizes`.
+
     Raises:
-        ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) and `logcpb` (V2) in each block.
+        ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) or `logcpb` (V2) in each block.
     """
     state: dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for owner, part in model.named_modules():
         if not isinstance(part, PositionEncoding) or not part.gives:
             continue
         if not (owner.endswith(".attn.position") and isinstance(part, RelativeBias | LogCPB)):
-            raise ConfigError(
-                f"{owner} is a {type(part).__name__}; timm's Swin has relative or logcpb in each block and no more"
-            )
+            raise _no_such_swin(f"{owner} is a {type(part).__name__}")
         _check_kind(model, owner, part)
         for name in [name for name in state if name.startswith(f"{owner}.")]:
             value = state.pop(name)
             value = value.flatten(1).t().contiguous() if name.endswith(TABLE) else value
             state[name.replace(".attn.position.", ".attn.")] = value
+    for owner, block in model.named_modules():
+        if owner.endswith(".attn") and block.position is None:
+            raise _no_such_swin(f"{owner} has no encoding of its own")
     return state
 
 
@@ -80,17 +83,21 @@ def _check_kind(model: Swin, owner: str, part: RelativeBias | LogCPB) -> None:
     v2 = block.attn.logit_scale is not None
     if block.post_norm != v2 or isinstance(part, LogCPB) != v2:
         came = f"{'logcpb' if isinstance(part, LogCPB) else 'relative'} with qk={'cosine' if v2 else 'dot'}"
-        raise ConfigError(
-            "timm's Swin is V1 (relative, qk='dot', norms before) or V2 (logcpb, qk='cosine', post_norm=True); "
-            f"{owner} is {came}{' and norms behind' * block.post_norm}"
-        )
+        raise _no_such_swin(f"{owner} is {came}{' and norms behind' * block.post_norm}")
     if isinstance(part, LogCPB) and (part.form != "swin" or part.cpb_mlp[0].out_features != 512):
-        raise ConfigError(
-            f"timm's Swin V2 has a network of form swin with 512 hidden units; {owner} has form {part.form} with "
-            f"{part.cpb_mlp[0].out_features}"
+        raise _no_such_swin(
+            f"{owner} is a network of form {part.form} with {part.cpb_mlp[0].out_features} hidden units, timm's is one "
+            "of form swin with 512"
         )
     if isinstance(part, RelativeBias) and part.prefix_bias is not None:
-        raise ConfigError(f"timm's Swin has no prefix tokens; {owner} has entries for them")
+        raise _no_such_swin(f"{owner} has entries for prefix tokens, of which a Swin has none")
+
+
+def _no_such_swin(why: str) -> ConfigError:
+    return ConfigError(
+        f"{why}; timm's Swin is V1 (relative in each block, qk='dot', norms before) or V2 (logcpb in each block, "
+        "qk='cosine', post_norm=True): keep such a model in its own names (state_dict), which vit2dpe loads"
+    )
 
 
 def _from_original(state: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..policies import POLICIES, TEMPERATURES
-from ..resolution import policies_of, use_policy
+from ..scopes import policies_of, use_policy
 from .cells import digest_of, finished, slug
 from .checkpoint import ModelSpec, load_run, save_model
 from .config import StudyConfig, split_words
