@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.train import report
 from vit2dpe.train.study import read_rows
 
@@ -58,12 +59,14 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     seeds: dict[str, set[int]] = {}
     for row in rows:
         seeds.setdefault(row["encoding"], set()).add(int(row["seed"]))
-    planned = json.loads((folder / "env.json").read_text())["config"]["encodings"].split(",")
+    words = json.loads((folder / "env.json").read_text())["config"]["encodings"]
+    planned = list(ENCODINGS) if words == "all" else words.split(",")
     counts = {word: len(found) for word, found in seeds.items()}
     most = max(counts.values())
     fewer = [f"`{word}` has {n}" for word, n in counts.items() if n < most]
     missing = [f"`{word}`" for word in planned if word not in seeds]
-    said = [f"{len(seeds)} encodings, {most} seed{'s' * (most > 1)}, {int(rows[0]['n']):,} test samples"]
+    several = f"{len(seeds)} encoding{'s' * (len(seeds) > 1)}, {most} seed{'s' * (most > 1)}"
+    said = [f"{several}, {int(rows[0]['n']):,} test samples"]
     if most > 1:
         said[0] += "; mean ± half of a 95% t-interval over the seeds"
     if fewer:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.train.study import to_csv
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,15 @@ def test_the_page_is_what_the_csv_files_give():
 
 def test_the_readmes_picture_was_drawn_from_the_committed_study():
     assert Image.open(BUILD["PICTURE"]).text["Source"] == BUILD["digest"](), "run: python recipes/build_results.py"
+
+
+def test_a_study_of_all_encodings_tells_which_are_missing(tmp_path):
+    folder = study(tmp_path, dict.fromkeys(ENCODINGS, 40.0), seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert "Not finished" not in BUILD["table"](folder)
+    study(folder, dict.fromkeys(list(ENCODINGS)[:-1], 40.0), seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert f"Not finished: `{list(ENCODINGS)[-1]}`." in BUILD["table"](folder)
 
 
 def test_several_seeds_are_told_with_their_interval(tmp_path):

@@ -54,7 +54,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     """Within this context every encoding of `model` follows `policy` at sizes it was not trained at.
 
     Args:
-        model: a model of ours; it remembers its `train_grid`.
+        model: a model of ours; it remembers its `train_grid`. Or a module that holds such parts, as an
+            `nn.Transformer` does after `stock.attach`: each part then scales to its own.
         policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
             "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
             Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
@@ -66,13 +67,13 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     Raises:
         ConfigError: for a policy that one of the encodings cannot take, with the reason.
     """
-    train = getattr(model, "train_grid", None)
-    if train is None:
-        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
-    windows, policy = _split(policy, model)
     # An encoder and a decoder have a root each; a Swin says itself what it consists of.
     roots: list[Any] = [m for m in model.modules() if hasattr(m, "position") and hasattr(m, "train_grid")]
-    own: list[Scope] = [(root.position, root, tuple(train)) for root in roots]
+    train = getattr(model, "train_grid", None)
+    if train is None and not roots:
+        raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+    windows, policy = _split(policy, model)
+    own: list[Scope] = [(root.position, root, tuple(train or root.train_grid)) for root in roots]
     scopes: list[Scope] = model.scopes() if hasattr(model, "scopes") else own  # type: ignore[operator]
     before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
     before_heat = [(root, root.temperature) for root, _, _ in scopes]
