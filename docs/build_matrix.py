@@ -86,7 +86,7 @@ SUMS = ("sincos+rope", "learned+relative", "alibi+rope_mixed")
 def matrix() -> str:
     """docs/matrix.md: every encoding in every model, built, run, and run backward."""
     reasons: dict[str, int] = {}
-    lines = [f"| encoding | {' | '.join(f'`{name}`' for name in COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    lines = [f"| encoding | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for word in (*ENCODINGS, *SUMS):
         lines.append(f"| `{word}` | {' | '.join(_cell(word, make, reasons) for make in COLUMNS.values())} |")
     why = [f"{number}. {reason}" for reason, number in reasons.items()]

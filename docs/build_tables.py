@@ -107,7 +107,7 @@ def models() -> str:
             parameters, flops = _counted(model, torch.empty(1, 3, *size))
         lines.append(f"| `{name}` | {size[0]}x{size[1]} | {parameters / 1e6:.2f} M | {flops / 1e9:.2f} |")
     least = {what: count("none") for what, count in PRICED.items()}
-    names = [f"{what}: parameters | GFLOPs" for what in PRICED]
+    names = [f"{what}: parameters | {what}: GFLOPs" for what in PRICED]
     more = [f"| encoding | {' | '.join(names)} |", "|---|" + "---:|---:|" * len(PRICED)]
     first = " | ".join(f"{parameters / 1e6:.2f} M | {flops / 1e9:.2f}" for parameters, flops in least.values())
     more.append(f"| without | {first} |")
@@ -166,8 +166,8 @@ def _price_of_text(word: str) -> tuple[int, int]:
 
 
 PRICED: dict[str, Callable[[str], tuple[int, int]]] = {
-    "ViT-S, 224x224": _timm("vit2dpe_small_patch16_224"),
-    "ViT-S, 448x448": _timm("vit2dpe_small_patch16_224", 448),
+    "ViT-S at 224": _timm("vit2dpe_small_patch16_224"),
+    "at 448": _timm("vit2dpe_small_patch16_224", 448),
     "Swin-T": _timm("vit2dpe_swin_tiny_patch4_window7_224"),
     "MAE": _price_of_mae,
     "TextDecoder": _price_of_text,
