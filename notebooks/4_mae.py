@@ -61,7 +61,7 @@ def new(position, decoder_position="sincos"):
     return MAE(encoder, decoder_position=decoder_position, **sizes)
 
 
-def pretrain(model, epochs=18, lr=3e-3):
+def pretrain(model, epochs=12, lr=3e-3):
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * 12)

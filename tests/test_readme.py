@@ -60,7 +60,7 @@ def test_commands_run(line, class_folders, monkeypatch, capsys):
     monkeypatch.chdir(class_folders)
     smoke = {"study": ["--smoke", "--width", "16", "--depth", "1", "--heads", "2"], "train": ["--smoke"]}
     assert main([*args, *smoke.get(args[0], [])]) == 0, capsys.readouterr().err
-    wanted = "runs/*/model.safetensors" if args[0] == "train" else "*.png"
+    wanted = "runs/*/best/model.safetensors" if args[0] == "train" else "*.png"
     assert list(class_folders.rglob(wanted)), sorted(class_folders.rglob("*"))
 
 
