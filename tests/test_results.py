@@ -71,7 +71,7 @@ def test_several_seeds_are_told_with_their_interval(tmp_path):
     values = [NOISE[(seed + len("rope")) % 4] for seed in range(2)]
     assert values == [0.0, 0.4]
     assert "| rope | extrapolate | none | 40.0 ± 0.0 | 40.2 ± 2.5 | 40.2 ± 2.5 | 40.2 ± 2.5 |" in said
-    assert said.startswith("1 encodings, 2 seeds, 500 test samples; mean ± half of a 95% t-interval over the seeds.")
+    assert said.startswith("1 encoding, 2 seeds, 500 test samples; mean ± half of a 95% t-interval over the seeds.")
 
 
 def test_what_is_not_finished_is_said(tmp_path):
