@@ -132,6 +132,6 @@ figure.tight_layout()
 #
 # ```
 # vit2dpe pretrain --data digits --epochs 20
-# vit2dpe train --data digits --init runs/pretrain
+# vit2dpe train --data digits --init runs/pretrain --optim.epochs 20
 # vit2dpe probe --run runs/pretrain
 # ```
