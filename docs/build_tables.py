@@ -1,15 +1,21 @@
-"""Writes docs/encodings.md, models.md and faults.md from what the code declares: `python docs/build_tables.py`."""
+"""Writes the generated pages from what the code declares and does: `python docs/build_tables.py`.
+
+docs/encodings.md, models.md and faults.md are made here, matrix.md in build_matrix.py.
+"""
 
 from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit2dpe import MAE, TextDecoder
 from vit2dpe.encodings import ENCODINGS, Dims, NoPosition, assign
 from vit2dpe.positions import Positions
 from vit2dpe.testing import tensors
@@ -95,18 +101,23 @@ def models() -> str:
     """docs/models.md: counted on the meta device, so that nothing is computed."""
     lines = ["| timm name | input | parameters | GFLOPs |", "|---|---:|---:|---:|"]
     for name in timm.list_models("vit2dpe_*"):
-        size, parameters, flops = _counted(name)
+        with torch.device("meta"):
+            model = timm.create_model(name)
+            size = model.pretrained_cfg["input_size"][1:]
+            parameters, flops = _counted(model, torch.empty(1, 3, *size))
         lines.append(f"| `{name}` | {size[0]}x{size[1]} | {parameters / 1e6:.2f} M | {flops / 1e9:.2f} |")
-    base = "vit2dpe_small_patch16_224"
-    _, least, least_flops = _counted(base, position="none")
-    more = ["| encoding | parameters more | GFLOPs more at 224x224 | at 448x448 |", "|---|---:|---:|---:|"]
-    _, _, large = _counted(base, (448, 448), position="none")
+    least = {what: count("none") for what, count in PRICED.items()}
+    names = [f"{what}: parameters | {what}: GFLOPs" for what in PRICED]
+    more = [f"| encoding | {' | '.join(names)} |", "|---|" + "---:|---:|" * len(PRICED)]
+    first = " | ".join(f"{parameters / 1e6:.2f} M | {flops / 1e9:.2f}" for parameters, flops in least.values())
+    more.append(f"| without | {first} |")
     for word in ENCODINGS:
-        _, parameters, flops = _counted(base, position=word)
-        _, _, at_448 = _counted(base, (448, 448), position=word)
-        cells = (f"{parameters - least:,}", f"{(flops - least_flops) / 1e9:.3f}", f"{(at_448 - large) / 1e9:.3f}")
+        cells = []
+        for what, count in PRICED.items():
+            parameters, flops = count(word)
+            flops -= least[what][1]
+            cells.append(f"+{parameters - least[what][0]:,} | {f'+{flops / 1e9:.3f}' if flops else '+0'}")
         more.append(f"| `{word}` | {' | '.join(cells)} |")
-    without = f"{least:,} parameters, {least_flops / 1e9:.2f} GFLOPs without"
     return f"""# Models
 
 Built by `python docs/build_tables.py`. FLOPs of one image, a multiplication and an addition counted as two; counted
@@ -117,21 +128,50 @@ are matrix products, convolutions and attention, by `torch.utils.flop_counter`. 
 
 ## What an encoding adds
 
-To `{base}` ({without}). Most of what encodings do is no matrix product (cosines, rotations, gathers) and is not in
-these counts; what they cost in time is measured by `vit2dpe bench`, with numbers in [Results](../recipes/RESULTS.md).
+To `vit2dpe_small_patch16_224` at its size and twice its side, to `vit2dpe_swin_tiny_patch4_window7_224`, to an MAE of
+ViT-S with the default decoder (the encoding in both halves, three patches of four hidden), and to a `TextDecoder` of
+width 384 with 12 blocks and 6 heads on 1,024 tokens (vocabulary 1,000). Most of what encodings do is no matrix product
+(cosines, rotations, gathers) and is not in these counts; what they cost in time is measured by `vit2dpe bench`, with
+numbers in [Results](../recipes/RESULTS.md).
 
 {chr(10).join(more)}
 """
 
 
-def _counted(name: str, size: tuple[int, int] | None = None, **options: str) -> tuple[tuple[int, int], int, int]:
-    """(height, width), parameters and FLOPs of a forward."""
+def _counted(model: nn.Module, given: Tensor) -> tuple[int, int]:
+    """Parameters and FLOPs of a forward."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(given)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def _timm(name: str, side: int = 224) -> Callable[[str], tuple[int, int]]:
+    def count(word: str) -> tuple[int, int]:
+        with torch.device("meta"):
+            return _counted(timm.create_model(name, position=word), torch.empty(1, 3, side, side))
+
+    return count
+
+
+def _price_of_mae(word: str) -> tuple[int, int]:
     with torch.device("meta"):
-        model = timm.create_model(name, **options).eval()
-        size = size or model.pretrained_cfg["input_size"][1:]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, *size))
-    return size, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+        encoder = timm.create_model("vit2dpe_small_patch16_224", position=word, num_classes=0)
+        return _counted(MAE(encoder, decoder_position=word), torch.empty(1, 3, 224, 224))
+
+
+def _price_of_text(word: str) -> tuple[int, int]:
+    with torch.device("meta"):
+        model = TextDecoder(word, vocab_size=1000, context=1024, embed_dim=384, depth=12, num_heads=6)
+        return _counted(model, torch.empty(1, 1024, dtype=torch.long))
+
+
+PRICED: dict[str, Callable[[str], tuple[int, int]]] = {
+    "ViT-S at 224": _timm("vit2dpe_small_patch16_224"),
+    "at 448": _timm("vit2dpe_small_patch16_224", 448),
+    "Swin-T": _timm("vit2dpe_swin_tiny_patch4_window7_224"),
+    "MAE": _price_of_mae,
+    "TextDecoder": _price_of_text,
+}
 
 
 def faults() -> str:
@@ -149,7 +189,8 @@ the board with what came about on the machine it runs on.
 """
 
 
-PAGES = {"encodings.md": page, "models.md": models, "faults.md": faults}
+matrix = runpy.run_path(str(Path(__file__).with_name("build_matrix.py")))["matrix"]
+PAGES = {"encodings.md": page, "models.md": models, "matrix.md": matrix, "faults.md": faults}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

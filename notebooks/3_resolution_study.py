@@ -123,19 +123,22 @@ figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, l
 
 # %%
 big = normalize(resize(images[:1], (48, 48)), data.mean, data.std)
-figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
-axes[0].imshow(big[0, 0], cmap="gray")
-axes[0].set_title("the image")
-for ax, policy in zip(axes[1:], ("extrapolate", "interpolate"), strict=True):
+looks = {}
+for policy in ("extrapolate", "interpolate"):
     with torch.no_grad(), use_policy(models["rope"], policy), attention(models["rope"]) as maps:
         models["rope"](big)
     last = list(maps.values())[-1]
-    ax.imshow(last[0, :, 6 * 12 + 6].mean(dim=0).view(12, 12))
+    looks[policy] = last[0, :, 6 * 12 + 6].mean(dim=0).view(12, 12)
+
+figure, axes = plt.subplots(1, 3, figsize=(8.2, 2.6), layout="constrained")
+axes[0].imshow(big[0, 0], cmap="gray")
+axes[0].set(title="the image", xlabel="column [pixels]", ylabel="row [pixels]")
+most = max(float(look.max()) for look in looks.values())
+for ax, (policy, look) in zip(axes[1:], looks.items(), strict=True):
+    shown = ax.imshow(look, vmin=0, vmax=most)
     ax.plot(6, 6, "o", markerfacecolor="none", markeredgecolor="white")
-    ax.set_title(policy)
-for ax in axes:
-    ax.set_axis_off()
-figure.tight_layout()
+    ax.set(title=policy, xlabel="column [patches]", ylabel="row [patches]")
+figure.colorbar(shown, ax=axes[1:], label="attention")
 
 # %% [markdown]
 # ## From a shell

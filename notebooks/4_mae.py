@@ -43,6 +43,7 @@ axes[2].scatter(visible.coords[0, :, 1], visible.coords[0, :, 0])
 axes[2].set(xlim=(-0.5, 5.5), ylim=(5.5, -0.5), aspect="equal")
 for ax, title in zip(axes, ("an image", "what is kept", "and its places"), strict=True):
     ax.set(title=title, xticks=[], yticks=[])
+axes[2].set(xlabel="column", ylabel="row", xticks=range(6), yticks=range(6))
 figure.tight_layout()
 
 # %% [markdown]
@@ -60,7 +61,7 @@ def new(position, decoder_position="sincos"):
     return MAE(encoder, decoder_position=decoder_position, **sizes)
 
 
-def pretrain(model, epochs=18, lr=3e-3):
+def pretrain(model, epochs=12, lr=3e-3):
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * 12)
@@ -85,8 +86,8 @@ curves["no positions anywhere"] = pretrain(blind)
 
 figure, ax = plt.subplots(figsize=(6, 3))
 for name, curve in curves.items():
-    ax.plot(curve, label=name)
-ax.set(xlabel="epoch", ylabel="loss on hidden patches", ylim=(0, None))
+    ax.plot(range(1, len(curve) + 1), curve, label=name)
+ax.set(xlabel="epoch", ylabel="loss on hidden patches", ylim=(0, None), xticks=range(2, len(curve) + 1, 2))
 ax.legend(frameon=False)
 figure.tight_layout()
 
@@ -131,6 +132,6 @@ figure.tight_layout()
 #
 # ```
 # vit2dpe pretrain --data digits --epochs 20
-# vit2dpe train --data digits --init runs/pretrain
+# vit2dpe train --data digits --init runs/pretrain --optim.epochs 20
 # vit2dpe probe --run runs/pretrain
 # ```

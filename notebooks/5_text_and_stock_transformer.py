@@ -55,22 +55,21 @@ def right(model, length=128):
 words = ["none", "learned", "alibi", "t5", "rope"]
 models = {word: learn(word) for word in words}
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, width_ratios=(2, 1))
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, width_ratios=(2, 1), layout="constrained")
 for word, model in models.items():
     axes[0].plot(torch.arange(BACK, 128), right(model), label=word, lw=1.4)
 axes[0].axvline(LENGTH - 0.5, color="0.5", ls=":")
 axes[0].set(xlabel="place in the line; dotted: where training ended", ylabel="share right", ylim=(0, 1.05))
 axes[0].set_title("as each extends by default")
-axes[0].legend(fontsize=7, frameon=False, ncols=2, loc="center right")
+axes[0].legend(fontsize=8, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 for policy, style in (("extrapolate", "-"), ("interpolate", "--"), ("ntk", ":")):
     with use_policy(models["rope"], policy):
         axes[1].plot(torch.arange(BACK, 128), right(models["rope"]), f"C4{style}", label=policy)
 axes[1].set(xlabel="place in the line", title="rope, by policy")
-axes[1].legend(fontsize=7, frameon=False)
-figure.tight_layout()
+axes[1].legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), columnspacing=1)
 
 # %% [markdown]
-# A distance of three is a distance of three anywhere: `rope` carries on far beyond its training, `t5` fades, and
+# A distance of three is a distance of three anywhere: `rope` carries on to twice its training and more, `t5` fades, and
 # `alibi`, which only knows near and far, never quite learned to point. A learned table is stretched over the longer
 # line, and with it every distance, so that it is lost from the first place on. `interpolate` does the same to `rope`:
 # what rescues a picture with more pixels ruins a line with more words, where `ntk` holds. Two questions, two answers,

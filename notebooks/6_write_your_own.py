@@ -57,7 +57,7 @@ figure, ax = plt.subplots(figsize=(2.6, 2.6))
 row, column = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
 ax.imshow(torch.maximum((row - 4).abs(), (column - 4).abs()), cmap="tab10", vmax=9)
 ax.plot(4, 4, "o", color="white")
-ax.set(title="the ring of each place", xticks=[], yticks=[])
+ax.set(title="the ring of each place", xlabel="column", ylabel="row", xticks=range(0, 9, 2), yticks=range(0, 9, 2))
 
 ENCODINGS["rings"] = lambda dims, rings=8: Rings(dims.heads, rings)
 

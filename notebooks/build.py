@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -56,6 +57,12 @@ def keep_outputs(notebook: nbformat.NotebookNode, path: Path) -> None:
             cell.outputs, cell.execution_count = old[cell.source].outputs, old[cell.source].execution_count
 
 
+def processor_time() -> float:
+    """Seconds of this process and of the kernels that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="sources; default: all beside this file")
@@ -63,12 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     for source in arguments.files or sources():
         notebook, path = convert(source.read_text(encoding="utf-8")), source.with_suffix(".ipynb")
+        begun, used = time.perf_counter(), processor_time()
         if arguments.execute:
             execute(notebook)
         elif path.exists():
             keep_outputs(notebook, path)
         nbformat.write(notebook, path)
-        print(f"{path.name}: {len(notebook.cells)} cells, {path.stat().st_size / 1024:.0f} kB")
+        print(
+            f"{path.name}: {len(notebook.cells)} cells, {path.stat().st_size / 1024:.0f} kB, "
+            f"{time.perf_counter() - begun:.0f} s by the clock, {processor_time() - used:.0f} s of processor time"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 import types
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,10 @@ from vit2dpe.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+# All pages of the site but the README, whose code tests/test_readme.py runs, and what a repository shows beside it.
+PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "recipes/RESULTS.md"))]
+PAGES.append(ROOT / "benchmarks" / "README.md")
+PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.M | re.S)
 TABLES = runpy.run_path(str(DOCS / "build_tables.py"))["PAGES"]
 
 
@@ -41,13 +45,21 @@ def test_the_table_of_timms_families_is_what_the_readers_take():
         assert page == built["page"](), "run: python docs/build_timm.py"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda p: p.stem)
+def test_no_block_of_code_escapes_the_tests(path):
+    """Each fence opens at the start of a line and says python, which is run, or bash, whose commands are read."""
+    fences = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("```", "~~~"))]
+    assert set(fences[::2]) <= {"```python", "```bash"}
+    assert set(fences[1::2]) <= {"```"}
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if PYTHON.search(p.read_text())], ids=lambda p: p.stem)
 def test_code_on_the_pages_runs(path, monkeypatch):
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     before = dict(ENCODINGS)
     try:
-        for text in re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S):
+        for text in PYTHON.findall(path.read_text()):
             exec(compile(text, str(path), "exec"), vars(module))
     finally:
         ENCODINGS.clear()
@@ -55,21 +67,41 @@ def test_code_on_the_pages_runs(path, monkeypatch):
 
 
 def commands(text):
-    """Every command of ours in a block, fenced or indented; what follows three spaces is said about it."""
+    """Every command in a block, fenced or indented, or in a sentence; what follows three spaces is said about it."""
     fenced = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
-    indented = re.findall(r"^    (?=\S).*$", text, flags=re.M)
-    for line in "\n".join([*fenced, *indented]).splitlines():
+    indented = re.findall(r"^    (?=\S)(?:.*\\\n)*.*$", PYTHON.sub("", text), flags=re.M)
+    spoken = [" ".join(words.split()) for words in re.findall(r"`(vit2dpe [^`]+ [^`]+)`", text)]
+    for line in "\n".join([*fenced, *indented]).replace("\\\n", "").splitlines() + spoken:
         line = re.split(r" {3,}", line.strip())[0].removesuffix(" ...")
         line = re.sub(r"^torchrun --nproc-per-node \d+ -m ", "", re.sub(r"<[^>]*>", "folder", line))
-        if line.startswith("vit2dpe "):
-            yield line
+        yield from filter(None, line.split(" && "))
 
 
+BY_PAGE = {
+    path: list(commands(path.read_text())) for path in [*PAGES, ROOT / "README.md"] if path.name != "encodings.md"
+}
 WRITTEN = [
     pytest.param(line, id=f"{path.stem}-{i}")
-    for path in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "RESULTS.md"]
-    for i, line in enumerate(commands(path.read_text()))
+    for path, lines in BY_PAGE.items()
+    for i, line in enumerate(lines)
+    if line.startswith("vit2dpe ") and not line.endswith("--help")
 ]
+PROGRAMS = {"pip", "pytest", "ruff", "mypy", "mkdocs", "python", "benchmarks/cpu.sh"}
+
+
+@pytest.mark.parametrize("path", BY_PAGE, ids=lambda p: p.stem)
+def test_commands_of_others_name_what_is_there(path):
+    """Files of the repository and the extras of the package; what they do is proved by the tests that they name."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in BY_PAGE[path]:
+        program, *words = line.split()
+        if program not in PROGRAMS:
+            continue  # read above, or a formula
+        for word in words:
+            if re.match(r"(tests|benchmarks|recipes|docs|notebooks|vit2dpe)/", word):
+                assert (ROOT / word).exists(), line
+            if found := re.match(r'"?\.\[(.*)\]', word):
+                assert set(found[1].split(",")) <= set(extras), line
 
 
 @pytest.mark.parametrize("line", WRITTEN)
@@ -89,6 +121,14 @@ def test_commands_on_the_pages_are_understood(line, monkeypatch):
         return
     assert cli.main(shlex.split(line)[1:]) == 0
     assert len(seen) == 1
+
+
+def test_the_evaluation_on_the_page_of_sizes_runs(tmp_path, capsys):
+    """Understood is not enough: a model and data have to fit each other."""
+    (line,) = (line for line in BY_PAGE[DOCS / "resize.md"] if line.startswith("vit2dpe evaluate"))
+    few = ["--limit", "10", "--policies", "default", "--out", str(tmp_path)]
+    assert cli.main([*shlex.split(line)[1:], *few]) == 0, capsys.readouterr().err
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 2  # sizes and modes
 
 
 class Fetched(HTMLParser):

@@ -56,10 +56,12 @@ def test_commands_run(line, class_folders, monkeypatch, capsys):
     program, *args = shlex.split(line)
     assert program == "vit2dpe"
     args = [str(class_folders) if arg == "path/to/images" else arg for arg in args]
+    args = [str(ROOT / arg) if arg.startswith("recipes/") else arg for arg in args]
     monkeypatch.chdir(class_folders)
-    smoke = ["--smoke", "--width", "16", "--depth", "1", "--heads", "2"] if args[0] == "study" else []
-    assert main([*args, *smoke]) == 0, capsys.readouterr().err
-    assert list(class_folders.rglob("*.png"))
+    smoke = {"study": ["--smoke", "--width", "16", "--depth", "1", "--heads", "2"], "train": ["--smoke"]}
+    assert main([*args, *smoke.get(args[0], [])]) == 0, capsys.readouterr().err
+    wanted = "runs/*/best/model.safetensors" if args[0] == "train" else "*.png"
+    assert list(class_folders.rglob(wanted)), sorted(class_folders.rglob("*"))
 
 
 def test_the_readme_names_every_encoding():

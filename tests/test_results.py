@@ -58,13 +58,22 @@ def test_the_readmes_picture_was_drawn_from_the_committed_study():
     assert Image.open(BUILD["PICTURE"]).text["Source"] == BUILD["digest"](), "run: python recipes/build_results.py"
 
 
+def test_a_study_of_all_encodings_tells_which_are_missing(tmp_path):
+    folder = study(tmp_path, dict.fromkeys(ENCODINGS, 40.0), seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert "Not finished" not in BUILD["table"](folder)
+    study(folder, dict.fromkeys(list(ENCODINGS)[:-1], 40.0), seeds=1)
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
+    assert f"Not finished: `{list(ENCODINGS)[-1]}`." in BUILD["table"](folder)
+
+
 def test_several_seeds_are_told_with_their_interval(tmp_path):
     said = BUILD["table"](study(tmp_path, dict(rope=40.0), seeds=2))
     # Seeds at 40.0 and 40.4: half of the interval is t(0.975, 1) * s / sqrt(2) = 12.706 * 0.2828 / 1.4142 = 2.54.
     values = [NOISE[(seed + len("rope")) % 4] for seed in range(2)]
     assert values == [0.0, 0.4]
     assert "| rope | extrapolate | none | 40.0 ± 0.0 | 40.2 ± 2.5 | 40.2 ± 2.5 | 40.2 ± 2.5 |" in said
-    assert said.startswith("1 encodings, 2 seeds, 500 test samples; mean ± half of a 95% t-interval over the seeds.")
+    assert said.startswith("1 encoding, 2 seeds, 500 test samples; mean ± half of a 95% t-interval over the seeds.")
 
 
 def test_what_is_not_finished_is_said(tmp_path):

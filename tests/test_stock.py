@@ -418,6 +418,24 @@ def test_another_grid_and_a_policy(word):
         stock.set_grid(nn.Linear(2, 2), 3)
 
 
+def test_a_policy_reaches_both_stacks_of_a_transformer_and_every_rotary_layer():
+    torch.manual_seed(0)
+    kinds = dict(d_model=WIDTH, nhead=4, dim_feedforward=WIDTH, batch_first=True, dropout=0.0)
+    both = nn.Transformer(num_encoder_layers=1, num_decoder_layers=1, **kinds).eval()
+    stock.attach(both, "sincos", grid=5)
+    rotary = nn.TransformerEncoder(
+        stock.RotaryEncoderLayer(**kinds, position="rope", grid=5), 2, enable_nested_tensor=False
+    ).eval()
+    x, y = torch.randn(2, 10, WIDTH), torch.randn(2, 7, WIDTH)
+    for run in (lambda: both.encoder(x), lambda: both.decoder(y, x), lambda: rotary(x)):
+        plain = run()
+        with use_policy(both, "interpolate"), use_policy(rotary, "interpolate"):
+            assert not torch.allclose(run(), plain, atol=1e-3)
+        assert torch.equal(run(), plain)
+    with pytest.raises(ConfigError, match="Linear has no train_grid"), use_policy(nn.Linear(2, 2), "interpolate"):
+        pass
+
+
 def test_a_shorter_line_takes_its_first_places():
     torch.manual_seed(0)
     module = encoder()

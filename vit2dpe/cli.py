@@ -40,7 +40,7 @@ COMMANDS = {
         "train.text:train",
         "train.text_config:TextTrainConfig",
     ),
-    "text sample": Command("let it write", "train.text:sample", "train.text_config:SampleConfig"),
+    "text sample": Command("let a trained text model write", "train.text:sample", "train.text_config:SampleConfig"),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
         "train.pretrain:pretrain",
