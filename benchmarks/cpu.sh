@@ -54,4 +54,4 @@ row kept --models "$rope(patch_drop_rate=0.75)" --depth 4 --batch 8 --modes trai
 row swin_training --models $swin,torchvision_swin_t --batch 1 --modes training --least 1
 row table_1024 --models "$bias" --sizes 1024 --depth 1 --batch 1 --modes inference --least 1.7
 row transformers --models transformers_vitmae,transformers_dinov3 --depth 4 --batch 4 --least 1
-row compiled --models "$rope,$bias" --level attention --depth 2 --batch 8 --compile true --modes inference
+row compiled --models "$rope,$bias" --level attention --depth 2 --batch 8 --compile --modes inference
