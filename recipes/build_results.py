@@ -2,7 +2,8 @@
 
 A line `<!-- table: NAME -->` in RESULTS.md opens a block that `<!-- end -->` closes; between them stands what the csv
 file of results/NAME says. `<!-- claims: NAME -->` opens the verdicts on the claims that were written down before that
-study ran. Nothing outside the marks is touched. Several seeds are told as their mean ± half of a 95% t-interval.
+study ran, `<!-- bench: NAME -->` the rows of benchmarks/results/NAME. Nothing outside the marks is touched. Several
+seeds are told as their mean ± half of a 95% t-interval.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from vit2dpe.bench.table import markdown
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.train import report
 from vit2dpe.train.config import split_words
@@ -26,8 +28,9 @@ from vit2dpe.train.study import read_rows
 
 HERE = Path(__file__).parent
 PAGE, RESULTS, PICTURE = HERE / "RESULTS.md", HERE / "results", HERE.parent / "docs" / "study.png"
+BENCH = HERE.parent / "benchmarks" / "results"
 PICTURED = "study_digits"  # the study that the README shows
-BLOCK = re.compile(r"(<!-- (table|claims): (\w+) -->\n).*?(<!-- end -->)", flags=re.S)
+BLOCK = re.compile(r"(<!-- (table|claims|bench): (\w+) -->\n).*?(<!-- end -->)", flags=re.S)
 
 Row = dict[str, Any]
 
@@ -43,9 +46,17 @@ def page(text: str, results: Path = RESULTS) -> str:
 
     def fill(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
-        return f"{begin}{(claims if kind == 'claims' else table)(results / name)}\n{end}"
+        found = bench(BENCH / name) if kind == "bench" else (claims if kind == "claims" else table)(results / name)
+        return f"{begin}{found}\n{end}"
 
     return BLOCK.sub(fill, text)
+
+
+def bench(folder: Path) -> str:
+    """The rows of a folder that `vit2dpe bench` wrote, file by file."""
+    return "\n".join(
+        markdown([row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())["rows"]])
+    )
 
 
 def table(folder: Path) -> str:
@@ -68,7 +79,8 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     most = max(counts.values())
     fewer = [f"`{word}` has {n}" for word, n in counts.items() if n < most]
     missing = [f"`{word}`" for word in planned if word not in seeds]
-    said = [f"{len(seeds)} encodings, {most} seed{'s' * (most > 1)}, {int(rows[0]['n']):,} test samples"]
+    many = [f"{count} {word}{'s' * (count > 1)}" for count, word in ((len(seeds), "encoding"), (most, "seed"))]
+    said = [f"{', '.join(many)}, {int(rows[0]['n']):,} test samples"]
     if most > 1:
         said[0] += "; mean ± half of a 95% t-interval over the seeds"
     if fewer:

@@ -45,14 +45,19 @@ def paths(monkeypatch):
     return taken
 
 
+@pytest.mark.parametrize("images", [B, 1])  # all images of a head in a step, or all heads of an image
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_learned_has_the_values_and_gradients_of_the_definition(grid, prefix, paths, monkeypatch):
-    at, ours = inputs(grid, prefix, torch.float64)
+def test_learned_has_the_values_and_gradients_of_the_definition(grid, prefix, images, paths, monkeypatch):
+    def given():
+        at, tensors = inputs(grid, prefix, torch.float64)
+        return at, [*(x.detach()[:images].requires_grad_() for x in tensors[:3]), tensors[3]]
+
+    at, ours = given()
     monkeypatch.setattr(kernels, "CACHE", 2 * 8 * (grid[0] * grid[1] + prefix) ** 2)  # two images at a time, of three
     if prefix:  # one head at a time, of two
         monkeypatch.setattr(kernels, "MATRICES", 1)
-    _, theirs = inputs(grid, prefix, torch.float64)
+    _, theirs = given()
     found = attend(*ours[:3], Signal(bias=(Table(ours[3], at, at),), temperature=1.5), scale=0.3)
     expected = plain(*theirs, at, scale=0.45, factor=1.5)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -164,3 +169,13 @@ def test_the_index_is_not_made_where_no_matrix_is(monkeypatch):
     monkeypatch.setattr(kernels, "BUDGET", 100)
     with torch.no_grad():
         attend(q, k, v, position(at))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 9])
+@pytest.mark.parametrize(("images", "heads"), [(1, 3), (2, 5), (3, 3), (7, 2)])
+def test_steps_of_a_backward_cover_every_head_of_every_image_once(images, heads, most):
+    seen = torch.zeros(images, heads, dtype=torch.long)
+    for step in kernels._steps(images, heads, most):
+        assert 1 <= seen[step].numel() <= most
+        seen[step] += 1
+    assert bool((seen == 1).all())

@@ -20,6 +20,8 @@ Legend: B batch, H heads, N tokens, Dh head width, P prefix tokens, R x C grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,25 +126,35 @@ class _Learned(torch.autograd.Function):
             gradients = [next(found) if x.requires_grad else None for x in (q, k, v, table)]
             return (*gradients, None, None, None)
         dq, dk, dv, dtable = (torch.empty_like(x) for x in (q, k, v, table))
-        count = min(q.shape[0], max(1, CACHE // (q.shape[2] ** 2 * table.element_size())))
-        space = table.new_empty(2, count, q.shape[2], q.shape[2])
-        several = max(1, MATRICES // (q.shape[2] ** 2 * table.element_size()))
-        for heads in torch.arange(q.shape[1]).split(several):
-            first, last = int(heads[0]), int(heads[-1]) + 1
-            biases = matrix(table[first:last], grid, prefix)
+        size = q.shape[2] ** 2 * table.element_size()
+        most, several = max(1, CACHE // size), max(1, MATRICES // size)
+        space = table.new_empty(2, min(most, max(q.shape[:2])), q.shape[2], q.shape[2])
+        for first in range(0, q.shape[1], several):
+            biases = matrix(table[first : first + several], grid, prefix)
             totals = torch.zeros_like(biases)
-            for head in range(first, last):
-                for part in (slice(i, i + count) for i in range(0, q.shape[0], count)):
-                    images = (x[part, head].to(table.dtype) for x in (q, k, v, gradient))
-                    found = _backward(biases[head - first], scale, space, *images)
-                    dq[part, head], dk[part, head], dv[part, head], logits = found
-                    totals[head - first] += logits.sum(0) if logits.shape[0] > 1 else logits[0]
-            dtable[first:last] = _fold(totals[:, prefix:, prefix:], grid)
+            given = [x[:, first : first + several] for x in (q, k, v, gradient)]
+            wanted = [x[:, first : first + several] for x in (dq, dk, dv)]
+            for images, heads in _steps(q.shape[0], len(biases), most):
+                step = (x[images, heads].to(table.dtype) for x in given)
+                *parts, logits = _backward(biases[heads], scale, space, *step)
+                for whole, part in zip(wanted, parts, strict=True):
+                    whole[images, heads] = part
+                totals[heads] += logits if isinstance(images, int) else logits.sum(0)
+            dtable[first : first + several] = _fold(totals[:, prefix:, prefix:], grid)
         return dq, dk, dv, dtable, None, None, None
 
 
+def _steps(images: int, heads: int, most: int) -> Iterator[tuple[int | slice, int | slice]]:
+    """Images and heads of one step, at most so many at once: all images of a head, or where they are fewer, all heads
+    of an image."""
+    if images < heads:
+        yield from ((i, slice(j, min(j + most, heads))) for i in range(images) for j in range(0, heads, most))
+    else:
+        yield from ((slice(i, min(i + most, images)), j) for j in range(heads) for i in range(0, images, most))
+
+
 def _backward(bias: Tensor, scale: float, space: Tensor, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor):
-    """Gradients of q, k, v (B, N, Dh) and of the logits, by way of two matrices that are used again."""
+    """Gradients of q, k, v (S, N, Dh), S images or heads, and of the logits, by way of matrices that are used again."""
     p, ds = space[:, : q.shape[0]]
     torch.baddbmm(bias, q, k.mT, alpha=scale, out=p)
     torch.softmax(p, dim=-1, out=p)
