@@ -98,6 +98,11 @@ def test_a_rotation_of_halves_of_a_head_is_not_compared(tmp_path):
     assert "level=op alone" in row["failed"]
 
 
+def test_parts_are_measured_on_the_cpu(tmp_path):
+    with pytest.raises(ConfigError, match="parts of a model are measured on the CPU, got level=op, device=cuda"):
+        run(tmp_path, models=ROPE, level="op", device="cuda")
+
+
 MICRO = "hidden_size=32, num_attention_heads=2, intermediate_size=64, patch_size=8"
 
 

@@ -80,7 +80,7 @@ def attend(
         q, k, v: (B, H, Nq, Dh), (B, H, Nk, Dh), (B, H, Nk, Dv). Never altered.
         signal: rotations, bias terms and temperature; its `token` is the model's business.
         mask: boolean, (Nq, Nk) or (B|1, H|1, Nq, Nk); True may attend. A query that may attend to
-            nothing gives 0.
+            nothing gives 0; under a `NoEmptyRow` there is none, and nothing is promised if there is.
         scale: factor on q·k; default 1/sqrt(Dh).
         dropout: probability, on the attention weights.
 

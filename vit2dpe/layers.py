@@ -128,7 +128,10 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
 
 
 class LayerScale(ScaleOnly):
-    """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation."""
+    """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation.
+
+    A block asks for the sum where no path is dropped; a forward hook then sees the sum.
+    """
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
@@ -136,7 +139,8 @@ class LayerScale(ScaleOnly):
 
 def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
     """x + drop_path(scale(branch)): the end of a residual branch."""
-    if isinstance(scale, LayerScale) and not (isinstance(drop_path, DropPath) and drop_path.training):
+    idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
+    if isinstance(scale, LayerScale) and idle:
         return scale(branch, onto=x)
     return x + drop_path(scale(branch))
 

@@ -3,7 +3,9 @@
 The files are really broken: cut off, empty, a web page. Whatever is kept must be what a folder without them gives.
 """
 
+import errno
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from vit2dpe.errors import CheckpointError, ConfigError, DataError
 from vit2dpe.train.checkpoint import load_run
 from vit2dpe.train.config import EvaluateConfig
 from vit2dpe.train.data import load_images
+from vit2dpe.train.decoder import Unreadable, decode
 from vit2dpe.train.evaluate import evaluate_model
 from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.train.train import train
@@ -157,7 +160,7 @@ def test_so_many_that_it_is_no_accident(tmp_path, cache):
 @LOADERS
 def test_a_class_is_never_lost(tmp_path, cache):
     root = build(tmp_path / "data")
-    for path in (root / "val/b").iterdir():
+    for path in (root / "val/a/0.png", *(root / "val/b").iterdir()):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"of 1 classes no image is left that can be read; among them val/b/0\.png"):
         load_images("folder", root, cache=cache, unreadable="skip")
@@ -231,6 +234,36 @@ def test_evaluation_counts_and_lists_them(broken, tmp_path, capsys):
     assert [row["n"] for row in rows] == [5]
     assert "images: 5 used of 6" in capsys.readouterr().out
     assert json.loads((tmp_path / "e/unreadable.jsonl").read_text())["file"] == "val/a/0.png"
+
+    for name in BAD:
+        Image.new("RGB", (12, 8)).save(broken / name)
+    evaluate_model(EvaluateConfig(**run, unreadable="skip"))
+    assert "images: 6 used of 6" in capsys.readouterr().out
+    assert not (tmp_path / "e/unreadable.jsonl").exists()
+
+
+def test_evaluation_of_tar_files_counts_and_lists_them_too(broken, tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"tars/{split}.tar", "w") as archive:
+            archive.add(broken / split, split)
+    run = dict(model="test_resnet(num_classes=2)", untrained=True, sizes="64", out=str(tmp_path / "e"))
+    rows = evaluate_model(EvaluateConfig(data="tar", root=str(tmp_path / "tars"), unreadable="skip", **run))
+    said = capsys.readouterr().out
+    assert [row["n"] for row in rows] == [5]
+    assert "images: 5 used of 6" in said
+    assert "left out: 1 of 6" in said
+    assert len((tmp_path / "e/unreadable.jsonl").read_text().splitlines()) == len(BAD)
+
+
+def test_what_the_system_says_of_itself_is_no_verdict_on_a_file(broken, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DataError, match="Too many open files; the file may be whole") as caught:
+        decode(broken / "train/a/0.png")
+    assert not isinstance(caught.value, Unreadable)
 
 
 def test_a_study_and_a_pretraining_take_the_word_too(broken, tmp_path):

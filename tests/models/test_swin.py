@@ -109,6 +109,11 @@ def test_compiles_whole(position):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_no_image_gives_no_logits():
+    model = micro().eval()
+    assert model(images(batch=0)).shape == (0, model.num_classes)
+
+
 @pytest.mark.parametrize("position", all_but("relative"))
 def test_export_with_dynamic_height_and_width(position):
     """One torch.export program for all sizes with several windows along both axes of every stage."""

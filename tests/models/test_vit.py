@@ -368,3 +368,13 @@ def test_a_branch_ends_as_timms_does_and_its_hooks_are_called(training, rate):
     assert torch.equal(ours, x + drop_path(theirs(branch)))
     assert len(seen) == 1
     assert (ours == x).all(dim=(1, 2)).any() == bool(training and rate)
+
+
+def test_a_drop_path_of_another_kind_is_called():
+    class Half(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    x, branch = torch.randn(2, 2, 3, 4).unbind(0)
+    scale = LayerScale(4, 0.5)
+    assert torch.equal(add_branch(x, branch, scale, Half()), x + scale(branch) / 2)

@@ -71,12 +71,13 @@ def test_a_seed_decides_everything(data, tmp_path):
     assert len((tmp_path / "a/metrics.csv").read_text().splitlines()) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_loss_that_is_not_finite_stops_the_run(precision, data, tmp_path):
     net = model()
     with torch.no_grad():
         net.head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="3 times in a row, last at epoch 0, step 2"):
-        fit(net, task(data), OPTIM, RUN, folder=tmp_path)
+        fit(net, task(data), OPTIM, replace(RUN, precision=precision), folder=tmp_path)
 
 
 def test_bfloat16_trains(data, tmp_path):

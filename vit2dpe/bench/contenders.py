@@ -34,7 +34,9 @@ def contenders(
         ConfigError: for a name that nobody has, and what has no such level.
     """
     if word.startswith("transformers_"):
-        ((name, options),) = parse(word, "model", [hf.VITMAE, hf.DINOV3])
+        (name, options), *more = parse(word, "model", [hf.VITMAE, hf.DINOV3])
+        if more:
+            raise ConfigError(f"one model at a time, separated by commas, got {word!r}")
         if level != "encoder":
             raise ConfigError(f"{name} is measured as a whole, got level={level}")
         return {kind: model.eval() for kind, model in hf.contenders(name, options, size, depth).items()}
@@ -238,7 +240,7 @@ class _OurTables(nn.Module):
 
     def gradients(self, given: list[Tensor]) -> list[Tensor]:
         """The peer's gradients, on our tables: a pair's two numbers are one, rows of the prefix get nothing."""
-        if len(given) != 1:
+        if not any("rotation" in part.gives for part in self.parts):  # type: ignore[operator]
             return given
         both = given[0].unflatten(-1, (2, -1, 2)).sum(-1)
         front = both.new_zeros(*both.shape[:2], self.at.prefix, *both.shape[3:])

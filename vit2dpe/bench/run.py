@@ -107,6 +107,8 @@ def _check(config: BenchConfig) -> list[str]:
         raise unknown("level", config.level, peers.LEVELS)
     if config.precision not in PRECISIONS:
         raise unknown("precision", config.precision, PRECISIONS)
+    if config.device != "cpu" and config.level != "encoder":
+        raise ConfigError(f"parts of a model are measured on the CPU, got level={config.level}, device={config.device}")
     if "first" in modes and config.level != "encoder":
         raise ConfigError(f"first is about whole models, got level={config.level}")
     return modes

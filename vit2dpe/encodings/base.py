@@ -78,7 +78,8 @@ class PositionEncoding(nn.Module):
         return None
 
     def angle(self, at: Positions) -> Tensor | Phases | None:
-        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place, or Phases."""
+        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or Phases, whose
+        `dense()` is that."""
         return None
 
     def bias(self, q: Positions, k: Positions) -> Tensor | Bias | None:

@@ -1,8 +1,9 @@
 """How a grid is cut into windows, shifted or not: one index for tokens and places, and a mask from the places alone.
 
-The grid is filled up to whole windows below and on the right, rolled by the shift, and partitioned. The same order is
-taken of the tokens and of their `Positions`; two tokens of a window may attend to each other if they really are
-neighbours, |p - q| < window on both axes, which those that a roll brought together are not.
+The grid is filled up to whole windows below and on the right, rolled by the shift, and partitioned. Rows and columns
+are cut each by itself; tokens go where their places go, and two of a window may attend to each other if their places
+really are neighbours, |p - q| < window on both axes, which those that a roll brought together are not.
+(docs/decisions/0009)
 
 Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; torchvision, `shifted_window_attention` (fills up before
 it rolls, and shifts an axis only if it has more than one window). How ours differs: no painting of regions and no
@@ -94,7 +95,7 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
     per_image = torch.arange(images, device=device)[:, None]
     into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
-    where = torch.arange(0, images * math.prod(filled), images * area, device=device)[:, None]
+    where = torch.arange(order.shape[0], device=device)[:, None] * (images * area)
     where = where + torch.arange(area, device=device)  # (W, N) of the first image's tokens among W·B·N
     went = torch.empty_like(where).flatten().scatter(0, order.flatten(), where.flatten())
     if not whole:
@@ -120,7 +121,8 @@ def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
 def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
     """(windows, side) places -> (windows, side, side): neighbours, and no key that is not there.
 
-    A place that is not there may attend to itself: no query is left with nothing, and what it gets is dropped.
+    A place that is not there may attend to itself (and so to others of its row or column that are not there): no query
+    is left with nothing, and what it gets is dropped.
     """
     near = (places[:, :, None] - places[:, None, :]).abs() < side
     if masked:

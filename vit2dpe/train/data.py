@@ -151,8 +151,10 @@ def load(data: DataConfig, seed: int = 0) -> Images:
 
 
 def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
-    """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. Nothing where there is none."""
-    if unreadable:
+    """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. No file where there is none."""
+    if not unreadable:
+        (folder / "unreadable.jsonl").unlink(missing_ok=True)  # of an earlier run there
+    else:
         lines = [json.dumps(dict(file=file, reason=reason)) for file, reason in unreadable.items()]
         write_atomically(folder / "unreadable.jsonl", "".join(f"{line}\n" for line in lines).encode())
 

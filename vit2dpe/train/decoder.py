@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from ..errors import DataError
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 DECODER = 1  # part of every cache key: raise it when the same file decodes to other pixels
+
+# What the system says of itself and not of a file: too many open ones, no memory, a disk that is silent, no right.
+_WORDS = ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT", "EACCES", "EPERM")
+PASSING = {getattr(errno, word) for word in _WORDS if hasattr(errno, word)}  # not every system has all
 
 _ORIENTATION = 0x0112  # EXIF tag
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -31,7 +36,8 @@ class Unreadable(DataError):
     def __init__(self, path: str | Path, reason: object) -> None:
         self.reason = " ".join(str(reason).split()) or type(reason).__name__
         super().__init__(
-            f"cannot read the image {path}: {self.reason}; repair or delete it (no other image takes its place)"
+            f"cannot read the image {path}: {self.reason}; repair or delete it, or leave it out by unreadable=skip (no "
+            "other image takes its place)"
         )
 
 
@@ -57,7 +63,13 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.nd
         raise Unreadable(
             path, f"it has more than {MAX_PIXELS // 10**6} megapixels ({error}) and was not decoded: make it smaller"
         ) from error
-    except Exception as error:  # damage surfaces as whatever a decoder stumbles over: OSError, SyntaxError, IndexError
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in PASSING:
+            raise DataError(f"the system did not let {path} be read: {error}; the file may be whole") from error
+        raise Unreadable(path, error) from error
+    except Exception as error:  # damage surfaces as whatever a decoder stumbles over: SyntaxError, IndexError
         raise Unreadable(path, error) from error
 
 

@@ -221,7 +221,10 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
         labels = _numbering(subject, data.classes)[split.labels]
         held = InMemory(labels, subject, config.batch_size, data.digest)
         held.images = split.pixels(torch.arange(len(split)))
-        return held, len(data.test)
+        held.unreadable = data.unreadable
+        for note in data.notes:
+            print(f"note: {note}")
+        return held, data.total.get("test", len(data.test))
     check_source("folder", unreadable=config.unreadable)
     root, listing, notes = list_held_out(Path(config.data).expanduser())
     for note in notes:

@@ -40,7 +40,7 @@ def check(config: StudyConfig) -> Plan:
     config = resolve(config)
     if config.arch not in ARCHITECTURES:
         raise unknown("arch", config.arch, ARCHITECTURES)
-    if not all(word.isdigit() and int(word) > 0 for word in split_words(config.stages)):
+    if not all(word.isdecimal() and int(word) > 0 for word in split_words(config.stages)):
         raise ConfigError(f"stages are numbers of blocks, such as 2,2, got {config.stages!r}")
     words = list(ENCODINGS) if config.encodings == "all" else split_words(str(config.encodings))
     for word in words:

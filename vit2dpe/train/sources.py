@@ -170,7 +170,10 @@ def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tupl
                 f"{share:.0%}: that is no accident; among them {example}"
             )
         if gone := set(labels[part].tolist()) - set(labels[part[good[part]]].tolist()):
-            raise DataError(f"of {len(gone)} classes no image is left that can be read; among them {example}")
+            first = int(lost[labels[lost] == min(gone)][0])
+            raise DataError(
+                f"of {len(gone)} classes no image is left that can be read; among them {names[first]} ({wrong[first]})"
+            )
     return everything[:cut][good[:cut]], everything[cut:][good[cut:]]
 
 

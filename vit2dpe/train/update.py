@@ -26,7 +26,8 @@ class Outcome(NamedTuple):
         numbers: train_loss, and what else the task says: means over the items of all ranks.
         norm: of the gradient, before it is clipped.
         items: how many items, over all ranks.
-        finite: whether loss and gradient were; if not, no step was taken.
+        finite: whether loss and gradient were; if not, no step was taken. In float16 whether the loss was: a gradient
+            that overflowed is left out by the scaler, which then halves its factor.
     """
 
     numbers: dict[str, float]
@@ -107,11 +108,11 @@ class Updates:
         finite = math.isfinite(values[1]) and (math.isfinite(values[0]) or self.scaler.is_enabled())
         if finite:
             self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
-            self.scaler.update()
             if self.ema is not None:
                 self.ema.update(self.model, step=done + 1)
         else:
             self.optimizer.zero_grad()
+        self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
         return Outcome(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
 
     def _precision(self):
