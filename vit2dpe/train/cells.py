@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..resolution import policies_of, sweep
 from .checkpoint import load_run, read_meta, save_model
@@ -23,7 +26,7 @@ from .keys import keyed
 from .plan import Plan, arguments, build
 from .rows import read_rows, to_csv
 from .settings import AugmentConfig, OptimConfig, RunConfig
-from .task import ImageTask, evaluation_batches
+from .task import ImageTask, Task, evaluation_batches
 
 # What a finished training depends on; anything else may change between runs of one folder.
 _TRAINING = (
@@ -31,6 +34,20 @@ _TRAINING = (
     "weight_decay", "warmup_epochs", "drop_path", "label_smoothing", "shift", "flip", "clip_grad", "precision", "smoke",
 )  # fmt: skip
 _SWIN = ("arch", "stages", "window")
+
+
+def train_cell(
+    model: nn.Module,
+    task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
+    *,
+    folder: Path,
+    said: Callable[[dict[str, Any]], None],
+    smoke: bool,
+) -> dict[str, Any]:
+    """Train a cell's model in its folder, two steps of it to see whether it runs; the last row of its curve."""
+    return fit(model, task, optim, run, folder=folder, progress=said, stop_after=2 if smoke else None)[-1]
 
 
 def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progress: Progress) -> list[dict[str, Any]]:
@@ -49,16 +66,8 @@ def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progre
     else:
         torch.manual_seed(keyed(seed, "init"))
         model = build(plan, word, len(data.mean), len(data.classes))
-        task, optim, run = training(plan, data, seed)
-        curve = fit(
-            model,
-            task,
-            optim,
-            run,
-            folder=folder,
-            progress=lambda row: progress(word, seed, row),
-            stop_after=2 if config.smoke else None,
-        )
+        said = partial(progress, word, seed)
+        final = train_cell(model, *training(plan, data, seed), folder=folder, said=said, smoke=config.smoke)
         save_model(
             folder / "last",
             model,
@@ -67,7 +76,7 @@ def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progre
             classes=list(data.classes),
             mean=list(data.mean),
             std=list(data.std),
-            final=curve[-1],
+            final=final,
         )
     able = policies_of(model)
     chosen = able if "all" in plan.policies else [p for p in plan.policies if p.split("(")[0] in (*able, "default")]

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,10 @@ from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..policies import POLICIES, TEMPERATURES
 from ..scopes import policies_of, use_policy
-from .cells import digest_of, finished, slug
+from .cells import digest_of, finished, slug, train_cell
 from .checkpoint import ModelSpec, load_run, save_model
 from .config import StudyConfig, split_words
 from .devices import pick_device, precision
-from .engine import fit
 from .files import write_atomically
 from .jobs import Progress, count, each
 from .keys import keyed
@@ -132,17 +132,9 @@ def run_cell(
         spec = _spec(plan, word, depth, text.tokenizer.size if text else 10)
         torch.manual_seed(keyed(seed, "init"))
         model = spec.build()
-        task, optim, run = _training(plan, text, seed)
-        curve = fit(
-            model,
-            task,
-            optim,
-            run,
-            folder=folder,
-            progress=lambda row: progress(f"{word}, depth {depth}", seed, row),
-            stop_after=2 if config.smoke else None,
-        )
-        save_model(folder / "last", model, spec.arguments, trained=trained, final=curve[-1])
+        said = partial(progress, f"{word}, depth {depth}", seed)
+        final = train_cell(model, *_training(plan, text, seed), folder=folder, said=said, smoke=config.smoke)
+        save_model(folder / "last", model, spec.arguments, trained=trained, final=final)
     rows = list(_measured(plan, text, model.to(device), depth))
     rows = [dict(encoding=word, seed=seed, train_height=1, train_width=plan.length, height=1, **row) for row in rows]
     write_atomically(results, to_csv(rows).encode())
