@@ -105,18 +105,20 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float) -> Tens
 
 
 class _Learned(torch.autograd.Function):
-    """Keeps q, k, v and the table; a plain attention keeps the matrix of biases and the weights of every image too."""
+    """Keeps q, k, v and the table, and the matrix of biases where the backward would make all of it at once anyway; a
+    plain attention keeps any matrix, and the weights of every image too."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int], prefix: int, scale: float):
-        ctx.save_for_backward(q, k, v, table)
-        ctx.grid, ctx.prefix, ctx.scale = grid, prefix, scale
         bias = matrix(table.to(q.dtype), grid, prefix)
+        kept = q.dtype == table.dtype and bias.nbytes <= MATRICES
+        ctx.save_for_backward(q, k, v, table, *([bias] if kept else []))
+        ctx.grid, ctx.prefix, ctx.scale = grid, prefix, scale
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        q, k, v, table = ctx.saved_tensors
+        q, k, v, table, *kept = ctx.saved_tensors
         grid, prefix, scale = ctx.grid, ctx.prefix, ctx.scale
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain operations, which remember
             at = Positions.grid(grid).with_prefix(prefix)
@@ -130,7 +132,7 @@ class _Learned(torch.autograd.Function):
         most, several = max(1, CACHE // size), max(1, MATRICES // size)
         space = table.new_empty(2, min(most, max(q.shape[:2])), q.shape[2], q.shape[2])
         for first in range(0, q.shape[1], several):
-            biases = matrix(table[first : first + several], grid, prefix)
+            biases = kept[0] if kept else matrix(table[first : first + several], grid, prefix)
             totals = torch.zeros_like(biases)
             given = [x[:, first : first + several] for x in (q, k, v, gradient)]
             wanted = [x[:, first : first + several] for x in (dq, dk, dv)]
@@ -160,23 +162,16 @@ def _backward(bias: Tensor, scale: float, space: Tensor, q: Tensor, k: Tensor, v
     torch.softmax(p, dim=-1, out=p)
     dv = p.mT @ gradient
     torch.bmm(gradient, v.mT, out=ds)
-    # ds = p (dp - Σ p dp); the sum equals out · gradient, but out is not kept.
-    ds.mul_(p)
-    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)  # ds = p (dp - Σ p dp), in one pass
     return (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), dv, ds
 
 
 def matrix(table: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
     """(H, P + N, P + N) biases between all places of the grid; zero for the prefix."""
     rows, cols = grid
-    size = rows * cols
-    whole = table.new_zeros(table.shape[0], prefix + size, prefix + size)
-    inner = whole[:, prefix:, prefix:].unflatten(1, (rows, cols))
     runs = _stretch(table, cols).flatten(2)  # (H, C, (2R - 1) C)
-    for i in range(rows):
-        start = (rows - 1 - i) * cols
-        inner[:, i] = runs[:, :, start : start + size]
-    return whole
+    whole = runs.unfold(2, rows * cols, cols).transpose(1, 2).flip(1).flatten(1, 2)  # a query row is a run, last row first
+    return F.pad(whole, (prefix, 0, prefix, 0)) if prefix else whole
 
 
 def _stretch(table: Tensor, cols: int) -> Tensor:
@@ -187,15 +182,16 @@ def _stretch(table: Tensor, cols: int) -> Tensor:
 def _fold(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
     """(H, 2R - 1, 2C - 1) sums of matrices (H, N, N) over pairs of one offset: the transpose of `matrix`."""
     rows, cols = grid
-    size = rows * cols
-    runs = matrix.new_zeros(matrix.shape[0], cols, (2 * rows - 1) * cols)
+    size, heads = rows * cols, matrix.shape[0]
+    runs = matrix.new_zeros(heads, cols, (2 * rows - 1) * cols)
     for i, row in enumerate(matrix.unflatten(1, (rows, cols)).unbind(1)):
-        start = (rows - 1 - i) * cols
-        runs[:, :, start : start + size] += row
-    index = torch.arange(cols)[:, None] - torch.arange(cols) + cols - 1
-    runs = runs.unflatten(2, (-1, cols)).transpose(1, 2).flatten(2).flatten(0, 1)  # (H (2R - 1), C C)
-    sums = runs.new_zeros(runs.shape[0], 2 * cols - 1).index_add_(1, index.flatten(), runs)
-    return sums.unflatten(0, (-1, 2 * rows - 1)).flip(1)
+        runs.narrow(2, (rows - 1 - i) * cols, size).add_(row)
+    runs = runs.unflatten(2, (-1, cols))  # (H, C, 2R - 1, C)
+    # Columns are written askew, that of query column j moved by C - 1 - j: those of one offset lie below each other.
+    skewed = runs.new_zeros(heads, cols, 2 * rows - 1, 2 * cols - 1)
+    head, column, row, _ = skewed.stride()
+    skewed.as_strided(runs.shape, (head, column - 1, row, 1), cols - 1).copy_(runs)
+    return skewed.sum(1).flip(1, 2)
 
 
 def _whole_grid(term: Table) -> bool:
