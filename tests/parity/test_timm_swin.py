@@ -358,13 +358,23 @@ def test_attention_in_windows_is_attention_on_the_grid_with_the_mask_of_a_double
 
 
 @pytest.mark.parametrize(
-    ("grid", "kinds", "unmasked"), [((12, 20), 4, 9), ((6, 5), 2, 1), ((11, 20), 4, 9), ((10, 16), 6, 6)]
+    ("grid", "unmasked", "others"), [((12, 20), 9, 7), ((6, 5), 1, 1), ((11, 20), 9, 7), ((10, 16), 6, 10)]
 )
-def test_few_masks_and_most_windows_have_none(grid, kinds, unmasked):
-    """Where the grid was filled up far enough, the last two windows along an axis are of two kinds."""
-    (count, mask), *others = cut(grid, (3, 5), 7, shifted=True, masked=True, device=torch.device("cpu")).groups
-    assert (1 + len(others), count, mask) == (kinds, unmasked, None)
-    assert all(mask.shape == (15, 15) for _, mask in others)
+def test_most_windows_have_no_mask_and_the_others_go_together(grid, unmasked, others):
+    """Where the grid was filled up far enough, the last two windows along an axis have a mask."""
+    groups = cut(grid, (3, 5), 7, shifted=True, masked=True, device=torch.device("cpu")).groups
+    assert groups[0] == (unmasked, None) and groups[1][0] == others and len(groups) == 2
+    masks = groups[1][1].unflatten(0, (others, 7))
+    assert masks.shape == (others, 7, 1, 15, 15) and bool((masks == masks[:, :1]).all())
+    assert all(not mask.all() for mask in masks[:, 0, 0])
+
+
+def test_windows_that_are_not_shifted_nor_filled_up_are_views():
+    x = randn(2, 6, 10, 4)
+    windows = cut((6, 10), (3, 5), 2, shifted=False, masked=True, device=x.device)
+    assert windows.order is None and windows.groups == ((4, None),)
+    assert torch.equal(windows.split(x)[6], x[0, 3:, 5:].flatten(0, 1))  # the last window of the first image
+    assert torch.equal(windows.join(windows.split(x), 2), x)
 
 
 @torch.no_grad()
@@ -424,5 +434,5 @@ def test_attend_is_the_only_attention(monkeypatch):
 
     monkeypatch.setattr("vit2dpe.models.swin_stage.attend", counted)
     Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), **MICRO)(randn(1, 3, 24, 40))
-    # Grids of 4x4 and 2x2 windows: one call and four, then 2x2 again in the second stage; the last has one window.
-    assert len(calls) == 1 + 4 + 1 + 4 + 1 + 1
+    # Several windows: one call, and two where they are shifted; the second block of the last stage has one window.
+    assert len(calls) == 1 + 2 + 1 + 2 + 1 + 1

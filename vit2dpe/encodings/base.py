@@ -222,4 +222,6 @@ def terms(encoding: PositionEncoding) -> list[PositionEncoding]:
 
 def _full_precision(device: str):
     """Geometry is never computed in half precision, autocast or not."""
-    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -20,7 +20,7 @@ def resize(
     (size + offset) / old, which is how DINO's tables were resized. While compiling no axis is skipped: resizing to the
     same size changes no bit, and a branch on the size would be a graph for each.
     """
-    if offset and tuple(table.shape[1:]) == tuple(sizes):
+    if (offset or not torch.compiler.is_compiling()) and tuple(table.shape[1:]) == tuple(sizes):
         return table
     dtype = table.dtype
     wide = table.float() if dtype.itemsize < 4 else table

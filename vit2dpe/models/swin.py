@@ -171,7 +171,10 @@ class Swin(SwinContract):
 
     def forward_features(self, images: Tensor, hide: Hide | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
-        return self.norm(self.layers(self.embed(images, hide)))
+        x, places = self.embed(images, hide), {}  # type: ignore[var-annotated]
+        for stage in self.layers:
+            x = stage(x, places)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H, W, D) -> (B, classes); the pooled features with `pre_logits`."""

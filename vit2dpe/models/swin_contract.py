@@ -147,9 +147,9 @@ class SwinContract(nn.Module):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
         count = len(self.layers)
         take, last = feature_take_indices(count, indices)
-        x, found = self.embed(x), []
+        x, found, places = self.embed(x), [], {}  # type: ignore[var-annotated]
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage(x)
+            x = stage(x, places)
             if i in take:
                 y = self.norm(x) if norm and i == count - 1 else x
                 found.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)

@@ -87,12 +87,19 @@ class SwinStage(nn.Module):
         self.train_grid = grid
         self.window = self.trained_window = _within(window, grid)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> (B, H', W', D')"""
+    def forward(self, x: Tensor, places: dict[Size, Positions] | None = None) -> Tensor:
+        """(B, H, W, D) -> (B, H', W', D')
+
+        Args:
+            places: of windows that earlier stages of this forward had; this one's are added.
+        """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
         window = self.window_at(grid)
-        at = Positions.grid(window, x.device)
+        places = {} if places is None else places
+        if window not in places:
+            places[window] = Positions.grid(window, x.device)
+        at = places[window]
         signal = in_full(self.position(at))
         ways = [
             cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
@@ -166,18 +173,17 @@ class SwinBlock(nn.Module):
 
 
 class WindowAttention(Attention):
-    """Attention within windows: the same signal for all, one call for each kind of window."""
+    """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
 
     def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
         images = x.shape[0]
         q, k, v, signal, scale = self.split(windows.split(x), signal)
         dropout = self.attn_drop if self.training else 0.0
-        found, start = [], 0
-        for count, mask in windows.groups:
-            end = start + count * images
-            seen = None if mask is None else NoEmptyRow(mask)
-            found.append(attend(q[start:end], k[start:end], v[start:end], signal, seen, scale, dropout))
-            start = end
+        sizes, masks = [count * images for count, _ in windows.groups], [mask for _, mask in windows.groups]
+        found = [
+            attend(*parts, signal, None if mask is None else NoEmptyRow(mask), scale, dropout)
+            for *parts, mask in zip(q.split(sizes), k.split(sizes), v.split(sizes), masks, strict=True)
+        ]
         out = torch.cat([part.transpose(1, 2).flatten(2) for part in found]) if len(found) > 1 else found[0]
         out = out if len(found) > 1 else out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(windows.join(out, images)))

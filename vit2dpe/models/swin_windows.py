@@ -7,8 +7,8 @@ really are neighbours, |p - q| < window on both axes, which those that a roll br
 
 Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; torchvision, `shifted_window_attention` (fills up before
 it rolls, and shifts an axis only if it has more than one window). How ours differs: no painting of regions and no
--100, which leaks once logits reach a few hundred; the mask is boolean, and there is one for each kind of window, not
-one for each window of each image; filled-up places are masked unless told otherwise.
+-100, which leaks once logits reach a few hundred; the mask is boolean, and windows that need none, which are most,
+go apart from those at the edges that do; filled-up places are masked unless told otherwise.
 
 Legend: B images, W windows, N = h w tokens of a window, D channels.
 """
@@ -30,30 +30,38 @@ class Windows(NamedTuple):
 
     Args:
         grid: (H, W) of the tokens, before filling up.
-        area: N.
-        order: (W, B, N) flattened: which token, of all B·T, stands where in the windows.
+        window: (h, w).
+        order: (W, B, N) flattened: which token, of all B·T, stands where in the windows. None where windows are
+            neither shifted nor filled up: they are cut by views.
         back: (B, H·W) flattened: which place in the windows, of all W·B·N, each token went to.
-        groups: (windows, mask) in order: how many windows have this mask, boolean (N, N) or (W·B, 1, N, N), True may
-            attend; None where all may.
+        groups: (windows, masks) in order, one or two: how many windows, and a mask for each of each image, boolean
+            (windows·B, 1, N, N), True may attend; None where all may.
         zero_row: whether filled-up places hold a row of zeros behind the tokens, instead of being masked.
     """
 
     grid: Size
-    area: int
-    order: Tensor
-    back: Tensor
+    window: Size
+    order: Tensor | None
+    back: Tensor | None
     groups: tuple[tuple[int, Tensor | None], ...]
     zero_row: bool
 
     def split(self, x: Tensor) -> Tensor:
         """(B, H, W, D) -> (W·B, N, D), the images of a window beside each other."""
+        if self.order is None:
+            cells = x.unflatten(2, (-1, self.window[1])).unflatten(1, (-1, self.window[0]))  # (B, r, h, c, w, D)
+            return cells.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 2)
         tokens = x.flatten(1, 2)
         if self.zero_row:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        return tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, self.area))
+        return tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, math.prod(self.window)))
 
     def join(self, y: Tensor, images: int) -> Tensor:
         """(W·B, N, D) -> (B, H, W, D): `split` undone, filled-up places dropped."""
+        if self.back is None:
+            counts = self.grid[0] // self.window[0], self.grid[1] // self.window[1]
+            cells = y.unflatten(1, self.window).unflatten(0, (*counts, images))  # (r, c, B, h, w, D)
+            return cells.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
         return y.flatten(0, 1).index_select(0, self.back).unflatten(0, (images, *self.grid))
 
 
@@ -71,23 +79,29 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
     counts = -(-grid[0] // window[0]), -(-grid[1] // window[1])
     filled = counts[0] * window[0], counts[1] * window[1]
     shift = _shift(window[0], counts[0], shifted), _shift(window[1], counts[1], shifted)
+    whole = not torch.compiler.is_compiling() and filled == grid  # a comparison may not shape the graph
+    if whole and not any(shift):
+        return Windows(grid, window, None, None, ((math.prod(counts), None),), False)
     # Rows and columns are cut each by itself; windows, and who may attend in them, are all pairs of these.
     rows, columns = (_places(*axis, device) for axis in zip(counts, window, shift, strict=True))
-    place = rows[:, None, :, None] * filled[1] + columns[None, :, None, :]  # (r, c, h, w) along the filled-up grid
+    place = rows.view(-1, 1, window[0], 1) * filled[1] + columns.view(1, -1, 1, window[1])
+    place = place.flatten(2)  # (r, c, N) along the filled-up grid
 
-    picked: list[tuple[Tensor, Tensor | None]]
+    groups: list[tuple[int, Tensor | None]]
     if torch.compiler.is_compiling():  # one group: how many windows are alike may not shape the graph
         near = (_near(*axis, masked) for axis in zip((rows, columns), window, grid, strict=True))
-        mask = _both(*near).flatten(0, 1)[:, None]
-        picked = [(place.flatten(2).flatten(0, 1), mask.repeat_interleave(images, 0))]
+        order = place.flatten(0, 1)  # (W, N)
+        groups = [(order.shape[0], _both(*near).flatten(0, 1).unsqueeze(1).repeat_interleave(images, 0))]
     else:
-        picked = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
-    order = torch.cat([index for index, _ in picked]) if len(picked) > 1 else picked[0][0]  # (W, N)
-    groups = tuple((index.shape[0], mask) for index, mask in picked)
+        found = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
+        order = torch.cat([index for index, _ in found])
+        groups = [(len(index), None) for index, mask in found if mask is None]
+        masks = [mask.expand(len(index) * images, 1, -1, -1) for index, mask in found if mask is not None]
+        if masks:
+            groups.append((len(order) - sum(count for count, _ in groups), torch.cat(masks)))
 
     # Places count along the filled-up grid, tokens along the grid itself.
     tokens, area = math.prod(grid), math.prod(window)
-    whole = not torch.compiler.is_compiling() and filled == grid  # a comparison may not shape the graph
     zero_row = not masked and not whole
     token = order
     if not whole:
@@ -95,14 +109,13 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
     per_image = torch.arange(images, device=device)[:, None]
     into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
-    where = torch.arange(order.shape[0], device=device)[:, None] * (images * area)
-    where = where + torch.arange(area, device=device)  # (W, N) of the first image's tokens among W·B·N
-    went = torch.empty_like(where).flatten().scatter(0, order.flatten(), where.flatten())
+    slots = torch.arange(order.shape[0] * images * area, device=device).view(-1, images, area)  # (W, B, N)
+    went = torch.empty_like(order).flatten().scatter(0, order.flatten(), slots[:, 0].flatten())  # the first image's
     if not whole:
         here = torch.arange(grid[0], device=device)[:, None] * filled[1] + torch.arange(grid[1], device=device)
         went = went[here.flatten()]
     back = went + area * per_image  # (B, H·W)
-    return Windows(grid, area, into.flatten(), back.flatten(), groups, zero_row)
+    return Windows(grid, window, into.flatten(), back.flatten(), tuple(groups), zero_row)
 
 
 def _shift(side: int, count: int, shifted: bool) -> int:
@@ -124,7 +137,7 @@ def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
     A place that is not there may attend to itself (and so to others of its row or column that are not there): no query
     is left with nothing, and what it gets is dropped.
     """
-    near = (places[:, :, None] - places[:, None, :]).abs() < side
+    near = (places.unsqueeze(2) - places.unsqueeze(1)).abs() < side
     if masked:
         near = near & ((places < size)[:, None, :] | torch.eye(side, dtype=torch.bool, device=places.device))
     return near
@@ -132,28 +145,28 @@ def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
 
 def _both(rows: Tensor, columns: Tensor) -> Tensor:
     """(r, h, h), (c, w, w) -> (r, c, h w, h w): what may attend along both axes."""
-    near = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
-    return near.flatten(4).flatten(2, 3)
+    h, w = rows.shape[-1], columns.shape[-1]
+    return (rows.view(-1, 1, h, 1, h, 1) & columns.view(1, -1, 1, w, 1, w)).flatten(4).flatten(2, 3)
 
 
 def _by_kind(
     place: Tensor, axes: tuple[Tensor, Tensor], window: Size, shift: Size, grid: Size, masked: bool
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Windows of one mask beside each other: [(index (W_i, N), mask (N, N) or None)]."""
-    rows, columns = (
+    """Windows of one mask beside each other, those without any first: [(index (W_i, N), mask (N, N) or None)]."""
+    kinds = [
         _alike(len(places), side, moved, size if masked else places.numel())
         for places, side, moved, size in zip(axes, window, shift, grid, strict=True)
-    )
-    parts = [(row, column) for row in rows for column in columns]
-    near: list[Tensor] = []
-    if len(parts) > 1 or not (rows[0][2] and columns[0][2]):
-        near = [_near(places, side, size, masked) for places, side, size in zip(axes, window, grid, strict=True)]
-    found: list[tuple[Tensor, Tensor | None]] = []
-    for (top, bottom, whole_rows), (left, right, whole_columns) in parts:
-        ways = None if whole_rows and whole_columns else [near[0][top : top + 1], near[1][left : left + 1]]
-        mask = None if ways is None else _both(*ways)[0, 0]
-        found.append((place[top:bottom, left:right].flatten(2).flatten(0, 1), mask))
-    return found
+    ]
+    parts = [(row, column) for row in kinds[0] for column in kinds[1]]
+    masks: tuple[Tensor | None, ...] = (None,)
+    if len(parts) > 1 or not all(whole for _, _, whole in parts[0]):
+        # The last windows along an axis are one of each kind.
+        last = (places[-len(of_axis) :] for places, of_axis in zip(axes, kinds, strict=True))
+        masks = _both(*(_near(*axis, masked) for axis in zip(last, window, grid, strict=True))).flatten(0, 1).unbind()
+    return [
+        (place[top:bottom, left:right].flatten(0, 1), None if row_whole and column_whole else mask)
+        for ((top, bottom, row_whole), (left, right, column_whole)), mask in zip(parts, masks, strict=True)
+    ]
 
 
 def _alike(count: int, side: int, shift: int, end: int) -> list[tuple[int, int, bool]]:
