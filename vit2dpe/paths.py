@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import ConfigError
 from .kernels import table
 from .kernels.choice import Choice, plain_only
-from .signal import Bias, Signal, Table
+from .signal import Bias, Dense, Signal, Table
 
 # What the attention that runs was told, while `explain` looks; else None.
 told: dict[str, Choice] | None = None
@@ -74,7 +74,26 @@ def bias(
         return Choice("matrix", "the weights have dropout")
     if traced:
         return Choice("matrix", "scale or temperature are traced, and the kernel takes numbers")
-    return table.choose(q, k, terms[0])
+    return table.choose(terms[0], q, _trains(terms[0].table, q, k))
+
+
+def for_all(signal: Signal, x: Tensor) -> Signal:
+    """The signal as all blocks are handed it: matrices that each of them would look up are looked up here, once.
+
+    Args:
+        x: the tokens, for their dtype and device.
+    """
+    bias = tuple(
+        Dense(term.dense())
+        if isinstance(term, Table) and table.choose(term, x, _trains(term.table, x)).path == "matrix"
+        else term
+        for term in signal.bias
+    )
+    return signal._replace(bias=bias)
+
+
+def _trains(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Choice:
@@ -99,9 +118,7 @@ def allowed_kernels(added: Tensor | None, *inputs: Tensor) -> Any:
 
     pytorch issue 196678: any mask, constant or learned, lengths of 64 modulo 128. Not yet run on such a device.
     """
-    if added is None or not added.is_cuda or not torch.is_grad_enabled():
-        return nullcontext()
-    if not any(tensor.requires_grad for tensor in (added, *inputs)):
+    if added is None or not added.is_cuda or not _trains(added, *inputs):
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 

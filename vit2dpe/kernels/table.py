@@ -36,22 +36,27 @@ CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
 MATRICES = 4 * 2**20  # bytes of matrices that a backward makes at once, of several heads where they are small
 
 
-def choose(q: Tensor, k: Tensor, term: Table) -> Choice:
-    """The path for these inputs: "matrix" is the plain one, which serves everything."""
-    plain = plain_only(q)
+def choose(term: Table, like: Tensor, training: bool) -> Choice:
+    """The path where queries have the dtype and device of `like`: "matrix" is the plain one, which serves everything.
+
+    Args:
+        training: whether the table, queries or keys want gradients.
+    """
+    plain = plain_only(like)
     if plain is not None:
         return Choice("matrix", plain)
-    if q.device.type != "cpu" or q.dtype == torch.float16:
-        return Choice("matrix", f"{q.dtype} on {q.device.type} has no path of its own")
+    if like.device.type != "cpu" or like.dtype == torch.float16:
+        return Choice("matrix", f"{like.dtype} on {like.device.type} has no path of its own")
     if term.prefix is not None:
         return Choice("matrix", "prefix tokens have biases too")
-    if torch.is_grad_enabled() and (term.table.requires_grad or q.requires_grad or k.requires_grad):
+    if training:
         if not term.table.requires_grad:
             return Choice("matrix", "training, but the table is not learned: its matrix costs the kernel nothing")
         if not _whole_grid(term):
             return Choice("matrix", "training, but queries and keys are not all places of one 2-D grid")
         return Choice("learned", "training one table on a whole grid")
-    size = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+    queries, keys = (at.prefix + at.coords.shape[1] for at in (term.q, term.k))
+    size = term.table.shape[0] * queries * keys * like.element_size()
     if size <= BUDGET:
         return Choice("matrix", f"inference, and the matrix is not above {BUDGET >> 20} MiB")
     if _whole_grid(term) and not term.q.prefix:
@@ -162,7 +167,8 @@ def _backward(bias: Tensor, scale: float, space: Tensor, q: Tensor, k: Tensor, v
     torch.softmax(p, dim=-1, out=p)
     dv = p.mT @ gradient
     torch.bmm(gradient, v.mT, out=ds)
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)  # ds = p (dp - Σ p dp), in one pass
+    # ds = p (dp - Σ p dp), in one pass.
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
     return (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), dv, ds
 
 
@@ -170,7 +176,8 @@ def matrix(table: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
     """(H, P + N, P + N) biases between all places of the grid; zero for the prefix."""
     rows, cols = grid
     runs = _stretch(table, cols).flatten(2)  # (H, C, (2R - 1) C)
-    whole = runs.unfold(2, rows * cols, cols).transpose(1, 2).flip(1).flatten(1, 2)  # a query row is a run, last row first
+    # The biases of one query row are R C numbers of a run; those of the last row come first.
+    whole = runs.unfold(2, rows * cols, cols).transpose(1, 2).flip(1).flatten(1, 2)
     return F.pad(whole, (prefix, 0, prefix, 0)) if prefix else whole
 
 

@@ -5,6 +5,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from ..attention import attend, split_heads
 from ..encodings import PositionEncoding
 from ..layers import PatchDrop, PatchEmbed, add_token
+from ..paths import for_all
 from . import registry
 from .convert import from_timm, to_timm
 from .deit import DistilledViT
@@ -16,7 +17,7 @@ from .vit import ViT
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
 for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
     register_notrace_module(_module)
-for _function in (attend, split_heads, add_token, to_grid):
+for _function in (attend, split_heads, add_token, for_all, to_grid):
     register_notrace_function(_function)
 
 __all__ = ["MAE", "DistilledViT", "Swin", "ViT", "from_timm", "registry", "to_timm"]

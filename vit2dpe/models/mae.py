@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ConfigError
 from ..layers import Block, add_token, keep_tokens
+from ..paths import for_all
 from ..positions import Positions
 from .mae_weights import accept_original
 from .vit import ViT
@@ -160,7 +161,7 @@ class MAE(nn.Module):
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
-        signal = self.decoder_position(at)
+        signal = for_all(self.decoder_position(at), x)
         x = add_token(torch.cat([x[:, :prefix], tokens], dim=1), signal)
         for block in self.decoder_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

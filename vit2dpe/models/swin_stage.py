@@ -179,13 +179,14 @@ class WindowAttention(Attention):
         images = x.shape[0]
         q, k, v, signal, scale = self.split(windows.split(x), signal)
         dropout = self.attn_drop if self.training else 0.0
-        sizes, masks = [count * images for count, _ in windows.groups], [mask for _, mask in windows.groups]
+        sizes = [count * images for count, _ in windows.groups]
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), windows.groups, strict=True)
         found = [
-            attend(*parts, signal, None if mask is None else NoEmptyRow(mask), scale, dropout)
-            for *parts, mask in zip(q.split(sizes), k.split(sizes), v.split(sizes), masks, strict=True)
+            attend(a, b, c, signal, None if mask is None else NoEmptyRow(mask), scale, dropout)
+            for a, b, c, (_, mask) in parts
         ]
-        out = torch.cat([part.transpose(1, 2).flatten(2) for part in found]) if len(found) > 1 else found[0]
-        out = out if len(found) > 1 else out.transpose(1, 2).flatten(2)
+        rows = [part.transpose(1, 2).flatten(2) for part in found]
+        out = torch.cat(rows) if len(rows) > 1 else rows[0]
         return self.proj_drop(self.proj(windows.join(out, images)))
 
 

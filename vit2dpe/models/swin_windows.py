@@ -109,8 +109,9 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
     per_image = torch.arange(images, device=device)[:, None]
     into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
-    slots = torch.arange(order.shape[0] * images * area, device=device).view(-1, images, area)  # (W, B, N)
-    went = torch.empty_like(order).flatten().scatter(0, order.flatten(), slots[:, 0].flatten())  # the first image's
+    where = torch.arange(order.shape[0], device=device).unsqueeze(1) * (images * area)
+    where = where + torch.arange(area, device=device)  # (W, N) of the first image's tokens among W·B·N
+    went = torch.empty_like(where).flatten().scatter(0, order.flatten(), where.flatten())
     if not whole:
         here = torch.arange(grid[0], device=device)[:, None] * filled[1] + torch.arange(grid[1], device=device)
         went = went[here.flatten()]

@@ -22,6 +22,7 @@ from ..cache import KVCache
 from ..encodings import Dims, PositionEncoding, assign, build
 from ..errors import ConfigError
 from ..layers import add_token, norm_of
+from ..paths import for_all
 from ..positions import Positions, checkable
 from .text_block import Memory, TextBlock, signal_of
 
@@ -180,8 +181,9 @@ class TextModel(nn.Module):
             None if segments is None else masks.same(segments, segments),
         )
         read = None if memory is None else self._read(memory, at)
-        signal = signal_of(self.position, at, keys)  # geometry becomes tensors, once
-        x = self.embed_drop(self.embed_norm(add_token(self._embed(tokens, types), signal)))
+        x = self._embed(tokens, types)
+        signal = for_all(signal_of(self.position, at, keys), x)  # geometry becomes tensors, once
+        x = self.embed_drop(self.embed_norm(add_token(x, signal)))
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -256,7 +258,7 @@ class TextModel(nn.Module):
             return Memory(memory.tokens, mask)
         extent = (max(at.extent[0], memory.at.extent[0]),)
         q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
-        return Memory(memory.tokens, mask, self.cross_position(q, k))
+        return Memory(memory.tokens, mask, for_all(self.cross_position(q, k), memory.tokens))
 
 
 def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:

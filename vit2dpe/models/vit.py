@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ArgumentError, ConfigError, unknown
 from ..layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
+from ..paths import for_all
 from ..positions import Positions
 from ..signal import Signal
 from .contract import TimmContract, check_pool, pair
@@ -181,7 +182,7 @@ class ViT(TimmContract):
         x, at = self.patch_embed(images)
         x, at = (hide or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
-        signal = self.position(at)  # geometry becomes tensors, once
+        signal = for_all(self.position(at), x)  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
