@@ -30,7 +30,7 @@ row mixed_table --models $mixed --level table --modes inference
 row mixed_table_training --models $mixed --level table --modes training --least 2
 row rope_attention --models $rope --level attention --depth 2 --batch 8 --modes inference --least 1.15
 row rope_attention_training --models $rope --level attention --depth 2 --batch 8 --modes training --least 1.12
-row rotation --models $rope,$mixed,rotary_embedding_torch --level op --depth 2 --batch 8
+row rotation --models $rope,$mixed,rotary_embedding_torch,x_transformers --level op --depth 2 --batch 8
 row rope_block --models $rope --level block --depth 2 --batch 8
 row swin_attention --models "$swin,$swin(fused=true),torchvision_swin_t" --level attention --block 1 --modes inference --least 1.10
 row swin_attention_training --models "$swin,$swin(fused=true),torchvision_swin_t" --level attention --block 1 --modes training --least 1
@@ -53,5 +53,8 @@ row cifar --models "$rope(patch_size=4)" --sizes 32 --depth 4 --batch 8 --least 
 row kept --models "$rope(patch_drop_rate=0.75)" --depth 4 --batch 8 --modes training --least 1
 row swin_training --models $swin,torchvision_swin_t --batch 1 --modes training --least 1
 row table_1024 --models "$bias" --sizes 1024 --depth 1 --batch 1 --modes inference --least 1.7
+text=x_transformers_text
+row x_transformers --models x_transformers_vit --depth 4 --batch 4 --least 1
+row x_transformers_text --models "$text,$text(rel_pos_bias=true),$text(alibi_pos_bias=true)" --sizes 1x256 --depth 4 --batch 4 --least 1
 row transformers --models transformers_vitmae,transformers_dinov3 --depth 4 --batch 4 --least 1
 row compiled --models "$rope,$bias" --level attention --depth 2 --batch 8 --compile --modes inference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from vit2dpe.bench import BenchConfig, bench, contenders, interval, kernels, pea
 from vit2dpe.bench.measure import buffer_bytes, step_kernels
 from vit2dpe.bench.table import markdown, verdict
 from vit2dpe.cli import main
+from vit2dpe.resolution import parse_size
 from vit2dpe.signal import Table
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=32, num_heads=2, depth=3, num_classes=2)
@@ -81,7 +83,7 @@ def test_parts_of_a_model_are_the_same_function(level, model, tmp_path):
     assert inference["kernels_ours"] < inference["kernels_peer"] or model == BIAS
 
 
-@pytest.mark.parametrize("model", [ROPE, MIXED, "rotary_embedding_torch"])
+@pytest.mark.parametrize("model", [ROPE, MIXED, "rotary_embedding_torch", "x_transformers"])
 def test_the_rotation_alone_is_the_same_function(model, tmp_path):
     inference, training = run(tmp_path, models=model, level="op", repeats=0, modes="inference,training")
     assert inference["difference"] < 1e-6
@@ -94,8 +96,9 @@ def test_a_rotation_of_halves_of_a_head_is_not_compared(tmp_path):
     for model in ("vit_small_patch16_dinov3", "vit_small_patch16_224"):
         (row,) = run(tmp_path, models=model, level="op", repeats=0, modes="inference")
         assert "does not turn neighbouring channels" in row["failed"]
-    (row,) = run(tmp_path, models="rotary_embedding_torch", repeats=0, modes="inference")
-    assert "level=op alone" in row["failed"]
+    for package in ("rotary_embedding_torch", "x_transformers"):
+        (row,) = run(tmp_path, models=package, repeats=0, modes="inference")
+        assert "level=op alone" in row["failed"]
 
 
 def test_parts_are_measured_on_the_cpu(tmp_path):
@@ -119,6 +122,87 @@ def test_models_of_transformers_are_the_same_function(name, tmp_path):
     assert "square images, got 32x48" in row["failed"]
     (row,) = run(tmp_path, models=f"{name}(hiden_size=32)", sizes="32", repeats=0, modes="inference")
     assert "has no hiden_size" in row["failed"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "transformers_vitmae(hidden_size=20, num_attention_heads=2, intermediate_size=11, decoder_hidden_size=28, "
+        "decoder_num_attention_heads=2, decoder_intermediate_size=29, patch_size=8)",
+        "transformers_dinov3(hidden_size=56, num_attention_heads=2, intermediate_size=29, patch_size=8)",
+        f"transformers_dinov3({MICRO}, use_gated_mlp=true)",
+    ],
+)
+def test_widths_inside_mlps_of_transformers_are_what_they_are(model, tmp_path):
+    """28 * (29 / 28) is below 29, so that a ratio alone would lose a channel."""
+    (row,) = run(tmp_path, models=model, sizes="32", repeats=0, modes="inference")
+    assert row["difference"] < 1e-5
+
+
+XT = "dim=32, heads=2"
+TEXT = f"x_transformers_text({XT})"
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (f"x_transformers_vit({XT}, patch_size=8, ff_mult=3)", "32"),
+        (TEXT, "1x48"),
+        (f"{TEXT[:-1]}, rel_pos_bias=true)", "1x48"),
+        ("x_transformers_text(dim=48, heads=6, alibi_pos_bias=true, rotary_pos_emb=true)", "1x48"),
+    ],
+)
+def test_models_of_x_transformers_are_the_same_function(model, size, tmp_path):
+    inference, training = run(tmp_path, models=model, sizes=size, depth=2, repeats=0, modes="inference,training")
+    assert inference["difference"] < 1e-5
+    assert training["gradient_difference"] < 1e-5
+    made = contenders.contenders(model, parse_size(size), 1, 1)
+    x = contenders.tokens(made, 2, parse_size(size))
+    assert float((made["limit"](x) - made["ours"](x)).detach().abs().max()) > 1e-3
+    assert bool(contenders.encodings_of(made["peer"])) == ("rel_pos" in model)
+
+
+def test_only_tokens_that_go_in_ask_for_gradients(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vit2dpe.bench.measure.saved_bytes", lambda module, x: asked.append(x.requires_grad) or 0)
+    run(tmp_path, models=TEXT, sizes="1x8", repeats=0, modes="training")
+    assert asked == [True] * 3
+    run(tmp_path, models=ROPE, repeats=0, modes="training")
+    assert asked[3:] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            dict(models="x_transformers_vit(hads=2)"),
+            "option of x_transformers_vit 'hads'; did you mean 'heads'",
+        ),
+        (
+            dict(models="x_transformers_text(rotary_pos_emb=3)"),
+            "rotary_pos_emb of x_transformers_text is true or",
+        ),
+        (dict(models="x_transformers_vit(dim=0)"), "dim of x_transformers_vit is a whole number of at least 1, got 0"),
+        (dict(models="x_transformers_vit(heads=1)"), "needs two heads or more"),
+        (dict(models="x_transformers_vit(patch_size=7)", sizes="32"), "divisible by the patch size"),
+        (dict(models=f"{TEXT[:-1]}, rel_pos_bias=true, alibi_pos_bias=true)", sizes="1x8"), "you can only choose"),
+        (dict(models="x_transformers_vit"), "square images, got 32x48"),
+        (dict(models="x_transformers_text"), "takes sizes 1xN, N tokens, as in 1x256; got 32x48"),
+        (dict(models="x_transformers_text", level="block"), "measured as a whole, got level=block"),
+        (dict(models="x_transformers(heads=3)", level="op"), "no arguments"),
+        (dict(models=TEXT, sizes="1x8", modes="first"), "patches that this model does not name"),
+    ],
+)
+def test_what_x_transformers_is_not_measured_with(settings, message, tmp_path):
+    (row,) = run(tmp_path, **dict(repeats=0, modes="inference") | settings)
+    assert message in row["failed"]
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    for model, level in (("x_transformers", "op"), (TEXT, "encoder")):
+        (row,) = run(tmp_path, models=model, level=level, sizes="1x8" if model == TEXT else "32", modes="inference")
+        assert "pip install x-transformers" in row["failed"]
 
 
 @pytest.mark.parametrize("model", [MIXED, BIAS])
@@ -186,6 +270,7 @@ def test_a_row_misses_where_its_interval_lies_wholly_on_the_wrong_side():
     [
         (dict(modes="both"), "inference, training"),
         (dict(models="vit_smal"), "unknown model 'vit_smal'"),
+        (dict(models="x_transformers_tex"), "unknown model 'x_transformers_tex'; did you mean 'x_transformers_text'"),
         (dict(level="layer"), "unknown level"),
         (dict(precision="bf16"), "unknown precision 'bf16'; did you mean 'bfloat16'"),
         (dict(modes="first", level="block"), "whole models"),

@@ -17,10 +17,11 @@ from ..encodings import PositionEncoding, Sum, parse
 from ..errors import ConfigError
 from ..models import Swin, from_timm
 from ..models.swin_stage import in_full
-from . import hf, rotation
+from . import hf, rotation, x_transformers
 
 LEVELS = ("op", "table", "attention", "block", "encoder")
 TORCHVISION = "torchvision_swin_t"
+WHOLE = {name: package for package in (hf, x_transformers) for name in package.NAMES}  # that have no other level
 
 
 def contenders(
@@ -33,16 +34,14 @@ def contenders(
     Raises:
         ConfigError: for a name that nobody has, and what has no such level.
     """
-    if word.startswith("transformers_"):
-        (name, options), *more = parse(word, "model", [hf.VITMAE, hf.DINOV3])
-        if more:
-            raise ConfigError(f"one model at a time, separated by commas, got {word!r}")
+    name, options = _read(word)
+    if name in WHOLE:
         if level != "encoder":
             raise ConfigError(f"{name} is measured as a whole, got level={level}")
-        return {kind: model.eval() for kind, model in hf.contenders(name, options, size, depth).items()}
-    if word == rotation.PACKAGE and level != "op":
-        raise ConfigError(f"{word} has no models, it is measured at level=op alone; got level={level}")
-    peer = _peer(rotation.ROPE if word == rotation.PACKAGE else word, size, depth)
+        return {kind: model.eval() for kind, model in WHOLE[name].contenders(name, options, size, depth).items()}
+    if name in rotation.PACKAGES and (level != "op" or options):
+        raise ConfigError(f"{name} has no models and no arguments, it is measured at level=op alone; got level={level}")
+    peer = _peer(rotation.ROPE, {}, size, depth) if name in rotation.PACKAGES else _peer(name, options, size, depth)
     with torch.no_grad():
         for parameter in peer.parameters():  # LayerScale and tables that start near zero would hide a difference
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -61,7 +60,7 @@ def contenders(
     inputs = {kind: _inputs(models[kind], part, torch.zeros(batch, 3, *size)) for kind, part in parts.items()}
     if level == "op":
         (x, *_), words = inputs["peer"]
-        return rotation.contenders(word, parts["peer"].attn, words.get("rope"), x.shape[1:])
+        return rotation.contenders(name, parts["peer"].attn, words.get("rope"), x.shape[1:])
     inputs["ours"] = _turned(parts["ours"], *inputs["ours"])
     for kind, part in parts.items():
         make = _Block if level == "block" else _PeerAttention if kind == "peer" else _OurAttention
@@ -69,21 +68,26 @@ def contenders(
     return found
 
 
-def tokens(modules: dict[str, nn.Module], batch: int, size: tuple[int, int], level: str) -> Tensor:
-    """What goes in: images, or tokens of the shape that the peer's block sees."""
+def tokens(modules: dict[str, nn.Module], batch: int, size: tuple[int, int]) -> Tensor:
+    """What goes in: images, or tokens of the `shape` that a peer names."""
     generator = torch.Generator().manual_seed(0)
-    peer: Any = modules["peer"]
-    shape = (3, *size) if level in ("encoder", "table") else tuple(peer.shape)
+    shape: Any = getattr(modules["peer"], "shape", (3, *size))
     return torch.randn(batch, *shape, generator=generator)
 
 
-def _peer(word: str, size: tuple[int, int], depth: int | None) -> nn.Module:
+def _read(word: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and its arguments."""
     import timm
 
-    spelled = parse(word, "model", [*timm.list_models(), TORCHVISION])
+    spelled = parse(word, "model", [*timm.list_models(), TORCHVISION, *WHOLE, *rotation.PACKAGES])
     if len(spelled) != 1:
         raise ConfigError(f"one model at a time, separated by commas, got {word!r}")
-    (name, options) = spelled[0]
+    return spelled[0]
+
+
+def _peer(name: str, options: dict[str, Any], size: tuple[int, int], depth: int | None) -> nn.Module:
+    import timm
+
     torch.manual_seed(0)
     if name == TORCHVISION:
         if options or depth is not None:
@@ -101,7 +105,7 @@ def _peer(word: str, size: tuple[int, int], depth: int | None) -> nn.Module:
         try:
             model = timm.create_model(name, **given | options)
         except TypeError as error:
-            raise ConfigError(f"{word} cannot be made: {error}") from None
+            raise ConfigError(f"{name} cannot be made: {error}") from None
     for module in model.modules():
         if fused and hasattr(module, "fused_attn"):
             module.fused_attn = True

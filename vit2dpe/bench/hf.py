@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..models import MAE, ViT, from_timm
 from ..models.mae_weights import from_transformers
+from ..models.timm_parts import exact_ratio
 
-VITMAE, DINOV3 = "transformers_vitmae", "transformers_dinov3"
+VITMAE, DINOV3 = NAMES = ("transformers_vitmae", "transformers_dinov3")
 SMALL = dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=16)
 DECODER = dict(decoder_hidden_size=192, decoder_num_attention_heads=6, decoder_intermediate_size=768)
 
@@ -57,11 +58,12 @@ def _vitmae(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
         encoder = ViT(
             position, img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.hidden_size,
             depth=config.num_hidden_layers, num_heads=config.num_attention_heads, num_classes=0,
-            mlp_ratio=config.intermediate_size / config.hidden_size,
+            mlp_ratio=exact_ratio(config.intermediate_size, config.hidden_size),
         )  # fmt: skip
         model = MAE(
             encoder, decoder_position=position, decoder_embed_dim=config.decoder_hidden_size,
             decoder_depth=config.decoder_num_hidden_layers, decoder_num_heads=config.decoder_num_attention_heads,
+            decoder_mlp_ratio=exact_ratio(config.decoder_intermediate_size, config.decoder_hidden_size),
         )  # fmt: skip
         state = from_transformers(peer.state_dict())
         if position == "none":
@@ -76,7 +78,9 @@ def _vitmae(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
 def _dinov3(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    config = _config(DINOv3ViTConfig, dict(pos_embed_rescale=None, num_register_tokens=4) | given, asked)
+    gated = bool(given.get("use_gated_mlp"))
+    more = dict(pos_embed_rescale=None, num_register_tokens=4, hidden_act="silu" if gated else "gelu")
+    config = _config(DINOv3ViTConfig, more | given, asked)
     peer = DINOv3ViTModel(config)
     with torch.no_grad():
         for parameter in peer.parameters():
@@ -85,9 +89,9 @@ def _dinov3(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     of_timm = timm.create_model(
         "vit_small_patch16_dinov3_qkvb", img_size=config.image_size, patch_size=config.patch_size, num_classes=0,
         embed_dim=config.hidden_size, depth=config.num_hidden_layers, num_heads=config.num_attention_heads,
-        mlp_ratio=config.intermediate_size / config.hidden_size,
+        mlp_ratio=exact_ratio(config.intermediate_size, config.hidden_size), swiglu_mlp=gated, swiglu_align_to=1,
     )  # fmt: skip
-    of_timm.load_state_dict(_dinov3_state(peer.state_dict()))
+    of_timm.load_state_dict(_dinov3_state(peer.state_dict(), gated))
     return {
         "peer": _Hidden(peer),
         "ours": _Features(from_timm(of_timm)),
@@ -106,8 +110,9 @@ _REST = {
 }  # fmt: skip
 
 
-def _dinov3_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dinov3_state(state: dict[str, Tensor], gated: bool) -> dict[str, Tensor]:
     """transformers' names under timm's."""
+    block = _BLOCK | ({"mlp.up_proj": "mlp.fc1_x", "mlp.gate_proj": "mlp.fc1_g"} if gated else {})
     found = {new: state[old] for old, new in _REST.items()}
     for name, value in state.items():
         if not name.startswith("model.layer."):
@@ -115,10 +120,10 @@ def _dinov3_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         number, _, part = name.removeprefix("model.layer.").partition(".")
         owner, _, last = part.rpartition(".")
         to = f"blocks.{number}"
-        if part in _BLOCK:
-            found[f"{to}.{_BLOCK[part]}"] = value
-        elif owner in _BLOCK:
-            found[f"{to}.{_BLOCK[owner]}.{last}"] = value
+        if part in block:
+            found[f"{to}.{block[part]}"] = value
+        elif owner in block:
+            found[f"{to}.{block[owner]}.{last}"] = value
         elif part == "attention.q_proj.weight":
             found[f"{to}.attn.qkv.weight"] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
         elif part in ("attention.q_proj.bias", "attention.v_proj.bias"):

@@ -1,4 +1,4 @@
-"""The rotation alone, from the packed projection to q, k and v: ours, timm's, rotary-embedding-torch's, and the split.
+"""The rotation alone, from the packed projection to q, k and v: ours, a peer's, and the split.
 
 Every contender first copies what it is given, as a projection in front of it would write anew; ours then turns q and k
 where they lie.
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ..attention import split_heads
 from ..errors import ConfigError
 from ..signal import Rotation, Signal
+from . import x_transformers
 
-PACKAGE = "rotary_embedding_torch"
-ROPE = "vit_small_patch16_rope_224"  # whose angles the package is given
+ROPE = "vit_small_patch16_rope_224"  # whose angles the packages are given
 
 
 def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int, int]) -> dict[str, nn.Module]:
     """{"peer", "ours", "limit"}.
 
     Args:
-        word: a timm name, or rotary_embedding_torch.
+        word: a timm name, or one of PACKAGES.
         attention: timm's, with its number of heads and of prefix tokens.
         rope: what timm's block is given, (..., N, 2 Dh): sines, then cosines, each for both channels of a pair.
         shape: (N, D) of the tokens.
@@ -38,7 +38,10 @@ def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int,
     sin, cos = rope.unflatten(-1, (2, -1, 2))[..., 0].unbind(-2)
     sin, cos = (part.reshape(1, -1, *part.shape[-2:]) for part in (sin, cos))
     turn = Rotation.interleaved(F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0)))
-    peer = _Timm(heads, rope, prefix) if word != PACKAGE else _Package(heads, torch.atan2(turn.sin, turn.cos)[0, 0])
+    if word in PACKAGES:
+        peer: _Split = PACKAGES[word](heads, torch.atan2(turn.sin, turn.cos)[0, 0])
+    else:
+        peer = _Timm(heads, rope, prefix)
     peer.shape = (shape[0], 3 * shape[1])  # type: ignore[assignment]
     return {"peer": peer, "ours": _Ours(heads, Signal(q_rotation=turn, k_rotation=turn)), "limit": _Split(heads)}
 
@@ -81,8 +84,8 @@ class _Timm(_Split):
         return [q, k, v]
 
 
-class _Package(_Split):
-    """rotary-embedding-torch, given the angles; it takes their cosines and sines in every call."""
+class _RotaryEmbeddingTorch(_Split):
+    """rotary-embedding-torch, given the angles (N, Dh/2); it takes their cosines and sines in every call."""
 
     def __init__(self, heads: int, angle: Tensor) -> None:
         super().__init__(heads)
@@ -93,3 +96,18 @@ class _Package(_Split):
     def forward(self, qkv: Tensor) -> list[Tensor]:
         q, k, v = qkv.clone().unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return [self.turn(self.angle, q), self.turn(self.angle, k), v]
+
+
+class _XTransformers(_Split):
+    """x-transformers, given the angles as its RotaryEmbedding gives them; cosines and sines are taken in every call."""
+
+    def __init__(self, heads: int, angle: Tensor) -> None:
+        super().__init__(heads)
+        self.turn, self.angle = x_transformers.package().apply_rotary_pos_emb, angle.repeat_interleave(2, dim=-1)[None]
+
+    def forward(self, qkv: Tensor) -> list[Tensor]:
+        q, k, v = qkv.clone().unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return [self.turn(q, self.angle, 1.0), self.turn(k, self.angle, 1.0), v]
+
+
+PACKAGES = {"rotary_embedding_torch": _RotaryEmbeddingTorch, "x_transformers": _XTransformers}

@@ -37,8 +37,10 @@ class BenchConfig:
     Args:
         models: comma-separated: timm names that from_timm reads, with arguments where they need some, as in
             vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true);
-            torchvision_swin_t, transformers_vitmae, transformers_dinov3; at level op rotary_embedding_torch too.
-        sizes: comma-separated sizes in pixels, 224 or 224x320.
+            torchvision_swin_t, transformers_vitmae, transformers_dinov3, x_transformers_vit, x_transformers_text (with
+            alibi_pos_bias=true or rel_pos_bias=true instead of a rotation); at level op rotary_embedding_torch and
+            x_transformers too.
+        sizes: comma-separated sizes in pixels, 224 or 224x320; of a text model 1xN, N tokens.
         modes: inference, training (forward and backward), first (ours alone: the first forward at a size over the next
             one there), or several.
         level: encoder (the whole model), block, attention (with roll and windows in a Swin), table (what the encoding
@@ -133,7 +135,7 @@ def _row(settings: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
         if "unknown model" in str(error):
             raise
         return settings | dict(failed=str(error))
-    x = peers.tokens(modules, config.batch, size, config.level)
+    x = peers.tokens(modules, config.batch, size)
     if settings["mode"] == "first":
         return settings | _first(modules["ours"], size, config)
     row = settings | _equal(modules, x, settings["mode"])
@@ -194,7 +196,7 @@ def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, T
 def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> dict[str, Any]:
     row: dict[str, Any] = {}
     training = mode == "training"
-    if training and config.level in ("block", "attention", "op"):
+    if training and hasattr(modules["peer"], "shape"):  # tokens ask for gradients, images do not
         x.requires_grad_()
     steps: dict[str, Callable[..., Any]] = {}
     for kind, module in modules.items():
@@ -222,7 +224,10 @@ def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: Bench
 
 def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> dict[str, Any]:
     """The first forward at a size over the next one there, at sizes from this one on, each seen once."""
-    patch = max(ours.patch_embed.patch_size)  # type: ignore[union-attr, arg-type]
+    embed: Any = getattr(ours, "patch_embed", None)
+    if embed is None:
+        return dict(failed="first goes through sizes of images, in patches that this model does not name")
+    patch = max(embed.patch_size)
     ours.to(config.device)
     height, width = size
     unseen = torch.randn(config.batch, 3, height + 7 * patch, width, device=config.device)

@@ -41,7 +41,7 @@ def arguments_of(theirs: Any) -> dict[str, Any]:
         post_norm="Post" in type(block).__name__,
         final_norm=not (_is_identity(theirs, "norm") and _is_identity(theirs, "fc_norm")),
         fc_norm=not _is_identity(theirs, "fc_norm"),
-        mlp_ratio=_ratio(hidden, dim),
+        mlp_ratio=exact_ratio(hidden, dim),
         mlp_layer=_mlp(mlp),
         act_layer=_ACTS.get(_act(mlp), "gelu"),
         qkv_bias="qv" if _qv(attn) else attn.qkv.bias is not None,
@@ -61,7 +61,9 @@ def arguments_of(theirs: Any) -> dict[str, Any]:
     )
     if theirs.global_pool == "map":
         pool = theirs.attn_pool
-        found |= dict(attn_pool_num_heads=pool.num_heads, attn_pool_mlp_ratio=_ratio(pool.mlp.fc1.out_features, dim))
+        found |= dict(
+            attn_pool_num_heads=pool.num_heads, attn_pool_mlp_ratio=exact_ratio(pool.mlp.fc1.out_features, dim)
+        )
     return found
 
 
@@ -140,7 +142,7 @@ def _act(mlp: Any) -> str:
     return type(act).__name__ + (" tanh" if getattr(act, "approximate", "none") == "tanh" else "")
 
 
-def _ratio(hidden: int, dim: int) -> float:
+def exact_ratio(hidden: int, dim: int) -> float:
     """A ratio of which int(dim * ratio) is exactly `hidden`."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
