@@ -127,14 +127,14 @@ def test_models_of_transformers_are_the_same_function(name, tmp_path):
 @pytest.mark.parametrize(
     "model",
     [
-        "transformers_vitmae(hidden_size=20, num_attention_heads=2, intermediate_size=11, decoder_hidden_size=28, "
-        "decoder_num_attention_heads=2, decoder_intermediate_size=29, patch_size=8)",
-        "transformers_dinov3(hidden_size=56, num_attention_heads=2, intermediate_size=29, patch_size=8)",
+        "transformers_vitmae(hidden_size=56, num_attention_heads=2, intermediate_size=61, patch_size=8, "
+        "decoder_hidden_size=28, decoder_num_attention_heads=2, decoder_intermediate_size=61)",
+        "transformers_dinov3(hidden_size=56, num_attention_heads=2, intermediate_size=61, patch_size=8)",
         f"transformers_dinov3({MICRO}, use_gated_mlp=true)",
     ],
 )
 def test_widths_inside_mlps_of_transformers_are_what_they_are(model, tmp_path):
-    """28 * (29 / 28) is below 29, so that a ratio alone would lose a channel."""
+    """56 * (61 / 56) and 28 * (61 / 28) are below 61, so that a ratio alone would lose a channel."""
     (row,) = run(tmp_path, models=model, sizes="32", repeats=0, modes="inference")
     assert row["difference"] < 1e-5
 

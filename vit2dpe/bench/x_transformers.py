@@ -8,7 +8,8 @@ the text model the packed projection), ours is zero and is computed all the same
   again; no class token; the mean of the tokens to ten classes. Square images.
 - `x_transformers_text(dim=384, heads=6, ff_mult=4, rotary_pos_emb=true)`: blocks and the last norm. Sizes are 1xN, N
   tokens; vectors of tokens (B, N, D) go in, which ask for gradients in training, as an embedding in front of them would
-  have it. In place of rotary_pos_emb, or beside it, rel_pos_bias=true or alibi_pos_bias=true.
+  have it. All channels of a head are turned (theirs turns half of them unless told). In place of rotary_pos_emb, or
+  beside it, rel_pos_bias=true or alibi_pos_bias=true.
 
 Attention is the fused kernel in both (attn_flash), but for rel_pos_bias, with which x-transformers allows none.
 Written against x-transformers 2.31.
