@@ -9,6 +9,7 @@ from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, attention, bui
 from vit2dpe.attention import explain
 from vit2dpe.kernels import rotary, table
 from vit2dpe.models import Swin
+from vit2dpe.signal import Table
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=2)
 AVERAGE = dict(class_token=False, global_pool="avg")
@@ -55,6 +56,45 @@ CASES = [
     ("alibi(distance=squared)", {}, False, None, "none", "channels", "a product"),
     ("rope+relative", {}, True, None, "in place", "learned", "whole grid"),
 ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("word", ["t5", "relative(shared=true,prefix=true)", "logcpb(shared=true,form=cr)"])
+def test_a_bias_that_blocks_share_is_looked_up_once_and_gives_the_same(monkeypatch, word, checkpointing):
+    """The kernel of learned tables is kept out: it would take a table on a whole grid for itself."""
+    monkeypatch.setattr(table, "_whole_grid", lambda term: False)
+    model, images, looked = vit(word, depth=3), torch.randn(2, 3, 32, 48), []
+    model.set_grad_checkpointing(checkpointing)
+    dense = Table.dense
+    monkeypatch.setattr(Table, "dense", lambda term: looked.append(term) or dense(term))
+
+    def run():
+        looked.clear()
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            return len(looked), [model.eval()(images), *gradients]
+
+    once, ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr("vit2dpe.models.vit.for_all", lambda signal, x: signal)
+        often, reference = run()
+    assert (once, often) == (1, 6 if checkpointing else 3)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_stages_of_a_swin_share_the_places_of_equal_windows(monkeypatch):
+    made = []
+    index = Table._index
+    monkeypatch.setattr(Table, "_index", lambda term: made.append(term.q.extent) or index(term))
+    sizes = dict(img_size=(48, 80), patch_size=2, window_size=(3, 5))
+    model = Swin(**sizes, embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 2))
+    model.eval()(torch.randn(1, 3, 48, 80))
+    assert made == [(3, 5)]
+    made.clear()
+    model.forward_intermediates(torch.randn(1, 3, 20, 24))
+    assert made == [(3, 5)]
 
 
 @pytest.mark.parametrize(("word", "arguments", "training", "budget", "rotation", "bias", "why"), CASES)

@@ -363,16 +363,20 @@ def test_attention_in_windows_is_attention_on_the_grid_with_the_mask_of_a_double
 def test_most_windows_have_no_mask_and_the_others_go_together(grid, unmasked, others):
     """Where the grid was filled up far enough, the last two windows along an axis have a mask."""
     groups = cut(grid, (3, 5), 7, shifted=True, masked=True, device=torch.device("cpu")).groups
-    assert groups[0] == (unmasked, None) and groups[1][0] == others and len(groups) == 2
+    assert groups[0] == (unmasked, None)
+    assert groups[1][0] == others
+    assert len(groups) == 2
     masks = groups[1][1].unflatten(0, (others, 7))
-    assert masks.shape == (others, 7, 1, 15, 15) and bool((masks == masks[:, :1]).all())
+    assert masks.shape == (others, 7, 1, 15, 15)
+    assert bool((masks == masks[:, :1]).all())
     assert all(not mask.all() for mask in masks[:, 0, 0])
 
 
 def test_windows_that_are_not_shifted_nor_filled_up_are_views():
     x = randn(2, 6, 10, 4)
     windows = cut((6, 10), (3, 5), 2, shifted=False, masked=True, device=x.device)
-    assert windows.order is None and windows.groups == ((4, None),)
+    assert windows.order is None
+    assert windows.groups == ((4, None),)
     assert torch.equal(windows.split(x)[6], x[0, 3:, 5:].flatten(0, 1))  # the last window of the first image
     assert torch.equal(windows.join(windows.split(x), 2), x)
 
