@@ -132,8 +132,8 @@ class _Learned(torch.autograd.Function):
             found = iter(torch.autograd.grad(logits.softmax(-1) @ v, inputs, gradient, create_graph=True))
             gradients = [next(found) if x.requires_grad else None for x in (q, k, v, table)]
             return (*gradients, None, None, None)
-        dq, dk, dv, dtable = (torch.empty_like(x) for x in (q, k, v, table))
-        size = q.shape[2] ** 2 * table.element_size()
+        dq, dk, dv = (torch.empty_like(x, dtype=table.dtype) for x in (q, k, v))
+        dtable, size = torch.empty_like(table), q.shape[2] ** 2 * table.element_size()
         most, several = max(1, CACHE // size), max(1, MATRICES // size)
         space = table.new_empty(2, min(most, max(q.shape[:2])), q.shape[2], q.shape[2])
         for first in range(0, q.shape[1], several):
@@ -142,13 +142,11 @@ class _Learned(torch.autograd.Function):
             given = [x[:, first : first + several] for x in (q, k, v, gradient)]
             wanted = [x[:, first : first + several] for x in (dq, dk, dv)]
             for images, heads in _steps(q.shape[0], len(biases), most):
-                step = (x[images, heads].to(table.dtype) for x in given)
-                *parts, logits = _backward(biases[heads], scale, space, *step)
-                for whole, part in zip(wanted, parts, strict=True):
-                    whole[images, heads] = part
+                step = [x[images, heads].to(table.dtype) for x in given]
+                logits = _backward(biases[heads], scale, space, step, [x[images, heads] for x in wanted])
                 totals[heads] += logits if isinstance(images, int) else logits.sum(0)
             dtable[first : first + several] = _fold(totals[:, prefix:, prefix:], grid)
-        return dq, dk, dv, dtable, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable, None, None, None
 
 
 def _steps(images: int, heads: int, most: int) -> Iterator[tuple[int | slice, int | slice]]:
@@ -160,16 +158,23 @@ def _steps(images: int, heads: int, most: int) -> Iterator[tuple[int | slice, in
         yield from ((slice(i, min(i + most, images)), j) for j in range(heads) for i in range(0, images, most))
 
 
-def _backward(bias: Tensor, scale: float, space: Tensor, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor):
-    """Gradients of q, k, v (S, N, Dh), S images or heads, and of the logits, by way of matrices that are used again."""
+def _backward(bias: Tensor, scale: float, space: Tensor, given: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """Gradients of q, k, v are written to `wanted`, those of the logits returned, in matrices that are used again.
+
+    Args:
+        given: q, k, v and the gradient of the output, each (S, N, Dh) of S images or heads.
+    """
+    (q, k, v, gradient), (dq, dk, dv) = given, wanted
     p, ds = space[:, : q.shape[0]]
     torch.baddbmm(bias, q, k.mT, alpha=scale, out=p)
     torch.softmax(p, dim=-1, out=p)
-    dv = p.mT @ gradient
+    dv.baddbmm_(p.mT, gradient, beta=0)
     torch.bmm(gradient, v.mT, out=ds)
     # ds = p (dp - Σ p dp), in one pass.
     torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-    return (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), dv, ds
+    dq.baddbmm_(ds, k, beta=0, alpha=scale)
+    dk.baddbmm_(ds.mT, q, beta=0, alpha=scale)
+    return ds
 
 
 def matrix(table: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
