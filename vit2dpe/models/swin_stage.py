@@ -195,7 +195,7 @@ def _within(window: Size, grid: Size) -> Size:
 
 
 def in_full(signal: Signal) -> Signal:
-    """Bias terms that are looked up, looked up once for all kinds of windows."""
+    """Bias terms that are looked up, looked up once for all windows."""
     bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
     return signal._replace(bias=bias)
 
