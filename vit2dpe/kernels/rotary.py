@@ -27,20 +27,27 @@ def split_and_rotate(qkv: Tensor, rotation: Rotation, heads: int) -> tuple[Tenso
         rotation: of queries and keys alike, (B|1, 1|H, N, Dh/2).
         heads: H.
     """
-    return _SplitAndRotate.apply(qkv, rotation.cos, rotation.sin, heads)
+    cos, sin = rotation
+    if torch.is_grad_enabled() and (qkv.requires_grad or cos.requires_grad or sin.requires_grad):
+        return _SplitAndRotate.apply(qkv, cos, sin, heads)
+    return _forward(qkv, cos, sin, heads)
+
+
+def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    packed = qkv.view(*qkv.shape[:2], 3, heads, -1)
+    turn = as_complex(cos, sin).transpose(1, 2).unsqueeze(2)  # (B|1, N, 1, 1|H, Dh/2)
+    if _WIDE.get(qkv.dtype) == turn.dtype:
+        _complex(packed).narrow(2, 0, 2).mul_(turn)
+    else:  # half precision is rotated in float32 and rounded once
+        pair = packed.narrow(2, 0, 2)
+        pair.copy_(torch.view_as_real(_complex(pair.to(cos.dtype)) * turn).flatten(-2))
+    return packed.transpose(1, 3).unbind(2)  # type: ignore[return-value]
 
 
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int):
-        packed = qkv.view(*qkv.shape[:2], 3, heads, -1)
-        pair = packed[:, :, :2]
-        turn = as_complex(cos, sin).transpose(1, 2).unsqueeze(2)  # (B|1, N, 1, 1|H, Dh/2)
-        if _WIDE.get(qkv.dtype) == turn.dtype:
-            _complex(pair).mul_(turn)
-        else:  # half precision is rotated in float32 and rounded once
-            pair.copy_(torch.view_as_real(_complex(pair.to(cos.dtype)) * turn).flatten(-2))
-        q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
+        q, k, v = _forward(qkv, cos, sin, heads)
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(cos, sin, *((q, k) if learned else ()))
         return q, k, v
@@ -82,11 +89,11 @@ def _table_gradient(cos: Tensor, sin: Tensor, turned: list[Tensor], gradients: t
 
 def as_complex(cos: Tensor, sin: Tensor) -> Tensor:
     """cos + i sin; without a copy where the two lie interleaved in memory, as those of an encoding do."""
-    one_storage = cos.untyped_storage().data_ptr() == sin.untyped_storage().data_ptr()
-    if one_storage and cos.stride() == sin.stride() and sin.storage_offset() == cos.storage_offset() + 1:
-        even = cos.storage_offset() % 2 == 0 and all(step % 2 == 0 for step in cos.stride())
-        if even:
-            return torch.view_as_complex(cos.as_strided((*cos.shape, 2), (*cos.stride(), 1)))
+    steps = cos.stride()
+    beside = sin.data_ptr() == cos.data_ptr() + cos.element_size() and sin.stride() == steps
+    even = not cos.storage_offset() % 2 and not any(step % 2 for step in steps)
+    if beside and even and cos.untyped_storage().data_ptr() == sin.untyped_storage().data_ptr():
+        return torch.view_as_complex(cos.as_strided((*cos.shape, 2), (*steps, 1)))
     return torch.complex(cos, sin)
 
 
