@@ -8,10 +8,14 @@ import torch
 from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, attention, build, paths
 from vit2dpe.attention import explain
 from vit2dpe.kernels import rotary, table
-from vit2dpe.models import Swin
+from vit2dpe.models import MAE, Swin
+from vit2dpe.models.seq2seq import Seq2Seq
+from vit2dpe.models.text import TextEncoder
 from vit2dpe.signal import Table
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=2)
+TEXT = dict(context=9, embed_dim=16, depth=3, num_heads=2)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=3, decoder_num_heads=2)
 AVERAGE = dict(class_token=False, global_pool="avg")
 
 
@@ -32,7 +36,7 @@ def taken(monkeypatch):
     count(table, "_view", "view")
     count(table, "_chunked", "chunked")
     count(table._Learned, "apply", "learned")
-    count(rotary._SplitAndRotate, "apply", "in place")
+    count(rotary, "_forward", "in place")
     count(attention, "rotate", "functional")
     count(attention, "_append_channels", "channels")
     count(attention, "_merge", "merged")
@@ -55,6 +59,8 @@ CASES = [
     ("alibi", {}, False, None, "none", "matrix", "a Dense term"),
     ("alibi(distance=squared)", {}, False, None, "none", "channels", "a product"),
     ("rope+relative", {}, True, None, "in place", "learned", "whole grid"),
+    ("relative(shared=true)", {}, False, None, "none", "matrix", "not above 32 MiB; looked up once for all"),
+    ("relative(shared=true,prefix=true)", {}, True, None, "none", "matrix", "prefix tokens have biases too; looked up"),
 ]
 
 
@@ -82,6 +88,29 @@ def test_a_bias_that_blocks_share_is_looked_up_once_and_gives_the_same(monkeypat
         often, reference = run()
     assert (once, often) == (1, 6 if checkpointing else 3)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "lookups"),
+    [
+        (lambda: MAE(vit("none", num_classes=0), decoder_position="t5", **DECODER), 1),
+        (lambda: TextEncoder("t5", vocab_size=7, pool="", **TEXT), 1),
+        (lambda: Seq2Seq("t5", cross_position="t5", source_vocab=7, target_vocab=7, **TEXT), 3),
+    ],
+)
+def test_every_model_looks_a_shared_bias_up_once(monkeypatch, make, lookups):
+    looked, dense = [], Table.dense
+    monkeypatch.setattr(Table, "dense", lambda term: looked.append(term) or dense(term))
+    model, tokens = make().eval(), torch.tensor([[1, 2, 3, 4, 5], [6, 5, 4, 3, 0]])
+    valid = tokens > 0
+    with torch.no_grad():
+        if isinstance(model, MAE):
+            model(torch.randn(2, 3, 32, 48))
+        elif isinstance(model, Seq2Seq):
+            model(tokens, tokens, valid, valid)
+        else:
+            model(tokens, valid)
+    assert len(looked) == lookups
 
 
 def test_stages_of_a_swin_share_the_places_of_equal_windows(monkeypatch):

@@ -160,7 +160,7 @@ def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, 
     if isinstance(temperature, Tensor) or temperature != 1.0:
         bias = bias * temperature
     if mask is not None:
-        # A sum, because `where` takes 5 to 15 times as long on the CPU; the mask has no heads to fill.
+        # A sum, because `where` takes 5 to 15 times as long on the CPU. Biases are finite or -inf.
         bias = bias + torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, float("-inf"))
     if dtype == torch.float16:
         # float16 ends at 65,504. Moving a row changes no softmax, so its largest entry becomes 0, and what then

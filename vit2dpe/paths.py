@@ -66,6 +66,8 @@ def bias(
         return Choice("none", "no bias is asked for")
     if len(terms) > 1:
         return Choice("matrix", "several terms are added up")
+    if isinstance(terms[0], Dense) and terms[0].why:
+        return Choice("matrix", terms[0].why)
     if not isinstance(terms[0], Table):
         return Choice("matrix", f"a {type(terms[0]).__name__} term is a matrix, here at least")
     if mask is not None:
@@ -83,13 +85,12 @@ def for_all(signal: Signal, x: Tensor) -> Signal:
     Args:
         x: the tokens, for their dtype and device.
     """
-    bias = tuple(
-        Dense(term.dense())
-        if isinstance(term, Table) and table.choose(term, x, _trains(term.table, x)).path == "matrix"
-        else term
-        for term in signal.bias
-    )
-    return signal._replace(bias=bias)
+    return signal._replace(bias=tuple(_once(term, x) if isinstance(term, Table) else term for term in signal.bias))
+
+
+def _once(term: Table, x: Tensor) -> Bias:
+    path, why = table.choose(term, x, _trains(term.table, x))
+    return Dense(term.dense(), f"{why}; looked up once for all blocks") if path == "matrix" else term
 
 
 def _trains(*inputs: Tensor) -> bool:

@@ -115,9 +115,10 @@ class Bias(Protocol):
 
 
 class Dense(NamedTuple):
-    """A bias given in full, (B|1, H, Nq, Nk)."""
+    """A bias given in full, (B|1, H, Nq, Nk), and, where it was looked up for several blocks, why."""
 
     tensor: Tensor
+    why: str = ""
 
     def dense(self) -> Tensor:
         return self.tensor

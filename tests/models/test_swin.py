@@ -127,6 +127,16 @@ def test_export_with_dynamic_height_and_width(position):
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_exports_with_windows_that_scale():
+    model = drawn("rope", window_policy="scale", depths=(1,), num_heads=(2,), dynamic_img_pad=False)
+    rows, cols = torch.export.Dim("rows", min=5, max=32), torch.export.Dim("cols", min=7, max=32)
+    shapes = {"images": {2: 4 * rows, 3: 4 * cols}}
+    program = torch.export.export(model, (images(2, 48, 80),), dynamic_shapes=shapes, strict=False).module()
+    x = images(2, 40, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_encodings_live_where_they_act():
     model = micro("sincos+rope_mixed+alibi")
     assert type(model.position).__name__ == "SinCos"
@@ -362,6 +372,18 @@ def test_features_only_and_fx():
     with torch.no_grad():
         for x in (X, images(2, 10, 30)):
             assert torch.equal(graph(x)["out"], model(x))
+            assert torch.equal(torch.fx.Interpreter(graph).run(x)["out"], model(x))  # which hands no dictionary on
+
+
+def test_each_stage_sees_places_on_its_own_device():
+    model, seen = micro("rope", window_size=(2, 3)), []
+    for part in (model.layers[1], model.norm, model.head):
+        part.to("meta")
+    model.layers[1].register_forward_pre_hook(lambda _, args: (args[0].to("meta"), *args[1:]))
+    for stage in model.layers:
+        stage.position.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert model(X).is_meta
+    assert [(at.extent, str(at.coords.device)) for at in seen] == [((2, 3), "cpu"), ((2, 3), "meta")]
 
 
 @pytest.mark.parametrize("position", ["relative", "logcpb+learned", "t5+rope_mixed"])

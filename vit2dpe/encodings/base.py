@@ -83,7 +83,8 @@ class PositionEncoding(nn.Module):
         return None
 
     def bias(self, q: Positions, k: Positions) -> Tensor | Bias | None:
-        """(B|1, H, Nq, Nk) to be added to the logits between tokens that have a place, or a Bias term."""
+        """(B|1, H, Nq, Nk), finite or -inf, to be added to the logits between tokens that have a place, or a Bias
+        term."""
         return None
 
     def perturb(self, at: Positions) -> Callable[[Positions], Positions] | None:

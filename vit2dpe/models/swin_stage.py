@@ -24,6 +24,7 @@ from ..signal import Dense, LowRank, Signal
 from .swin_windows import Size, Windows, cut
 
 Word = str | Callable[[Dims], PositionEncoding]
+Places = dict[tuple[Size, torch.device], Positions]
 
 
 class SwinStage(nn.Module):
@@ -87,7 +88,7 @@ class SwinStage(nn.Module):
         self.train_grid = grid
         self.window = self.trained_window = _within(window, grid)
 
-    def forward(self, x: Tensor, places: dict[Size, Positions] | None = None) -> Tensor:
+    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
         """(B, H, W, D) -> (B, H', W', D')
 
         Args:
@@ -96,10 +97,7 @@ class SwinStage(nn.Module):
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
         window = self.window_at(grid)
-        places = {} if places is None else places
-        if window not in places:
-            places[window] = Positions.grid(window, x.device)
-        at = places[window]
+        at = _places(window, x.device, places)
         signal = in_full(self.position(at))
         ways = [
             cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
@@ -188,6 +186,19 @@ class WindowAttention(Attention):
         rows = [part.transpose(1, 2).flatten(2) for part in found]
         out = torch.cat(rows) if len(rows) > 1 else rows[0]
         return self.proj_drop(self.proj(windows.join(out, images)))
+
+
+def _places(window: Size, device: torch.device, known: Places | None) -> Positions:
+    """The places of a window, made once a forward for all stages that have it.
+
+    Each stage makes its own where a graph is traced, whose sizes have no hash, and where `known` cannot be written to:
+    torch.fx hands a dictionary on as one that cannot change.
+    """
+    if type(known) is not dict or torch.compiler.is_compiling():
+        return Positions.grid(window, device)
+    if (window, device) not in known:
+        known[window, device] = Positions.grid(window, device)
+    return known[window, device]
 
 
 def _within(window: Size, grid: Size) -> Size:
