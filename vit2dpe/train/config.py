@@ -189,7 +189,7 @@ class EvaluateConfig:
         crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
         limit: use only so many images, balanced over classes.
         unreadable: of a folder: error, or skip: files that cannot be read are left out, counted and listed in
-            out/unreadable.jsonl.
+            out/unreadable.jsonl. With a limit only as many are tried as it takes.
         batch_size: images at a time.
         device: auto, cpu, cuda, cuda:1, mps.
         out: folder that results.csv goes to.
