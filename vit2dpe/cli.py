@@ -63,9 +63,11 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+def usage(of: str = "") -> str:
+    """All commands, or those that begin with the word `of`."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
     return (
         f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
         "`vit2dpe <command> --help` tells the options of a command."
@@ -86,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"vit2dpe {__version__}")
         return 0
+    family = any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
+    if family and args[1:2] in ([], ["-h"], ["--help"]):
+        print(usage(f"{args[0]} "))
+        return 0
     try:
-        words = 2 if " ".join(args[:2]) in COMMANDS else 1  # "text train" is one command
+        words = 2 if family else 1
         name, args = " ".join(args[:words]), args[words:]
         if name not in COMMANDS:
             from .errors import unknown
@@ -133,7 +139,9 @@ def _named(place: str) -> Any:
 
 def _show(args: list[str]) -> int:
     options = parser("vit2dpe show", "Draw encodings, without data, or a model's attention.")
-    options.add_argument("encodings", nargs="*", help="words such as rope, sincos+alibi, rope(base=10), or all")
+    options.add_argument(
+        "encodings", nargs="*", default=[], help="words such as rope, sincos+alibi, rope(base=10), or all"
+    )
     options.add_argument("--grid", default="14x14", type=str, help="rows x columns, 14x14; a line: 64x1 is 64")
     options.add_argument("--out", default=None, type=str, help="the picture to write: encodings.png, attention.png")
     options.add_argument("--attention", action="store_true", help="draw attention, with --image or --text")
@@ -150,6 +158,10 @@ def _show(args: list[str]) -> int:
         return 0
     from .show import save
 
+    if strange := [name for name in ("image", "text", "run", "model", "size") if values[name] is not None]:
+        from .errors import ConfigError
+
+        raise ConfigError(f"--{', --'.join(strange)}: add --attention; encodings are drawn without data")
     print(save(values["encodings"], _grid(values["grid"]), values["out"] or "encodings.png"))
     return 0
 

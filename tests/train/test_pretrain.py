@@ -15,8 +15,10 @@ from vit2dpe.cli import main
 from vit2dpe.models.simmim import SimMIM
 from vit2dpe.options import _in_full
 from vit2dpe.reconstruction import LEAK, draw
+from vit2dpe.train.config import EvaluateConfig
 from vit2dpe.train.data import Images
 from vit2dpe.train.distributed import World
+from vit2dpe.train.evaluate import evaluate_model
 from vit2dpe.train.init import load_weights
 from vit2dpe.train.masked import MaskedTask
 from vit2dpe.train.pretrain import check, masked_spec, pretrain
@@ -212,6 +214,16 @@ def test_the_probe_writes_its_table(run, capsys):
     ]
     assert all(0 <= float(row["top1"]) <= 100 for row in table)
     assert "linear  avg    top-1" in capsys.readouterr().out
+
+
+def test_what_tells_no_classes_apart_is_not_evaluated(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds a MAE, which tells no classes apart: .* --init"):
+        evaluate_model(EvaluateConfig(model=str(run), data="digits", out=str(tmp_path)))
+
+
+def test_an_option_of_another_command_is_named_and_nothing_else(capsys):
+    assert main(["probe", "--data.limit_train", "64"]) == 2
+    assert capsys.readouterr().err == "vit2dpe: unknown option --data.limit_train; did you mean --limit_train?\n"
 
 
 def test_probes_refuse_what_cannot_work(run):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -238,6 +239,12 @@ def test_help_answers_without_torch(command):
 def test_unknown_commands_and_pictures(tmp_path, capsys):
     assert main(["stduy"]) == 2
     assert "did you mean 'study'" in capsys.readouterr().err
+    for words in (["text"], ["text", "--help"]):
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        assert re.findall(r"^  (\w.*?)  ", said, re.MULTILINE) == ["text train", "text sample"]
+    assert main(["text", "sampel"]) == 2
+    assert "unknown command 'text sampel'; did you mean 'text sample'" in capsys.readouterr().err
     out = tmp_path / "two.png"
     assert main(["show", "rope", "relative", "--grid", "5x8", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ import yaml
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError, ConfigError
+from vit2dpe.options import _switched
 from vit2dpe.train.checkpoint import read_meta
 from vit2dpe.train.data import load_images
 from vit2dpe.train.init import initialize, jitter_places, load_weights
@@ -64,6 +65,11 @@ def test_the_written_settings_and_the_next_command_work(finished, tmp_path, caps
     assert "tensors taken" in out
     assert "drawn anew" not in out, "the table of 2x3 is resized to 3x4, everything else fits"
     assert load_run(tmp_path / "next").train_grid == (3, 4)
+
+
+def test_a_run_has_a_last_and_a_best(finished):
+    with pytest.raises(ConfigError, match="unknown checkpoint of a run 'beste'; did you mean 'best'"):
+        load_run(finished, which="beste")
 
 
 def test_resuming_the_finished_run_says_what_changed(finished, capsys):
@@ -145,6 +151,14 @@ def test_yaml_says_what_it_means(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_switch_takes_its_word_with_a_space_too():
+    switches = {"--smoke", "--run.compile"}
+    args = ["--smoke", "--run.compile", "False", "--out", "true", "--smoke=false", "--run.compile"]
+    expected = ["--smoke=true", "--run.compile=false", "--out", "true", "--smoke=false", "--run.compile=true"]
+    assert list(_switched(args, switches)) == expected
+    assert list(_switched([], switches)) == []
+
+
 def test_hyphens_switches_and_printing(tmp_path, capsys):
     path = tmp_path / "x.yaml"
     path.write_text("optim:\n  lr: 1e-3\nmodel:\n  position: alibi\n")
@@ -164,6 +178,9 @@ def test_help_tells_what_settings_mean(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--optim.layer-decay LAYER_DECAY learning rate of a block over that of the next" in text
     assert "How weights are updated" in text
+    assert "up to ten, or 1% of a split" in text
+    assert "(type: dict, default: {})" in text
+    assert "<class" not in text
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):

@@ -111,6 +111,11 @@ def load_subject(config: EvaluateConfig) -> Subject:
             raise ConfigError(
                 f"{folder} does not say {', '.join(lacking)} of its images: it is no classifier of images"
             )
+        if not getattr(run, "num_classes", 0):
+            raise ConfigError(
+                f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
+                f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
+            )
         label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed", "")
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)
