@@ -61,13 +61,23 @@ def parse(parser, args: list[str]) -> dict:
     try:
         return parser.parse_args(args).as_dict()
     except (ArgumentError, TypeError) as error:
-        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
+        message = _plainly(re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split())))
         given = [arg.split("=")[0] for arg in args if arg.startswith("--")]
         strange = next((arg for arg in given if not any(option.startswith(arg) for option in known)), None)
         near = difflib.get_close_matches(strange, known, n=1) if strange else []
         if near:  # then what the parser says is of what it took it for
             message = f"unknown option {strange}; did you mean {near[0]}?"
         raise ConfigError(message) from None
+
+
+def _plainly(message: str) -> str:
+    """What the parser says of a value of a wrong type, in one sentence; anything else as it is."""
+    kinds = r"(?:.*Subtypes: \[(?P<kind>.*), NoneType\].*Given value|Expected an? (?P<only>\w+)\. Got value)"
+    found = re.fullmatch(rf'Parser key "(?P<key>[\w.]+)": {kinds}: (?P<value>.*)', message)
+    if found is None:
+        return message
+    wanted = f"{found['kind']} or null" if found["kind"] else found["only"]
+    return f"{found['key']} must be of type {wanted}, got {found['value']}"
 
 
 def _with_preset(args: list[str]) -> list[str]:
