@@ -16,12 +16,14 @@ class Command(NamedTuple):
     """A word of the command line: what it is for, and the function and the dataclass of settings behind it.
 
     Both are named "module:name" within the package, so that nothing is imported before the command is known. The
-    function is called as `run(config, command="what was typed")`.
+    function is called as `run(config, command="what was typed")`. `parallel`: several processes of torchrun share its
+    work.
     """
 
     summary: str
     run: str
     config: str
+    parallel: bool = False
 
 
 COMMANDS = {
@@ -34,17 +36,20 @@ COMMANDS = {
         "train a classifier of images with any encoding: resumable, on one process or many",
         "train.train:train",
         "train.settings:TrainConfig",
+        parallel=True,
     ),
     "text train": Command(
         "train a language model on plain text with any encoding",
         "train.text:train",
         "train.text_config:TextTrainConfig",
+        parallel=True,
     ),
     "text sample": Command("let a trained text model write", "train.text:sample", "train.text_config:SampleConfig"),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
         "train.pretrain:pretrain",
         "train.pretrain_settings:PretrainConfig",
+        parallel=True,
     ),
     "probe": Command(
         "what the frozen features of a run are worth: linear classifier, nearest neighbours",
@@ -100,6 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             raise unknown("command", name, COMMANDS)
         command = COMMANDS[name]
+        if not command.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from .errors import ConfigError
+
+            raise ConfigError(
+                f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
+            )
         if not command.config:
             return _named(command.run)(args)
         config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported

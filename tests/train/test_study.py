@@ -236,6 +236,13 @@ def test_help_answers_without_torch(command):
     assert result.stdout.endswith("False False\n")
 
 
+def test_processes_of_torchrun_do_not_all_write_one_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["study", "--smoke", "--out", str(tmp_path / "study")]) == 2
+    assert "vit2dpe study is one process, torchrun started 2" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 def test_unknown_commands_and_pictures(tmp_path, capsys):
     assert main(["stduy"]) == 2
     assert "did you mean 'study'" in capsys.readouterr().err
