@@ -64,7 +64,8 @@ class Updates:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """The schedule's; with layer decay that of the last layers, the others have less."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def take(self, batch: Batch, epoch: int, step: int, done: int) -> Outcome:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
