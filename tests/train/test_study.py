@@ -217,6 +217,11 @@ def test_all_means_every_name():
     assert check(StudyConfig(encodings="all")).encodings == list(ENCODINGS)
 
 
+def test_smoke_is_small_whatever_the_recipe_says():
+    small = resolve(StudyConfig(smoke=True, batch_size=256, seeds=5, epochs=100, limit_train=5000))
+    assert (small.batch_size, small.limit_train, small.seeds, small.epochs) == (16, 32, 1, 1)
+
+
 def test_quick_fills_only_what_was_not_said():
     quick = resolve(StudyConfig(quick=True, epochs=3))
     assert quick.epochs == 3

@@ -171,14 +171,9 @@ def resolve(config: StudyConfig) -> StudyConfig:
     missing = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     if config.smoke:
-        config = replace(
-            config,
-            epochs=1,
-            seeds=min(1, config.seeds),
-            jobs=1,
-            limit_train=2 * int(config.batch_size or 1),
-            limit_test=40,
-        )
+        batch = min(16, int(config.batch_size or 1))
+        few: dict[str, Any] = dict(batch_size=batch, limit_train=2 * batch, limit_test=40)
+        config = replace(config, epochs=1, seeds=min(1, config.seeds), jobs=1, **few)
     return config
 
 
