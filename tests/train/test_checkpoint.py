@@ -72,6 +72,16 @@ def test_a_name_as_long_as_the_system_takes(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_who_reads_meanwhile_reads_what_was_there(tmp_path):
+    """The new file takes the name of the old one in one moment; nothing is written into what a reader has open."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
 def test_renames_are_made_to_last(tmp_path, monkeypatch):
     """What was written reaches the disk before it gets its name, and the folder's names do after that."""
     real, seen = os.fsync, []
