@@ -97,6 +97,24 @@ def test_no_step_is_taken_where_the_loss_or_the_gradient_alone_is_not_finite(bad
     assert not updates.given
 
 
+def test_float16_leaves_out_what_overflows_and_halves_its_factor():
+    """That is no bad loss: the factor starts at 65,536 and is halved until the gradient can be held."""
+    updates = Watched(run=RunConfig(device="cpu", precision="float16"))
+    factors = []
+    for done in range(20):
+        factors.append(updates.scaler.get_scale())
+        found = updates.take((X, Y), epoch=0, step=done, done=done)
+        assert found.finite
+        if updates.given:
+            break
+        assert not math.isfinite(found.norm)
+    assert factors == [65536 / 2**n for n in range(len(factors))]
+    assert len(factors) > 1
+    torch.testing.assert_close(updates.given[0], by_hand()[1], rtol=1e-2, atol=1e-2)
+    assert not updates.take((X * math.nan, Y), epoch=0, step=20, done=20).finite
+    assert updates.take((X, Y), epoch=0, step=21, done=21).finite
+
+
 def test_an_average_follows_with_the_count_of_updates():
     """The first update copies the weights; timm's warm-up lets the decay grow from there."""
     updates = Watched(ema=0.9)

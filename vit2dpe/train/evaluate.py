@@ -129,6 +129,8 @@ def load_subject(config: EvaluateConfig) -> Subject:
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
     name, bracket, rest = config.model.partition("(")
+    if bracket and not rest.endswith(")"):
+        raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
     options = parse(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
     name = name.strip()
     if ":" not in name and not timm.is_model(name):

@@ -111,8 +111,6 @@ class Updates:
             self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
             if self.ema is not None:
                 self.ema.update(self.model, step=done + 1)
-        else:
-            self.optimizer.zero_grad()
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
         return Outcome(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
 
