@@ -59,7 +59,7 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     about = model.about
     if lacking := [name for name in ("data", "mean", "std", "train_size") if name not in about]:
         raise ConfigError(
-            f"{folder} holds a {about['model']} and says nothing of {', '.join(lacking)}: a model of images can be probed"
+            f"{folder} holds a {about['model']} and says nothing of {', '.join(lacking)}: probed is what saw images"
         )
     model = getattr(model, "encoder", model)
     data = load_images(**data_of(config, folder, about["data"]))
