@@ -97,6 +97,15 @@ def test_no_step_is_taken_where_the_loss_or_the_gradient_alone_is_not_finite(bad
     assert not updates.given
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_model_computes_in_the_precision_that_was_asked_for(precision):
+    updates, seen = Watched(run=RunConfig(device="cpu", precision=precision)), []
+    updates.model.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+    updates.take((X, Y), epoch=0, step=0, done=0)
+    assert seen == [getattr(torch, precision)]
+    assert updates.model.weight.dtype == torch.float32
+
+
 def test_float16_leaves_out_what_overflows_and_halves_its_factor():
     """That is no bad loss: the factor starts at 65,536 and is halved until the gradient can be held."""
     updates = Watched(run=RunConfig(device="cpu", precision="float16"))
