@@ -2,16 +2,16 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 import yaml
 
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli import main
+from vit2dpe.cli import COMMANDS, _named, main
 from vit2dpe.errors import CheckpointError, ConfigError
-from vit2dpe.options import _switched
+from vit2dpe.options import _documented, _switched
 from vit2dpe.train.checkpoint import read_meta
 from vit2dpe.train.data import load_images
 from vit2dpe.train.init import initialize, jitter_places, load_weights
@@ -183,6 +183,18 @@ def test_help_tells_what_settings_mean(capsys):
     assert "up to ten, or 1% of a split" in text
     assert "(type: dict, default: {})" in text
     assert "<class" not in text
+
+
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
+def test_every_setting_has_a_help(command):
+    def silent(config):
+        for setting in fields(config):
+            if setting.name not in _documented(config):
+                yield f"{config.__name__}.{setting.name}"
+            if is_dataclass(setting.default):
+                yield from silent(type(setting.default))
+
+    assert list(silent(_named(COMMANDS[command].config))) == []
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):
