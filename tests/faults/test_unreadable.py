@@ -167,6 +167,14 @@ def test_a_class_is_never_lost(tmp_path, cache):
         load_images("folder", root, cache=cache, unreadable="skip")
 
 
+def test_of_lost_classes_the_first_is_named(tmp_path):
+    root = build(tmp_path / "data")
+    for path in root.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"of 2 classes no image is left that can be read; among them val/a/0\.png"):
+        load_images("folder", root, unreadable="skip")
+
+
 def test_words_that_cannot_be(broken):
     with pytest.raises(ConfigError, match="did you mean 'skip'"):
         load_images("folder", broken, unreadable="skipp")
