@@ -608,9 +608,10 @@ class TestSizes:
     def test_own_size_is_untouched(self, root: Path) -> None:
         assert load_images("folder", root, source_size=(6, 8)).digest == load_images("folder", root).digest
 
-    def test_size_that_is_none(self, root: Path) -> None:
+    @pytest.mark.parametrize("cache", ["memory", "none"])
+    def test_size_that_is_none(self, root: Path, cache: str) -> None:
         with pytest.raises(ConfigError, match="source_size must be two positive numbers"):
-            load_images("folder", root, source_size=(0, 8))
+            load_images("folder", root, source_size=(0, 8), cache=cache)
 
 
 class TestCache:
