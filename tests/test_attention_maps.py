@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -13,6 +14,7 @@ from vit2dpe import Attention, Positions, Signal, ViT, attend, attention, show, 
 from vit2dpe.attention_maps import entropy, mean_distance, rollout, summary, weights
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
+from vit2dpe.models import MAE
 from vit2dpe.signal import Dense, LowRank, Rotation
 from vit2dpe.testing import randomise
 
@@ -265,6 +267,15 @@ def test_pictures(more, tmp_path):
     torch.testing.assert_close(shown, maps["blocks.0.attn"][0, 0, query, model.num_prefix_tokens :].view(2, 3))
 
 
+def test_a_masked_autoencoder_is_seen_by_its_encoder(tmp_path):
+    mae = MAE(ViT("rope", **SIZE | dict(num_classes=0)), decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+    Image.new("RGB", (40, 60), (200, 30, 60)).save(tmp_path / "cat.png")
+    assert show_attention.save(mae, tmp_path / "cat.png", tmp_path / "a.png").stat().st_size > 5000
+    theirs = timm.create_model("test_vit")
+    with pytest.raises(ConfigError, match=r"this is a VisionTransformer; vit2dpe\.from_timm makes one"):
+        show_attention.save(theirs, tmp_path / "cat.png", tmp_path / "a.png")
+
+
 def test_the_command_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 60), (200, 30, 60)).save("cat.jpg")
@@ -279,6 +290,10 @@ def test_the_command_draws(tmp_path, monkeypatch, capsys):
         ([*command[:-1], "dog.jpg"], "dog.jpg"),
         ([*command, "--size", "17"], "multiple of the patch"),
         (["show"], "at least one"),
+        (["show", "rope", "--image", "cat.jpg", "--size", "16"], "--image, --size: add --attention"),
+        ([*command[:3], "vit2dpe_swin_tiny_patch2_window4_32", *command[4:]], "drawn of a ViT of this library"),
     ):
         assert main(wrong) == 2
-        assert says in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert says in said
+        assert "unreadable" not in said

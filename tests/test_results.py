@@ -58,15 +58,6 @@ def test_the_readmes_picture_was_drawn_from_the_committed_study():
     assert Image.open(BUILD["PICTURE"]).text["Source"] == BUILD["digest"](), "run: python recipes/build_results.py"
 
 
-def test_a_study_of_all_encodings_tells_which_are_missing(tmp_path):
-    folder = study(tmp_path, dict.fromkeys(ENCODINGS, 40.0), seeds=1)
-    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
-    assert "Not finished" not in BUILD["table"](folder)
-    study(folder, dict.fromkeys(list(ENCODINGS)[:-1], 40.0), seeds=1)
-    (folder / "env.json").write_text(json.dumps({"config": {"encodings": "all"}}))
-    assert f"Not finished: `{list(ENCODINGS)[-1]}`." in BUILD["table"](folder)
-
-
 def test_several_seeds_are_told_with_their_interval(tmp_path):
     said = BUILD["table"](study(tmp_path, dict(rope=40.0), seeds=2))
     # Seeds at 40.0 and 40.4: half of the interval is t(0.975, 1) * s / sqrt(2) = 12.706 * 0.2828 / 1.4142 = 2.54.

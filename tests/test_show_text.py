@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vit2dpe import ConfigError, ViT, load_run, show, show_text
 from vit2dpe.cli import main
@@ -67,6 +68,15 @@ def test_the_command(runs, tmp_path, capsys):
     assert "--run FOLDER" in capsys.readouterr().err
     assert main(["show", "rope", "--attention", "--text", "to be", "--run", str(runs / "causal")]) == 2
     assert "--text SENTENCE with --run" in capsys.readouterr().err
+    assert main(["show", "--attention", "--text", "to be", "--size", "8", "--run", str(runs / "causal")]) == 2
+    assert "--text SENTENCE with --run" in capsys.readouterr().err
+    assert main(["show", "--text", "to be", "--run", str(runs / "causal")]) == 2
+    assert "--text, --run: add --attention" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    for name, kind in (("causal", "TextDecoder"), ("translate", "Seq2Seq")):
+        command = ["show", "--attention", "--image", str(tmp_path / "cat.png"), "--run", str(runs / name)]
+        assert main(command) == 2
+        assert f"this is a {kind}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn(runs):

@@ -16,12 +16,14 @@ class Command(NamedTuple):
     """A word of the command line: what it is for, and the function and the dataclass of settings behind it.
 
     Both are named "module:name" within the package, so that nothing is imported before the command is known. The
-    function is called as `run(config, command="what was typed")`.
+    function is called as `run(config, command="what was typed")`. `parallel`: several processes of torchrun share its
+    work.
     """
 
     summary: str
     run: str
     config: str
+    parallel: bool = False
 
 
 COMMANDS = {
@@ -34,17 +36,20 @@ COMMANDS = {
         "train a classifier of images with any encoding: resumable, on one process or many",
         "train.train:train",
         "train.settings:TrainConfig",
+        parallel=True,
     ),
     "text train": Command(
         "train a language model on plain text with any encoding",
         "train.text:train",
         "train.text_config:TextTrainConfig",
+        parallel=True,
     ),
     "text sample": Command("let a trained text model write", "train.text:sample", "train.text_config:SampleConfig"),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
         "train.pretrain:pretrain",
         "train.pretrain_settings:PretrainConfig",
+        parallel=True,
     ),
     "probe": Command(
         "what the frozen features of a run are worth: linear classifier, nearest neighbours",
@@ -63,9 +68,11 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+def usage(of: str = "") -> str:
+    """All commands, or those that begin with the word `of`."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
     return (
         f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
         "`vit2dpe <command> --help` tells the options of a command."
@@ -86,14 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"vit2dpe {__version__}")
         return 0
+    family = any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
+    if family and args[1:2] in ([], ["-h"], ["--help"]):
+        print(usage(f"{args[0]} "))
+        return 0
     try:
-        words = 2 if " ".join(args[:2]) in COMMANDS else 1  # "text train" is one command
+        words = 2 if family else 1
         name, args = " ".join(args[:words]), args[words:]
         if name not in COMMANDS:
             from .errors import unknown
 
             raise unknown("command", name, COMMANDS)
         command = COMMANDS[name]
+        if not command.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from .errors import ConfigError
+
+            raise ConfigError(
+                f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
+            )
         if not command.config:
             return _named(command.run)(args)
         config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported
@@ -133,7 +150,9 @@ def _named(place: str) -> Any:
 
 def _show(args: list[str]) -> int:
     options = parser("vit2dpe show", "Draw encodings, without data, or a model's attention.")
-    options.add_argument("encodings", nargs="*", help="words such as rope, sincos+alibi, rope(base=10), or all")
+    options.add_argument(
+        "encodings", nargs="*", default=[], help="words such as rope, sincos+alibi, rope(base=10), or all"
+    )
     options.add_argument("--grid", default="14x14", type=str, help="rows x columns, 14x14; a line: 64x1 is 64")
     options.add_argument("--out", default=None, type=str, help="the picture to write: encodings.png, attention.png")
     options.add_argument("--attention", action="store_true", help="draw attention, with --image or --text")
@@ -150,6 +169,10 @@ def _show(args: list[str]) -> int:
         return 0
     from .show import save
 
+    if strange := [name for name in ("image", "text", "run", "model", "size") if values[name] is not None]:
+        from .errors import ConfigError
+
+        raise ConfigError(f"--{', --'.join(strange)}: add --attention; encodings are drawn without data")
     print(save(values["encodings"], _grid(values["grid"]), values["out"] or "encodings.png"))
     return 0
 

@@ -23,7 +23,7 @@ def settings(name: str, config: Any, args: list[str]) -> Any:
     """
     switches = {f"--{option}" for option, value in _options(config) if isinstance(value, bool)}
     args = [_in_full(arg, [option for option, _ in _options(config)]) for arg in args]
-    args = _with_preset([f"{arg}=true" if _underscored(arg) in switches else arg for arg in args])
+    args = _with_preset(list(_switched(args, switches)))
     made = parser(f"vit2dpe {name}", config.__doc__ or "")
     made.add_class_arguments(config)
     made.add_argument("--config", action="config", help="YAML file with any of these settings")
@@ -50,7 +50,9 @@ def parse(parser, args: list[str]) -> dict:
 
     args = [_underscored(arg) for arg in args]
     if "-h" in args or "--help" in args:
-        print(re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help()))
+        text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help())
+        # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
+        print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
     known = [option for action in parser._actions for option in action.option_strings]
     for before, arg in zip(["", *args], args, strict=False):
@@ -59,11 +61,23 @@ def parse(parser, args: list[str]) -> dict:
     try:
         return parser.parse_args(args).as_dict()
     except (ArgumentError, TypeError) as error:
-        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
-        strange = next((a.split("=")[0] for a in args if a.startswith("--") and a.split("=")[0] not in known), None)
+        message = _plainly(re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split())))
+        given = [arg.split("=")[0] for arg in args if arg.startswith("--")]
+        strange = next((arg for arg in given if not any(option.startswith(arg) for option in known)), None)
         near = difflib.get_close_matches(strange, known, n=1) if strange else []
-        hint = f"unknown option {strange}; did you mean {near[0]}? " if near else ""
-        raise ConfigError(hint + message) from None
+        if near:  # then what the parser says is of what it took it for
+            message = f"unknown option {strange}; did you mean {near[0]}?"
+        raise ConfigError(message) from None
+
+
+def _plainly(message: str) -> str:
+    """What the parser says of a value of a wrong type, in one sentence; anything else as it is."""
+    kinds = r"(?:.*Subtypes: \[(?P<kind>.*), NoneType\].*Given value|Expected an? (?P<only>\w+)\. Got value)"
+    found = re.fullmatch(rf'Parser key "(?P<key>[\w.]+)": {kinds}: (?P<value>.*)', message)
+    if found is None:
+        return message
+    wanted = f"{found['kind']} or null" if found["kind"] else found["only"]
+    return f"{found['key']} must be of type {wanted}, got {found['value']}"
 
 
 def _with_preset(args: list[str]) -> list[str]:
@@ -88,6 +102,20 @@ def _with_preset(args: list[str]) -> list[str]:
     return [*args[: at + 1], "--config", str(variant), *args[at + 1 :]]
 
 
+def _switched(args: list[str], switches: set[str]) -> Iterator[str]:
+    """`--smoke` as `--smoke=true`, and `--smoke false` as `--smoke=false`."""
+    rest = iter([*args, ""])
+    arg = next(rest)
+    for following in rest:
+        if _underscored(arg) in switches:
+            said = following.lower() in ("true", "false")
+            yield f"{arg}={following.lower() if said else 'true'}"
+            arg = next(rest) if said else following
+        else:
+            yield arg
+            arg = following
+
+
 def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, default) of every setting of a dataclass, those of nested ones too."""
     for setting in fields(config):
@@ -100,6 +128,9 @@ def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _describe(parser: Any, config: Any) -> None:
     """What the docstrings say of each setting, as the help of its option; a class's first line titles its group."""
     said = _documented(config)
+    for group in parser._action_groups:
+        if config.__name__ in (group.title or ""):
+            group.title = "settings"
     for setting in fields(config):
         if is_dataclass(setting.default):
             nested = type(setting.default)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention_maps import attention, rollout
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,17 +81,33 @@ def save(model: Any, file: str | Path, out: str | Path, size: tuple[int, int] | 
     """Draw a model's attention to an image file into `out`, whose ending says the format.
 
     Args:
-        model: a `ViT`; normalisation is taken from a run's record (`about`) or timm's (`pretrained_cfg`).
+        model: a `ViT`, or a masked autoencoder, whose encoder is shown all patches; normalisation is taken from a run's
+            record (`about`) or timm's (`pretrained_cfg`).
         file: the image; brought to `size`, default the model's training size.
-    """
-    from .train.data import normalize
-    from .train.images import decode
 
-    size = size or model.patch_embed.img_size
+    Raises:
+        ConfigError: for any other model.
+        DataError: if the file cannot be read.
+    """
+    from .models import ViT
+    from .train.data import normalize
+    from .train.images import Unreadable, decode
+
     cfg = getattr(model, "about", None) or getattr(model, "pretrained_cfg", None) or {}
+    seen = getattr(model, "encoder", model)
+    if not isinstance(seen, ViT):
+        hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
+        raise ConfigError(
+            f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{hint}"
+        )
+    model = seen
+    size = size or model.patch_embed.img_size
     channels = model.in_chans
     mean, std = (tuple(cfg.get(name) or [0.5] * channels) for name in ("mean", "std"))
-    pixels, _ = decode(file, size)
+    try:
+        pixels, _ = decode(file, size)
+    except Unreadable as error:  # it tells how a data set does without it; here there is no other image
+        raise DataError(f"cannot read the image {file}: {error.reason}") from None
     image = torch.from_numpy(pixels.copy()).movedim(-1, -3)[None] / 255
     image = image.mean(dim=1, keepdim=True) if channels == 1 else image
     figure = draw(model.eval(), normalize(image, mean, std), mean=mean, std=std)
@@ -125,7 +141,7 @@ def command(values: dict[str, Any]) -> Path:
     """`vit2dpe show --attention`: the picture of what was asked for."""
     from .resolution import parse_size
 
-    if values["text"] is not None and not (values["image"] or values["encodings"] or values["model"]):
+    if values["text"] is not None and not any(values[name] for name in ("image", "encodings", "model", "size")):
         from .show_text import save as save_text
 
         return save_text(load(values["run"], None), values["text"], values["out"] or "attention.png")

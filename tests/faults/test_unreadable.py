@@ -15,6 +15,7 @@ from PIL import Image
 
 from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError, ConfigError, DataError
+from vit2dpe.train import images
 from vit2dpe.train.checkpoint import load_run
 from vit2dpe.train.config import EvaluateConfig
 from vit2dpe.train.data import load_images
@@ -166,6 +167,14 @@ def test_a_class_is_never_lost(tmp_path, cache):
         load_images("folder", root, cache=cache, unreadable="skip")
 
 
+def test_of_lost_classes_the_first_is_named(tmp_path):
+    root = build(tmp_path / "data")
+    for path in root.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"of 2 classes no image is left that can be read; among them val/a/0\.png"):
+        load_images("folder", root, unreadable="skip")
+
+
 def test_words_that_cannot_be(broken):
     with pytest.raises(ConfigError, match="did you mean 'skip'"):
         load_images("folder", broken, unreadable="skipp")
@@ -240,6 +249,64 @@ def test_evaluation_counts_and_lists_them(broken, tmp_path, capsys):
     evaluate_model(EvaluateConfig(**run, unreadable="skip"))
     assert "images: 6 used of 6" in capsys.readouterr().out
     assert not (tmp_path / "e/unreadable.jsonl").exists()
+
+
+def test_an_evaluation_with_a_limit_decodes_no_more_than_it_takes(broken, tmp_path, monkeypatch, capsys):
+    run = dict(model="test_resnet(num_classes=2)", untrained=True, data=str(broken), sizes="64", unreadable="skip")
+    for i in range(3, 40):
+        (broken / f"val/b/{i:02}.png").write_bytes((broken / "val/b/0.png").read_bytes())
+    tried = []
+    monkeypatch.setattr(images, "decode", lambda path, size: (tried.append(path), decode(path, size))[1])
+    rows = evaluate_model(EvaluateConfig(**run, limit=4, out=str(tmp_path / "e")))
+    assert [row["n"] for row in rows] == [4], "two of each class: the limit is of what can be read"
+    assert len(set(tried)) == len(tried) in (4, 5)
+    assert "images: 4 used of 43" in capsys.readouterr().out
+    tried.clear()
+    rows = evaluate_model(EvaluateConfig(**run, limit=5, out=str(tmp_path / "f")))
+    listed = [json.loads(line)["file"] for line in (tmp_path / "f/unreadable.jsonl").read_text().splitlines()]
+    assert listed == ["val/a/0.png"], "the third of its class was tried, and another file of another class taken"
+    assert [row["n"] for row in rows] == [5]
+    assert len(set(tried)) == len(tried) == 6
+    with pytest.raises(ConfigError, match="at least 1 image, got 0"):
+        evaluate_model(EvaluateConfig(**run, limit=0, out=str(tmp_path / "g")))
+
+
+def test_a_limit_judges_what_was_tried(tmp_path):
+    """More than ten bad ones among those tried are no accident; a class whose files were all tried is lost."""
+    root = build(tmp_path / "data")
+    run = dict(model="test_resnet(num_classes=2)", untrained=True, data=str(root), sizes="64", unreadable="skip")
+    for i in range(3, 2000):
+        (root / f"val/b/{i:04}.png").write_bytes(b"" if i < 1003 else (root / "val/b/0.png").read_bytes())
+    with pytest.raises(DataError, match=r"\d\d of \d\d images of val cannot be read, more than 1%"):
+        evaluate_model(EvaluateConfig(**run, limit=30, out=str(tmp_path / "e")))
+    for path in (root / "val/a").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"of 1 classes no image is left that can be read; among them val/a/[012]\.png"):
+        evaluate_model(EvaluateConfig(**run, limit=2, out=str(tmp_path / "e")))
+
+
+def test_what_is_kept_lies_where_it_was_decoded(broken, clean, monkeypatch):
+    """A bad file costs no second tensor of the size of all: the images after it move up."""
+    names = sorted(f"train/{path.parent.name}/{path.name}" for path in (broken / "train").glob("*/*.png"))
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: (made.append(empty(*size, **how)), made[-1])[1])
+    decoded = images.decode_all(broken, names, None, skip=True)
+    (whole,) = made
+    assert decoded.images.data_ptr() == whole.data_ptr()
+    monkeypatch.undo()
+    left = [name for name in names if name not in BAD]
+    assert torch.equal(decoded.images, images.decode_all(clean, left, None).images)
+    assert [names[i] for i in decoded.unreadable] == ["train/a/1.png", "train/b/3.png"]
+
+
+@LOADERS
+def test_where_no_file_can_be_read_the_reason_is_told(tmp_path, cache):
+    root = build(tmp_path / "data")
+    for path in root.glob("*/*/*.png"):
+        path.write_bytes(HTML)
+    with pytest.raises(DataError, match=r"not one of 18 images .*; the first, train/a/0\.png: cannot identify"):
+        load_images("folder", root, cache=cache, unreadable="skip")
 
 
 def test_evaluation_of_tar_files_counts_and_lists_them_too(broken, tmp_path, capsys):

@@ -61,6 +61,14 @@ def test_one_tar_a_split(tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_train_alone_where_a_part_of_it_is_held_out(tmp_path):
+    archive(tmp_path / "train.tar", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(4)})
+    with pytest.raises(DataError, match=r"holds train\.tar; .* --data\.val_fraction 0\.1 holds out"):
+        load_images("tar", tmp_path)
+    data = load_images("tar", tmp_path, val_fraction=0.25)
+    assert (len(data.train), len(data.test), data.val) == (6, 2, None)
+
+
 def test_what_no_tar_can_be_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no archive of a split.*train\.tar"):
         load_images("tar", tmp_path)

@@ -10,7 +10,7 @@ import torch
 from vit2dpe import ViT, load_run
 from vit2dpe.errors import CheckpointError, TrainingError
 from vit2dpe.train.checkpoint import save_model
-from vit2dpe.train.files import write_atomically
+from vit2dpe.train.files import sync_folder, write_atomically
 
 ARGUMENTS = dict(
     position="learned+rope_mixed", img_size=(12, 16), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5
@@ -70,6 +70,44 @@ def test_a_name_as_long_as_the_system_takes(tmp_path):
     write_atomically(path, b"whole")  # under another name first, which must not be longer
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_reads_meanwhile_reads_what_was_there(tmp_path):
+    """The new file takes the name of the old one in one moment; nothing is written into what a reader has open."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    """Each under a name of its own until then; the last one to finish is read."""
+    path, real = tmp_path / "file", os.fsync
+
+    def meanwhile(handle):
+        monkeypatch.setattr("vit2dpe.train.files.os.fsync", real)
+        with monkeypatch.context() as other:
+            other.setattr("vit2dpe.train.files.os.getpid", lambda: 1)
+            write_atomically(path, b"theirs")
+        assert path.read_bytes() == b"theirs"
+        real(handle)
+
+    monkeypatch.setattr("vit2dpe.train.files.os.fsync", meanwhile)
+    write_atomically(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_was_synced_is_closed(tmp_path, monkeypatch):
+    opened, closed, real_open, real_close = [], [], os.open, os.close
+    monkeypatch.setattr(os, "open", lambda *args: (opened.append(real_open(*args)), opened[-1])[1])
+    monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), real_close(handle))[1])
+    sync_folder(tmp_path)
+    sync_folder(tmp_path / "that is not there")
+    assert len(opened) == 1
+    assert opened == closed
 
 
 def test_renames_are_made_to_last(tmp_path, monkeypatch):

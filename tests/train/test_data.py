@@ -99,6 +99,19 @@ class TestTake:
         assert whole.take(5) is whole
         assert len(whole) == 2
 
+    def test_without_what_cannot_be_had_the_others_stay(self) -> None:
+        whole = split([i % 3 for i in range(90)])
+        ids = [whole.take(12, without).images[:, 0, 0, 0].tolist() for without in ((), (), range(0, 90, 3))]
+        lost = set(ids[0][:2])
+        part = whole.take(12, lost)
+        left = set(part.images[:, 0, 0, 0].tolist())
+        assert part.labels.bincount().tolist() == [4, 4, 4]
+        assert set(ids[0]) - lost < left
+        assert not lost & left
+        assert whole.take(90, lost).labels.numel() == 88
+        assert not set(ids[2]) & set(range(0, 90, 3))
+        assert whole.take(12, range(0, 90, 3)).labels.bincount().tolist() == [0, 6, 6]
+
     @pytest.mark.parametrize("n", [0, -1])
     def test_none_is_refused(self, n: int) -> None:
         with pytest.raises(ConfigError, match=f"at least 1 image, got {n}"):
@@ -595,9 +608,10 @@ class TestSizes:
     def test_own_size_is_untouched(self, root: Path) -> None:
         assert load_images("folder", root, source_size=(6, 8)).digest == load_images("folder", root).digest
 
-    def test_size_that_is_none(self, root: Path) -> None:
+    @pytest.mark.parametrize("cache", ["memory", "none"])
+    def test_size_that_is_none(self, root: Path, cache: str) -> None:
         with pytest.raises(ConfigError, match="source_size must be two positive numbers"):
-            load_images("folder", root, source_size=(0, 8))
+            load_images("folder", root, source_size=(0, 8), cache=cache)
 
 
 class TestCache:

@@ -112,6 +112,7 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
     [
         (dict(), "needs --model"),
         (dict(model="vit_tiny_patch16_244"), "did you mean 'vit_tiny_patch16_224'"),
+        (dict(model="vit_tiny_patch16_224(depth=1"), "is written 'name(num_classes=10)'"),
         (dict(model="vit_tiny_patch16_224(depht=1)"), "unexpected keyword argument 'depht'"),
         (dict(model="vit2dpe_tiny_patch4_32"), "could not make vit2dpe_tiny_patch4_32 with its pretrained weights"),
         (dict(model="levit_128s(num_classes=3)", sizes="160", untrained=True), "does not take 160x160 images"),

@@ -13,10 +13,14 @@ from torch.nn.functional import interpolate
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.models.simmim import SimMIM
+from vit2dpe.models.text import TextDecoder
 from vit2dpe.options import _in_full
 from vit2dpe.reconstruction import LEAK, draw
+from vit2dpe.train.checkpoint import save_model
+from vit2dpe.train.config import EvaluateConfig
 from vit2dpe.train.data import Images
 from vit2dpe.train.distributed import World
+from vit2dpe.train.evaluate import evaluate_model
 from vit2dpe.train.init import load_weights
 from vit2dpe.train.masked import MaskedTask
 from vit2dpe.train.pretrain import check, masked_spec, pretrain
@@ -214,7 +218,17 @@ def test_the_probe_writes_its_table(run, capsys):
     assert "linear  avg    top-1" in capsys.readouterr().out
 
 
-def test_probes_refuse_what_cannot_work(run):
+def test_what_tells_no_classes_apart_is_not_evaluated(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds a MAE, which tells no classes apart: .* --init"):
+        evaluate_model(EvaluateConfig(model=str(run), data="digits", out=str(tmp_path)))
+
+
+def test_an_option_of_another_command_is_named_and_nothing_else(capsys):
+    assert main(["probe", "--data.limit_train", "64"]) == 2
+    assert capsys.readouterr().err == "vit2dpe: unknown option --data.limit_train; did you mean --limit_train?\n"
+
+
+def test_probes_refuse_what_cannot_work(run, tmp_path):
     for told, reason in (
         (ProbeConfig(), "say which run"),
         (ProbeConfig(run=str(run), pool="token"), "no class token"),
@@ -225,6 +239,10 @@ def test_probes_refuse_what_cannot_work(run):
             probe(replace(told, device="cpu"))
     with pytest.raises(CheckpointError, match=r"model\.json is missing"):
         probe(ProbeConfig(run=str(run.parent), device="cpu"))
+    arguments = dict(position="rope", vocab_size=5, embed_dim=8, depth=1, num_heads=2, context=8)
+    save_model(tmp_path / "last", TextDecoder(**arguments), arguments)
+    with pytest.raises(ConfigError, match="holds a TextDecoder and says nothing of data, mean, std, train_size"):
+        probe(ProbeConfig(run=str(tmp_path), device="cpu"))
 
 
 def test_features_are_of_the_frozen_model_in_evaluation():

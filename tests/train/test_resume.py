@@ -1,5 +1,6 @@
 """A training that was stopped anywhere goes on to the same bits, for any task, and files are never half there."""
 
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from vit2dpe import ViT, load_run
 from vit2dpe.errors import CheckpointError
-from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors
+from vit2dpe.train.checkpoint import ModelSpec, _check, read_meta, read_tensors
 from vit2dpe.train.data import load_images
 from vit2dpe.train.engine import Trainer, fit
 from vit2dpe.train.keys import generator, keyed
@@ -25,7 +26,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=3, batch_size=24, ema=0.9, layer_decay=0.8, accumulate=2)
 RUN = RunConfig(device="cpu", save_minutes=0)
-CLOCKED = {"seconds", "images_per_s", "waiting"}
+CLOCKED = {"seconds", "cpu_seconds", "images_per_s", "waiting"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def same(one, other):
         for run in (one, other)
     ]
     assert rows[0] == rows[1]
-    states = [read_meta(run / "last")["state"] | {"seconds": 0} for run in (one, other)]
+    states = [read_meta(run / "last")["state"] | {"seconds": 0, "cpu_seconds": 0} for run in (one, other)]
     assert states[0] == states[1]
 
 
@@ -91,6 +92,30 @@ def test_a_saved_step_goes_on_to_the_same_bits(data, whole, tmp_path, monkeypatc
     fit(SPEC.build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC, resume=True)
     same(whole, tmp_path)
     assert everything(whole / "best").keys() == everything(tmp_path / "best").keys()
+
+
+def test_clocks_go_on_from_the_parts_before(data, tmp_path, monkeypatch):
+    """Each read of the processor's clock is a second more; a process that is started again reads from 1000 on."""
+    config = replace(OPTIM, epochs=2)
+    for start, epochs in ((0, 1), (1000, 2)):
+        ticks = iter(range(start, start + 10**6))
+        monkeypatch.setattr("time.process_time", lambda ticks=ticks: float(next(ticks)))
+        rows = fit(build(), task(data), replace(config, epochs=epochs, warmup_epochs=0), RUN, folder=tmp_path,
+                   spec=SPEC, resume=True)  # fmt: skip
+    assert 0 < rows[0]["cpu_seconds"] < rows[1]["cpu_seconds"] < 50
+    saved = read_meta(tmp_path / "last")["state"]["cpu_seconds"]
+    assert rows[1]["cpu_seconds"] <= saved < 50
+
+
+def test_a_state_without_the_processors_clock_is_taken_up(data, tmp_path):
+    """Versions before it did not write it."""
+    fit(build(), task(data), replace(OPTIM, epochs=2), RUN, folder=tmp_path, spec=SPEC)
+    meta = read_meta(tmp_path / "last")
+    del meta["state"]["cpu_seconds"]
+    (tmp_path / "last/model.json").write_text(json.dumps(meta | {"check": _check(meta)}))
+    rows = fit(build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC, resume=True)
+    assert len(rows) == 3
+    assert rows[2]["cpu_seconds"] > 0
 
 
 def test_killed_in_the_evaluation_or_before_the_first_save(data, whole, tmp_path, monkeypatch):

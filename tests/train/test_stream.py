@@ -1,6 +1,7 @@
 """Images that stay on disk give the same bits as images in memory, with any number of workers, resumed anywhere."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,11 @@ def test_memory_decides_where_images_are_kept(root, monkeypatch):
         data = load_images("folder", root, source_size=(10, 12), cache="auto")
         assert isinstance(data.train, FileSplit) != kept
         assert any("stay on disk" in note for note in data.notes) != kept
+    for ranks, kept in ((2, True), (3, False)):  # each of them keeps all images
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(sources, "free_memory", lambda: 4 * need)
+        data = load_images("folder", root, source_size=(10, 12), cache="auto")
+        assert isinstance(data.train, FileSplit) != kept
     with pytest.raises(ConfigError, match=r"data\.cache none is of files"):
         load_images("digits", cache="none")
     with pytest.raises(ConfigError, match="did you mean 'memory'"):
@@ -109,6 +115,25 @@ def test_memory_decides_where_images_are_kept(root, monkeypatch):
 
 def test_this_machine_has_memory():
     assert 2**20 < sources.free_memory() < 2**50
+
+
+def test_a_containers_limit_counts_where_it_is_nearer(monkeypatch):
+    told = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    1000 kB\n"}
+    group = "/sys/fs/cgroup/memory"
+    monkeypatch.setattr(Path, "read_text", lambda path: told[str(path)] if str(path) in told else missing())
+    monkeypatch.setattr(sources.os, "sysconf", lambda name: missing())
+
+    def missing():
+        raise OSError("not on this system")
+
+    assert sources.free_memory() == 1000 * 1024
+    for most, used, free in (("900000", "500000", 400_000), ("max", "500000", 1000 * 1024), ("9e9", "5", 1000 * 1024)):
+        told |= {f"{group}.current": used, f"{group}.max": most}
+        assert sources.free_memory() == free
+    told |= {f"{group}.current": "1000", f"{group}.max": "90000000"}
+    assert sources.free_memory() == 1000 * 1024
+    told.clear()
+    assert sources.free_memory() == 2**33, "a guess where nothing is known"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

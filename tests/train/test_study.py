@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,6 +217,11 @@ def test_all_means_every_name():
     assert check(StudyConfig(encodings="all")).encodings == list(ENCODINGS)
 
 
+def test_smoke_is_small_whatever_the_recipe_says():
+    small = resolve(StudyConfig(smoke=True, batch_size=256, seeds=5, epochs=100, limit_train=5000))
+    assert (small.batch_size, small.limit_train, small.seeds, small.epochs) == (16, 32, 1, 1)
+
+
 def test_quick_fills_only_what_was_not_said():
     quick = resolve(StudyConfig(quick=True, epochs=3))
     assert quick.epochs == 3
@@ -235,9 +241,22 @@ def test_help_answers_without_torch(command):
     assert result.stdout.endswith("False False\n")
 
 
+def test_processes_of_torchrun_do_not_all_write_one_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["study", "--smoke", "--out", str(tmp_path / "study")]) == 2
+    assert "vit2dpe study is one process, torchrun started 2" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 def test_unknown_commands_and_pictures(tmp_path, capsys):
     assert main(["stduy"]) == 2
     assert "did you mean 'study'" in capsys.readouterr().err
+    for words in (["text"], ["text", "--help"]):
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        assert re.findall(r"^  (\w.*?)  ", said, re.MULTILINE) == ["text train", "text sample"]
+    assert main(["text", "sampel"]) == 2
+    assert "unknown command 'text sampel'; did you mean 'text sample'" in capsys.readouterr().err
     out = tmp_path / "two.png"
     assert main(["show", "rope", "relative", "--grid", "5x8", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Training on text: tokenizers, batches, objectives, and the two commands from end to end."""
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,25 @@ def test_train_and_sample(file, tmp_path, capsys, more):
     assert first.startswith("The")
     main(sample)
     assert capsys.readouterr().out == first
+    assert main([*sample[:-4], "--length", "-1"]) == 2
+    assert "a length and a count of at least 1" in capsys.readouterr().err
     assert run(file, out, *more) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["causal", "spans", "classify", "translate"])
+def test_the_command_that_is_told_next_works(file, tmp_path, monkeypatch, capsys, objective):
+    """On any data: its text is one that the model has the letters of."""
+    monkeypatch.chdir(tmp_path)
+    Path("lines.tsv").write_text("dog\tThe lazy one.\ncat\tEin Käfer übt.\n" * 10)
+    for split in ("train", "val", "test_2016_flickr"):
+        Path(f"{split}.de").write_text("ein Käfer\nzwei Käfer\n")
+        Path(f"{split}.en").write_text("a beetle\ntwo beetles\n")
+    more = {"classify": ["--data.path", "lines.tsv"], "translate": ["--data.pairs", ".", "--data.tokenizer", "bpe"]}
+    assert run(file, "run", "--objective", objective, *more.get(objective, [])) == 0
+    _, found, following = capsys.readouterr().out.rpartition("next     vit2dpe ")
+    assert found
+    assert main(shlex.split(following)) == 0, capsys.readouterr().err
 
 
 def test_a_masked_model_trains_and_does_not_write(file, tmp_path, capsys):
@@ -210,7 +228,7 @@ def test_a_masked_model_trains_and_does_not_write(file, tmp_path, capsys):
     assert type(model).__name__ == "TextEncoder"
     assert model.vocab_size == len(set(TEXT)) + 1
     assert main(["text", "sample", "--run", str(out)]) == 2
-    assert "holds a TextEncoder" in capsys.readouterr().err
+    assert "holds a TextEncoder; what writes is trained by" in capsys.readouterr().err
 
 
 def test_a_resumed_run_is_the_whole_one(file, tmp_path):

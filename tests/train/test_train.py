@@ -2,15 +2,16 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 import yaml
 
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli import main
+from vit2dpe.cli import COMMANDS, _named, main
 from vit2dpe.errors import CheckpointError, ConfigError
+from vit2dpe.options import _documented, _switched
 from vit2dpe.train.checkpoint import read_meta
 from vit2dpe.train.data import load_images
 from vit2dpe.train.init import initialize, jitter_places, load_weights
@@ -66,6 +67,11 @@ def test_the_written_settings_and_the_next_command_work(finished, tmp_path, caps
     assert load_run(tmp_path / "next").train_grid == (3, 4)
 
 
+def test_a_run_has_a_last_and_a_best(finished):
+    with pytest.raises(ConfigError, match="unknown checkpoint of a run 'beste'; did you mean 'best'"):
+        load_run(finished, which="beste")
+
+
 def test_resuming_the_finished_run_says_what_changed(finished, capsys):
     train(at(replace(MICRO, resume=True, optim=replace(MICRO.optim, epochs=3)), finished), "again")
     assert "note: optim.epochs was 2, is now 3" in capsys.readouterr().out
@@ -91,7 +97,9 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
         (["--data.size", "2"], "multiple of the patch"),
         (["--data.name", "digit"], "did you mean 'digits'"),
         (["--optim.lr", "0"], "optim.lr must be above 0"),
-        (["--optim.lr", "nan"], "Expected a float. Got value: nan"),
+        (["--optim.lr", "nan"], "optim.lr must be of type float, got nan"),
+        (["--model.depth", "2.5"], "model.depth must be of type int or null, got 2.5"),
+        (["--optim.betas", "0.9"], "optim.betas must be of type tuple[float, float] or null, got 0.9"),
         (["--optim.epochs", "3.5"], "optim.epochs"),
         (["--optim.name", "adamww"], "did you mean 'adamw'"),
         (["--optim.schedule", "cosin"], "did you mean 'cosine'"),
@@ -145,6 +153,14 @@ def test_yaml_says_what_it_means(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_switch_takes_its_word_with_a_space_too():
+    switches = {"--smoke", "--run.compile"}
+    args = ["--smoke", "--run.compile", "False", "--out", "true", "--smoke=false", "--run.compile"]
+    expected = ["--smoke=true", "--run.compile=false", "--out", "true", "--smoke=false", "--run.compile=true"]
+    assert list(_switched(args, switches)) == expected
+    assert list(_switched([], switches)) == []
+
+
 def test_hyphens_switches_and_printing(tmp_path, capsys):
     path = tmp_path / "x.yaml"
     path.write_text("optim:\n  lr: 1e-3\nmodel:\n  position: alibi\n")
@@ -164,6 +180,21 @@ def test_help_tells_what_settings_mean(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--optim.layer-decay LAYER_DECAY learning rate of a block over that of the next" in text
     assert "How weights are updated" in text
+    assert "up to ten, or 1% of a split" in text
+    assert "(type: dict, default: {})" in text
+    assert "<class" not in text
+
+
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
+def test_every_setting_has_a_help(command):
+    def silent(config):
+        for setting in fields(config):
+            if setting.name not in _documented(config):
+                yield f"{config.__name__}.{setting.name}"
+            if is_dataclass(setting.default):
+                yield from silent(type(setting.default))
+
+    assert list(silent(_named(COMMANDS[command].config))) == []
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):

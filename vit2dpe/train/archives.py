@@ -21,19 +21,23 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 LAYOUT = "expected <root>/train.tar and <root>/val.tar (or test; .tar.gz, .tgz too), in each <class>/<image>"
 
 
-def unpack(root: Path) -> Path:
+def unpack(root: Path, *, alone: bool = False) -> Path:
     """Class folders made from `root/train.tar` and `root/val.tar`, in the cache, once for each state of the files.
 
     A member's class is the folder that it lies in (the one above, where that is called images, as in Tiny-ImageNet).
     Names are only ever used as names: no member is written outside, links and devices are left out.
 
+    Args:
+        alone: whether train may be the only split.
+
     Raises:
         DataError: for a missing or damaged archive.
     """
     found = {split: path for split in SPLITS for end in ENDINGS if (path := root / f"{split}{end}").is_file()}
-    if "train" not in found or len(found) < 2:
+    if "train" not in found or (len(found) < 2 and not alone):
         raise DataError(
-            f"{root} holds {', '.join(p.name for p in found.values()) or 'no archive of a split'}; {LAYOUT}"
+            f"{root} holds {', '.join(p.name for p in found.values()) or 'no archive of a split'}; {LAYOUT}; with "
+            "train alone --data.val_fraction 0.1 holds out a tenth of it"
         )
     stats = [(split, path.stat()) for split, path in found.items()]
     key = repr([str(root.resolve()), *((split, s.st_size, s.st_mtime_ns) for split, s in stats)])

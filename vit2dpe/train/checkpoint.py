@@ -154,8 +154,11 @@ def load_run(
         allow_nan: take weights that are not finite, too.
 
     Raises:
+        ConfigError: for another word than these two.
         CheckpointError: if a file is missing, was altered, is not finite, or comes from a newer version.
     """
+    if which not in ("last", "best"):
+        raise unknown("checkpoint of a run", which, ("last", "best"))
     folder = Path(run)
     folder = folder / which if (folder / which).is_dir() else folder
     meta = read_meta(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..errors import ConfigError
+
 DEFAULT_ENCODINGS = "none,learned,sincos,relative,alibi,rope,rope_mixed"
 TEXT_ENCODINGS = "none,learned,sincos,t5,alibi,fire,rope"
 
@@ -19,7 +21,7 @@ class StudyConfig:
         task: images; text (perplexity over length, of the file --root or else Shakespeare, downloaded); copy, reverse
             or sort (sequences of numbers).
         data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
-        root: folder of the data.
+        root: folder of the images; of task text, the file.
         encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi; or all.
         train_size: pixels of training images, 32 or 32x48 (height x width).
         sizes: comma-separated sizes to measure at.
@@ -62,7 +64,7 @@ class StudyConfig:
             and 1 on other devices.
         threads: CPU threads of each; default 1 where jobs run side by side, else torch's own choice.
         out: folder that the results go to.
-        quick: three encodings in under 90 seconds.
+        quick: three encodings on the built-in digits, in under 90 seconds on two idle cores.
         smoke: two steps an encoding, to see that everything runs.
     """
 
@@ -134,9 +136,34 @@ PRESETS["copy"] = PRESETS["reverse"] = PRESETS["sort"] = dict(
 QUICK = dict(encodings="none,learned,rope", sizes="16,24,32", modes="scale", policies="default", epochs=12)
 
 
+# What a study of another task has no use for.
+OF_IMAGES = (
+    "data", "train_size", "sizes", "modes", "source_size", "unreadable", "arch", "stages", "window", "patch",
+    "label_smoothing", "shift", "flip", "finetune",
+)  # fmt: skip
+OF_LINES = ("train_length", "lengths", "embed_scale", "depths")
+
+
+def check_task(config: StudyConfig) -> None:
+    """Refuse settings that the task would pass over.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    default = StudyConfig()
+    useless: tuple[str, ...] = OF_LINES if config.task == "images" else OF_IMAGES
+    useless += () if config.task in ("images", "text") else ("root",)
+    if strange := [name for name in useless if getattr(config, name) != getattr(default, name)]:
+        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave out what it would pass over")
+    if config.quick and (config.task, config.data) != ("images", "digits"):
+        raise ConfigError(
+            "quick is for the built-in digits; elsewhere set --encodings, --sizes and --epochs, or --smoke"
+        )
+
+
 def resolve(config: StudyConfig) -> StudyConfig:
     """Every setting that is None filled from the preset of its data source; `quick` and `smoke` applied."""
-    if config.quick and config.task == "images" and config.data == "digits":
+    if config.quick:
         default = StudyConfig()
         changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in changed})  # type: ignore[arg-type]
@@ -144,14 +171,9 @@ def resolve(config: StudyConfig) -> StudyConfig:
     missing = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     if config.smoke:
-        config = replace(
-            config,
-            epochs=1,
-            seeds=min(1, config.seeds),
-            jobs=1,
-            limit_train=2 * int(config.batch_size or 1),
-            limit_test=40,
-        )
+        batch = min(16, int(config.batch_size or 1))
+        few: dict[str, Any] = dict(batch_size=batch, limit_train=2 * batch, limit_test=40)
+        config = replace(config, epochs=1, seeds=min(1, config.seeds), jobs=1, **few)
     return config
 
 
@@ -189,7 +211,7 @@ class EvaluateConfig:
         crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
         limit: use only so many images, balanced over classes.
         unreadable: of a folder: error, or skip: files that cannot be read are left out, counted and listed in
-            out/unreadable.jsonl.
+            out/unreadable.jsonl. With a limit only as many are tried as it takes.
         batch_size: images at a time.
         device: auto, cpu, cuda, cuda:1, mps.
         out: folder that results.csv goes to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def wrapped(model: nn.Module, how: str, world: World) -> nn.Module:
     if how == "fsdp":
         return shard(model)
     device = next(model.parameters()).device
+    # A kernel of one channel has two descriptions by strides of the same memory: true, and of no use to anyone.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 

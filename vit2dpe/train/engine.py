@@ -57,7 +57,8 @@ def fit(
 
     Returns:
         One row an epoch: epoch, step, lr, train_loss, the task's own numbers, those of its evaluation, the throughput,
-        the share of time spent waiting for data, memory, seconds.
+        the share of time spent waiting for data, memory; seconds, and the processor time of the first process and its
+        threads, both with those of the parts before a resume.
 
     Raises:
         ConfigError: for settings that cannot work.
@@ -110,6 +111,7 @@ class Trainer:
         trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
+        self.cpu_began = time.process_time() - self.state.cpu_seconds
         with (
             Signals(listen=self.spec is not None) as self.signals,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
@@ -205,12 +207,12 @@ class Trainer:
         row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updates.lr)
         row |= {name: value / max(1, state.count) for name, value in state.sums.items()} or {"train_loss": math.nan}
         row |= score
-        state.seconds = time.monotonic() - self.began
+        self._read_clocks()
         row[f"{self.task.unit}_per_s"] = items / seconds if seconds else 0.0
         row["waiting"] = self.waited / seconds if seconds else 0.0
         if self.device.type == "cuda":
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        row["seconds"] = state.seconds
+        row |= dict(seconds=state.seconds, cpu_seconds=state.cpu_seconds)
         if self.table is not None:
             self.table.add(row)
         state.epoch, state.rows, state.count, state.sums = state.epoch + 1, state.rows + 1, 0, {}
@@ -241,6 +243,10 @@ class Trainer:
         waited = self.state.epoch - self.state.best_epoch
         return 0 < self.run.patience <= waited
 
+    def _read_clocks(self) -> None:
+        self.state.seconds = time.monotonic() - self.began
+        self.state.cpu_seconds = time.process_time() - self.cpu_began
+
     def _tell(self, epoch: int) -> None:
         state = self.state
         loss = state.sums.get("train_loss", math.nan) / max(1, state.count)
@@ -269,7 +275,7 @@ class Trainer:
         if self.spec is None:
             return
         if name == "last":
-            self.state.seconds = time.monotonic() - self.began
+            self._read_clocks()
             self.last_save = time.monotonic()
         about = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
         self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})

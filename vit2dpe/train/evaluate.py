@@ -30,7 +30,7 @@ from .data import SOURCES, check_source, list_unreadable, load_images, normalize
 from .devices import pick_device
 from .files import write_atomically
 from .folders import list_held_out
-from .images import decode, find_unreadable
+from .images import Reasons, decode, find_unreadable
 from .plan import known
 from .report import about_study
 from .rows import to_csv
@@ -111,6 +111,11 @@ def load_subject(config: EvaluateConfig) -> Subject:
             raise ConfigError(
                 f"{folder} does not say {', '.join(lacking)} of its images: it is no classifier of images"
             )
+        if not getattr(run, "num_classes", 0):
+            raise ConfigError(
+                f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
+                f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
+            )
         label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed", "")
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)
@@ -124,6 +129,8 @@ def load_subject(config: EvaluateConfig) -> Subject:
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
     name, bracket, rest = config.model.partition("(")
+    if bracket and not rest.endswith(")"):
+        raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
     options = parse(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
     name = name.strip()
     if ":" not in name and not timm.is_model(name):
@@ -231,14 +238,30 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
         print(f"note: {note}")
     names = [name for files in listing.values() for name in files]
     labels = torch.tensor([i for i, files in enumerate(listing.values()) for _ in files])
-    wrong = find_unreadable(root, names, source_size) if config.unreadable == "skip" else {}
-    index, _ = readable(wrong, names, labels, len(names))
-    if limit is not None:
-        index = Split(index, labels[index]).take(limit).images  # balanced as every limit is; images are their numbers
+    limit = len(names) if limit is None else limit
+    index, wrong = _choose(root, names, labels, source_size, limit, config.unreadable == "skip")
     found = Files(_numbering(subject, tuple(listing))[labels[index]], subject, config.batch_size, f"{len(names)} files")
     found.root, found.names, found.size = root, [names[i] for i in index.tolist()], source_size
     found.unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
     return found, len(names)
+
+
+def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int, skip: bool) -> tuple[Tensor, Reasons]:
+    """The numbers of `limit` files, balanced over classes, and what is wrong with those left out on the way there.
+
+    To know which can be read they are decoded: those that the limit takes, then one more for each that is left out.
+    """
+    files = Split(torch.arange(len(names)), labels)  # images are their numbers
+    index = files.take(limit).images
+    tried: list[int] = []
+    wrong: Reasons = {}
+    while skip and (new := sorted(set(index.tolist()) - set(tried))):
+        wrong |= {new[i]: reason for i, reason in find_unreadable(root, [names[i] for i in new], size).items()}
+        index = files.take(limit, wrong).images
+        tried += new
+    lost = {place: wrong[number] for place, number in enumerate(tried) if number in wrong}
+    readable(lost, [names[i] for i in tried], labels[tried], len(tried))
+    return index, wrong
 
 
 def _numbering(subject: Subject, classes: tuple[str, ...]) -> Tensor:

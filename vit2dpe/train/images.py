@@ -136,13 +136,15 @@ def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bo
         Unreadable: if the first one cannot be, unless `skip`.
         DataError: if none can be.
     """
+    why = ""
     for name in names:
         try:
             return name, decode(f"{root}/{name}", size)[0]
-        except Unreadable:
+        except Unreadable as error:
             if not skip:
                 raise
-    raise DataError(f"not one of {len(names)} images under {root} can be read")
+            why = why or f"; the first, {name}: {error.reason}"
+    raise DataError(f"not one of {len(names)} images under {root} can be read{why}")
 
 
 def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> Decoded:
@@ -161,9 +163,11 @@ def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool =
         planes[index] = image.transpose(2, 0, 1)
 
     counts, reasons = _each(root, names, size, keep, skip)
-    if reasons:
-        images = images[[index for index in range(len(names)) if index not in reasons]]
-    return Decoded(images, counts, reasons)
+    kept = [index for index in range(len(names)) if index not in reasons]
+    for place, index in enumerate(kept):
+        if place < index:  # moved up within the tensor: another one would be as large again
+            planes[place] = planes[index]
+    return Decoded(images[: len(kept)], counts, reasons)
 
 
 def _each(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import ModelSpec, read_meta
@@ -31,6 +32,7 @@ class Prepared(NamedTuple):
     name: str
     digest: str
     amount: str  # of data, for people
+    example: str  # a piece of what is held out
     pairs: Pairs | None = None
 
 
@@ -72,7 +74,8 @@ def _language(config: TextTrainConfig, where: dict[str, Any]) -> Prepared:
     else:
         mask = size if config.objective == "masked" else None
         task = LanguageTask(data, context, batch, steps, mask=mask, **where)
-    return Prepared(model_spec(config, size), task, data.name, data.digest, amount)
+    example = _piece(data.tokenizer, data.val)
+    return Prepared(model_spec(config, size), task, data.name, data.digest, amount, example)
 
 
 def _translation(config: TextTrainConfig, where: dict[str, Any]) -> Prepared:
@@ -80,7 +83,8 @@ def _translation(config: TextTrainConfig, where: dict[str, Any]) -> Prepared:
     task = TranslationTask(data, config.optim.batch_size, config.smoothing, **where)
     left = f" ({data.left_out} longer ones left out)" if data.left_out else ""
     amount = f"{len(data.train):,} training pairs{left}, {len(data.val):,} of validation, {data.tokenizer.size} tokens"
-    return Prepared(model_spec(config, data.tokenizer.size), task, data.name, data.digest, amount, data)
+    example = data.test[0][0]
+    return Prepared(model_spec(config, data.tokenizer.size), task, data.name, data.digest, amount, example, data)
 
 
 def _classes(config: TextTrainConfig, where: dict[str, Any]) -> Prepared:
@@ -90,7 +94,12 @@ def _classes(config: TextTrainConfig, where: dict[str, Any]) -> Prepared:
     amount = f"{len(data.train):,} training and {len(data.val):,} validation lines, {len(data.classes)} classes"
     own_mask = known is None or size > data.tokenizer.size
     spec = model_spec(config, data.tokenizer.size, len(data.classes), own_mask)
-    return Prepared(spec, task, data.name, data.digest, amount)
+    return Prepared(spec, task, data.name, data.digest, amount, _piece(data.tokenizer, data.val[0][0]))
+
+
+def _piece(tokenizer: Tokenizer, tokens: Tensor) -> str:
+    """The start of the longest of some lines: a text that this tokenizer knows."""
+    return max(tokenizer.decode(tokens[:80].tolist()).split("\n"), key=len)[:24]
 
 
 OBJECTIVES: dict[str, Callable[[TextTrainConfig, dict[str, Any]], Prepared]] = {

@@ -76,9 +76,12 @@ class ProbeConfig:
     Args:
         run: folder of the run, of `vit2dpe pretrain` or `vit2dpe train`.
         which: last or best.
-        pool: avg (mean over patches), token (the class token) or both; default: what the model has.
+        pool: avg (mean over patches), token (the class token) or both; default avg.
         k: neighbours.
-        data: other data than the run's; settings at null are the run's.
+        data: other data than the run's; where it is null, the run's, and what is null of the next three is too.
+        root: where they lie.
+        limit_train: use only so many training images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes.
         device: auto, cpu, cuda, cuda:1, mps.
         threads: CPU threads; default torch's own choice.
     """

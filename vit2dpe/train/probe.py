@@ -57,6 +57,10 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
         torch.set_num_threads(config.threads)
     model: Any = load_run(folder, device, which=config.which)
     about = model.about
+    if lacking := [name for name in ("data", "mean", "std", "train_size") if name not in about]:
+        raise ConfigError(
+            f"{folder} holds a {about['model']} and says nothing of {', '.join(lacking)}: probed is what saw images"
+        )
     model = getattr(model, "encoder", model)
     data = load_images(**data_of(config, folder, about["data"]))
     if len(data.mean) != len(about["mean"]):

@@ -61,15 +61,15 @@ class Report:
     def finished(self) -> int:
         return len(self.cells)
 
-    def add(self, place: int, word: str, rows: list[Row]) -> None:
-        """A finished cell and its place among them."""
+    def add(self, place: int, name: str, rows: list[Row]) -> None:
+        """A finished cell, its place among them, and what it is called on the screen."""
         self.cells[place] = rows
         write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
         at_train = [r["value"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
         metric = metric_of(rows)
         seen = f", {metric.name} {at_train[0]:.1f} at the training {metric.over.split()[-1]}" if at_train else ""
         minutes = (time.monotonic() - self.started) / 60
-        print(f"[{self.finished}/{self.total}] {word}{seen} ({minutes:.1f} min)", flush=True)
+        print(f"[{self.finished}/{self.total}] {name}{seen} ({minutes:.1f} min)", flush=True)
         self._draw("")
         self._write(minutes)
 

@@ -149,7 +149,7 @@ def changed_settings(folder: Path, config: Any) -> list[str]:
 def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: Mapping[str, Any], next_: str) -> None:
     """`summary.md`: what came out, the exact command, and what to try next."""
     last = rows[-1] if rows else {}
-    shown = [key for key in last if key not in ("seconds", "waiting")]
+    shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
     lines = [
         f"# {title}",
         "",

@@ -30,6 +30,7 @@ class State:
     best_epoch: int = 0
     bad: int = 0  # losses in a row that were not finite
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the first process; 0 in what older versions wrote
 
 
 @dataclass(frozen=True)

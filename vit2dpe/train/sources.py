@@ -157,7 +157,7 @@ def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tupl
         DataError: if a class has none of them, or if it is so many that something else must be wrong.
     """
     everything = torch.arange(len(names))
-    good = torch.tensor([i not in wrong for i in range(len(names))])
+    good = torch.tensor([i not in wrong for i in range(len(names))], dtype=torch.bool)
     for part in (everything[:cut], everything[cut:]):
         lost = part[~good[part]]
         if len(lost) == 0:
@@ -193,10 +193,11 @@ def free_memory() -> int:
 
 
 def tar(root: Path | None, source_size: tuple[int, int] | None, *, alone: bool = False, **how: Any) -> Found:
-    """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`."""
+    """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`. The rest as
+    `folder`."""
     if root is None:
         raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
-    return folder(archives.unpack(root), source_size, **how)
+    return folder(archives.unpack(root, alone=alone), source_size, alone=alone, **how)
 
 
 def hf(root: Path | None, source_size: tuple[int, int] | None) -> Found:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -35,19 +36,22 @@ class Labelled:
         """These items only, in this order."""
         raise TypeError(f"{type(self).__name__} must say how items of it are selected")
 
-    def take(self, n: int) -> Self:
+    def take(self, n: int, without: Collection[int] = ()) -> Self:
         """n images, as many of every class as there are (the first classes one more); all of them if n is larger.
 
         The same n always gives the same images, in their old order, and a smaller n some of those of a larger one.
+
+        Args:
+            without: numbers of items that cannot be had; for each the next of its class is taken, the others stay.
 
         Raises:
             ConfigError: if n < 1.
         """
         if n < 1:
             raise ConfigError(f"a limit must be at least 1 image, got {n}; None takes all of them")
-        if n >= len(self):
+        if n >= len(self) and not without:
             return self
-        rank, order = self._ranks(torch.Generator().manual_seed(0))
+        rank, order = self._ranks(torch.Generator().manual_seed(0), without)
         return self.select(order[rank.argsort(stable=True)[:n]].sort().values)
 
     def parted(self, fraction: float, seed: int) -> tuple[Self, Self]:
@@ -68,12 +72,13 @@ class Labelled:
         held[order] = rank < wanted[self.labels[order]]
         return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
 
-    def _ranks(self, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _ranks(self, draws: torch.Generator, without: Collection[int] = ()) -> tuple[Tensor, Tensor]:
         """A shuffled order, class by class, and how many of its class stand before each in it."""
         order = torch.randperm(len(self), generator=draws)
+        order = order[~torch.isin(order, torch.tensor(list(without), dtype=torch.long))]
         order = order[self.labels[order].argsort(stable=True)]
-        counts = self.labels.bincount()
-        return torch.arange(len(self)) - (counts.cumsum(0) - counts)[self.labels[order]], order
+        counts = self.labels[order].bincount()
+        return torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.labels[order]], order
 
 
 @dataclass(frozen=True)

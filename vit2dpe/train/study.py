@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import unknown
 from .cells import run_cell
-from .config import StudyConfig, resolve
+from .config import StudyConfig, check_task, resolve
 from .data import list_unreadable, load
 from .devices import pick_device
 from .files import write_atomically
@@ -21,7 +21,10 @@ from .jobs import count, each
 from .plan import check
 from .report import Report, about_study, write_settings
 from .rows import COLUMNS, read_rows, to_csv
+from .sequences import SEQUENCES
 from .settings import DataConfig
+
+TASKS = ("images", "text", *SEQUENCES)
 
 
 def study(config: StudyConfig, command: str = "") -> Path:
@@ -37,11 +40,12 @@ def study(config: StudyConfig, command: str = "") -> Path:
     Raises:
         ConfigError, DataError: before anything is trained, for settings or data that cannot work.
     """
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    check_task(config)
     if config.task != "images":
-        from .text_study import TASKS, study_text
+        from .text_study import study_text
 
-        if config.task not in TASKS:
-            raise unknown("task", config.task, TASKS)
         return study_text(resolve(config), command)
     plan = check(config)
     config = plan.config
@@ -63,7 +67,8 @@ def study(config: StudyConfig, command: str = "") -> Path:
     jobs = count(config.jobs, config.threads, pick_device(config.device), len(cells))
     fixed = (plan, data, out / "cells")
     for i, rows in each(run_cell, fixed, cells, report.progress, jobs=jobs, threads=config.threads):
-        report.add(i, cells[i][0], rows)
+        word, seed = cells[i]
+        report.add(i, word if config.seeds == 1 else f"{word}, seed {seed}", rows)
     return report.finish()
 
 

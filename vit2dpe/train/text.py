@@ -53,7 +53,7 @@ def train(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
         )
         rows = under_way.fit(model, found.task, found.spec)
         if world.first:
-            following = _following(config, folder)
+            following = _following(config, folder, found.example)
             write_summary(folder, f"{config.model.position} on {found.name}", rows, facts, following)
             best = min((row["val_loss"] for row in rows), default=float("nan"))
             unit = "line" if config.objective == "classify" else "token"
@@ -93,17 +93,19 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
     return config
 
 
-def _following(config: TextTrainConfig, folder: Path) -> str:
+def _following(config: TextTrainConfig, folder: Path, example: str) -> str:
     """The command to try next."""
     run = str(folder)
-    if config.objective == "causal":
-        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", "ROMEO:"])
-    if config.objective == "translate":
-        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", "Zwei Hunde spielen im Schnee."])
+    if config.objective in ("causal", "translate"):
+        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", example])
+    if config.objective == "spans":
+        other = "rope" if config.model.position == "t5" else "t5"
+        more = ["--config", f"{run}/config.yaml", "--model.position", other, "--run.out", f"{run}_{other}"]
+        return shlex.join(["vit2dpe", "text", "train", *more])
     if config.objective == "masked":
         more = ["--objective", "classify", "--data.path", "labelled.tsv", "--run.out", f"{run}_classes", "--init", run]
         return shlex.join(["vit2dpe", "text", "train", *more])
-    return shlex.join(["vit2dpe", "show", "--attention", "--text", "To be, or not to be", "--run", run])
+    return shlex.join(["vit2dpe", "show", "--attention", "--text", example, "--run", run])
 
 
 def _translate_test(folder: Path, pairs: Pairs, config: TextTrainConfig, device: torch.device) -> str:
@@ -136,11 +138,17 @@ def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[s
         print(texts[0])
         return texts
     if not isinstance(model, TextDecoder) or "tokenizer" not in about:
-        raise CheckpointError(f"{config.run} holds a {about['model']}; writing takes a run of `vit2dpe text train`")
+        raise CheckpointError(
+            f"{config.run} holds a {about['model']}; what writes is trained by `vit2dpe text train --objective causal` "
+            "or translate"
+        )
     tokenizer = from_json(about["tokenizer"])
     prompt = tokenizer.encode(config.prompt)
-    if not prompt or config.count < 1:
-        raise ConfigError(f"a prompt and a count of at least 1 are needed, got {config.prompt!r} and {config.count}")
+    if not prompt or config.count < 1 or config.length < 1:
+        raise ConfigError(
+            f"a prompt, and a length and a count of at least 1, are needed: got {config.prompt!r}, {config.length} "
+            f"and {config.count}"
+        )
     device = next(model.parameters()).device
     tokens = generate(
         model,

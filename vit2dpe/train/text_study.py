@@ -30,7 +30,7 @@ from .jobs import Progress, count, each
 from .keys import keyed
 from .report import Report, about_study, write_settings
 from .rows import read_rows, to_csv
-from .sequences import SEQUENCES, SequenceTask, answers
+from .sequences import SequenceTask, answers
 from .settings import OptimConfig, RunConfig
 from .task import Task
 from .text_config import TextDataConfig
@@ -68,7 +68,7 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     if config.task == "text":
         length = max(plan.length, *plan.lengths)
         data = TextDataConfig(
-            path=config.root, context=length, limit=100 * length if config.smoke else None, **SHAKESPEARE
+            path=config.root, context=length, limit=20 * length if config.smoke else None, **SHAKESPEARE
         )
         text = load_text(data, option="--root")  # the download serves where no file is named
         if config.limit_test and not config.smoke:
@@ -85,7 +85,9 @@ def study_text(config: StudyConfig, command: str = "") -> Path:
     jobs = count(config.jobs, config.threads, device, len(cells))
     fixed = (plan, text, out / "cells")
     for i, rows in each(run_cell, fixed, cells, report.progress, jobs=jobs, threads=config.threads):
-        report.add(i, cells[i][0], rows)
+        word, depth, seed = cells[i]
+        several = f", depth {depth}" * (len(plan.depths) > 1) + f", seed {seed}" * (config.seeds > 1)
+        report.add(i, word + several, rows)
     return report.finish()
 
 
@@ -222,6 +224,3 @@ def _numbers(name: str, text: str) -> list[int]:
     if not words or not all(word.isdigit() and int(word) > 0 for word in words):
         raise ConfigError(f"--{name} are whole numbers above 0, separated by commas, got {text!r}")
     return [int(word) for word in words]
-
-
-TASKS = ("images", "text", *SEQUENCES)

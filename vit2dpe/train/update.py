@@ -64,7 +64,8 @@ class Updates:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """The schedule's; with layer decay that of the last layers, the others have less."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def take(self, batch: Batch, epoch: int, step: int, done: int) -> Outcome:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
@@ -110,8 +111,6 @@ class Updates:
             self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
             if self.ema is not None:
                 self.ema.update(self.model, step=done + 1)
-        else:
-            self.optimizer.zero_grad()
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
         return Outcome(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
 
