@@ -121,7 +121,10 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
 
 def _shift(side: int, count: int, shifted: bool) -> int:
     """Half a window, if there is more than one; without a branch, so that one exported program serves all sizes."""
-    return side // 2 * torch.sym_min(1, count - 1) if shifted else 0  # type: ignore[return-value]
+    if not shifted:
+        return 0
+    least = min if isinstance(count, int) else torch.sym_min  # which torch 2.11 cannot trace with plain numbers
+    return side // 2 * least(1, count - 1)
 
 
 def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
