@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from vit2dpe.resolution import parse_size
-from vit2dpe.train.data import load_images
-from vit2dpe.train.runs import processor
-from vit2dpe.train.settings import AugmentConfig
-from vit2dpe.train.task import ImageTask
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig
+from vit2dpe.spec import parse_size
+from vit2dpe.training.run_folder import processor
+from vit2dpe.training.tasks.classification import ImageTask
 
 AUGMENTATIONS = {
     "none": AugmentConfig(0, False),

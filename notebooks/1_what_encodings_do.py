@@ -22,7 +22,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 from vit2dpe import ENCODINGS, Dims, PositionEncoding, Positions, ViT, build, rotate
-from vit2dpe.show import draw
+from vit2dpe.plots.encodings import draw
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)

@@ -14,8 +14,8 @@ import timm
 import torch
 
 from vit2dpe import from_timm, set_policy, sweep, to_timm
-from vit2dpe.show_attention import draw as draw_attention
-from vit2dpe.train.data import load_images, normalize, resize
+from vit2dpe.data.datasets import load_images, normalize, resize
+from vit2dpe.plots.attention import draw as draw_attention
 
 logging.getLogger("timm").setLevel(logging.ERROR)
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})

@@ -17,12 +17,12 @@ import torch
 from IPython.display import Markdown
 
 from vit2dpe import load_run, use_policy
-from vit2dpe.attention_maps import summary
-from vit2dpe.show import attention
-from vit2dpe.train import report
-from vit2dpe.train.config import StudyConfig
-from vit2dpe.train.data import load_images, normalize, resize
-from vit2dpe.train.study import read_rows, study
+from vit2dpe.attention.observe import summary
+from vit2dpe.data.datasets import load_images, normalize, resize
+from vit2dpe.plots.encodings import attention
+from vit2dpe.study import report
+from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study.study import read_rows, study
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 os.chdir(tempfile.mkdtemp())  # a study leaves files

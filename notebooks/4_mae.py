@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from vit2dpe import MAE, Positions, ViT
-from vit2dpe.reconstruction import draw
-from vit2dpe.train.data import load_images, normalize, resize
-from vit2dpe.train.probe import features, linear_probe
+from vit2dpe.data.datasets import load_images, normalize, resize
+from vit2dpe.plots.reconstruction import draw
+from vit2dpe.study.probe import features, linear_probe
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 data = load_images("digits")

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from vit2dpe import ENCODINGS, MAE, PositionEncoding, ViT, check_encoding, load_run
+from vit2dpe.plots.encodings import draw
 from vit2dpe.positions import offsets
-from vit2dpe.show import draw
-from vit2dpe.train import report
-from vit2dpe.train.config import StudyConfig
-from vit2dpe.train.study import read_rows, study
+from vit2dpe.study import report
+from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study.study import read_rows, study
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 

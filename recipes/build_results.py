@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from vit2dpe.bench.table import markdown
+from benchmarks.table import markdown
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.train import report
-from vit2dpe.train.config import split_words
-from vit2dpe.train.study import read_rows
+from vit2dpe.spec import split_words
+from vit2dpe.study import report
+from vit2dpe.study.study import read_rows
 
 HERE = Path(__file__).parent
 PAGE, RESULTS, PICTURE = HERE / "RESULTS.md", HERE / "results", HERE.parent / "docs" / "study.png"

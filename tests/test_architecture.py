@@ -1,4 +1,4 @@
-"""The shape of the package: arrows run one way, importing is free, errors say something, nothing is unpickled."""
+"""The shape of the package: rooms on floors, importing is free, errors say something, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,33 +16,39 @@ import vit2dpe
 ROOT = Path(vit2dpe.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# What each part may import from the package; parts that are not named may import all but the command.
-MAY_IMPORT = {
-    "errors": set(),
-    "positions": {"errors"},
-    "signal": {"errors", "positions"},
-    "kernels": {"errors", "positions", "signal"},
-    "cache": {"errors", "positions"},
-    "masks": {"errors", "positions"},
-    "paths": {"errors", "positions", "signal", "kernels"},
-    "attention": {"errors", "positions", "signal", "kernels", "cache", "paths"},
-    "encodings": {"errors", "positions", "signal"},
-}
-MAY_IMPORT["layers"] = {*MAY_IMPORT, "kernels", "_timm"} - {"masks"}
-MAY_IMPORT["policies"] = {"errors", "positions"}
-MAY_IMPORT["scopes"] = {"errors", "encodings", "policies"}
-MAY_IMPORT["resolution"] = {"errors", "encodings", "scopes"}
-MAY_IMPORT["models"] = {*MAY_IMPORT, "layers"}
+# A room may import rooms on lower floors. The ground floor's files may import each other, without circles.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "files", "positions", "seeding", "signal", "spec"),
+    ("encodings", "attention", "data"),
+    ("resolution", "models", "stock", "testing"),
+    ("interop", "plots"),
+    ("training",),
+    ("study",),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ANYWHERE = {"", "__main__", "_register", "timm"}  # the doors: they name what they open
+BIGGEST = 0.2  # share of the lines that one room may have
 
 
-def part(path):
-    """positions.py -> positions, encodings/rope.py -> encodings, __init__.py -> ''."""
-    return path.relative_to(ROOT).with_suffix("").parts[0].replace("__init__", "")
+def name_of(path):
+    return ".".join(("vit2dpe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def imported(source, package):
-    """The parts of vit2dpe that a file of this dotted package imports, at any depth of its code."""
-    found = set()
+def room_of(module):
+    """vit2dpe.positions -> positions, vit2dpe.encodings.rope -> encodings, vit2dpe -> ''."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imported(source, package, modules=MODULES):
+    """The modules of vit2dpe that a file of this dotted package names, and the lines.
+
+    At any depth of its code: in functions, under TYPE_CHECKING, and in strings "module:name" and "vit2dpe.module".
+    Importing a name of the top is importing the module it comes from.
+    """
     for node in ast.walk(ast.parse(source)):
         names = []
         if isinstance(node, ast.Import):
@@ -50,16 +57,126 @@ def imported(source, package):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"[a-z_]\w*(\.\w+)*:\w+", node.value):
+                names = ["vit2dpe." + node.value.partition(":")[0]]
+            elif re.fullmatch(r"vit2dpe(\.\w+)+", node.value):
+                names = [node.value]
+            names = [name for name in names if name in modules]
         for name in names:
             root, _, rest = name.partition(".")
-            if root == "vit2dpe" and rest:
-                first = rest.split(".")[0]
-                found.add(vit2dpe._HOME.get(first, first).split(".")[0])
-    return found
+            if root != "vit2dpe" or not rest:
+                continue
+            if rest in vit2dpe._HOME and name not in modules:
+                name = f"vit2dpe.{vit2dpe._HOME[rest]}"
+            while name not in modules:
+                name = name.rpartition(".")[0]
+            if name != "vit2dpe":
+                yield name, node.lineno
 
 
 def package_of(path):
     return ".".join(("vit2dpe", *path.relative_to(ROOT).parts[:-1]))
+
+
+GRAPH = {name: list(imported(path.read_text(), package_of(path))) for name, path in MODULES.items()}
+
+
+def wrong_way(graph):
+    """(module, line, module) of every import that does not lead to a lower floor or stay in its room."""
+    for module, others in graph.items():
+        mine = room_of(module)
+        for other, line in others:
+            theirs = room_of(other)
+            if mine in ANYWHERE or theirs == mine:
+                continue
+            if theirs in ANYWHERE or not (FLOOR[theirs] < FLOOR[mine] or FLOOR[theirs] == FLOOR[mine] == 0):
+                yield module, line, other
+
+
+def circles(graph):
+    """Modules that import each other round about; packages stand for the names that they hand on."""
+    done, found = set(), []
+
+    def visit(module, way):
+        if module in way:
+            found.append([*way[way.index(module) :], module])
+        elif module not in done:
+            for other, _ in graph[module]:
+                if other != module:
+                    visit(other, [*way, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "modules"),
+    [
+        ("from .signal import Signal", "vit2dpe", {"signal"}),
+        ("from ..positions import Positions", "vit2dpe.encodings", {"positions"}),
+        ("from .base import Sum", "vit2dpe.encodings", {"encodings.base"}),
+        ("from .. import attention, attend", "vit2dpe.encodings", {"attention"}),
+        ("def f():\n    import vit2dpe.models.vit", "vit2dpe", {"models.vit"}),
+        ("if TYPE_CHECKING:\n    from ..models import vit", "vit2dpe.data", {"models.vit"}),
+        ("from vit2dpe import load_run, ViT", "vit2dpe", {"training.checkpoint", "models"}),
+        ("KINDS = {'ViT': 'models.vit:ViT'}", "vit2dpe.data", {"models.vit"}),
+        ("import_module('vit2dpe.models.vit')", "vit2dpe.data", {"models.vit"}),
+        ("import torch\nfrom timm.layers import Mlp\nx = 'a:b'", "vit2dpe", set()),
+    ],
+)
+def test_the_reader_of_imports_reads(source, package, modules):
+    assert {name.partition(".")[2] for name, _ in imported(source, package)} == modules
+
+
+def test_every_module_has_a_room_and_every_room_a_module():
+    rooms = {room_of(module) for module in MODULES} - ANYWHERE
+    assert rooms == set(FLOOR)
+
+
+def test_every_room_says_what_lives_there():
+    missing = [room for room in FLOOR if not (ast.get_docstring(ast.parse(MODULES[f"vit2dpe.{room}"].read_text())))]
+    assert missing == []
+
+
+def test_imports_lead_downstairs():
+    assert list(wrong_way(GRAPH)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "wrong"),
+    [
+        ("models.vit", "attention.modules", False),
+        ("attention.modules", "models.vit", True),
+        ("models.vit", "interop.timm.convert", True),
+        ("attention.modules", "encodings.rope", True),  # the same floor, another room
+        ("signal", "positions", False),
+        ("study.study", "cli.main", True),
+        ("models.vit", "timm", True),
+    ],
+)
+def test_an_import_upstairs_is_seen(module, other, wrong):
+    assert bool(list(wrong_way({f"vit2dpe.{module}": [(f"vit2dpe.{other}", 1)]}))) is wrong
+
+
+def test_nothing_imports_itself_round_about():
+    assert circles({name: others for name, others in GRAPH.items() if room_of(name) not in ANYWHERE}) == []
+
+
+def test_a_circle_is_seen():
+    assert circles({"a": [("b", 1)], "b": [("c", 1)], "c": [("a", 2)]}) == [["a", "b", "c", "a"]]
+    assert circles({"a": [("b", 1), ("c", 1)], "b": [("c", 1)], "c": []}) == []
+
+
+def test_no_room_is_above_a_fifth():
+    lines = {module: path.read_text().count("\n") for module, path in MODULES.items()}
+    rooms = Counter()
+    for module, count in lines.items():
+        rooms[room_of(module)] += count
+    room, count = rooms.most_common(1)[0]
+    assert count <= BIGGEST * sum(lines.values()), f"{room} has {count} of {sum(lines.values())} lines"
 
 
 def raised(source):
@@ -82,41 +199,13 @@ def says_something(arguments):
     return not any(re.search(r"\{[a-z_]\w*[^}]*\}", text) for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("source", "package", "parts"),
-    [
-        ("from .signal import Signal", "vit2dpe", {"signal"}),
-        ("from ..positions import Positions", "vit2dpe.encodings", {"positions"}),
-        ("from .base import Sum", "vit2dpe.encodings", {"encodings"}),
-        ("from .. import attention, attend", "vit2dpe.encodings", {"attention"}),
-        ("def f():\n    import vit2dpe.models.vit", "vit2dpe", {"models"}),
-        ("from vit2dpe import load_run, ViT", "vit2dpe", {"train", "models"}),
-        ("import torch\nfrom timm.layers import Mlp", "vit2dpe", set()),
-    ],
-)
-def test_the_reader_of_imports_reads(source, package, parts):
-    assert imported(source, package) == parts
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows_run_one_way(path):
-    mine = part(path)
-    if mine in ("", "cli", "__main__"):
-        return
-    others = imported(path.read_text(), package_of(path)) - {mine}
-    if mine in MAY_IMPORT:
-        assert others <= MAY_IMPORT[mine]
-    else:
-        assert "cli" not in others
-
-
-def test_the_parts_are_there():
-    assert {"errors", "positions", "signal", "attention", "encodings", "layers", "models"} <= {part(p) for p in FILES}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_assert_guards_anything(path):
-    lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+def test_no_assert_guards_anything():
+    lines = [
+        (name, node.lineno)
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
     assert not lines, "python -O drops asserts, and their message is empty: raise an error"
 
 
@@ -151,10 +240,10 @@ def test_the_reader_of_pickles_reads(source, lines):
     assert list(unpickles(source)) == lines
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_pickle_is_written_and_none_executed(path):
+def test_no_pickle_is_written_and_none_executed():
     # The contract promises that encodings survive pickling, and proves it on bytes of its own making.
-    assert not list(unpickles(path.read_text(), own_bytes=part(path) == "testing"))
+    found = {name: list(unpickles(path.read_text(), name == "vit2dpe.testing")) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -174,9 +263,14 @@ def test_the_reader_of_messages_reads(source, good):
     assert [says_something(arguments) for _, arguments in raised(source)] == [good]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_error_says_something(path):
-    assert [line for line, arguments in raised(path.read_text()) if not says_something(arguments)] == []
+def test_every_error_says_something():
+    silent = [
+        (name, line)
+        for name, path in MODULES.items()
+        for line, arguments in raised(path.read_text())
+        if not says_something(arguments)
+    ]
+    assert silent == []
 
 
 def run(code):
@@ -189,7 +283,16 @@ def test_importing_costs_nothing():
     assert run(code) == []
 
 
-ORDERS = ["import timm, vit2dpe", "import vit2dpe, timm", "import vit2dpe.layers, timm", "import timm, vit2dpe.layers"]
+ORDERS = [
+    "import timm, vit2dpe",
+    "import vit2dpe, timm",
+    "import vit2dpe.models.layers, timm",
+    "import timm, vit2dpe.models.layers",
+    "import vit2dpe, importlib.util; importlib.util.find_spec('timm'); import timm",
+    "import vit2dpe, transformers, timm",
+    "import vit2dpe, timm.layers",
+    "import vit2dpe.interop.timm.convert; import timm",
+]
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,13 +9,13 @@ import pytest
 import timm
 import torch
 
+from benchmarks import BenchConfig, bench, contenders, interval, kernels, peak_bytes, saved_bytes
+from benchmarks.measure import buffer_bytes, step_kernels
+from benchmarks.table import markdown, verdict
 from vit2dpe import ConfigError, PositionEncoding, Swin, ViT, frozen
-from vit2dpe.bench import BenchConfig, bench, contenders, interval, kernels, peak_bytes, saved_bytes
-from vit2dpe.bench.measure import buffer_bytes, step_kernels
-from vit2dpe.bench.table import markdown, verdict
-from vit2dpe.cli import main
-from vit2dpe.resolution import parse_size
+from vit2dpe.cli.main import main
 from vit2dpe.signal import Table
+from vit2dpe.spec import parse_size
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=32, num_heads=2, depth=3, num_classes=2)
 IMAGES = torch.randn(2, 3, 32, 48)
@@ -164,7 +164,7 @@ def test_models_of_x_transformers_are_the_same_function(model, size, tmp_path):
 
 def test_only_tokens_that_go_in_ask_for_gradients(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("vit2dpe.bench.measure.saved_bytes", lambda module, x: asked.append(x.requires_grad) or 0)
+    monkeypatch.setattr("benchmarks.measure.saved_bytes", lambda module, x: asked.append(x.requires_grad) or 0)
     run(tmp_path, models=TEXT, sizes="1x8", repeats=0, modes="training")
     assert asked == [True] * 3
     run(tmp_path, models=ROPE, repeats=0, modes="training")
@@ -235,7 +235,7 @@ def test_half_precision_and_the_first_forward_at_a_size(tmp_path):
 
 def test_the_same_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     first = run(tmp_path, models=ROPE, modes="inference")
-    monkeypatch.setattr("vit2dpe.bench.run._row", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("benchmarks.run._row", lambda *args: pytest.fail("measured again"))
     assert run(tmp_path, models=ROPE, modes="inference") == json.loads(json.dumps(first))
     with pytest.raises(pytest.fail.Exception):
         run(tmp_path, models=ROPE, modes="inference", repeats=2)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 
-from vit2dpe import cli
+from vit2dpe.cli import main as cli
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.models.families import FAMILIES
+from vit2dpe.interop.timm.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, attention, build, paths
+from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, build
+from vit2dpe.attention import dispatch as paths
 from vit2dpe.attention import explain
-from vit2dpe.kernels import rotary, table
+from vit2dpe.attention import functional as attention
+from vit2dpe.attention.kernels import rotary, table
 from vit2dpe.models import MAE, Swin
-from vit2dpe.models.seq2seq import Seq2Seq
-from vit2dpe.models.text import TextEncoder
+from vit2dpe.models.text.heads import TextEncoder
+from vit2dpe.models.text.seq2seq import Seq2Seq
 from vit2dpe.signal import Table
 
 SIZES = dict(img_size=(32, 48), patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=2)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.train.study import to_csv
+from vit2dpe.study.study import to_csv
 
 ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "recipes" / "build_results.py"), run_name="build")

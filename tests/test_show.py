@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vit2dpe import show
 from vit2dpe.encodings import ENCODINGS, Builder, Dims, PositionEncoding, build
 from vit2dpe.errors import ConfigError
+from vit2dpe.plots import encodings as show
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 

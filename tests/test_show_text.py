@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vit2dpe import ConfigError, ViT, load_run, show, show_text
-from vit2dpe.cli import main
+from vit2dpe import ConfigError, ViT, load_run
+from vit2dpe.cli.main import main
 from vit2dpe.errors import CheckpointError
+from vit2dpe.plots import encodings as show
+from vit2dpe.plots import text_attention as show_text
 
 TEXT = "to be or not to be\nthat is the question\n"
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager, nullcontext
 from functools import reduce
 
 import pytest
-import timm  # noqa: F401 - before vit2dpe.layers, which cannot be the first to import it
+import timm  # noqa: F401 - before vit2dpe.models.layers, which cannot be the first to import it
 import torch
 from torch import nn
 
 from vit2dpe import Dims, PositionEncoding, Positions, Signal, build, stock, use_policy
 from vit2dpe.encodings import NoPosition
 from vit2dpe.errors import ConfigError
-from vit2dpe.layers import Block, add_token
+from vit2dpe.models.layers import Block, add_token
 from vit2dpe.positions import distance
 from vit2dpe.signal import Dense
 from vit2dpe.testing import randomise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._timm import register_with_timm
+from ._register import register_with_timm
 
 __version__ = "0.1.0"
 
@@ -27,19 +27,19 @@ _HOME = {
     "Swin": "models",
     "ViT": "models",
     "MAE": "models",
-    "from_timm": "models",
-    "to_timm": "models",
-    "set_policy": "scopes",
-    "TextEncoder": "models.text",
-    "TextDecoder": "models.text",
-    "Seq2Seq": "models.seq2seq",
-    "KVCache": "cache",
-    "generate": "models.generate",
-    "beam_search": "models.generate",
-    "from_transformers": "models.text_weights",
-    "use_policy": "scopes",
-    "sweep": "resolution",
-    "load_run": "train.checkpoint",
+    "from_timm": "interop.timm.convert",
+    "to_timm": "interop.timm.convert",
+    "set_policy": "resolution.apply",
+    "TextEncoder": "models.text.heads",
+    "TextDecoder": "models.text.heads",
+    "Seq2Seq": "models.text.seq2seq",
+    "KVCache": "attention.cache",
+    "generate": "models.text.generate",
+    "beam_search": "models.text.generate",
+    "from_transformers": "interop.transformers.convert",
+    "use_policy": "resolution.apply",
+    "sweep": "resolution.sweep",
+    "load_run": "training.checkpoint",
     "check_encoding": "testing",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -62,21 +62,21 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attention import Attention, attend, rotate  # noqa: F401
-    from .cache import KVCache  # noqa: F401
+    from .attention import Attention, KVCache, attend, rotate  # noqa: F401
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
-    from .models import MAE, Swin, ViT, from_timm, to_timm  # noqa: F401
-    from .models.generate import beam_search, generate  # noqa: F401
-    from .models.seq2seq import Seq2Seq  # noqa: F401
-    from .models.text import TextDecoder, TextEncoder  # noqa: F401
-    from .models.text_weights import from_transformers  # noqa: F401
+    from .interop.timm.convert import from_timm, to_timm  # noqa: F401
+    from .interop.transformers.convert import from_transformers  # noqa: F401
+    from .models import MAE, Swin, ViT  # noqa: F401
+    from .models.text.generate import beam_search, generate  # noqa: F401
+    from .models.text.heads import TextDecoder, TextEncoder  # noqa: F401
+    from .models.text.seq2seq import Seq2Seq  # noqa: F401
     from .positions import Positions  # noqa: F401
-    from .resolution import sweep  # noqa: F401
-    from .scopes import set_policy, use_policy  # noqa: F401
+    from .resolution.apply import set_policy, use_policy  # noqa: F401
+    from .resolution.sweep import sweep  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401
     from .testing import check_encoding  # noqa: F401
-    from .train.checkpoint import load_run  # noqa: F401
+    from .training.checkpoint import load_run  # noqa: F401
 else:
     register_with_timm()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .attention import rotate
+from .attention.functional import rotate
 from .encodings import Dims, NoPosition, PositionEncoding, build
 from .positions import Positions
 from .signal import Signal

@@ -10,9 +10,9 @@ import torch
 
 from vit2dpe import ENCODINGS, ViT, load_run
 from vit2dpe.encodings import Builder
+from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study.study import study
 from vit2dpe.testing import check_encoding, randomise
-from vit2dpe.train.config import StudyConfig
-from vit2dpe.train.study import study
 
 SOURCE = '''\
 """`kings`: a learned penalty for each move of a king, and learned waves of the ring around the first place.

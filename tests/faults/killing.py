@@ -18,8 +18,9 @@ import torch
 torch.set_num_threads(1)
 
 from vit2dpe.errors import CheckpointError  # noqa: E402
-from vit2dpe.train import checkpoint  # noqa: E402
-from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors, settle, write_checkpoint  # noqa: E402
+from vit2dpe.models.spec import ModelSpec  # noqa: E402
+from vit2dpe.training import checkpoint  # noqa: E402
+from vit2dpe.training.checkpoint import read_meta, read_tensors, settle, write_checkpoint  # noqa: E402
 
 SPEC = ModelSpec("ViT", {"position": "rope"})
 
@@ -122,8 +123,8 @@ def trainings(folder, trials):
 
     import test_resume as micro
 
-    from vit2dpe.train.data import load_images
-    from vit2dpe.train.engine import fit
+    from vit2dpe.data.datasets import load_images
+    from vit2dpe.training.engine import fit
 
     data = load_images("digits", limit_train=96, limit_test=40)
     run = replace(micro.RUN, save_minutes=1e-4)  # saves at most steps

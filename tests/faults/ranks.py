@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from vit2dpe.train.checkpoint import ModelSpec
-from vit2dpe.train.data import load_images
-from vit2dpe.train.distributed import joined
-from vit2dpe.train.engine import Trainer, fit
-from vit2dpe.train.keys import keyed
-from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
-from vit2dpe.train.task import ImageTask
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig
+from vit2dpe.models.spec import ModelSpec
+from vit2dpe.seeding import keyed
+from vit2dpe.training.distributed import joined
+from vit2dpe.training.engine import Trainer, fit
+from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.tasks.classification import ImageTask
 
 SPEC = ModelSpec(
     "ViT",

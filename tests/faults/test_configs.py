@@ -7,11 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit2dpe import Dims, Positions, Swin, ViT, build
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
 from vit2dpe.errors import ConfigError
-from vit2dpe.layers import PatchEmbed
+from vit2dpe.models.layers import PatchEmbed
 from vit2dpe.models.mae import keep_count
-from vit2dpe.resolution import parse_size
+from vit2dpe.spec import parse_size
 
 fault = pytest.mark.fault
 MICRO = dict(img_size=(8, 12), patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
@@ -106,7 +106,7 @@ def test_bases_out_of_range(name, base):
 @fault("F30")
 @pytest.mark.parametrize("ratio", ["0", "1", "-0.5", "1.5", "nan"])
 def test_masks_that_hide_nothing_or_everything(ratio, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.train.pretrain.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.pretrain.load", None)  # before data are read
     assert main(["pretrain", f"--mask_ratio={ratio}"]) == 2
     error = capsys.readouterr().err
     assert ratio in error

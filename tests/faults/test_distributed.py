@@ -10,12 +10,12 @@ import pytest
 import torch
 from ranks import go
 
-from vit2dpe.train.checkpoint import read_meta, read_tensors
-from vit2dpe.train.data import load_images
-from vit2dpe.train.distributed import ALONE, World
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import AugmentConfig
-from vit2dpe.train.task import ImageTask, evaluation_batches
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig
+from vit2dpe.training.checkpoint import read_meta, read_tensors
+from vit2dpe.training.distributed import ALONE, World
+from vit2dpe.training.log import read_table
+from vit2dpe.training.tasks.classification import ImageTask, evaluation_batches
 
 fault = pytest.mark.fault
 HERE = Path(__file__).parent

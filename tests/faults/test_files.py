@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from vit2dpe import ViT, load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data.datasets import load_images
 from vit2dpe.errors import CheckpointError, DataError
-from vit2dpe.train.checkpoint import ModelSpec, save_model, write_checkpoint
-from vit2dpe.train.data import load_images
-from vit2dpe.train.init import load_weights, read_weights
+from vit2dpe.models.spec import ModelSpec
+from vit2dpe.training.checkpoint import save_model, write_checkpoint
+from vit2dpe.training.initial_weights import load_weights, read_weights
 
 fault = pytest.mark.fault
 ARGUMENTS = dict(
@@ -223,7 +224,7 @@ def test_names_that_climb_out(tmp_path, monkeypatch):
     secret = tmp_path / "secret.safetensors"
     write_checkpoint(tmp_path / "run/last", ModelSpec("ViT", ARGUMENTS), {"model": vit().state_dict()})
     secret.write_bytes((tmp_path / "run/last/model.safetensors").read_bytes())
-    from vit2dpe.train import checkpoint
+    from vit2dpe.training import checkpoint
 
     path = tmp_path / "run/last/model.json"
     for name in ("../../secret", "/etc/passwd", "a/b", ""):

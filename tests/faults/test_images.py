@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.image_cache import decode
 from vit2dpe.errors import DataError
-from vit2dpe.train.data import load_images
-from vit2dpe.train.images import decode
 
 fault = pytest.mark.fault
 

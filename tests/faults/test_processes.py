@@ -20,18 +20,21 @@ from PIL import Image
 
 import vit2dpe
 from vit2dpe import load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data import loader as stream
+from vit2dpe.data.settings import DataConfig
+from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError, TrainingError
-from vit2dpe.train import cells, stream
-from vit2dpe.train import study as study_module
-from vit2dpe.train.checkpoint import ModelSpec, read_meta, read_tensors, write_checkpoint
-from vit2dpe.train.config import StudyConfig
-from vit2dpe.train.engine import Trainer
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vit2dpe.train.splits import FileSplit
-from vit2dpe.train.task import ImageTask
-from vit2dpe.train.train import train
+from vit2dpe.models.spec import ModelSpec
+from vit2dpe.study import study as study_module
+from vit2dpe.study import trials as cells
+from vit2dpe.study.settings import StudyConfig
+from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
+from vit2dpe.training.engine import Trainer
+from vit2dpe.training.log import read_table
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.train import train
 
 fault = pytest.mark.fault
 MICRO = TrainConfig(
@@ -119,7 +122,7 @@ def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys
 @fault("F51")
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
-    monkeypatch.setattr("vit2dpe.train.train.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.train.load", None)  # before data are read
     assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
     assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
 
@@ -143,7 +146,7 @@ def test_signals_to_the_command(tmp_path):
 
 @fault("F52")
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
-    from vit2dpe.train.signals import Signals
+    from vit2dpe.training.interrupts import Signals
 
     left = []
     monkeypatch.setattr(os, "_exit", left.append)

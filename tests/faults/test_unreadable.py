@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data import image_cache as images
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.decode import Unreadable, decode
+from vit2dpe.data.settings import DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError, DataError
-from vit2dpe.train import images
-from vit2dpe.train.checkpoint import load_run
-from vit2dpe.train.config import EvaluateConfig
-from vit2dpe.train.data import load_images
-from vit2dpe.train.decoder import Unreadable, decode
-from vit2dpe.train.evaluate import evaluate_model
-from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vit2dpe.train.train import train
+from vit2dpe.study.evaluate import evaluate_model
+from vit2dpe.study.settings import EvaluateConfig
+from vit2dpe.training.checkpoint import load_run
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.training.train import train
 
 fault = pytest.mark.fault
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
@@ -209,7 +210,7 @@ def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path
 
     config = settings(broken, tmp_path / "cut", cache)
     with monkeypatch.context() as patch:  # the machine goes away after the first epoch
-        patch.setattr("vit2dpe.train.engine.Trainer._update", stopping_at(4))
+        patch.setattr("vit2dpe.training.engine.Trainer._update", stopping_at(4))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(replace(config, resume=True))
@@ -220,7 +221,7 @@ def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path
 
 
 def stopping_at(step):
-    from vit2dpe.train.engine import Trainer
+    from vit2dpe.training.engine import Trainer
 
     update = Trainer._update
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit2dpe import Attention, Dims, Positions, Rotation, Signal, build
-from vit2dpe import attention as core
-from vit2dpe.attention import split_heads
+from vit2dpe.attention import functional as core
+from vit2dpe.attention.functional import split_heads
 
 B, H, DIM, GRID, PREFIX = 3, 2, 16, (2, 5), 1
 N = GRID[0] * GRID[1] + PREFIX

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit2dpe import Dims, Positions, Signal, ViT, attend, build
-from vit2dpe.kernels import table as kernels
+from vit2dpe.attention.kernels import table as kernels
 from vit2dpe.signal import Table
 
 B, H, DIM = 3, 2, 8

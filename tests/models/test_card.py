@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 from vit2dpe import ViT, sweep
 from vit2dpe.models.card import card, encoding_of
-from vit2dpe.models.swin import Swin
+from vit2dpe.models.swin.model import Swin
 
 MICRO = dict(depth=1, embed_dim=48, num_heads=3)
 MICRO_SWIN = dict(embed_dim=24, depths=(1, 1), num_heads=(1, 2))

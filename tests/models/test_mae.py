@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from vit2dpe import ENCODINGS, MAE, ConfigError, Positions, ViT, to_timm, use_policy
-from vit2dpe.layers import keep_tokens
+from vit2dpe.models.layers import keep_tokens
 from vit2dpe.models.mae import keep_count
 from vit2dpe.testing import randomise
 

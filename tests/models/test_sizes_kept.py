@@ -9,8 +9,9 @@ from timm.models import save_for_hf
 import vit2dpe.models
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models import MAE, ViT
+from vit2dpe.models.spec import ModelSpec
 from vit2dpe.testing import randomise
-from vit2dpe.train.checkpoint import ModelSpec, load_run, save_model, write_checkpoint
+from vit2dpe.training.checkpoint import load_run, save_model, write_checkpoint
 
 WORDS = [*ENCODINGS, "logcpb(shared=true)", "relative(resize=geometric)", "learned+rope_golden"]
 MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=7)

@@ -5,14 +5,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vit2dpe import ConfigError, Positions, masks, use_policy
-from vit2dpe.attention import Attention, attend
-from vit2dpe.cache import KVCache
+from vit2dpe import ConfigError, Positions, use_policy
+from vit2dpe.attention import masks
+from vit2dpe.attention.cache import KVCache
+from vit2dpe.attention.functional import attend
+from vit2dpe.attention.modules import Attention
 from vit2dpe.encodings import ENCODINGS, Dims, build
-from vit2dpe.models.generate import beam_search, generate, pick
-from vit2dpe.models.seq2seq import Seq2Seq
-from vit2dpe.models.text import TextDecoder, TextEncoder
-from vit2dpe.models.text_model import Encoded, pack, pad
+from vit2dpe.models.text.generate import beam_search, generate, pick
+from vit2dpe.models.text.heads import TextDecoder, TextEncoder
+from vit2dpe.models.text.model import Encoded, pack, pad
+from vit2dpe.models.text.seq2seq import Seq2Seq
 from vit2dpe.signal import Dense
 from vit2dpe.testing import randomise
 

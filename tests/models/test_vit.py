@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import vit2dpe.models  # noqa: F401 - registers the names with timm
 from vit2dpe import ENCODINGS, ConfigError, Dims, PositionEncoding, Positions, ViT, build
 from vit2dpe.encodings import MixedRoPE, RelativeBias, SinCos
-from vit2dpe.layers import LayerScale, add_branch
+from vit2dpe.models.layers import LayerScale, add_branch
 
 SIZES = [(224, 224), (224, 320), (96, 160)]
 MICRO = dict(img_size=(8, 12), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=8)

@@ -12,7 +12,7 @@ from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddi
 
 from vit2dpe import Positions, rotate
 from vit2dpe.encodings import AxialRoPE, CentredRoPE, MixedRoPE
-from vit2dpe.policies import Interpolate
+from vit2dpe.resolution.policies import Interpolate
 
 GRIDS = [(5, 9), (15, 4), (1, 6)]
 HEADS, WIDTH, ATOL = 3, 16, 3e-6

@@ -15,11 +15,11 @@ from trajectory import assert_fifty_equal_steps
 import vit2dpe.models  # noqa: F401 - registers the names with timm
 from vit2dpe import CheckpointError, ConfigError, Positions, Signal, attend, from_timm, to_timm, use_policy
 from vit2dpe.encodings import NoPosition, RelativeBias
+from vit2dpe.interop.timm.swin import from_timm_swin
 from vit2dpe.models import Swin
-from vit2dpe.models.swin_convert import from_timm_swin
-from vit2dpe.models.swin_stage import WindowAttention
-from vit2dpe.models.swin_weights import checkpoint_filter_fn, to_timm_swin
-from vit2dpe.models.swin_windows import cut
+from vit2dpe.models.swin.stage import WindowAttention
+from vit2dpe.models.swin.weights import checkpoint_filter_fn, to_timm_swin
+from vit2dpe.models.swin.windows import cut
 from vit2dpe.signal import Table
 
 MICRO = dict(embed_dim=16, depths=(2, 2, 2), num_heads=(2, 4, 8), num_classes=5)
@@ -436,7 +436,7 @@ def test_attend_is_the_only_attention(monkeypatch):
         calls.append(args)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr("vit2dpe.models.swin_stage.attend", counted)
+    monkeypatch.setattr("vit2dpe.models.swin.stage.attend", counted)
     Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), **MICRO)(randn(1, 3, 24, 40))
     # Several windows: one call, and two where they are shifted; the second block of the last stage has one window.
     assert len(calls) == 1 + 2 + 1 + 2 + 1 + 1

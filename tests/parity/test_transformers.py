@@ -19,7 +19,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
 from vit2dpe import Positions
 from vit2dpe.encodings import Alibi, AxialRoPE, CentredRoPE, LearnedTable, LogCPB, T5Bias
-from vit2dpe.policies import NTK, Interpolate, YaRN, YaRNTemperature
+from vit2dpe.resolution.policies import NTK, Interpolate, YaRN, YaRNTemperature
 
 HEADS, WIDTH, ATOL = 2, 16, 5e-6
 

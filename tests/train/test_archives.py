@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vit2dpe.data.datasets import load_images
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.train.data import load_images
 
 
 @pytest.fixture(autouse=True)

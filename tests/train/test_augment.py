@@ -5,8 +5,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from vit2dpe.train.augment import erase, mix, resized_crop
-from vit2dpe.train.policy import OPERATIONS, UNSIGNED, rand, strengths, trivial
+from vit2dpe.data.augment import erase, mix, resized_crop
+from vit2dpe.data.rand_augment import OPERATIONS, UNSIGNED, rand, strengths, trivial
 
 THEIRS = {name: "".join(part.title() for part in name.split("_")) for name in OPERATIONS} | {
     "autocontrast": "AutoContrast"

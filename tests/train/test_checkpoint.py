@@ -9,8 +9,8 @@ import torch
 
 from vit2dpe import ViT, load_run
 from vit2dpe.errors import CheckpointError, TrainingError
-from vit2dpe.train.checkpoint import save_model
-from vit2dpe.train.files import sync_folder, write_atomically
+from vit2dpe.files import sync_folder, write_atomically
+from vit2dpe.training.checkpoint import save_model
 
 ARGUMENTS = dict(
     position="learned+rope_mixed", img_size=(12, 16), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5
@@ -87,14 +87,14 @@ def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
     path, real = tmp_path / "file", os.fsync
 
     def meanwhile(handle):
-        monkeypatch.setattr("vit2dpe.train.files.os.fsync", real)
+        monkeypatch.setattr("vit2dpe.files.os.fsync", real)
         with monkeypatch.context() as other:
-            other.setattr("vit2dpe.train.files.os.getpid", lambda: 1)
+            other.setattr("vit2dpe.files.os.getpid", lambda: 1)
             write_atomically(path, b"theirs")
         assert path.read_bytes() == b"theirs"
         real(handle)
 
-    monkeypatch.setattr("vit2dpe.train.files.os.fsync", meanwhile)
+    monkeypatch.setattr("vit2dpe.files.os.fsync", meanwhile)
     write_atomically(path, b"ours")
     assert path.read_bytes() == b"ours"
     assert list(tmp_path.iterdir()) == [path]
@@ -133,7 +133,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vit2dpe.train.files.os.fsync", full)
+    monkeypatch.setattr("vit2dpe.files.os.fsync", full)
     with pytest.raises(TrainingError, match=r"file, 3 bytes, [\d,]+ free: No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

@@ -8,11 +8,11 @@ import torch
 from test_resume import OPTIM, RUN, SPEC, Killed, same, task
 
 from vit2dpe import load_run
-from vit2dpe.train.checkpoint import ModelSpec
-from vit2dpe.train.data import load_images
-from vit2dpe.train.engine import Trainer, fit
-from vit2dpe.train.keys import keyed
-from vit2dpe.train.log import read_table
+from vit2dpe.data.datasets import load_images
+from vit2dpe.models.spec import ModelSpec
+from vit2dpe.seeding import keyed
+from vit2dpe.training.engine import Trainer, fit
+from vit2dpe.training.log import read_table
 
 # A compiler may draw dropout from another stream: that is no error, and no equality.
 PLAIN = ModelSpec("ViT", SPEC.arguments | dict(drop_path_rate=0.0, drop_rate=0.0, depth=1))

@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
+from vit2dpe.data import image_cache as images
+from vit2dpe.data.datasets import SOURCES, load_images, normalize
+from vit2dpe.data.image_cache import decode
+from vit2dpe.data.splits import Split, resize
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.train import images
-from vit2dpe.train.data import SOURCES, load_images, normalize
-from vit2dpe.train.images import decode
-from vit2dpe.train.splits import Split, resize
 
 
 @pytest.fixture(autouse=True)
@@ -820,7 +820,7 @@ def test_unknown_source() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, vit2dpe.train.data; "
+        "import sys, vit2dpe.data.datasets; "
         "print([m for m in ('timm', 'sklearn', 'torchvision', 'matplotlib') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

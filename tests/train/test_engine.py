@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from vit2dpe import ViT
+from vit2dpe.data.augment import shift_and_flip
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.errors import TrainingError
-from vit2dpe.train.augment import shift_and_flip
-from vit2dpe.train.data import load_images
-from vit2dpe.train.devices import pick_device
-from vit2dpe.train.engine import fit
-from vit2dpe.train.keys import keyed
-from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
-from vit2dpe.train.task import ImageTask
+from vit2dpe.seeding import keyed
+from vit2dpe.training.devices import pick_device
+from vit2dpe.training.engine import fit
+from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.tasks.classification import ImageTask
 
 OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=2, batch_size=32)
 RUN = RunConfig(device="cpu")

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vit2dpe import ConfigError, DataError, sweep
-from vit2dpe.cli import main
-from vit2dpe.train.config import EvaluateConfig, StudyConfig
-from vit2dpe.train.evaluate import evaluate_model
-from vit2dpe.train.study import COLUMNS, study
+from vit2dpe.cli.main import main
+from vit2dpe.study.evaluate import evaluate_model
+from vit2dpe.study.settings import EvaluateConfig, StudyConfig
+from vit2dpe.study.study import COLUMNS, study
 
 MICRO = "embed_dim=48, depth=1, num_heads=3, num_classes=3"
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -99,7 +99,7 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
     for synset in ("n01440764", "n02123045"):  # 0 and 281
         (tmp_path / synset).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / synset / "a.png")
-    from vit2dpe.train.evaluate import _load_data, load_subject
+    from vit2dpe.study.evaluate import _load_data, load_subject
 
     config = EvaluateConfig(model="test_resnet", data=str(tmp_path), untrained=True)
     data, total = _load_data(config, load_subject(config), (32, 32))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
 from vit2dpe.errors import DataError
-from vit2dpe.train.html import Study, merge, page, read_study
+from vit2dpe.study.html import Study, merge, page, read_study
 
 RESULTS = sorted((Path(__file__).parents[2] / "recipes/results").glob("*/results.csv"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -14,8 +14,8 @@ from lives_or_dies import lives_or_dies
 from test_study import MICRO
 
 from vit2dpe.errors import ConfigError, DataError, TrainingError
-from vit2dpe.train.jobs import count, each
-from vit2dpe.train.study import study
+from vit2dpe.study.jobs import count, each
+from vit2dpe.study.study import study
 
 
 @pytest.fixture(autouse=True)

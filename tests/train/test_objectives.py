@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli import main
-from vit2dpe.train.distributed import World
-from vit2dpe.train.labelled import LineTask, load_lines
-from vit2dpe.train.spans import SpanCorruption, SpanTask
-from vit2dpe.train.text_config import TextDataConfig
-from vit2dpe.train.text_data import load_text
+from vit2dpe.cli.main import main
+from vit2dpe.data.labelled_text import load_lines
+from vit2dpe.data.text import load_text
+from vit2dpe.data.text_settings import TextDataConfig
+from vit2dpe.training.distributed import World
+from vit2dpe.training.tasks.span_corruption import SpanCorruption, SpanTask
+from vit2dpe.training.tasks.text_classification import LineTask
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CORRUPT = SpanCorruption(vocab_size=60, stop=29, start=28, sentinels=30)

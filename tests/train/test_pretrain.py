@@ -11,25 +11,27 @@ import torch
 from torch.nn.functional import interpolate
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.cli.options import _in_full
+from vit2dpe.data.datasets import Images
+from vit2dpe.data.settings import DataConfig
+from vit2dpe.data.splits import Split
 from vit2dpe.models.simmim import SimMIM
-from vit2dpe.models.text import TextDecoder
-from vit2dpe.options import _in_full
-from vit2dpe.reconstruction import LEAK, draw
-from vit2dpe.train.checkpoint import save_model
-from vit2dpe.train.config import EvaluateConfig
-from vit2dpe.train.data import Images
-from vit2dpe.train.distributed import World
-from vit2dpe.train.evaluate import evaluate_model
-from vit2dpe.train.init import load_weights
-from vit2dpe.train.masked import MaskedTask
-from vit2dpe.train.pretrain import check, masked_spec, pretrain
-from vit2dpe.train.pretrain_settings import DecoderConfig, PretrainConfig, ProbeConfig
-from vit2dpe.train.probe import features, knn_probe, linear_probe, probe
-from vit2dpe.train.settings import DataConfig, ModelConfig, OptimConfig, RunConfig
-from vit2dpe.train.splits import Split
-from vit2dpe.train.task import ImageTask
-from vit2dpe.train.train import train
+from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.plots.reconstruction import LEAK, draw
+from vit2dpe.study.evaluate import evaluate_model
+from vit2dpe.study.probe import features, knn_probe, linear_probe, probe
+from vit2dpe.study.probe_settings import ProbeConfig
+from vit2dpe.study.settings import EvaluateConfig
+from vit2dpe.training.checkpoint import save_model
+from vit2dpe.training.distributed import World
+from vit2dpe.training.initial_weights import load_weights
+from vit2dpe.training.pretrain import check, masked_spec, pretrain
+from vit2dpe.training.pretrain_settings import DecoderConfig, PretrainConfig
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig
+from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.tasks.masked_images import MaskedTask
+from vit2dpe.training.train import train
 
 
 def config(out, **changes):
@@ -90,10 +92,10 @@ def test_the_run_and_its_encoder_load(run):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     """Stopped after an epoch, resumed, and every tensor is that of the run that was not."""
-    from vit2dpe.train.data import load
-    from vit2dpe.train.engine import fit
-    from vit2dpe.train.keys import keyed
-    from vit2dpe.train.pretrain import masked_task
+    from vit2dpe.data.datasets import load
+    from vit2dpe.seeding import keyed
+    from vit2dpe.training.engine import fit
+    from vit2dpe.training.pretrain import masked_task
 
     told = check(config(tmp_path / "again"))
     data = load(told.data)
@@ -172,7 +174,7 @@ def test_named_models_and_smoke(tmp_path):
 
 
 def test_init_takes_the_encoder_and_the_sizes_of_the_run(run, tmp_path):
-    from vit2dpe.train.settings import TrainConfig
+    from vit2dpe.training.settings import TrainConfig
 
     told = TrainConfig(
         data=DataConfig(limit_train=64, limit_test=20),

@@ -9,10 +9,10 @@ import torch
 import yaml
 from PIL import Image
 
-from vit2dpe.cli import COMMANDS, main
-from vit2dpe.train import train as module
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import TrainConfig
+from vit2dpe.cli.main import COMMANDS, main
+from vit2dpe.training import train as module
+from vit2dpe.training.log import read_table
+from vit2dpe.training.settings import TrainConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

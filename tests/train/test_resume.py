@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from vit2dpe import ViT, load_run
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.errors import CheckpointError
-from vit2dpe.train.checkpoint import ModelSpec, _check, read_meta, read_tensors
-from vit2dpe.train.data import load_images
-from vit2dpe.train.engine import Trainer, fit
-from vit2dpe.train.keys import generator, keyed
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import AugmentConfig, OptimConfig, RunConfig
-from vit2dpe.train.task import ImageTask, Task, split_batch
+from vit2dpe.models.spec import ModelSpec
+from vit2dpe.seeding import generator, keyed
+from vit2dpe.training.checkpoint import _check, read_meta, read_tensors
+from vit2dpe.training.engine import Trainer, fit
+from vit2dpe.training.log import read_table
+from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import Task, split_batch
+from vit2dpe.training.tasks.classification import ImageTask
 
 SPEC = ModelSpec(
     "ViT",

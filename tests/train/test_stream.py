@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 from test_resume import CLOCKED, Killed, everything
 
+from vit2dpe.data import sources
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig, DataConfig
+from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.train import sources
-from vit2dpe.train.data import load_images
-from vit2dpe.train.engine import Trainer
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vit2dpe.train.splits import FileSplit
-from vit2dpe.train.task import ImageTask, evaluation_batches
-from vit2dpe.train.train import train
+from vit2dpe.training.engine import Trainer
+from vit2dpe.training.log import read_table
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.training.tasks.classification import ImageTask, evaluation_batches
+from vit2dpe.training.train import train
 
 
 @pytest.fixture(scope="module")

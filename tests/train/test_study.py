@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from vit2dpe import load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data.datasets import load_images, normalize
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.resolution import fit_size
-from vit2dpe.train import cells
-from vit2dpe.train import study as study_module
-from vit2dpe.train.config import StudyConfig, resolve, split_words
-from vit2dpe.train.data import load_images, normalize
-from vit2dpe.train.study import COLUMNS, check, study
+from vit2dpe.resolution.sweep import fit_size
+from vit2dpe.spec import split_words
+from vit2dpe.study import study as study_module
+from vit2dpe.study import trials as cells
+from vit2dpe.study.settings import StudyConfig, resolve
+from vit2dpe.study.study import COLUMNS, check, study
 
 MICRO = StudyConfig(
     encodings="none,rope,sincos+relative", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vit2dpe import load_run, use_policy
-from vit2dpe.cli import main
-from vit2dpe.models.text import TextDecoder
-from vit2dpe.train.config import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
-from vit2dpe.train.sequences import SEQUENCES, SequenceTask, answers
-from vit2dpe.train.study import COLUMNS
-from vit2dpe.train.text_study import text_scores
+from vit2dpe.cli.main import main
+from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.study.settings import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
+from vit2dpe.study.study import COLUMNS
+from vit2dpe.study.text_study import text_scores
+from vit2dpe.training.tasks.sequences import SEQUENCES, SequenceTask, answers
 
 SMALL = ["--width", "16", "--heads", "2", "--batch-size", "4", "--smoke", "--device", "cpu"]
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data.text import IGNORE, fetch, load_text
+from vit2dpe.data.text_settings import TextDataConfig
+from vit2dpe.data.tokenizers import Bytes, Characters, Subwords, from_json, make_tokenizer
 from vit2dpe.errors import CheckpointError
-from vit2dpe.models.text import TextDecoder
-from vit2dpe.train.distributed import World
-from vit2dpe.train.text_config import TextDataConfig
-from vit2dpe.train.text_data import IGNORE, LanguageTask, evaluate_text, fetch, hide, load_text, token_loss, windows
-from vit2dpe.train.tokenizers import Bytes, Characters, Subwords, from_json, make_tokenizer
+from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.training.distributed import World
+from vit2dpe.training.tasks.language import LanguageTask, evaluate_text, hide, token_loss, windows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 20 + "Ein Käfer übt Größe.\n" * 10

@@ -7,8 +7,8 @@ import pytest
 from test_train import MICRO, at
 
 from vit2dpe.errors import ConfigError
-from vit2dpe.train.log import read_table
-from vit2dpe.train.train import train
+from vit2dpe.training.log import read_table
+from vit2dpe.training.train import train
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):

@@ -9,16 +9,17 @@ import torch
 import yaml
 
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli import COMMANDS, _named, main
+from vit2dpe.cli.main import COMMANDS, _named, main
+from vit2dpe.cli.options import _documented, _switched
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError
-from vit2dpe.options import _documented, _switched
-from vit2dpe.train.checkpoint import read_meta
-from vit2dpe.train.data import load_images
-from vit2dpe.train.init import initialize, jitter_places, load_weights
-from vit2dpe.train.log import read_table
-from vit2dpe.train.settings import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vit2dpe.train.task import ImageTask
-from vit2dpe.train.train import check, model_spec, train
+from vit2dpe.training.checkpoint import read_meta
+from vit2dpe.training.initial_weights import initialize, jitter_places, load_weights
+from vit2dpe.training.log import read_table
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.train import check, model_spec, train
 
 MICRO = TrainConfig(
     model=ModelConfig(width=16, depth=1, heads=2, position="rope+learned"),
@@ -125,7 +126,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_data_are_read(args, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.train.train.load", None)
+    monkeypatch.setattr("vit2dpe.training.train.load", None)
     assert main(["train", "--run.out", str(tmp_path / "out"), *args]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli import main
-from vit2dpe.models.seq2seq import Seq2Seq
-from vit2dpe.train.decoding import decoding_batch, decoding_loss, evaluate_pairs
-from vit2dpe.train.distributed import ALONE, World
-from vit2dpe.train.optimizer import make_optimizer, make_schedule
-from vit2dpe.train.settings import OptimConfig
-from vit2dpe.train.text_config import TextDataConfig
-from vit2dpe.train.text_data import IGNORE
-from vit2dpe.train.translation import Encoder, TranslationTask, bleu, load_pairs, translate
+from vit2dpe.cli.main import main
+from vit2dpe.data.pairs import Encoder, load_pairs
+from vit2dpe.data.text import IGNORE
+from vit2dpe.data.text_settings import TextDataConfig
+from vit2dpe.models.text.seq2seq import Seq2Seq
+from vit2dpe.models.text.translate import translate
+from vit2dpe.training.distributed import ALONE, World
+from vit2dpe.training.optimizer import make_optimizer, make_schedule
+from vit2dpe.training.settings import OptimConfig
+from vit2dpe.training.tasks.seq2seq import decoding_batch, decoding_loss, evaluate_pairs
+from vit2dpe.training.tasks.translation import TranslationTask, bleu
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "Hund": "dog", "Haus": "house"}

@@ -8,10 +8,10 @@ from torch import nn
 
 from vit2dpe import ViT
 from vit2dpe.errors import TrainingError
-from vit2dpe.train.distributed import ALONE
-from vit2dpe.train.settings import OptimConfig, RunConfig
-from vit2dpe.train.task import Task
-from vit2dpe.train.update import Updates
+from vit2dpe.training.distributed import ALONE
+from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import Task
+from vit2dpe.training.update import Updates
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 2.0], [-1.0, 4.0]])
 Y = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])

@@ -8,14 +8,14 @@ from PIL import Image
 from test_train import MICRO, at
 
 from vit2dpe import load_run
-from vit2dpe.cli import main
+from vit2dpe.cli.main import main
+from vit2dpe.data.datasets import load_images
+from vit2dpe.data.splits import Split
 from vit2dpe.errors import ConfigError, DataError
-from vit2dpe.resolution import evaluate
-from vit2dpe.train.data import load_images
-from vit2dpe.train.log import read_table
-from vit2dpe.train.splits import Split
-from vit2dpe.train.task import ImageTask
-from vit2dpe.train.train import train
+from vit2dpe.resolution.sweep import evaluate
+from vit2dpe.training.log import read_table
+from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.train import train
 
 
 def numbered(counts):

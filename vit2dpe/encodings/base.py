@@ -22,7 +22,7 @@ from ..signal import Bias, Dense, Phases, Rotation, Signal
 
 
 class Policy(Protocol):
-    """What a change of resolution does to an encoding; the policies themselves live in `vit2dpe.policies`."""
+    """What a change of resolution does to an encoding; the policies live in `vit2dpe.resolution.policies`."""
 
     @property
     def name(self) -> str: ...

@@ -2,16 +2,15 @@
 
 from timm.models import register_notrace_function, register_notrace_module
 
-from ..attention import attend, split_heads
+from ..attention.dispatch import for_all
+from ..attention.functional import attend, split_heads
 from ..encodings import PositionEncoding
-from ..layers import PatchDrop, PatchEmbed, add_token
-from ..paths import for_all
 from . import registry
-from .convert import from_timm, to_timm
 from .deit import DistilledViT
+from .layers import PatchDrop, PatchEmbed, add_token
 from .mae import MAE
-from .swin import Swin, to_grid
-from .swin_stage import SwinStage
+from .swin.model import Swin, to_grid
+from .swin.stage import SwinStage
 from .vit import ViT
 
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
@@ -20,4 +19,4 @@ for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
 for _function in (attend, split_heads, add_token, for_all, to_grid):
     register_notrace_function(_function)
 
-__all__ = ["MAE", "DistilledViT", "Swin", "ViT", "from_timm", "registry", "to_timm"]
+__all__ = ["MAE", "DistilledViT", "Swin", "ViT", "registry"]

@@ -28,11 +28,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.dispatch import for_all
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ConfigError
-from ..layers import Block, add_token, keep_tokens
-from ..paths import for_all
 from ..positions import Positions
+from .layers import Block, add_token, keep_tokens
 from .mae_weights import accept_original
 from .vit import ViT
 

@@ -7,8 +7,8 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from . import swin_weights
-from .swin import Swin
+from .swin import weights as swin_weights
+from .swin.model import Swin
 from .vit import ViT
 from .weights import checkpoint_filter_fn
 

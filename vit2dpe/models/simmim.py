@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..encodings import PositionEncoding
 from ..errors import ConfigError
 from ..positions import Positions
-from .contract import pair
 from .mae import Reconstruction, keep_count
+from .timm_api import pair
 
 
 class SimMIM(nn.Module):

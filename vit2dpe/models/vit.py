@@ -15,13 +15,13 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from ..attention.dispatch import for_all
 from ..encodings import Dims, PositionEncoding, assign
 from ..errors import ArgumentError, ConfigError, unknown
-from ..layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
-from ..paths import for_all
 from ..positions import Positions
 from ..signal import Signal
-from .contract import TimmContract, check_pool, pair
+from .layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
+from .timm_api import TimmContract, check_pool, pair
 from .weights import accept_foreign
 
 
@@ -201,11 +201,6 @@ class ViT(TimmContract):
             return x
         x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
         return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
-
-    def prefix_tokens(self) -> dict[str, nn.Parameter]:
-        """The leading tokens by name, in their order."""
-        tokens = {"cls_token": self.cls_token, "reg_token": self.reg_token}
-        return {name: token for name, token in tokens.items() if token is not None}
 
     def _prepend(self, x: Tensor) -> Tensor:
         prefix = [token.expand(x.shape[0], -1, -1) for token in self.prefix_tokens().values()]

@@ -24,12 +24,12 @@ from ..errors import CheckpointError
 from ..positions import Positions
 
 if TYPE_CHECKING:
-    from .vit import ViT
+    from .timm_api import TimmContract
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViT) -> dict[str, Any]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmContract) -> dict[str, Any]:
     """What timm calls before a strict load: unwraps, and brings names, layouts and sizes to the model's."""
     state = unwrapped(state_dict)
     accept_foreign(model, state, "")
@@ -50,7 +50,7 @@ def encoder_of(state: dict[str, Any]) -> dict[str, Any]:
     Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`.
     """
     if any(name.startswith("vit.embeddings.") for name in state):
-        from .mae_weights import from_transformers
+        from .mae_names import from_transformers
 
         state = from_transformers(state)
     if "mask_token" not in state and not any(name.startswith("decoder_") for name in state):
@@ -85,7 +85,7 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
     theirs.load_state_dict(state)
 
 
-def accept_foreign(module: ViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def accept_foreign(module: TimmContract, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of ViT: rewrites files of others, timm's `pos_embed` and `rope.freqs`, tables of another grid, in
     place.
 
@@ -106,7 +106,7 @@ def rewrite(state_dict: dict[str, Any], state: dict[str, Any]) -> None:
         state_dict.update(state)
 
 
-def _split_frequencies(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _split_frequencies(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
     """`rope.freqs` (2, depth, H, Dh/2) of timm, or `freqs` (2, depth, H Dh/2) of rope-vit, to the blocks' `rope_mixed`.
 
     Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` say nothing more.
@@ -135,7 +135,7 @@ def _split_frequencies(module: ViT, state_dict: dict[str, Any], prefix: str) -> 
             state_dict.pop(prefix + name, None)
 
 
-def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _fold_flat_table(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
     flat = state_dict.get(prefix + "pos_embed")
     tables = [name for name, part in module.position.named_modules() if isinstance(part, LearnedTable)]
     if flat is None or flat.ndim != 3 or not tables:
@@ -166,7 +166,7 @@ def _fold_flat_table(module: ViT, state_dict: dict[str, Any], prefix: str) -> No
         start += token.shape[1]
 
 
-def _drop_formula(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _drop_formula(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
     """A stored table that the model's formula gives anyway, such as MAE's frozen sin-cos, is compared and left out."""
     flat = state_dict.get(prefix + "pos_embed")
     if flat is not None and flat.ndim == 3 and is_formula(module.position):
@@ -197,7 +197,7 @@ def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tenso
         )
 
 
-def _fit_tables(module: ViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _fit_tables(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
     """Resize tables that were learned on another grid, by the encoding's own rule; equal shapes keep their bits."""
     for owner, part in module.named_modules():
         if not isinstance(part, PositionEncoding) or isinstance(part, Sum):
@@ -238,7 +238,7 @@ def _materialised(part: PositionEncoding) -> PositionEncoding:
     return copy.deepcopy(part).to_empty(device="cpu")
 
 
-def _configured_grid(module: ViT) -> list[tuple[int, int]]:
+def _configured_grid(module: TimmContract) -> list[tuple[int, int]]:
     """The grid of the size in `pretrained_cfg`, where timm put one."""
     cfg = getattr(module, "pretrained_cfg", None) or {}
     size = cfg.get("input_size") if isinstance(cfg, dict) else None

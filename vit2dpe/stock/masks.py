@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import _merge
+from ..attention.functional import _merge
 from ..errors import ConfigError
 from ..signal import Signal
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attend
+from ..attention.functional import attend
 from ..encodings import PositionEncoding
 from ..signal import Dense, Signal
 from .places import dims_of, one, places_of, table_dtype

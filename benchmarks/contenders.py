@@ -1,0 +1,265 @@
+"""Who runs against whom: a peer's module, ours with its weights, and ours without an encoding.
+
+At the level of the encoder these are whole models. Of a block or an attention the inputs are taken from a run of the
+whole models: rotations (and biases of all blocks) are given to both, what a block itself makes in every forward it
+makes here too. Tables alone are made without anything around them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import hf, rotation, x_transformers
+from vit2dpe.encodings import PositionEncoding, Sum
+from vit2dpe.errors import ConfigError
+from vit2dpe.interop.timm.convert import from_timm
+from vit2dpe.models import Swin
+from vit2dpe.models.swin.stage import in_full
+from vit2dpe.spec import parse_terms
+
+LEVELS = ("op", "table", "attention", "block", "encoder")
+TORCHVISION = "torchvision_swin_t"
+WHOLE = {name: package for package in (hf, x_transformers) for name in package.NAMES}  # that have no other level
+
+
+def contenders(
+    word: str, size: tuple[int, int], batch: int, depth: int | None = None, level: str = "encoder", block: int = 0
+) -> dict[str, nn.Module]:
+    """{"peer", "ours", "limit"} of a model, `name` or `name(argument=value)`; a table has no limit.
+
+    `fused=true` among the arguments sends all attention of timm's through the fused kernel (TIMM_FUSED_ATTN=2).
+
+    Raises:
+        ConfigError: for a name that nobody has, and what has no such level.
+    """
+    name, options = _read(word)
+    if name in WHOLE:
+        if level != "encoder":
+            raise ConfigError(f"{name} is measured as a whole, got level={level}")
+        return {kind: model.eval() for kind, model in WHOLE[name].contenders(name, options, size, depth).items()}
+    if name in rotation.PACKAGES and (level != "op" or options):
+        raise ConfigError(f"{name} has no models and no arguments, it is measured at level=op alone; got level={level}")
+    peer = _peer(rotation.ROPE, {}, size, depth) if name in rotation.PACKAGES else _peer(name, options, size, depth)
+    with torch.no_grad():
+        for parameter in peer.parameters():  # LayerScale and tables that start near zero would hide a difference
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    models = {"peer": peer, "ours": _ours(peer, size, None), "limit": _ours(peer, size, "none")}
+    for model in models.values():
+        model.eval()
+    if level == "encoder":
+        return models
+    if level == "table":
+        return _tables(word, models)
+    blocks = {kind: _blocks(model) for kind, model in models.items()}
+    if block >= len(blocks["ours"]):
+        raise ConfigError(f"{word} has {len(blocks['ours'])} blocks, counted from 0; got block={block}")
+    found: dict[str, nn.Module] = {}
+    parts = {kind: of_kind[block] for kind, of_kind in blocks.items()}
+    inputs = {kind: _inputs(models[kind], part, torch.zeros(batch, 3, *size)) for kind, part in parts.items()}
+    if level == "op":
+        (x, *_), words = inputs["peer"]
+        return rotation.contenders(name, parts["peer"].attn, words.get("rope"), x.shape[1:])
+    inputs["ours"] = _turned(parts["ours"], *inputs["ours"])
+    for kind, part in parts.items():
+        make = _Block if level == "block" else _PeerAttention if kind == "peer" else _OurAttention
+        found[kind] = make(part, *inputs[kind])
+    return found
+
+
+def tokens(modules: dict[str, nn.Module], batch: int, size: tuple[int, int]) -> Tensor:
+    """What goes in: images, or tokens of the `shape` that a peer names."""
+    generator = torch.Generator().manual_seed(0)
+    shape: Any = getattr(modules["peer"], "shape", (3, *size))
+    return torch.randn(batch, *shape, generator=generator)
+
+
+def _read(word: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and its arguments."""
+    import timm
+
+    spelled = parse_terms(word, "model", [*timm.list_models(), TORCHVISION, *WHOLE, *rotation.PACKAGES])
+    if len(spelled) != 1:
+        raise ConfigError(f"one model at a time, separated by commas, got {word!r}")
+    return spelled[0]
+
+
+def _peer(name: str, options: dict[str, Any], size: tuple[int, int], depth: int | None) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    if name == TORCHVISION:
+        if options or depth is not None:
+            raise ConfigError(f"{TORCHVISION} takes no arguments and no depth")
+        from torchvision.models.swin_transformer import SwinTransformer
+
+        shape = dict(patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[7, 7])
+        return SwinTransformer(**shape, num_classes=10, stochastic_depth_prob=0.0)
+    fused = options.pop("fused", False)
+    given: dict[str, Any] = {"img_size": size, "num_classes": 10, "drop_path_rate": 0.0}
+    if depth is not None:
+        given["depth"] = depth
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = timm.create_model(name, **given | options)
+        except TypeError as error:
+            raise ConfigError(f"{name} cannot be made: {error}") from None
+    for module in model.modules():
+        if fused and hasattr(module, "fused_attn"):
+            module.fused_attn = True
+    return model
+
+
+def _ours(peer: nn.Module, size: tuple[int, int], position: str | None) -> nn.Module:
+    if not type(peer).__module__.startswith("torchvision"):
+        return from_timm(peer, position)
+    swin = Swin(position or "relative", img_size=size, num_classes=10, padding="attend", drop_path_rate=0.0)
+    state = {name: value for name, value in peer.state_dict().items() if position is None or "relative" not in name}
+    swin.load_state_dict(state)
+    return swin
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """All blocks in order, through the stages of a Swin."""
+    if hasattr(model, "blocks"):
+        return list(model.blocks)
+    if hasattr(model, "features"):  # torchvision: stages at odd places, between them the reductions
+        return [block for stage in model.features[1::2] for block in stage]
+    return [block for stage in model.layers for block in stage.blocks]
+
+
+def _inputs(model: nn.Module, part: nn.Module, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a part of a model is called with."""
+    caught: list[Any] = []
+    handle = part.register_forward_pre_hook(lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return caught[0]
+
+
+def _turned(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A rotation that our block makes for itself is given to it, as timm gives one to its blocks."""
+    own = part.attn.position
+    if own is None or "bias" in own.gives:
+        return args, kwargs
+    x, signal, at, *rest = args
+    with torch.no_grad():
+        signal = signal.plus(own(at))
+    part.attn.position = None
+    return (x, signal, at, *rest), kwargs
+
+
+class _Block(nn.Module):
+    """A block with its further inputs given."""
+
+    def __init__(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.part, self.rest, self.kwargs = part, args[1:], kwargs
+        self.shape = args[0].shape[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x, *self.rest, **self.kwargs)
+
+
+class _PeerAttention(_Block):
+    """The attention of a peer's block; of a timm Swin with the roll and the windows around it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part._attn(x) if hasattr(self.part, "_attn") else self.part.attn(x, **self.kwargs)
+
+
+class _OurAttention(_Block):
+    """Our attention, and the bias that its block makes for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        signal, at, *windows = self.rest
+        if self.part.attn.position is not None:
+            signal = signal.plus(self.part.attn.position(at))
+        return self.part.attn(x, in_full(signal) if windows else signal, *windows)
+
+
+def _tables(word: str, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    peer: Any = models["peer"]
+    if hasattr(getattr(peer, "rope", None), "freqs"):
+        return {"peer": _PeerRotations(peer), "ours": _OurTables(models["ours"])}
+    if hasattr(peer, "blocks") and getattr(peer.blocks[0].attn, "rel_pos", None) is not None:
+        return {"peer": _PeerBiases(peer), "ours": _OurTables(models["ours"])}
+    raise ConfigError(f"{word} learns no rotations and no biases of each block, whose making could be compared alone")
+
+
+class _PeerRotations(nn.Module):
+    """timm's (depth, H, N, 2 Dh): sines, then cosines, each number for both channels of a pair."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.rope, self.grid = model.rope, model.patch_embed.grid_size
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.rope.get_embed(shape=self.grid)]
+
+    @staticmethod
+    def plain(found: list[Tensor]) -> Tensor:
+        """(2, depth, H, N, Dh/2) cosines and sines."""
+        sin, cos = found[0].unflatten(-1, (2, -1, 2))[..., 0].unbind(-2)
+        return torch.stack([cos, sin])
+
+
+class _PeerBiases(nn.Module):
+    """(1, H, N, N) of each block."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(block.attn.rel_pos for block in model.blocks)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part.get_bias() for part in self.parts]  # type: ignore[operator]
+
+    plain = staticmethod(torch.cat)
+
+
+class _OurTables(nn.Module):
+    """What the encodings of a model give, made for all blocks: rotations, or whole matrices of biases."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.at = model.positions(*model.patch_embed.img_size).with_prefix(model.num_prefix_tokens)
+        own = [block.attn.position for block in model.blocks]
+        self.parts = nn.ModuleList([model.position] if own[0] is None else own)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        at = type(self.at)(self.at.coords, self.at.extent, self.at.prefix)  # a new forward shares nothing
+        signals = [part(at) for part in self.parts]
+        if signals[0].q_rotation is not None:
+            return [tensor for signal in signals for tensor in signal.q_rotation]
+        return [term.dense() for signal in signals for term in signal.bias]
+
+    def plain(self, found: list[Tensor]) -> Tensor:
+        if found[0].ndim == 4 and len(found) == 2 * len(self.parts):
+            both = torch.stack([torch.cat(found[0::2]), torch.cat(found[1::2])])
+            return both[..., self.at.prefix :, :]
+        return torch.cat(found)
+
+    def gradients(self, given: list[Tensor]) -> list[Tensor]:
+        """The peer's gradients, on our tables: a pair's two numbers are one, rows of the prefix get nothing."""
+        if not any("rotation" in part.gives for part in self.parts):  # type: ignore[operator]
+            return given
+        both = given[0].unflatten(-1, (2, -1, 2)).sum(-1)
+        front = both.new_zeros(*both.shape[:2], self.at.prefix, *both.shape[3:])
+        sin, cos = torch.cat([front, both], dim=2).unbind(-2)
+        return [tensor[None] for pair in zip(cos, sin, strict=True) for tensor in pair]
+
+
+def encodings_of(module: nn.Module) -> list[nn.Parameter]:
+    """Learned parameters of what acts within attention, ours and the peers'."""
+    ours = [part for part in module.modules() if isinstance(part, PositionEncoding) and not isinstance(part, Sum)]
+    if ours:
+        return [p for part in ours if "token" not in part.gives for p in part.parameters()]
+    if isinstance(module, _PeerBiases | _PeerRotations):
+        return list(module.parameters())
+    words = ("rel_pos", "relative_position_bias_table", "freqs", "cpb_mlp")
+    return [p for name, p in module.named_parameters() if any(word in name for word in words)]

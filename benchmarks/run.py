@@ -1,0 +1,275 @@
+"""`vit2dpe bench`: rows of ours, a peer and no encoding in one process.
+
+Each row first proves that ours computes what the peer computes (same weights, same outputs, same gradients); a row that
+fails prints no ratio. A row that cannot run says why. Rows that the file holds already, measured with the same
+settings, versions and hardware, are not measured again, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import contenders as peers
+from benchmarks import measure
+from benchmarks.table import line, markdown
+from vit2dpe.errors import ConfigError, unknown
+from vit2dpe.files import write_atomically
+from vit2dpe.spec import parse_size, split_words
+
+MODES = ("inference", "training", "first")
+PRECISIONS = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}  # and how far ours may be from the peer
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time our models against timm's of the same function, and against no encoding at all.
+
+    Args:
+        models: comma-separated: timm names that from_timm reads, with arguments where they need some, as in
+            vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true);
+            torchvision_swin_t, transformers_vitmae, transformers_dinov3, x_transformers_vit, x_transformers_text (with
+            alibi_pos_bias=true or rel_pos_bias=true instead of a rotation); at level op rotary_embedding_torch and
+            x_transformers too.
+        sizes: comma-separated sizes in pixels, 224 or 224x320; of a text model 1xN, N tokens.
+        modes: inference, training (forward and backward), first (ours alone: the first forward at a size over the next
+            one there), or several.
+        level: encoder (the whole model), block, attention (with roll and windows in a Swin), table (what the encoding
+            gives, alone), or op (the rotation alone, from the packed projection to q, k and v).
+        block: which block, at the levels of block and attention; a Swin's are counted through its stages, the odd ones
+            are shifted.
+        precision: float32, bfloat16 (weights too), or autocast (to bfloat16).
+        compile: torch.compile every contender.
+        batch: images of a step.
+        depth: blocks; None: the model's own.
+        repeats: repetitions, in each of which every contender runs once; 0: counts and bytes alone.
+        threads: CPU threads.
+        device: cpu or cuda.
+        least: the peer/ours that is wanted; a row misses it when its interval lies wholly below.
+        most: the ours/limit that is wanted at most.
+        out: the JSON file to write.
+        table: print the rows of these JSON files or folders (comma-separated) as a Markdown table; nothing is measured.
+    """
+
+    models: str = "vit_small_patch16_rope_224,vit_small_patch16_rope_mixed_224,vit_relpos_small_patch16_224"
+    sizes: str = "224"
+    modes: str = "inference,training"
+    level: str = "encoder"
+    block: int = 1
+    precision: str = "float32"
+    compile: bool = False
+    batch: int = 2
+    depth: int | None = None
+    repeats: int = 41
+    threads: int = 1
+    device: str = "cpu"
+    least: float | None = None
+    most: float | None = None
+    out: str = "runs/bench.json"
+    table: str = ""
+
+
+def bench(config: BenchConfig, command: str = "") -> list[dict[str, Any]]:
+    """Run every row, print a table, write it with versions and hardware; returns the rows."""
+    if config.table:
+        found = [row for file in _files(config.table) for row in json.loads(file.read_text())["rows"]]
+        print("\n".join(markdown(found)))
+        return found
+    modes = _check(config)
+    torch.set_num_threads(config.threads)
+    out, about = Path(config.out), _about(command, config.device)
+    known = _known(out, about)
+    rows: list[dict[str, Any]] = []
+    print("peer/ours [95%], ours/limit [95%]; operations, saved MiB and peak MiB of peer, ours, limit", flush=True)
+    for word in split_words(config.models):
+        for size in (parse_size(text) for text in split_words(config.sizes)):
+            for mode in modes:
+                settings = _settings(word, size, mode, config)
+                row = next((old for old in known if settings.items() <= old.items() and "failed" not in old), None)
+                rows.append(row or _row(settings, config))
+                print(line(rows[-1]), flush=True)
+                write_atomically(out, json.dumps(about | dict(rows=rows), indent=1).encode())
+    return rows
+
+
+def _check(config: BenchConfig) -> list[str]:
+    modes = split_words(config.modes)
+    if not modes or any(mode not in MODES for mode in modes) or config.repeats < 0 or config.batch < 1:
+        raise ConfigError(f"modes are {', '.join(MODES)}, repeats at least 0 and batch at least 1; got {config}")
+    if config.level not in peers.LEVELS:
+        raise unknown("level", config.level, peers.LEVELS)
+    if config.precision not in PRECISIONS:
+        raise unknown("precision", config.precision, PRECISIONS)
+    if config.device != "cpu" and config.level != "encoder":
+        raise ConfigError(f"parts of a model are measured on the CPU, got level={config.level}, device={config.device}")
+    if "first" in modes and config.level != "encoder":
+        raise ConfigError(f"first is about whole models, got level={config.level}")
+    return modes
+
+
+def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) -> dict[str, Any]:
+    """What a row is about; rows with the same are the same."""
+    one_block = config.level in ("block", "attention", "op")
+    return dict(
+        model=word, height=size[0], width=size[1], mode=mode, level=config.level,
+        block=config.block if one_block else None, precision=config.precision, compiled=config.compile,
+        batch=config.batch, depth=config.depth, repeats=config.repeats, least=config.least, most=config.most,
+    )  # fmt: skip
+
+
+def _row(settings: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
+    size = (settings["height"], settings["width"])
+    try:
+        # One block and one attention are the same in a shallow model, but for a Swin, whose stages differ.
+        modules = peers.contenders(settings["model"], size, config.batch, config.depth, config.level, config.block)
+    except (ConfigError, ImportError) as error:
+        if "unknown model" in str(error):
+            raise
+        return settings | dict(failed=str(error))
+    x = peers.tokens(modules, config.batch, size)
+    if settings["mode"] == "first":
+        return settings | _first(modules["ours"], size, config)
+    row = settings | _equal(modules, x, settings["mode"])
+    if "failed" in row:
+        return row
+    x = x.to(config.device)
+    for module in modules.values():
+        module.to(config.device)
+    if config.precision == "bfloat16":
+        modules, x = {kind: module.bfloat16() for kind, module in modules.items()}, x.bfloat16()
+    with measure.in_precision(config.precision, config.device):
+        row["difference"] = difference(modules["peer"], modules["ours"], x)
+        if not row["difference"] <= PRECISIONS[config.precision]:
+            return row | dict(failed=f"ours does not compute what the peer computes in {config.precision}")
+        return row | _measured(modules, x, settings["mode"], config)
+
+
+def _equal(modules: dict[str, nn.Module], x: Tensor, mode: str) -> dict[str, Any]:
+    """Outputs, and in training gradients to the inputs and to what encodings learn, in float32."""
+    found: dict[str, Any] = dict(difference=difference(modules["peer"], modules["ours"], x))
+    if not found["difference"] <= 1e-4:
+        return found | dict(failed="ours does not compute what the peer computes")
+    if mode == "training":
+        there, here = (_gradients(modules[kind], modules["peer"], x) for kind in ("peer", "ours"))
+        found["gradient_difference"] = max(_apart(a, b) for a, b in zip(there, here, strict=True))
+        if not found["gradient_difference"] <= 1e-3:
+            return found | dict(failed="ours has not the gradients that the peer has")
+    return found
+
+
+def difference(peer: nn.Module, ours: nn.Module, x: Tensor) -> float:
+    """The largest difference of outputs, relative to the largest output."""
+    there, here = (_plain(module, measure.infer(module, x)).float() for module in (peer, ours))
+    return _apart(there, here)
+
+
+def _plain(module: Any, found: Any) -> Tensor:
+    return module.plain(found) if hasattr(module, "plain") else found
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        raise ConfigError(f"outputs of {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
+
+
+def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient to the inputs, and the length of the gradient to the encodings (in another layout, the same length)."""
+    x = x.clone().requires_grad_()
+    measure.Step(module, peer, x).backward(module, x)
+    learned = [p.grad.square().sum() for p in peers.encodings_of(module) if p.grad is not None]
+    length = torch.stack(learned).sum().sqrt() if learned else x.new_zeros(())
+    found = (torch.zeros_like(x) if x.grad is None else x.grad, length)
+    measure.clear(module, x)
+    return found
+
+
+def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    training = mode == "training"
+    if training and hasattr(modules["peer"], "shape"):  # tokens ask for gradients, images do not
+        x.requires_grad_()
+    steps: dict[str, Callable[..., Any]] = {}
+    for kind, module in modules.items():
+        step = steps[kind] = measure.Step(module, modules["peer"], x) if training else measure.infer
+        module.train(training)
+        row[f"kernels_{kind}"] = measure.kernels(module, x)
+        row[f"peak_{kind}"] = measure.peak_bytes(partial(step, module, x))
+        row[f"buffers_{kind}"] = measure.buffer_bytes(module)
+        if training:
+            row[f"saved_{kind}"] = measure.saved_bytes(module, x)
+    if not config.repeats:
+        return row
+    runs: dict[str, Callable[[], Any]] = {}
+    for kind, module in modules.items():
+        run: Any = torch.compile(module) if config.compile else module
+        runs[kind] = partial(steps[kind], run, x)
+        try:
+            runs[kind]()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            return row | dict(failed=f"{kind} does not compile: {str(error).splitlines()[0]}")
+    ratios = [("peer", "ours"), ("ours", "limit")][: len(modules) - 1]
+    found = measure.paired(runs, config.repeats, ratios, config.device)
+    return row | {f"{a}_{b}": value for (a, b), value in zip(ratios, found, strict=True)}
+
+
+def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> dict[str, Any]:
+    """The first forward at a size over the next one there, at sizes from this one on, each seen once."""
+    embed: Any = getattr(ours, "patch_embed", None)
+    if embed is None:
+        return dict(failed="first goes through sizes of images, in patches that this model does not name")
+    patch = max(embed.patch_size)
+    ours.to(config.device)
+    height, width = size
+    unseen = torch.randn(config.batch, 3, height + 7 * patch, width, device=config.device)
+    row: dict[str, Any] = {f"kernels_{when}": measure.kernels(ours, unseen) for when in ("first", "later")}
+    ratios = []
+    for i in range(config.repeats):
+        shape = (config.batch, 3, height + patch * (i // 7), width + patch * (i % 7))
+        x = torch.randn(shape, device=config.device)
+        first, later = (measure.timed(partial(measure.infer, ours, x), config.device) for _ in range(2))
+        ratios.append(first / later)
+    return row | ({"first_later": measure.interval(ratios)} if ratios else {})
+
+
+def _known(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run on the same machine with the same versions."""
+    if not out.is_file():
+        return []
+    old = json.loads(out.read_text())
+    passing = ("command", "load", "rows")
+    same = {k: v for k, v in old.items() if k not in passing} == {k: v for k, v in about.items() if k not in passing}
+    return old["rows"] if same else []
+
+
+def _files(words: str) -> list[Path]:
+    """JSON files named, or in a folder named."""
+    found = []
+    for path in map(Path, split_words(words)):
+        if not path.exists():
+            raise ConfigError(f"{path} is neither a file nor a folder; --table takes what --out wrote")
+        found += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    return found
+
+
+def _about(command: str, device: str) -> dict[str, Any]:
+    import os
+
+    import timm
+
+    from vit2dpe import __version__
+    from vit2dpe.training.run_folder import processor
+
+    return dict(
+        command=command, vit2dpe=__version__, torch=torch.__version__, timm=timm.__version__,
+        python=platform.python_version(), cpu=processor(), threads=torch.get_num_threads(), load=os.getloadavg(),
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
+    )  # fmt: skip

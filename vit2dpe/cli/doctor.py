@@ -1,0 +1,174 @@
+"""`vit2dpe doctor`: is this machine fit to train on? Versions, devices, kernels, known bad pairs, free disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import TrainingError
+
+REQUIRED = {
+    "torch": (2, 11),
+    "torchvision": (),
+    "timm": (1, 0, 31),
+    "einops": (0, 8),
+    "pillow": (11,),
+    "safetensors": (0, 5),
+}
+OPTIONAL = {
+    "recipes": ("jsonargparse", "pyyaml", "tqdm", "matplotlib", "scikit-learn"),
+    "text": ("tokenizers",),
+    "by name": ("tensorboard", "wandb", "datasets", "onnx", "onnxruntime"),
+}
+LEAST_DISK = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say whether this machine is fit to train on, and what is missing.
+
+    Args:
+        out: folder that runs would be written to.
+    """
+
+    out: str = "."
+
+
+class Finding(NamedTuple):
+    """A line of the report: "ok", "note" (something is missing that not everybody needs) or "bad"."""
+
+    grade: str
+    text: str
+
+
+def doctor(config: DoctorConfig, command: str = "") -> list[Finding]:
+    """Print what was found.
+
+    Raises:
+        TrainingError: naming what is bad, so that the command's exit status says it.
+    """
+    found = [finding for check in CHECKS for finding in check(config)]
+    for grade, text in found:
+        print(f"{grade:4}  {text}")
+    if bad := [text for grade, text in found if grade == "bad"]:
+        raise TrainingError(f"{len(bad)} of {len(found)} findings are bad: {'; '.join(bad)}")
+    return found
+
+
+def versions(config: DoctorConfig) -> Iterator[Finding]:
+    yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, least in REQUIRED.items():
+        installed = version_of(name)
+        if installed is None:
+            yield Finding("bad", f"{name} is not installed: pip install {name}")
+        elif parts(installed) < least:
+            yield Finding("bad", f"{name} {installed} is older than {'.'.join(map(str, least))}: pip install -U {name}")
+        else:
+            yield Finding("ok", f"{name} {installed}")
+    for extra, names in OPTIONAL.items():
+        missing = [name for name in names if version_of(name) is None]
+        said = f"not installed: {', '.join(missing)}" if missing else "installed"
+        yield Finding("note" if missing else "ok", f"[{extra}] {said}")
+
+
+def imports(config: DoctorConfig) -> Iterator[Finding]:
+    """Wheels that are there and do not load, such as a torchvision built for another torch."""
+    for name in ("torch", "torchvision", "timm"):
+        try:
+            __import__(name)
+        except Exception as error:  # whatever a broken wheel raises
+            yield Finding("bad", f"{name} does not import: {str(error).splitlines()[0] if str(error) else repr(error)}")
+
+
+def bad_pairs(config: DoctorConfig) -> Iterator[Finding]:
+    pillow, torch = version_of("pillow"), version_of("torch")
+    if pillow is not None and parts(pillow) >= (13,):
+        why = "timm's RandAugment raises in posterize: use ours (augment.policy), or pillow<13"
+        yield Finding("note", f"Pillow {pillow}: {why}")
+    if torch is not None and parts(torch) < (2, 6):
+        yield Finding("bad", f"torch {torch} executes code of a file even with weights_only=True (CVE-2025-32434)")
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        yield Finding("note", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: other libraries may execute files")
+
+
+def devices(config: DoctorConfig) -> Iterator[Finding]:
+    try:
+        import torch
+    except Exception:  # said above
+        return
+    yield Finding("ok", f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16 only: --run.precision float16"
+        yield Finding("ok", f"cuda:{i}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, {half}")
+    if torch.backends.mps.is_available():
+        yield Finding("ok", "mps: Apple's GPU")
+    elif not torch.cuda.is_available():
+        yield Finding("note", "no GPU: training runs on the CPU")
+    backends = []
+    if torch.distributed.is_available():
+        there = dict(gloo=torch.distributed.is_gloo_available(), nccl=torch.distributed.is_nccl_available())
+        backends = [name for name, able in there.items() if able]
+    yield Finding("ok" if backends else "note", f"several processes: {', '.join(backends) or 'not available'}")
+
+
+def kernels(config: DoctorConfig) -> Iterator[Finding]:
+    """Which fused attention takes what we give it, tried out; the plain one always does."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except Exception:  # said above
+        return
+    import warnings
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q = torch.zeros(1, 2, 16, 32, device=device, dtype=dtype)
+    for said, mask in (("without bias", None), ("with bias", torch.zeros(1, 2, 16, 16, device=device, dtype=dtype))):
+        able = []
+        for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+            with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
+                warnings.simplefilter("ignore")
+                try:
+                    torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+                    able.append(name.removesuffix("_ATTENTION").lower())
+                except RuntimeError:
+                    continue
+        yield Finding("ok" if able else "bad", f"attention {said} on {device}: {', '.join(able) or 'no kernel'}")
+
+
+def disk(config: DoctorConfig) -> Iterator[Finding]:
+    folder = Path(config.out).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        yield Finding("bad", f"{folder} cannot be written to")
+        return
+    free = shutil.disk_usage(folder).free
+    yield Finding("ok" if free >= LEAST_DISK else "bad", f"{folder}: {free / 2**30:.1f} GiB free")
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def parts(version: str) -> tuple[int, ...]:
+    """(2, 15, 0) of "2.15.0+cu132"."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+CHECKS: tuple[Callable[[DoctorConfig], Iterator[Finding]], ...] = (versions, imports, bad_pairs, devices, kernels, disk)

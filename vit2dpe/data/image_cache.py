@@ -1,0 +1,245 @@
+"""Image files to one uint8 tensor, and a cache of what was decoded.
+
+A file that cannot be read whole stops the load and is named. Where that is asked for it is left out instead, counted
+and listed with its reason; no other image ever takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from ..files import cache_dir, write_atomically
+from .decode import DECODER, Unreadable, as_rgb, decode
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+Size = tuple[int, int]
+Reasons = dict[int, str]  # what is wrong with a file, by its number
+
+
+class Decoded(NamedTuple):
+    """Images uint8 (N, 3, H, W) of the files that could be read, in their order; how many were converted in which way;
+    and what is wrong with the others."""
+
+    images: Tensor
+    counts: dict[str, int]
+    unreadable: Reasons
+
+
+def load_files(
+    root: Path, names: Sequence[str], size: Size | None = None, *, skip: bool = False
+) -> tuple[Tensor, list[str], Reasons]:
+    """Decode files, or take them from the cache if none has changed since.
+
+    Args:
+        root: the folder that `names` are relative to.
+        names: N files; at least one.
+        size: (H, W) to bring every image to; None: they all have one size already.
+        skip: leave out files that cannot be read.
+
+    Returns:
+        images uint8 (N, 3, H, W) in the order of `names`, what there is to say about them, and what is wrong with
+        those that were left out.
+
+    Raises:
+        Unreadable: for a file that cannot be read, unless `skip`.
+        DataError: for two sizes where `size` is None, and if no file can be read.
+        ConfigError: for a size that is none.
+    """
+    check_size(size)
+    try:
+        cache = cache_dir() / f"{fingerprint(root, names, size, skip)}.safetensors"
+    except RuntimeError as error:  # no home folder
+        return _noted(decode_all(root, names, size, skip), f"decoded images are not cached: {error}")
+    found = _read_cache(cache)
+    if found is not None:
+        for number, reason in found.unreadable.items() if not skip else ():
+            raise Unreadable(root / names[number], reason)
+        return _noted(found)
+    decoded = decode_all(root, names, size, skip)
+    return _noted(decoded, _write_cache(cache, decoded))
+
+
+def find_unreadable(root: Path, names: Sequence[str], size: Size | None = None) -> Reasons:
+    """What is wrong with those of the files that cannot be read. Every one is decoded for it, once: the answer is kept
+    in the cache until a file changes.
+
+    Raises:
+        ConfigError: for a size that is none.
+    """
+    check_size(size)
+    try:
+        kept = cache_dir() / f"{fingerprint(root, names, size, skip=True)}.unreadable.json"
+    except RuntimeError:  # no home folder
+        return _each(root, names, size, lambda *_: None, skip=True)[1]
+    with suppress(OSError, ValueError, AttributeError):
+        return {int(number): str(reason) for number, reason in json.loads(kept.read_text()).items()}
+    reasons = _each(root, names, size, lambda *_: None, skip=True)[1]
+    with suppress(OSError):  # a full disk is no reason to stop
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(reasons).encode())
+    return reasons
+
+
+def check_size(size: Size | None) -> None:
+    if size is not None and min(size) < 1:
+        raise ConfigError(f"source_size must be two positive numbers (rows, columns), got {size}")
+
+
+def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> str:
+    """A key that changes with any file, with `size` and with the decoder; reads no file's content.
+
+    The time of the last change of the inode (ctime) is part of it: unpacking another archive over the same folder can
+    restore names, sizes and modification times, and would otherwise serve the old pixels.
+
+    Raises:
+        Unreadable: for a file that is not there, unless `skip`.
+    """
+    facts = [repr((DECODER, PIL.__version__, size))]
+    for name in names:
+        try:
+            stat = os.stat(f"{root}/{name}")
+            facts.append(f"{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}")
+        except OSError as error:
+            if not skip:
+                raise Unreadable(root / name, error) from error
+            facts.append(f"{name}\0")
+    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()
+
+
+def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> tuple[str, np.ndarray]:
+    """The name of the first file that can be read, and its pixels (H, W, 3).
+
+    Raises:
+        Unreadable: if the first one cannot be, unless `skip`.
+        DataError: if none can be.
+    """
+    why = ""
+    for name in names:
+        try:
+            return name, decode(f"{root}/{name}", size)[0]
+        except Unreadable as error:
+            if not skip:
+                raise
+            why = why or f"; the first, {name}: {error.reason}"
+    raise DataError(f"not one of {len(names)} images under {root} can be read{why}")
+
+
+def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> Decoded:
+    """Decode files, in threads. Raises as `load_files` does."""
+    reference, first = first_readable(root, names, size, skip)
+    images = torch.empty(len(names), 3, *first.shape[:2], dtype=torch.uint8)
+    planes = images.numpy()
+
+    def keep(index: int, image: np.ndarray) -> None:
+        if image.shape != first.shape:
+            raise DataError(
+                f"the images differ in size: {root / reference} is {_size(first)}, {root / names[index]} is "
+                f"{_size(image)} (rows x columns); pass source_size=(rows, columns) to resize and centre-crop all of "
+                "them"
+            )
+        planes[index] = image.transpose(2, 0, 1)
+
+    counts, reasons = _each(root, names, size, keep, skip)
+    kept = [index for index in range(len(names)) if index not in reasons]
+    for place, index in enumerate(kept):
+        if place < index:  # moved up within the tensor: another one would be as large again
+            planes[place] = planes[index]
+    return Decoded(images[: len(kept)], counts, reasons)
+
+
+def _each(
+    root: Path, names: Sequence[str], size: Size | None, keep: Callable[[int, np.ndarray], Any], skip: bool
+) -> tuple[dict[str, int], Reasons]:
+    """Every file decoded and handed to `keep`; the conversions, and what is wrong with those that cannot be read."""
+
+    def part(start: int, length: int = 256) -> tuple[Counter[str], Reasons]:
+        counts: Counter[str] = Counter()
+        reasons: Reasons = {}
+        for index, name in enumerate(names[start : start + length], start):
+            try:
+                image, kinds = decode(f"{root}/{name}", size)
+            except Unreadable as error:
+                if not skip:
+                    raise
+                reasons[index] = error.reason
+                continue
+            keep(index, image)
+            counts.update(kinds)
+        return counts, reasons
+
+    counts: Counter[str] = Counter()
+    reasons: Reasons = {}
+    # Threads: Pillow lets go of the interpreter while it decodes, and the results need no copy between processes.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for more, wrong in pool.map(part, range(0, len(names), 256)):
+            counts += more
+            reasons |= wrong
+    return dict(sorted(counts.items())), reasons
+
+
+def _read_cache(path: Path) -> Decoded | None:
+    """What was written there; None where there is nothing, or anything but what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            images, facts = file.get_tensor("images"), file.metadata()
+        unreadable = facts.get("unreadable", "")
+        if facts["check"] != _check(images, facts["counts"] + unreadable):
+            return None
+        reasons = {int(number): reason for number, reason in json.loads(unreadable or "{}").items()}
+        return Decoded(images, json.loads(facts["counts"]), reasons)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write_cache(path: Path, decoded: Decoded) -> str:
+    """Write under another name, then rename: a reader sees all of it or nothing. A full disk is no reason to stop."""
+    images, counts = decoded.images, json.dumps(decoded.counts)
+    unreadable = json.dumps(decoded.unreadable) if decoded.unreadable else ""
+    facts = dict(counts=counts, check=_check(images, counts + unreadable))
+    facts |= dict(unreadable=unreadable) if unreadable else {}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"images": images}, temporary, facts)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        return f"decoded images are not cached: {error}"
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
+    return f"decoded images are cached in {path}"
+
+
+def _check(images: Tensor, counts: str) -> str:
+    head = f"{images.dtype} {tuple(images.shape)} {counts}"
+    return f"{zlib.crc32(images.numpy().data, zlib.crc32(head.encode())):08x}"
+
+
+def _noted(decoded: Decoded, *notes: str) -> tuple[Tensor, list[str], Reasons]:
+    said = [f"{kind}: {count}" for kind, count in decoded.counts.items()]
+    return decoded.images, [*said, *notes], decoded.unreadable
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+__all__ = ["SUFFIXES", "Unreadable", "as_rgb", "cache_dir", "decode", "find_unreadable", "load_files"]

@@ -1,0 +1,75 @@
+"""Settings of image data and of augmentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        name: digits (built in), cifar10, cifar100 (downloaded), folder (class folders, Tiny-ImageNet as it is
+            downloaded), tar (train.tar and val.tar under root), or hf:<name> (a Hugging Face dataset).
+        root: where it lies.
+        size: pixels of training images, 32 or 32x48 (height x width); default: their own.
+        source_size: size that pictures of differing sizes are brought to once.
+        limit_train: use only so many training images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes.
+        val_fraction: hold this part of every class of the training images out, drawn by run.seed; best/ and patience
+            go by it instead of the test images. It also serves class folders that have no held-out split.
+        cache: memory (decoded once and kept), none (files decoded as they are needed, by worker processes), or auto:
+            memory where half of what is free is enough.
+        workers: processes that decode, with cache none; 0: the training process itself; default: one a core, 8 at most.
+        unreadable: error (an image file that cannot be read ends the run) or skip (it is left out beforehand, counted
+            and listed in out/unreadable.jsonl; up to ten, or 1% of a split).
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    size: str | None = None
+    source_size: str | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    val_fraction: float = 0.0
+    cache: str = "auto"
+    workers: int | None = None
+    unreadable: str = "error"
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Which part of a training image is seen, drawn for each by itself.
+
+    Args:
+        shift: random shift in pixels, edges reflected.
+        flip: random horizontal flip.
+        crop: instead of a shift, a random part of at least this share of the area, resized: 0.08 is ImageNet's custom,
+            0.8 one for small images, 0.2 MAE's on ImageNet.
+    """
+
+    shift: int | None = None
+    flip: bool | None = None
+    crop: float | None = None
+
+
+@dataclass(frozen=True)
+class AugmentConfig(ViewConfig):
+    """What happens to training images, to each for itself.
+
+    Args:
+        policy: none, trivial (TrivialAugment), rand or rand(ops=2, magnitude=9) (RandAugment).
+        erase: probability of erasing a random rectangle.
+        mixup: α of mixup; 0: none.
+        cutmix: α of cutmix; 0: none; with mixup a coin decides for each image.
+        label_smoothing: of the cross-entropy.
+        train_sizes: comma-separated sizes, of which each step draws one, such as 128,160,224 or 32,32x48.
+    """
+
+    policy: str = "none"
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+    train_sizes: str | None = None

@@ -1,0 +1,198 @@
+"""The images of one split with their labels: in memory, or on disk and decoded when they are asked for.
+
+Legend: N images, B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ConfigError, DataError
+from ..seeding import generator
+from .image_cache import decode
+
+SAMPLE = 2048  # images that mean and deviation are taken of, where not all are in memory
+
+
+class Labelled:
+    """What both kinds of splits are: things with labels int64 (N,), of which parts can be taken."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, index: Tensor) -> Self:
+        """These items only, in this order."""
+        raise TypeError(f"{type(self).__name__} must say how items of it are selected")
+
+    def take(self, n: int, without: Collection[int] = ()) -> Self:
+        """n images, as many of every class as there are (the first classes one more); all of them if n is larger.
+
+        The same n always gives the same images, in their old order, and a smaller n some of those of a larger one.
+
+        Args:
+            without: numbers of items that cannot be had; for each the next of its class is taken, the others stay.
+
+        Raises:
+            ConfigError: if n < 1.
+        """
+        if n < 1:
+            raise ConfigError(f"a limit must be at least 1 image, got {n}; None takes all of them")
+        if n >= len(self) and not without:
+            return self
+        rank, order = self._ranks(torch.Generator().manual_seed(0), without)
+        return self.select(order[rank.argsort(stable=True)[:n]].sort().values)
+
+    def parted(self, fraction: float, seed: int) -> tuple[Self, Self]:
+        """The rest, and this fraction of every class (rounded, at least one, never all), drawn by `seed`.
+
+        Raises:
+            ConfigError: for a fraction outside (0, 1), and for a class of a single image.
+        """
+        if not 0 < fraction < 1:
+            raise ConfigError(f"data.val_fraction is a part of the training images, in (0, 1), got {fraction}")
+        counts = self.labels.bincount()
+        if (counts == 1).any():
+            alone = int((counts == 1).nonzero()[0])
+            raise ConfigError(f"data.val_fraction needs two images of every class; class {alone} has one")
+        rank, order = self._ranks(generator(seed, "validation"))
+        wanted = torch.minimum((counts * fraction).round().long().clamp(min=1), (counts - 1).clamp(min=0))
+        held = torch.zeros(len(self), dtype=torch.bool)
+        held[order] = rank < wanted[self.labels[order]]
+        return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
+
+    def _ranks(self, draws: torch.Generator, without: Collection[int] = ()) -> tuple[Tensor, Tensor]:
+        """A shuffled order, class by class, and how many of its class stand before each in it."""
+        order = torch.randperm(len(self), generator=draws)
+        order = order[~torch.isin(order, torch.tensor(list(without), dtype=torch.long))]
+        order = order[self.labels[order].argsort(stable=True)]
+        counts = self.labels[order].bincount()
+        return torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.labels[order]], order
+
+
+@dataclass(frozen=True)
+class Split(Labelled):
+    """Images uint8 (N, C, H, W) and their labels int64 (N,), on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)"""
+        return self.images.shape[2], self.images.shape[3]
+
+    def select(self, index: Tensor) -> Split:
+        return Split(self.images[index], self.labels[index])
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """uint8 (B, C, H, W)"""
+        return self.images[index]
+
+    def sample(self) -> Tensor:
+        """uint8 images that mean and deviation are taken of: all."""
+        return self.images
+
+    def resized(self, size: tuple[int, int]) -> Split:
+        return Split(resized(self.images, size), self.labels)
+
+    def digest(self, into: Any) -> None:
+        for tensor in (self.images, self.labels):
+            into.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            into.update(tensor.contiguous().numpy().data)
+
+
+@dataclass(frozen=True)
+class FileSplit(Labelled):
+    """Image files, decoded each time they are asked for; `stream.stream` has worker processes do it ahead of time.
+
+    Args:
+        root: the folder that names are relative to.
+        names: (N,) bytes; an array, which a forked process does not copy when it reads it.
+        labels: int64 (N,).
+        source: (H, W) that every image is brought to in decoding; None: they all have one size.
+        native: (H, W) of a decoded image.
+        size: (H, W) of `pixels`, brought from `native` (bicubic) where it differs.
+    """
+
+    root: Path
+    names: np.ndarray
+    labels: Tensor
+    source: tuple[int, int] | None
+    native: tuple[int, int]
+    size: tuple[int, int]
+
+    def select(self, index: Tensor) -> FileSplit:
+        return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
+
+    def path(self, index: int) -> str:
+        return f"{self.root}/{os.fsdecode(self.names[index])}"
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W)
+
+        Raises:
+            DataError: naming the first file that cannot be read, or that is of another size.
+        """
+        return torch.cat([self.read(int(i)) for i in index]) if len(index) else torch.empty(0, 3, *self.size).byte()
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (1, 3, H, W)."""
+        path = self.path(index)
+        image = torch.from_numpy(np.ascontiguousarray(decode(path, self.source)[0].transpose(2, 0, 1)))[None]
+        if tuple(image.shape[2:]) != self.native:
+            raise DataError(
+                f"the images differ in size: {path} is {image.shape[2]}x{image.shape[3]}, others are "
+                f"{self.native[0]}x{self.native[1]} (rows x columns); --data.source_size brings them to one"
+            )
+        return resized(image, self.size)
+
+    def sample(self) -> Tensor:
+        """uint8 images that mean and deviation are taken of: 2,048 of them, always the same."""
+        return self.pixels(torch.randperm(len(self), generator=generator("statistics"))[:SAMPLE])
+
+    def resized(self, size: tuple[int, int]) -> FileSplit:
+        return replace(self, size=size)
+
+    def digest(self, into: Any) -> None:
+        """Names, labels and lengths of the files; their pixels are not read for it."""
+        for name, label in zip(self.names, self.labels.tolist(), strict=True):
+            length = os.stat(os.path.join(os.fsencode(self.root), name)).st_size
+            into.update(name + f"\0{label} {length}\n".encode())
+
+
+def digest_of(*splits: Split | FileSplit) -> str:
+    """sha256 of all that the splits say: equal digests, equal data."""
+    digest = hashlib.sha256()
+    for split in splits:
+        split.digest(digest)
+    return digest.hexdigest()
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) uint8, or float in [0, 1], to (B, C, H, W) float in [0, 1]: bicubic, antialiased, clamped.
+
+    At their own size images keep their exact values.
+    """
+    images = images if images.is_floating_point() else images.float() / 255
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 images at another size."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return torch.cat([(resize(part, size) * 255).round().to(torch.uint8) for part in images.split(1024)])

@@ -1,0 +1,149 @@
+"""Every encoding by name: `build("sincos+rope(base=10)", dims)`.
+
+A name is one line in `ENCODINGS`. That line makes the encoding known to every model, to the study and to the
+contract tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+from ..errors import ConfigError, unknown
+from ..spec import check_option, parse_terms
+from .alibi import Alibi
+from .base import NoPosition, PositionEncoding, terms
+from .factorized import Factorized
+from .fire import Fire
+from .fourier import Fourier
+from .learned import LearnedTable
+from .logcpb import LogCPB
+from .lookhere import LookHere
+from .relative import RelativeBias
+from .rope import AxialRoPE, MixedRoPE
+from .rope_dinov3 import CentredRoPE
+from .rope_golden import GoldenRoPE
+from .sincos import SinCos
+from .t5 import T5Bias
+from .windowed import WindowedTable
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a model tells an encoding about itself.
+
+    Args:
+        width: D, channels of a token.
+        heads: H.
+        grid: the sizes of the training grid.
+        block, depth: the block an encoding is built for (None: shared by all) and how many there are.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, ...]
+    block: int | None = None
+    depth: int = 1
+
+    @property
+    def axes(self) -> int:
+        return len(self.grid)
+
+    @property
+    def head_dim(self) -> int:
+        if self.width % self.heads:
+            raise ConfigError(f"the width must be a multiple of the heads: got {self.width} and {self.heads}")
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Builder:
+    """An encoding's class and the arguments that come from the model; options come from the word."""
+
+    encoding: type[PositionEncoding]
+    arguments: Callable[[Dims], dict[str, Any]]
+
+    def __call__(self, dims: Dims, **options: Any) -> PositionEncoding:
+        given = self.arguments(dims)
+        known = [name for name in inspect.signature(self.encoding).parameters if name not in given]
+        for name in options:
+            if name not in known:
+                raise unknown(f"option of {self.encoding.__name__}", name, known or ["(it takes none)"])
+            check_option(self.encoding, name, options[name])
+        return self.encoding(**given, **options)
+
+
+ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
+    "none": Builder(NoPosition, lambda d: {}),
+    "learned": Builder(LearnedTable, lambda d: {"dim": d.width, "grid": d.grid}),
+    "windowed": Builder(WindowedTable, lambda d: {"dim": d.width, "grid": d.grid}),
+    "sincos": Builder(SinCos, lambda d: {"dim": d.width, "axes": d.axes}),
+    "factorized": Builder(Factorized, lambda d: {"dim": d.width, "grid": d.grid}),
+    "fourier": Builder(Fourier, lambda d: {"dim": d.width, "axes": d.axes}),
+    "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "logcpb": Builder(LogCPB, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "t5": Builder(T5Bias, lambda d: {"heads": d.heads, "axes": d.axes}),
+    "alibi": Builder(Alibi, lambda d: {"heads": d.heads}),
+    "lookhere": Builder(LookHere, lambda d: {"heads": d.heads, "axes": d.axes, "block": d.block, "depth": d.depth}),
+    "fire": Builder(Fire, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
+    "rope_mixed": Builder(MixedRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
+    "rope_golden": Builder(GoldenRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
+    "rope_dinov3": Builder(CentredRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
+}
+
+
+def build(word: str, dims: Dims) -> PositionEncoding:
+    """The encoding a word spells: names joined by `+`, options in parentheses: `sincos+rope(base=10)`.
+
+    Raises:
+        ConfigError: for a word that cannot be read, an unknown name or option, or sizes it cannot take.
+    """
+    return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(word)))
+
+
+def parse(word: str) -> list[tuple[str, dict[str, Any]]]:
+    """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`."""
+    return parse_terms(word, "encoding", ENCODINGS)
+
+
+def assign(
+    position: str | PositionEncoding, dims: Dims, block_position: str | PositionEncoding | None = None
+) -> tuple[PositionEncoding, list[PositionEncoding | None]]:
+    """Split an encoding between a model and its blocks: (shared, one per block).
+
+    Terms that are `per_block` are built afresh for every block, the others once for all. `block_position` is an
+    encoding that every block owns, whatever it is. An instance is copied, so that models made from one share nothing;
+    what a block owns has its parameters drawn anew.
+    """
+    makers = _makers(position)
+    built = [make(dims) for make in makers]
+    shared = [term for term in built if not term.per_block]
+    own = [make for make, term in zip(makers, built, strict=True) if term.per_block]
+    own += [] if block_position is None else _makers(block_position)
+    blocks: list[PositionEncoding | None] = []
+    for index in range(dims.depth):
+        at_block = replace(dims, block=index)
+        blocks.append(reduce(add, (make(at_block) for make in own)) if own else None)
+    return reduce(add, shared) if shared else NoPosition(), blocks
+
+
+def _makers(position: str | PositionEncoding) -> list[Callable[[Dims], PositionEncoding]]:
+    """For each term of a word or an instance, what builds it for a model or a block."""
+    if isinstance(position, str):
+        return [partial(ENCODINGS[name], **options) for name, options in parse(position)]
+    if isinstance(position, PositionEncoding):
+        return [partial(_copy, term) for term in terms(position)]
+    raise ConfigError(f"position must be a word or a PositionEncoding, got {type(position).__name__}; 'none' is a word")
+
+
+def _copy(term: PositionEncoding, dims: Dims) -> PositionEncoding:
+    mine = copy.deepcopy(term)
+    if dims.block is not None:
+        mine.reset_parameters()
+    return mine

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries, read into our models and written back."""

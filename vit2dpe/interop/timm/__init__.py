@@ -1,0 +1,1 @@
+"""timm models to ours and back."""

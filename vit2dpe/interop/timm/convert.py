@@ -1,0 +1,132 @@
+"""A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`, and back: `to_timm`.
+
+A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. What families are covered,
+and how each is read, is in `families.py`; the steps between their parameters and ours are in `translate.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.layers.patch_embed import resample_patch_embed
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from ...encodings import PositionEncoding
+from ...errors import CheckpointError, ConfigError
+from ...models.swin.model import Swin
+from ...models.swin.weights import to_timm_swin
+from ...models.timm_api import pair
+from ...models.vit import ViT
+from ...models.weights import read_weights
+from ...resolution.apply import set_policy
+from .families import Recipe, read
+from .steps import State
+from .swin import from_timm_swin
+from .write import native_steps
+
+
+def from_timm(
+    model: str | nn.Module,
+    position: str | PositionEncoding | None = None,
+    policy: str | None = None,
+    pretrained: bool = False,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    *,
+    weights: Any = None,
+    **kwargs: Any,
+) -> ViT | Swin:
+    """Our model with the weights of a timm model.
+
+    Args:
+        model: a timm name, or a timm model.
+        position: another encoding; default: its own, so that logits are equal. The weights that are not position are
+            kept either way, and the rows that a table adds to leading tokens stay with them.
+        policy: what the result does at sizes it was not trained at, from now on (`set_policy`), measured from the size
+            the weights come with; for a Swin also what its windows do, "scale" or "keep+resize". Default: what its
+            family does: EVA-02 interpolates, tables are resized, rope-vit extrapolates, windows are kept.
+        pretrained: for a name: load timm's weights, with timm's loader.
+        img_size: make another size in pixels the model's own: tables are resized for good.
+        patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
+            arXiv 2212.08013), as timm does.
+        weights: for a name: a checkpoint to load, a path or a state_dict, in timm's names or in those of the original
+            files that timm reads (DINOv2, DINOv3, EVA, CLIP, MAE), or of rope-vit's. A file is read without running
+            anything in it.
+        kwargs: for a name: passed to `timm.create_model`.
+
+    Raises:
+        ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
+        CheckpointError: for `weights` that do not fit the name.
+    """
+    if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
+        given = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
+        raise ConfigError(f"{given} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
+    theirs: Any = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
+    if weights is not None:
+        read_weights(theirs, weights)
+    if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        swin = from_timm_swin(theirs, position)
+        if policy is not None:
+            set_policy(swin, policy)
+        swin.set_input_size(img_size, patch_size)
+        return swin
+    recipe = read(theirs)
+    sizes = {
+        name: pair(size) for name, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
+    }
+    ours = recipe.model(recipe.position if position is None else position, **recipe.arguments | sizes)
+    _load(ours, theirs, recipe, keep_position=position is None)
+    ours.pretrained_cfg = theirs.pretrained_cfg
+    if position is None:
+        ours.timm_recipe = recipe  # type: ignore[assignment]
+    wanted = policy or (recipe.policy if position is None else None)
+    if wanted is not None:
+        set_policy(ours, wanted, train=recipe.grid)
+    like = theirs.patch_embed.proj.weight
+    return ours.to(like.device, like.dtype).train(theirs.training)
+
+
+def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> None:
+    state: State = dict(theirs.state_dict())
+    for step in recipe.steps:
+        step.into(state)
+    kernel = "patch_embed.proj.weight"
+    if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
+        state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
+    if keep_position:
+        ours.load_state_dict(state)
+        return
+    kept = {name: value for name, value in state.items() if "position." not in name}
+    missing, unexpected = ours.load_state_dict(kept, strict=False)
+    lost = [name for name in missing if "position." not in name] + list(unexpected)
+    if lost:
+        raise CheckpointError(f"weights without a counterpart: {', '.join(lost[:5])}")
+
+
+def to_timm(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model of ours under timm's names, for timm's model of the same function.
+
+    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. What
+    adds vectors to tokens, learned or a formula, becomes the flat `pos_embed` of the training grid, with rows of zeros
+    for leading tokens, because they have no place here. That alone, or `none`, belongs to `VisionTransformer` (a
+    distilled one to `VisionTransformerDistilled`). With or without it, `rope` (with `attn_type="rope"`), `rope_mixed`
+    (`xy`) and `rope_dinov3` (half-split pairs) belong to `Eva`. `relative` (`rel_pos_type="bias"`) and `logcpb`
+    ("mlp-swin", and with form=cr "mlp"; `rel_pos_dim` its hidden width) belong to `VisionTransformerRelPos`, shared or
+    not.
+
+    Raises:
+        ConfigError: where timm has no such model, with the reason.
+    """
+    if isinstance(model, Swin):
+        return to_timm_swin(model)
+    if not isinstance(model, ViT):
+        raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
+    recipe: Recipe | None = getattr(model, "timm_recipe", None)
+    steps = native_steps(model) if recipe is None else recipe.steps
+    state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
+    for step in reversed(steps):
+        step.back(state)
+    return state

@@ -1,0 +1,94 @@
+"""A ViT that did not come from timm, written for timm's model of the same function: the steps, from its encodings.
+
+timm has vectors added to tokens (`VisionTransformer`), rotations beside them (`Eva`), and relative biases without them
+(`VisionTransformerRelPos`). What else we have is refused, with what timm lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...encodings import AxialRoPE, LogCPB, PositionEncoding, RelativeBias, Sum, terms
+from ...errors import ConfigError
+from ...models.vit import ViT
+from ...positions import Positions
+from .steps import BiasTable, Evaluated, Frequencies, Rename, Reorder, Step, halves
+
+
+def native_steps(model: ViT) -> tuple[Step, ...]:
+    """The steps between timm's names and this model's.
+
+    Raises:
+        ConfigError: where timm has no such model, with the reason.
+    """
+    shared = [part for part in terms(model.position) if part.gives]
+    own: Any = model.blocks[0].attn.position  # type: ignore[union-attr]
+    mine = [] if own is None else [part for part in terms(own) if part.gives]
+    tokens, rest = [part for part in shared if part.gives == {"token"}], [p for p in shared if p.gives != {"token"}]
+    words = [type(part).__name__ for part in (*rest, *mine)]
+    steps: list[Step] = []
+    if tokens:
+        steps.append(Evaluated(tuple(_names(model, tokens)), token_table(model, tokens)))
+    if not words:
+        return tuple(steps)
+    if len(words) == 1 and words[0] in ("RelativeBias", "LogCPB"):
+        return _relpos(model, (*rest, *mine)[0], bool(tokens))
+    steps = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma"), *steps]
+    plain = all(set(part.steps) == {1.0} and part.start == 0 for part in rest if isinstance(part, AxialRoPE))
+    if words == ["AxialRoPE"] and plain:
+        return tuple(steps)
+    if words == ["CentredRoPE"]:
+        heads = int(model.blocks[0].attn.heads)  # type: ignore[union-attr, arg-type]
+        return (*steps, Reorder(heads, halves(model.embed_dim // heads)))
+    if words == ["MixedRoPE"]:
+        return (*steps, Frequencies())
+    raise ConfigError(
+        f"timm has no ViT with {' + '.join(words)}; it has vectors added to tokens, rotary encodings with or without "
+        "them, and relative biases without them: keep such a model in its own names (state_dict), which vit2dpe loads"
+    )
+
+
+def token_table(model: ViT, tokens: list[PositionEncoding]) -> Tensor:
+    """(1, prefix + N, D) what these encodings add to tokens on the training grid; zeros for leading tokens."""
+    at = Positions.grid(model.train_grid, model.patch_embed.proj.weight.device).with_prefix(model.num_prefix_tokens)
+    with torch.no_grad():
+        added: Any = (tokens[0] if len(tokens) == 1 else Sum(tokens))(at).token
+    return added.to(model.patch_embed.proj.weight.dtype)
+
+
+def _names(model: ViT, parts: list[PositionEncoding]) -> list[str]:
+    owners = {id(part): name for name, part in model.named_modules()}
+    return [f"{owners[id(part)]}.{name}" for part in parts for name in part.state_dict()]
+
+
+def _relpos(model: ViT, part: PositionEncoding, tokens: bool) -> tuple[Step, ...]:
+    """For `VisionTransformerRelPos`, which has a bias for each offset and nothing else."""
+    block: Any = model.blocks[0]
+    lacks = {
+        "a table of vectors beside it": tokens,
+        "registers or a distillation token": model.num_prefix_tokens > int(model.cls_token is not None),
+        "attention pooling": model.attn_pool is not None,
+        "a norm before the blocks": model.patch_embed.proj.bias is None,
+        "norms inside attention or MLP": not all(
+            isinstance(m, torch.nn.Identity) for m in (block.attn.norm, getattr(block.mlp, "norm", torch.nn.Identity()))
+        ),
+        "an MLP of another kind": not hasattr(block.mlp, "fc1") or type(block.mlp).__name__ != "Mlp",
+        "biases of q and v alone": block.attn.q_bias is not None,
+        "a bias network trained on another grid": isinstance(part, LogCPB)
+        and part.form == "swin"
+        and part.grid != tuple(model.train_grid),
+    }
+    found = [what for what, there in lacks.items() if there]
+    if found:
+        raise ConfigError(
+            f"timm's ViT with a relative bias (VisionTransformerRelPos) has no {' and no '.join(found)}: keep such a "
+            "model in its own names (state_dict), which vit2dpe loads"
+        )
+    theirs, ours = ("attn.rel_pos", "attn.position") if part.per_block else ("shared_rel_pos", "position")
+    if isinstance(part, RelativeBias):
+        prefix = model.cls_token is not None
+        return (BiasTable(f"{theirs}.", f"{ours}.", model.train_grid, prefix),)
+    return Rename(f"{theirs}.mlp.fc1", f"{ours}.cpb_mlp.0"), Rename(f"{theirs}.mlp.fc2", f"{ours}.cpb_mlp.2")

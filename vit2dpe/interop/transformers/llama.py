@@ -1,0 +1,69 @@
+"""Llama: rotary, in pairs (i, i + Dh/2) where ours are (2i, 2i+1), so the rows of q and k change places."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...models.text.heads import TextDecoder
+from .weights import Config, Converted, Weights, demand, with_head
+
+# Maps of a block that change their names alone: ours -> theirs.
+MAPS = {
+    "attn.proj": "self_attn.o_proj",
+    "mlp.fc1_g": "mlp.gate_proj",
+    "mlp.fc1_x": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+}
+NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+
+
+def llama(config: Config, w: Weights) -> Converted:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    kv_heads, bias = config.get("num_key_value_heads") or heads, bool(config.get("attention_bias"))
+    demand(config, hidden_act="silu", mlp_bias=bias, head_dim=width // heads)
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
+    scaled = rope.get("rope_type", "default") != "default"
+    if scaled and not config["plain_rope"]:
+        raise ConfigError(
+            f"this Llama scales its frequencies ({rope['rope_type']}); load it with plain_rope=True and run it under "
+            "use_policy, which scales them at evaluation"
+        )
+    w.without("model.").drop("rotary_emb.inv_freq")
+    embedding = w.take("embed_tokens.weight")
+    state = {"embed.weight": embedding, **w.linear("norm", "norm", bias=False)}
+    for i in range(config["num_hidden_layers"]):
+        ours, theirs = f"blocks.{i}.", f"layers.{i}."
+        for part in ("weight", "bias") if bias else ("weight",):
+            q, k, v = (w.take(f"{theirs}self_attn.{n}_proj.{part}") for n in "qkv")
+            state[f"{ours}attn.qkv.{part}"] = torch.cat([interleaved(q, heads), interleaved(k, kv_heads), v])
+        state |= w.linears(ours, theirs, MAPS, bias)
+        state |= w.linears(ours, theirs, NORMS, bias=False)
+    head = w.head("lm_head.weight", embedding)
+    w.finish()
+    before = rope.get("original_max_position_embeddings") if scaled else None
+    return (
+        TextDecoder,
+        dict(
+            position=f"rope(base={float(rope['rope_theta'])})",
+            vocab_size=config["vocab_size"],
+            context=before or config["max_position_embeddings"],
+            embed_dim=width,
+            depth=config["num_hidden_layers"],
+            num_heads=heads,
+            kv_heads=kv_heads,
+            hidden=config["intermediate_size"],
+            norm="rms",
+            norm_eps=config["rms_norm_eps"],
+            mlp="swiglu",
+            bias=bias,
+            tied=head is None,
+        ),
+        with_head(state, head),
+    )
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k, head by head: (i, i + Dh/2) of each head to (2i, 2i+1)."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

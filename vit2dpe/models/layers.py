@@ -1,0 +1,281 @@
+"""Patches in, tokens and their places out; the transformer block. The rest is `timm.layers`.
+
+Legend: B batch, C channels, D width, N tokens, p patch side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import LayerScale as ScaleOnly
+from timm.layers.activations import QuickGELU
+from timm.layers.patch_embed import resample_patch_embed
+from torch import Tensor, nn
+
+from ..attention.modules import Attention
+from ..encodings.base import PositionEncoding
+from ..errors import ConfigError, unknown
+from ..positions import Positions
+from ..signal import Signal
+
+Hide = Callable[[Tensor, Positions], tuple[Tensor, Positions]]  # leaves patches out, or puts something in their place
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map; timm's names (`proj`).
+
+    Args:
+        patch: (rows, columns) of a patch in pixels.
+        in_chans: C.
+        dim: D.
+        img_size: (height, width) that is expected where `any_size` is off.
+        bias: whether the map has a bias.
+        norm: makes a norm after the map, for a width.
+        any_size: whether images of other sizes are taken.
+        pad: fill images up to a multiple of the patch with zeros, below and on the right.
+    """
+
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        in_chans: int,
+        dim: int,
+        *,
+        img_size: tuple[int, int] | None = None,
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] | None = None,
+        any_size: bool = True,
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch, bias=bias)
+        self.norm = nn.Identity() if norm is None else norm(dim)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along each axis of an image.
+
+        Raises:
+            ConfigError: if the size is not one this model takes.
+        """
+        p_rows, p_cols = self.patch_size
+        if self.pad:
+            return -(-height // p_rows), -(-width // p_cols)
+        if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
+            near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
+            raise ConfigError(
+                f"the image must be a multiple of the patch {p_rows}x{p_cols}: got {height}x{width}; nearest: {near}"
+            )
+        return height // p_rows, width // p_cols
+
+    def resample(self, patch: tuple[int, int]) -> None:
+        """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
+        weight, bias = self.proj.weight, self.proj.bias
+        with torch.no_grad():
+            kernel = resample_patch_embed(weight, list(patch))
+        dim, channels = weight.shape[:2]
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias is not None, device="meta")
+        self.proj.weight, self.proj.bias = nn.Parameter(kernel, weight.requires_grad), bias
+        self.patch_size = patch
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
+        """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""
+        height, width = images.shape[-2:]
+        if not self.any_size and (height, width) != self.img_size:
+            raise ConfigError(
+                f"this model takes {self.img_size} images only, got {(height, width)}; dynamic_img_size=True or "
+                "set_input_size change that"
+            )
+        extent = self.grid(height, width)
+        if self.pad:
+            below, right = (n * p - side for n, p, side in zip(extent, self.patch_size, (height, width), strict=True))
+            images = F.pad(images, (0, right, 0, below))
+        tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
+        # The residual stream keeps the precision of the weights under autocast, with any encoding.
+        return tokens.to(self.proj.weight.dtype), Positions.grid(extent, images.device)
+
+
+class PatchDrop(nn.Module):
+    """In training, keep a random part of each sample's tokens, and their places with them.
+
+    Args:
+        rate: the part that is dropped, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ConfigError(f"patch_drop_rate must be in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        if not self.training or self.rate == 0:
+            return x, at
+        keep = max(1, int(x.shape[1] * (1 - self.rate)))
+        index = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :keep]  # (B, K)
+        return keep_tokens(x, at, index)
+
+
+def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positions]:
+    """The tokens of x (B, N, D) at `index` (B, K), each sample its own, and their places with them."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
+
+
+class LayerScale(ScaleOnly):
+    """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation.
+
+    A block asks for the sum where no path is dropped; a forward hook then sees the sum.
+    """
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        return super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
+
+
+def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
+    """x + drop_path(scale(branch)): the end of a residual branch."""
+    idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
+    if isinstance(scale, LayerScale) and idle:
+        return scale(branch, onto=x)
+    return x + drop_path(scale(branch))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block under timm's names (`norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`).
+
+    An encoding of the block's own lives in `attn.position`; its token term is added to the block's input, the rest
+    joins the shared signal.
+
+    Args:
+        dim, heads: width D and number of heads H.
+        mlp_ratio: hidden width of the MLP over D.
+        mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
+            what makes an MLP, called as (D, hidden, bias=, drop=).
+        act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or what makes a norm for a
+            width.
+        qkv_bias, qk_norm, proj_bias: see `Attention`; `proj_bias` is the MLP's too.
+        scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
+        position: an encoding of the block's own.
+        init_values: what LayerScale starts from; None: no LayerScale.
+        attn_drop, proj_drop, drop_path: rates in training.
+        **attention: further arguments of `Attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        mlp_layer: str | Callable[..., nn.Module] = "mlp",
+        act_layer: str = "gelu",
+        norm_layer: str | Callable[[int], nn.Module] = "layernorm",
+        norm_eps: float = 1e-6,
+        qkv_bias: bool | str = True,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        position: PositionEncoding | None = None,
+        init_values: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        norm = norm_layer if callable(norm_layer) else norm_of(norm_layer, norm_eps)
+        self.norm1 = norm(dim)
+        self.attn = Attention(
+            dim,
+            heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            norm=norm,
+            position=position,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **attention,
+        )
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm(dim)
+        inner = dict(norm_layer=norm) if scale_mlp_norm else {}
+        make = mlp_layer if callable(mlp_layer) else mlp_of(mlp_layer, act_layer)
+        self.mlp = make(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
+        if self.attn.position is not None:
+            own = self.attn.position(at)
+            x = add_token(x, own)
+            signal = signal.plus(own)
+        x = add_branch(x, self.attn(self.norm1(x), signal, mask), self.ls1, self.drop_path1)
+        return add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+
+
+class PostNormBlock(Block):
+    """The norms after attention and MLP, inside the residual branches, instead of before (Swin V2's order)."""
+
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
+        if self.attn.position is not None:
+            own = self.attn.position(at)
+            x = add_token(x, own)
+            signal = signal.plus(own)
+        x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1)
+        return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {  # arXiv 1607.06450, 1910.07467; each by a short name too
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": nn.RMSNorm,
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+}
+ACTS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
+MLPS: dict[str, Callable[..., nn.Module]] = {  # the gated ones: arXiv 2002.05202
+    "mlp": Mlp,
+    "swiglu": SwiGLU,
+    "swiglu_packed": SwiGLUPacked,
+    "geglu": partial(SwiGLU, act_layer=nn.GELU),
+    "geglu_tanh": partial(SwiGLU, act_layer=ACTS["gelu_tanh"]),
+}
+
+
+def norm_of(word: str, eps: float) -> Callable[[int], nn.Module]:
+    """What makes a norm for a width."""
+    if word not in NORMS:
+        raise unknown("norm_layer", word, NORMS)
+    return partial(NORMS[word], eps=eps)
+
+
+def mlp_of(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
+    """What makes an MLP for a width and a hidden width; the gated ones have their own activation.
+
+    The name of an activation is the plain MLP with it.
+    """
+    if word in ACTS:
+        word, act = "mlp", word
+    if word not in MLPS:
+        raise unknown("mlp_layer", word, [*MLPS, *ACTS])
+    if act not in ACTS:
+        raise unknown("act_layer", act, ACTS)
+    return partial(Mlp, act_layer=ACTS[act]) if word == "mlp" else MLPS[word]
+
+
+def add_token(x: Tensor, signal: Signal) -> Tensor:
+    """x + signal.token in x's dtype; x where there is none."""
+    return x if signal.token is None else x + signal.token.to(x.dtype)

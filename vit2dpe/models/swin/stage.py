@@ -1,0 +1,249 @@
+"""A stage of a Swin: patch merging, and blocks of attention within windows, shifted in every second one.
+
+Names are timm's. What encodings serve in windows is said here too: `in_windows`.
+
+Legend: B images, H, W tokens along each axis, D width, N tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...attention.functional import NoEmptyRow, attend
+from ...attention.modules import Attention
+from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
+from ...errors import ConfigError
+from ...positions import Positions
+from ...signal import Dense, LowRank, Signal
+from .windows import Size, Windows, cut
+
+Word = str | Callable[[Dims], PositionEncoding]
+Places = dict[tuple[Size, torch.device], Positions]
+
+
+class SwinStage(nn.Module):
+    """Patch merging, except in the first stage, and blocks whose windows are shifted in every second one."""
+
+    def __init__(
+        self,
+        position: Word,
+        dim: int,
+        heads: int,
+        grid: Size,
+        window: Size,
+        trained: Size,
+        *,
+        blocks: Sequence[int],
+        depth: int,
+        merge: bool,
+        padding: str,
+        post_norm: bool,
+        drop_path: Sequence[float],
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.train_grid, self.masked = grid, padding == "mask"
+        self.window = _within(window, grid)
+        self.trained_window: Size = trained if all(trained) else self.window
+        self.window_policy, self.grad_checkpointing = "keep", False
+        dims = Dims(dim, heads, self.trained_window, depth=depth)
+        self.downsample = PatchMerging(dim, post_norm) if merge else nn.Identity()
+        self.position = in_windows(position, dims)
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim,
+                heads,
+                position=in_windows(position, Dims(dim, heads, self.trained_window, block, depth)),
+                post_norm=post_norm,
+                drop_path=rate,
+                **kwargs,
+            )
+            for block, rate in zip(blocks, drop_path, strict=True)
+        )
+
+    def start_as_identity(self) -> None:
+        """Norms behind attention and MLP start at 0, as in Swin V2."""
+        for block in self.blocks:
+            if block.post_norm:
+                nn.init.zeros_(block.norm1.weight)  # type: ignore[arg-type, union-attr]
+                nn.init.zeros_(block.norm2.weight)  # type: ignore[arg-type, union-attr]
+
+    def window_at(self, grid: Size) -> Size:
+        """(h, w) of a window where the stage has this grid."""
+        if self.window_policy == "keep":
+            return self.window
+        rows, columns = (
+            max(1, side * size // train) for side, size, train in zip(self.window, grid, self.train_grid, strict=True)
+        )
+        return rows, columns
+
+    def resize(self, grid: Size, window: Size) -> None:
+        """Make another grid and window the ones that windows and encodings are measured by."""
+        self.train_grid = grid
+        self.window = self.trained_window = _within(window, grid)
+
+    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+        """(B, H, W, D) -> (B, H', W', D')
+
+        Args:
+            places: of windows that earlier stages of this forward had; this one's are added.
+        """
+        x = self.downsample(x)
+        images, grid = x.shape[0], (x.shape[1], x.shape[2])
+        window = self.window_at(grid)
+        at = _places(window, x.device, places)
+        signal = in_full(self.position(at))
+        ways = [
+            cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
+            for shifted in (False, True)[: len(self.blocks)]
+        ]
+        for i, block in enumerate(self.blocks):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, signal, at, ways[i % 2], use_reentrant=False)
+            else:
+                x = block(x, signal, at, ways[i % 2])
+        return x
+
+    def extra_repr(self) -> str:
+        return f"train_grid={self.train_grid}, window={self.window}, window_policy={self.window_policy!r}"
+
+
+class PatchMerging(nn.Module):
+    """Two by two tokens become one of twice the width; a grid of odd size is filled up with zeros."""
+
+    def __init__(self, dim: int, post_norm: bool) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm = nn.LayerNorm(dim if post_norm else 2 * dim)
+        self.reduction = nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D / 2) -> (B, H / 2, W / 2, D)"""
+        x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # Columns before rows, alone in the project: the order in which the original stacks the four.
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP under timm's names (`norm1`, `attn`, `norm2`, `mlp`).
+
+    An encoding of the block's own lives in `attn.position`; its signal joins the stage's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        position: PositionEncoding,
+        post_norm: bool,
+        mlp_ratio: float,
+        drop_path: float,
+        proj_drop: float,
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim)
+        own = position if position.gives else None
+        self.attn = WindowAttention(dim, heads, position=own, proj_drop=proj_drop, **kwargs)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, signal: Signal, at: Positions, windows: Windows) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D)"""
+        if self.attn.position is not None:
+            signal = in_full(signal.plus(self.attn.position(at)))
+        if self.post_norm:
+            x = x + self.drop_path1(self.norm1(self.attn(x, signal, windows)))
+            return x + self.drop_path2(self.norm2(self.mlp(x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x), signal, windows))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class WindowAttention(Attention):
+    """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
+
+    def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
+        images = x.shape[0]
+        q, k, v, signal, scale = self.split(windows.split(x), signal)
+        dropout = self.attn_drop if self.training else 0.0
+        sizes = [count * images for count, _ in windows.groups]
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), windows.groups, strict=True)
+        found = [
+            attend(a, b, c, signal, None if mask is None else NoEmptyRow(mask), scale, dropout)
+            for a, b, c, (_, mask) in parts
+        ]
+        rows = [part.transpose(1, 2).flatten(2) for part in found]
+        out = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return self.proj_drop(self.proj(windows.join(out, images)))
+
+
+def _places(window: Size, device: torch.device, known: Places | None) -> Positions:
+    """The places of a window, made once a forward for all stages that have it.
+
+    Each stage makes its own where a graph is traced, whose sizes have no hash, and where `known` cannot be written to:
+    torch.fx hands a dictionary on as one that cannot change.
+    """
+    if type(known) is not dict or torch.compiler.is_compiling():
+        return Positions.grid(window, device)
+    if (window, device) not in known:
+        known[window, device] = Positions.grid(window, device)
+    return known[window, device]
+
+
+def _within(window: Size, grid: Size) -> Size:
+    return min(window[0], grid[0]), min(window[1], grid[1])
+
+
+def in_full(signal: Signal) -> Signal:
+    """Bias terms that are looked up, looked up once for all windows."""
+    bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
+    return signal._replace(bias=bias)
+
+
+def tokens_of(position: Word, dims: Dims) -> PositionEncoding:
+    """The terms that are added to tokens."""
+    return _sum([term for term in _terms(position, dims) if term.gives == {"token"}])
+
+
+def in_windows(position: Word, dims: Dims) -> PositionEncoding:
+    """The terms that act within windows: those of a block, or where `dims` names none, those that blocks share."""
+    found = [term for term in _terms(position, dims) if term.gives != {"token"}]
+    for term in found:
+        name = type(term).__name__
+        if "token" in term.gives:
+            raise ConfigError(
+                f"{name} gives tokens and {', '.join(sorted(term.gives - {'token'}))} at once; Swin adds "
+                "tokens on the whole grid and does the rest within windows: give them as two terms"
+            )
+        if not term.relative:
+            raise ConfigError(
+                f"{name} is not relative: what it does depends on where tokens are, but every window of a Swin has the "
+                "same places; relative encodings serve there (relative, logcpb, rope, rope_mixed, alibi, ...), and "
+                "token encodings before the first stage (sincos, learned, ...)"
+            )
+    return _sum([term for term in found if term.per_block == (dims.block is not None)])
+
+
+def _terms(position: Word, dims: Dims) -> list[PositionEncoding]:
+    if isinstance(position, PositionEncoding) or not (isinstance(position, str) or callable(position)):
+        raise ConfigError(
+            "a Swin builds its encodings for each stage and block, whose heads and windows differ: position must be a "
+            f"word or a function from Dims to an encoding, got {type(position).__name__}"
+        )
+    return terms(build(position, dims) if isinstance(position, str) else position(dims))
+
+
+def _sum(parts: list[PositionEncoding]) -> PositionEncoding:
+    return reduce(add, parts) if parts else NoPosition()

@@ -1,0 +1,1 @@
+"""Text encoders, decoders and sequence to sequence models."""

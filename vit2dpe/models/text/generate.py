@@ -1,0 +1,212 @@
+"""Writing text with a `TextDecoder`: greedy, sampled, or by beam; a `Seq2Seq` hands its decoder and a memory.
+
+Legend: B batch, N tokens of the prompt, V vocabulary, K beams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...attention.cache import KVCache
+from ...errors import ConfigError, unknown
+from .heads import TextDecoder
+from .model import Encoded
+
+
+@torch.no_grad()
+def generate(
+    model: TextDecoder,
+    tokens: Tensor,
+    new: int,
+    *,
+    valid: Tensor | None = None,
+    memory: Encoded | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: int | None = None,
+    overflow: str = "slide",
+    cached: bool = True,
+) -> Tensor:
+    """The prompts and up to `new` further tokens, (B, N + new) or shorter where all have stopped.
+
+    Args:
+        tokens: (B, N) prompts, padded on the left where they differ in length; `valid` is False there.
+        memory: what the decoder's cross-attention reads.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest; top_p: among the likeliest that together reach p (arXiv 1904.09751).
+        seed: of the draws; default: the global generator's.
+        stop: a token after which a text is over; what follows it is filled with it.
+        overflow: what happens beyond the model's context. "slide": the newer half of the line is read again from
+            place 0, with any encoding. "extend": the line grows to N + new and the encoding meets what it was not
+            trained on, under the policy in force.
+        cached: whether keys and values are kept; off, each step reads all again. The tokens are the same.
+
+    Raises:
+        ConfigError: for settings that cannot work.
+    """
+    _check(model, tokens, new, temperature, top_k, top_p)
+    if overflow not in ("slide", "extend"):
+        raise unknown("overflow", overflow, ("slide", "extend"))
+    generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+    line = _Line(model, tokens, new, valid, memory, overflow, cached)
+    over = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(new):
+        token = pick(line.logits(), temperature, top_k, top_p, generator)  # (B,)
+        if stop is not None:
+            token, over = token.where(~over, stop), over | (token == stop)
+        tokens = torch.cat([tokens, token[:, None]], dim=1)
+        if bool(over.all()):
+            break
+        line.add(token)
+    return tokens
+
+
+def pick(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token of each row of logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        share = ranked.softmax(dim=-1)
+        ranked = ranked.masked_fill(share.cumsum(dim=-1) - share >= top_p, float("-inf"))  # the first always stays
+        logits = torch.empty_like(logits).scatter(-1, order, ranked)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def beam_search(
+    model: TextDecoder,
+    tokens: Tensor,
+    new: int,
+    *,
+    stop: int,
+    beams: int = 4,
+    valid: Tensor | None = None,
+    memory: Encoded | None = None,
+    length_penalty: float = 1.0,
+) -> Tensor:
+    """The likeliest continuation that K beams find, (B, N + M), M <= new.
+
+    A beam that has stopped stays among the K with its score. At the end the score is divided by the number of new
+    tokens (the stop among them) to the power of `length_penalty`: 0 compares sums, 1 means. With one beam it is greedy.
+
+    Args:
+        tokens, valid, memory, stop: as in `generate`.
+        length_penalty: see above.
+    """
+    _check(model, tokens, new, 0.0, None, None)
+    if beams < 1:
+        raise ConfigError(f"a search needs at least one beam, got {beams}")
+    batch = len(tokens)
+    spread = torch.arange(batch, device=tokens.device).repeat_interleave(beams)
+    tokens, valid = tokens[spread], None if valid is None else valid[spread]
+    line = _Line(model, tokens, new, valid, None if memory is None else memory.take(spread), "extend", True)
+    score = tokens.new_full((batch, beams), float("-inf"), dtype=torch.float32)
+    score[:, 0] = 0.0  # all beams are alike at first: one of them counts
+    over = torch.zeros(batch * beams, dtype=torch.bool, device=tokens.device)
+    length = torch.zeros(batch * beams, device=tokens.device)
+    for _ in range(new):
+        step = line.logits().float().log_softmax(dim=-1)  # (B K, V)
+        step = torch.where(over[:, None], torch.full_like(step, float("-inf")), step)
+        step[:, stop] = torch.where(over, torch.zeros_like(step[:, stop]), step[:, stop])
+        total = score[..., None] + step.unflatten(0, (batch, beams))  # (B, K, V)
+        score, best = total.flatten(1).topk(beams, dim=1)
+        vocabulary = step.shape[-1]
+        source = (torch.arange(batch, device=tokens.device)[:, None] * beams + best // vocabulary).flatten()
+        token = (best % vocabulary).flatten()
+        length, over = (length + ~over)[source], over[source] | (token == stop)
+        tokens = torch.cat([tokens[source], token[:, None]], dim=1)
+        if bool(over.all()):
+            break
+        line.take(source)
+        line.add(token)
+    final = score / length.view(batch, beams).clamp(min=1) ** length_penalty
+    return tokens.view(batch, beams, -1)[torch.arange(batch, device=tokens.device), final.argmax(dim=1)]
+
+
+class _Line:
+    """The tokens so far and the model's view of them: a cache, or everything anew at each step."""
+
+    def __init__(
+        self,
+        model: TextDecoder,
+        tokens: Tensor,
+        new: int,
+        valid: Tensor | None,
+        memory: Encoded | None,
+        overflow: str,
+        cached: bool,
+    ) -> None:
+        self.model, self.memory, self.cached = model, memory, cached
+        longest = tokens.shape[1] + new
+        self.limit = max(2, model.context) if overflow == "slide" else longest
+        self.length = max(2, min(longest, self.limit))
+        self.tokens, self.valid = tokens, valid
+        if tokens.shape[1] > self.limit:  # a longer prompt than the model reads: its end
+            self._cut(self.limit)
+        self.cache = KVCache(self.length)
+        self.unread = self.tokens.shape[1]
+
+    def logits(self) -> Tensor:
+        """(B, V) of the token that comes next."""
+        if not self.cached:
+            # A cache that is thrown away: it fixes the same extent, without which a longer line would be another.
+            self.cache.reset()
+            self.unread = self.tokens.shape[1]
+        fresh = self.tokens[:, -self.unread :]
+        valid = None if self.valid is None else self.valid[:, -self.unread :]
+        x = self.model.forward_features(fresh, valid, cache=self.cache, memory=self.memory)
+        self.unread = 0
+        return self.model.forward_head(x[:, -1])
+
+    def add(self, token: Tensor) -> None:
+        if self.tokens.shape[1] == self.limit:
+            self._cut(self.limit // 2)
+            self.cache.reset()
+            self.unread = self.tokens.shape[1]
+        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, torch.ones_like(self.valid[:, :1])], dim=1)
+        self.unread += 1
+
+    def take(self, index: Tensor) -> None:
+        """Row b becomes what row index[b] was."""
+        self.tokens, self.valid = self.tokens[index], None if self.valid is None else self.valid[index]
+        self.memory = None if self.memory is None else self.memory.take(index)
+        self.cache.reorder(index)
+
+    def _cut(self, keep: int) -> None:
+        self.tokens = self.tokens[:, -keep:]
+        self.valid = None if self.valid is None else self.valid[:, -keep:]
+
+
+def _check(
+    model: TextDecoder, tokens: Tensor, new: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ConfigError(f"prompts are token ids (B, N) with at least one token, got {tuple(tokens.shape)}")
+    if (
+        new < 0
+        or temperature < 0
+        or (top_k is not None and top_k < 1)
+        or not 0 < (1.0 if top_p is None else top_p) <= 1
+    ):
+        raise ConfigError(
+            "new and temperature must not be negative, top_k at least 1, top_p in (0, 1]: "
+            f"got {new}, {temperature}, {top_k} and {top_p}"
+        )
+    if model.training:
+        raise ConfigError("the model is in training mode, where dropout disturbs what it writes: call model.eval()")

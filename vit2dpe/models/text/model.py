@@ -1,0 +1,293 @@
+"""What the text models share: embedding, places, blocks, on the attention of the vision models.
+
+A line is a grid of one axis. Places count tokens that are not padding, from 0 on, so that a padded batch, on whichever
+side, is the unpadded one. The line they live on is at least as long as the context the model was built for: the extent
+is `max(context, N)`, and with a cache `max(context, cache.length)`. So a short text never meets a resized table, and a
+policy acts beyond the context alone. A BERT's [CLS] is a token like others and has a place.
+
+Legend: B batch, N tokens, D width, V vocabulary. `valid` is boolean (B, N), False for padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...attention import masks
+from ...attention.cache import KVCache
+from ...attention.dispatch import for_all
+from ...encodings import Dims, PositionEncoding, assign, build
+from ...errors import ConfigError
+from ...positions import Positions, checkable
+from ..layers import add_token, norm_of
+from .block import Memory, TextBlock, signal_of
+
+
+class Encoded(NamedTuple):
+    """What an encoder hands to a decoder: (B, S, D), where those tokens are, and which of them are padding."""
+
+    tokens: Tensor
+    at: Positions
+    valid: Tensor | None = None
+
+    def take(self, index: Tensor) -> Encoded:
+        """Sample b becomes what sample index[b] was."""
+        at = self.at if self.at.coords.shape[0] == 1 else Positions(self.at.coords[index], self.at.extent)
+        return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
+
+
+class TextModel(nn.Module):
+    """Embedding, encoding, blocks, norm: what the text models share.
+
+    Args:
+        position: the encoding, a word such as "rope" or "sincos+alibi", or an instance.
+        vocab_size: V.
+        context: tokens the model is trained on; tables have this length, and policies measure other lengths against
+            it.
+        embed_dim, depth, num_heads, mlp_ratio, qk_norm: as in `ViT`; `hidden` gives the MLP's channels themselves.
+        kv_heads: fewer heads of keys and values (arXiv 2305.13245).
+        block_position: a further encoding that every block owns.
+        cross: whether blocks read a memory; `cross_position` is the encoding between the two sequences (default: none).
+        norm, norm_eps, post_norm, mlp, bias, scale: see `TextBlock` and `Attention`.
+        embed_norm: a norm after the embedding; embed_scale: a factor on it (√D in arXiv 1706.03762).
+        token_types: kinds of segments with an embedding of their own (BERT: 2).
+        window: how many tokens back (and, without causality, ahead) attention reaches; default all.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout of embedding and outputs, of weights, of whole branches.
+
+    Raises:
+        ConfigError: for sizes that do not fit each other, or an unknown encoding, norm or MLP.
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        position: str | PositionEncoding = "rope",
+        *,
+        vocab_size: int,
+        context: int,
+        embed_dim: int = 256,
+        depth: int = 4,
+        num_heads: int = 4,
+        kv_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        hidden: int | None = None,
+        block_position: str | PositionEncoding | None = None,
+        cross: bool = False,
+        cross_position: str | None = None,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        post_norm: bool = False,
+        mlp: str = "gelu",
+        bias: bool = True,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        embed_norm: bool = False,
+        embed_scale: float = 1.0,
+        token_types: int = 0,
+        window: int | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads or num_heads % (kv_heads or 1):
+            raise ConfigError(
+                "embed_dim must be a multiple of num_heads, and this of kv_heads: "
+                f"got {embed_dim}, {num_heads} and {kv_heads}"
+            )
+        if vocab_size < 1 or context < 1 or depth < 0 or (window is not None and window < 0):
+            raise ConfigError(
+                "a text model needs a vocabulary, a context, and no negative depth or window: "
+                f"got vocab_size={vocab_size}, context={context}, depth={depth}, window={window}"
+            )
+        self.vocab_size, self.context, self.embed_dim, self.window = vocab_size, context, embed_dim, window
+        self.embed_scale, self.grad_checkpointing = embed_scale, False
+        self.train_grid = (context,)
+        dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
+        make_norm = norm_of(norm, norm_eps)
+        self.embed = nn.Embedding(vocab_size, embed_dim)
+        self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
+        self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
+        self.embed_drop = nn.Dropout(drop_rate)
+        self.position, own = assign(position, dims, block_position)
+        self.cross_position = _cross_position(cross_position, cross, dims)
+        self.blocks = nn.ModuleList(
+            TextBlock(
+                embed_dim,
+                num_heads,
+                kv_heads=kv_heads,
+                hidden=hidden or int(embed_dim * mlp_ratio),
+                norm=norm,
+                eps=norm_eps,
+                mlp=mlp,
+                bias=bias,
+                post_norm=post_norm,
+                cross=cross,
+                qk_norm=qk_norm,
+                scale=scale,
+                position=own[i],
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                drop_path=drop_path_rate * i / max(1, depth - 1),
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.Identity() if post_norm else make_norm(embed_dim)
+        self.init_weights()
+
+    def forward_features(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        *,
+        types: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        memory: Encoded | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """Token ids (B, N) -> (B, N, D).
+
+        Args:
+            valid: (B, N), False for padding, which nothing attends to.
+            types: (B, N) kinds of segments; default 0.
+            segments: (B|1, N) document numbers of a packed batch (see `pack`): places begin anew at each document, and
+                attention stays within it.
+            cache: what earlier tokens left; these join it.
+            memory: what cross-attention reads.
+            length: the extent of the line, where that is longer than the context and N (or, packed, than the context).
+
+        Raises:
+            ConfigError: for a nested tensor, or a combination that has no meaning.
+        """
+        if tokens.is_nested:
+            raise ConfigError("nested tensors are not taken: pad the batch and give `valid`, or join it with `pack`")
+        if segments is not None and (cache is not None or valid is not None):
+            raise ConfigError("a packed batch has neither padding nor a cache: give `segments` alone")
+        at = self.places(tokens, valid, segments, cache, length)
+        keys, present = at, valid
+        if cache is not None:
+            cache.extend(at, valid)
+            keys, present = cache.at or at, cache.valid
+        mask = masks.both(
+            masks.causal(at, keys) if self.causal else None,
+            None if self.window is None else masks.window(at, keys, self.window),
+            None if present is None else masks.present(present),
+            None if segments is None else masks.same(segments, segments),
+        )
+        read = None if memory is None else self._read(memory, at)
+        x = self._embed(tokens, types)
+        signal = for_all(signal_of(self.position, at, keys), x)  # geometry becomes tensors, once
+        x = self.embed_drop(self.embed_norm(add_token(x, signal)))
+        for i, block in enumerate(self.blocks):
+            layer = None if cache is None else cache.layer(i)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, signal, at, mask, keys=keys, memory=read, use_reentrant=False)
+            else:
+                x = block(x, signal, at, mask, keys=keys, cache=layer, memory=read)
+        return self.norm(x)
+
+    def places(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        length: int | None = None,
+    ) -> Positions:
+        """Where these tokens are: what `position` is called with."""
+        n, device = tokens.shape[1], tokens.device
+        if segments is not None:
+            line = max(self.context, length or 0)
+            step = torch.arange(n, device=device)
+            first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+            begin = torch.where(first, step, 0).cummax(dim=1).values  # (B|1, N) where each document begins
+            places = step - begin
+            if checkable(places) and places.numel() and int(places.max()) >= line:
+                longest = int(places.max()) + 1
+                raise ConfigError(
+                    f"a packed document has {longest} tokens, the line {line}: name the longest with length="
+                )
+            return Positions(places.float()[..., None], (line,))
+        line = max(self.context, n if cache is None else cache.length, length or 0)
+        seen = 0 if cache is None else cache.size
+        before = None if cache is None else cache.valid
+        if valid is None and before is None:
+            return Positions.sequence(n, seen, line, device)
+        new = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        count = seen if before is None else before.sum(dim=1, keepdim=True)
+        # Padding stands where the token before it stands, or at 0: inside the line, and never attended to.
+        places = (count + new.cumsum(dim=1) - 1).clamp(min=0)
+        return Positions(places.float()[..., None], (line,))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of the encodings' parameters."""
+        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
+        return {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
+
+    def init_weights(self) -> None:
+        """GPT-2's: normal 0.02, zero biases, maps that end in the residual sum divided by √(2 depth)."""
+        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not (own and name.startswith(own)):
+                last = name.endswith(("proj", "fc2"))
+                nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
+        x = self.embed(tokens)
+        if self.embed_scale != 1.0:
+            x = x * self.embed_scale
+        if self.type_embed is None:
+            return x
+        return x + self.type_embed(torch.zeros_like(tokens) if types is None else types)
+
+    def _read(self, memory: Encoded, at: Positions) -> Memory:
+        """The memory with its mask, and the Signal between the two sequences where there is one."""
+        mask = None if memory.valid is None else masks.present(memory.valid)
+        if self.cross_position is None:
+            return Memory(memory.tokens, mask)
+        extent = (max(at.extent[0], memory.at.extent[0]),)
+        q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
+        return Memory(memory.tokens, mask, for_all(self.cross_position(q, k), memory.tokens))
+
+
+def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A ragged batch as one row without padding: token ids (1, ΣN) and `segments` (1, ΣN) for `forward_features`."""
+    if not sequences or any(s.ndim != 1 for s in sequences):
+        raise ConfigError("pack takes a list of at least one sequence of token ids, each (N,)")
+    numbers = [torch.full_like(s, i) for i, s in enumerate(sequences)]
+    return torch.cat(sequences)[None], torch.cat(numbers)[None]
+
+
+def pad(sequences: list[Tensor], value: int = 0, left: bool = False) -> tuple[Tensor, Tensor]:
+    """A ragged batch as a padded one: token ids (B, N) and `valid` (B, N)."""
+    longest = max((len(s) for s in sequences), default=0)
+    ids, valid = [], []
+    for s in sequences:
+        sides = (longest - len(s), 0) if left else (0, longest - len(s))
+        ids.append(F.pad(s, sides, value=value))
+        valid.append(F.pad(torch.ones_like(s, dtype=torch.bool), sides, value=False))
+    return torch.stack(ids), torch.stack(valid)
+
+
+def _cross_position(word: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
+    if word is None:
+        return None
+    if not cross:
+        raise ConfigError(f"cross_position={word!r} is for models with cross-attention: Seq2Seq, or cross=True")
+    encoding = build(word, dims)
+    if "token" in encoding.gives:
+        raise ConfigError(
+            f"cross_position={word!r} adds to tokens; between two sequences only a rotation or a bias can"
+        )
+    return encoding

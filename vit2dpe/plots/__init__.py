@@ -1,0 +1,1 @@
+"""Pictures of encodings, attention, text and reconstructions."""

@@ -1,0 +1,83 @@
+"""Pictures of what a masked autoencoder paints: original | masked | reconstruction | pasted, a row an image.
+
+With `norm_pix` a model predicts each patch up to its mean and variance, and the picture takes both from the hidden
+patch itself. It then shows more than the model knows, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAK = "uses the target's patch mean and variance"
+GREY = 0.5
+
+
+def draw(
+    model: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], mask_ratio: float = 0.75, **how: Any
+) -> Figure:
+    """A figure with four pictures an image.
+
+    Args:
+        model: a MAE or a SimMIM; it paints in evaluation mode and is left as it was.
+        images: (B, C, H, W), normalised as the model wants them.
+        mean, std: that they were normalised with, a value a channel.
+        mask_ratio: the part that is hidden.
+        how: `noise` or `generator`, as for the model.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
+    was, device = model.training, next(model.parameters()).device
+    seen = model.eval().reconstruct(images.to(device), mask_ratio, **how)
+    model.train(was)
+    original, painted, pasted = (_pixels(x, mean, std) for x in (seen.original, seen.painted, seen.pasted))
+    masked = torch.where(seen.hidden.cpu(), GREY, original)
+    note = "\n" + fill(LEAK, 26) if model.norm_pix else ""
+    titles = ("original", f"masked ({mask_ratio:.0%})", f"reconstruction{note}", f"pasted{note}")
+    rows, (height, width) = len(images), images.shape[-2:]
+    wide, tall = 2.2, 2.2 * height / width
+    figure = Figure(figsize=(4 * wide, rows * tall + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False)
+    for row, pictures in enumerate(zip(original, masked, painted, pasted, strict=True)):
+        for col, picture in enumerate(pictures):
+            ax = axes[row][col]
+            ax.imshow(_shown(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(titles[col], fontsize=8)
+    return figure
+
+
+def save(path: str | Path, *args: Any, **kwargs: Any) -> Path:
+    """Draw into a file whose ending says the format; arguments as for `draw`."""
+    path, figure = Path(path), draw(*args, **kwargs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Back to [0, 1], on the CPU."""
+    images = images.float().cpu()
+    shape = (1, -1, 1, 1)
+    return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
+
+
+def _shown(picture: Tensor) -> Any:
+    """(C, H, W) as matplotlib takes it: colour for three channels, else their mean in grey."""
+    return (picture.movedim(0, -1) if len(picture) == 3 else picture.mean(dim=0)).numpy()

@@ -1,0 +1,112 @@
+"""Pictures of attention in text: block by block and head by head, the tokens named on both axes.
+
+Legend: N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention.observe import attention
+from ..errors import CheckpointError, ConfigError
+from .attention import BLOCKS, HEADS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LONGEST = 96  # tokens; more names than this cannot be read
+MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], title: str) -> Figure:
+    """A figure with a row for each of up to four blocks: the mean over heads, then up to three heads.
+
+    Rows of a panel are queries, columns keys; a scale serves one panel, from 0 to the largest weight, which the title
+    names.
+
+    Args:
+        maps: (1, H, queries, keys) by the name of the attention.
+        queries, keys: names of the tokens.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
+    names = list(maps)
+    step = max(1, len(names) - 1) / max(1, min(BLOCKS, len(names)) - 1)
+    chosen = list(dict.fromkeys(names[round(i * step)] for i in range(min(BLOCKS, len(names)))))
+    columns = 1 + min(HEADS, max(one.shape[1] for one in maps.values()))
+    wide, high = (max(2.4, 0.13 * len(tokens) + 1.0) for tokens in (keys, queries))
+    figure = Figure(figsize=(columns * wide, len(chosen) * (high + 0.3) + 0.4), layout="constrained")
+    for name, row in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
+        one = maps[name][0]
+        panels = [(f"{name}: mean", one.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(one))]
+        for ax in row[len(panels) :]:
+            ax.axis("off")
+        for ax, (label, values) in zip(row, panels, strict=False):
+            ax.imshow(values.numpy(), vmin=0.0, cmap="viridis", aspect="equal")
+            ax.set_xticks(range(len(keys)), [token.translate(MARKS) for token in keys], rotation=90, fontsize=7)
+            ax.set_yticks(range(len(queries)), [token.translate(MARKS) for token in queries], fontsize=7)
+            ax.set_title(f"{label}, to {float(values.max()):.2g}", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def figure_of(model: Any, text: str) -> Figure:
+    """Self-attention of a `TextEncoder` or `TextDecoder` to a text; of a translator, cross-attention of what it writes.
+
+    Args:
+        model: as `load_run` gives it, with its tokenizer.
+
+    Raises:
+        CheckpointError: if the model is none of text.
+        ConfigError: if the text has no tokens or too many to be named.
+    """
+    from ..data.pairs import Encoder
+    from ..data.tokenizers import Subwords, from_json
+    from ..models.text.model import TextModel
+    from ..models.text.seq2seq import Seq2Seq
+    from ..models.text.translate import translate
+
+    about: dict[str, Any] = getattr(model, "about", {})
+    if "tokenizer" not in about or not isinstance(model, Seq2Seq | TextModel):
+        raise CheckpointError(f"--text is for a run of `vit2dpe text train`; this one holds a {type(model).__name__}")
+    tokenizer = from_json(about["tokenizer"])
+    model = model.eval()
+    if isinstance(model, TextModel):
+        ids = tokenizer.encode(text)
+        names = _names(tokenizer, ids)
+        with torch.no_grad(), attention(model) as maps:
+            model.forward_features(torch.tensor([ids]))
+        how = "a token sees those before it" if model.causal else "every token sees every token"
+        return draw(maps, names, names, f"attention of each token (rows) to the others: {how}")
+    if about.get("task") != "translation" or not isinstance(tokenizer, Subwords):
+        raise CheckpointError(f"of encoder-decoders, translators are drawn; this run is one of {about.get('task')}")
+    encode = Encoder(tokenizer)
+    source, target = encode(text), encode(translate(model, tokenizer, [text])[0])
+    with torch.no_grad(), attention(model) as maps:
+        model(source[None], torch.cat([torch.tensor([encode.start]), target[:-1]])[None])
+    across = {name: one for name, one in maps.items() if name.endswith(".cross")}
+    title = "attention of each token that is written (rows) to those that are read"
+    return draw(across, _names(tokenizer, target.tolist()), _names(tokenizer, source.tolist()), title)
+
+
+def _names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    if not 0 < len(ids) <= LONGEST:
+        raise ConfigError(f"a text of 1 to {LONGEST} tokens can be drawn with their names, this one has {len(ids)}")
+    inner = getattr(tokenizer, "inner", None)
+    return [tokenizer.decode([i]) or (inner.id_to_token(i) if inner is not None else str(i)) for i in ids]
+
+
+def save(model: Any, text: str, out: str | Path) -> Path:
+    """Draw a model's attention to a text into `out`, whose ending says the format."""
+    figure = figure_of(model, text)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out

@@ -1,0 +1,1 @@
+"""Resolution policies, applying them to a model, and the sweep over sizes."""

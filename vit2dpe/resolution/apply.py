@@ -1,0 +1,189 @@
+"""Which parts of a model a policy reaches, and putting it there: `use_policy` for a while, `set_policy` for good.
+
+The policies themselves are in `policies.py`. A policy is chosen at evaluation, for any encoding that can take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..encodings import PositionEncoding, Sum
+from ..errors import ConfigError, unknown
+from ..spec import check_option, parse_terms
+from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
+
+WINDOW_POLICIES = ("keep", "scale")
+Scope = tuple[PositionEncoding, nn.Module, Extent]  # what leads a part of a model, the part, its training extent
+
+
+def encodings_of(model: nn.Module) -> list[PositionEncoding]:
+    """Every encoding of a model that does something, shared and per block, sums taken apart."""
+    return [e for e in model.modules() if isinstance(e, PositionEncoding) and e.gives and not isinstance(e, Sum)]
+
+
+def policies_of(model: nn.Module) -> tuple[str, ...]:
+    """The policies that every encoding of a model can take, the default first.
+
+    ("default",) where the parts of a sum have none in common and each does what it does by itself; so too for a
+    module that is not ours. ("extrapolate",) for a model without positions.
+    """
+    found = encodings_of(model)
+    common: tuple[str, ...]
+    if not found:
+        common = ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
+    else:
+        common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+    return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common
+
+
+def windows_of(model: nn.Module) -> tuple[str, ...]:
+    """What the windows of a model can do at another size, the model's own first; () where it has none."""
+    found = _windowed(model)
+    own = found[0].window_policy if found else ""
+    return (own, *(policy for policy in WINDOW_POLICIES if policy != own)) if found else ()
+
+
+def _windowed(model: nn.Module) -> list[Any]:
+    """The model, or what is in it, that has windows: a Swin, also within a SimMIM."""
+    return [module for module in model.modules() if hasattr(module, "window_policy") and hasattr(module, "scopes")]
+
+
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """For each part with places of its own: the encoding that leads it, the part, the extent it was trained on.
+
+    A Swin and an MAE say it themselves (`scopes`); what has a `position` and a `train_grid` is one; what holds others
+    (Seq2Seq, SimMIM, a wrapper) has theirs.
+
+    Raises:
+        ConfigError: for a model without any.
+    """
+    if found := _scopes(model):
+        return found
+    raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+
+
+def _scopes(model: Any) -> list[Scope]:
+    if hasattr(model, "scopes"):
+        return model.scopes()
+    if hasattr(model, "position") and hasattr(model, "train_grid"):
+        return [(model.position, model, tuple(model.train_grid))]
+    return [scope for child in model.children() for scope in _scopes(child)]
+
+
+@contextmanager
+def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | bool | None = None) -> Iterator[None]:
+    """Within this context every encoding of `model` follows `policy` at sizes it was not trained at.
+
+    Args:
+        model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
+        policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
+            "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
+            Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
+        temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
+
+    Changes no key of the state_dict, and on leaving puts back what was there. With gradient checkpointing the backward
+    pass computes blocks again, so it has to run inside the context too.
+
+    Raises:
+        ConfigError: for a policy that one of the encodings cannot take, with the reason.
+    """
+    scopes = scopes_of(model)
+    windows, policy = _split(policy, model)
+    before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
+    before_heat = [(root, root.temperature) for root, _, _ in scopes]
+    before_windows = [(part, part.window_policy) for part in _windowed(model)]
+    try:
+        for root, part, extent in scopes:
+            chosen = None if policy == "default" else _policy(policy, extent)
+            for encoding in encodings_of(part):
+                if chosen is not None and chosen.name not in encoding.policies:
+                    raise ConfigError(
+                        f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                        f"it can {' or '.join(encoding.policies)}"
+                    )
+                encoding.policy = encoding.own_policy if policy == "default" else chosen
+            root.temperature = _temperature(temperature, extent)  # one factor for all its encodings
+        _set_windows(model, windows)
+        yield
+    finally:
+        for encoding, policy_before in before:
+            encoding.policy = policy_before
+        for root, heat in before_heat:
+            root.temperature = heat
+        for windowed, windows_before in before_windows:
+            windowed.window_policy = windows_before
+
+
+def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
+    """What windows do (None: as before) and what encodings do, of "scale+interpolate", "scale" or "interpolate"."""
+    first, _, rest = word.partition("+")
+    if first.strip() not in WINDOW_POLICIES:
+        return None, word
+    if not windows_of(model):
+        raise ConfigError(f"policy {word!r} says what windows do, and {type(model).__name__} has none")
+    return first.strip(), rest.strip() or "default"
+
+
+def _set_windows(model: nn.Module, policy: str | None) -> None:
+    if policy is not None:
+        for part in _windowed(model):
+            part.window_policy = policy
+
+
+def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) -> None:
+    """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
+
+    Every encoding that can take the policy does; a table beside a formula goes on being resized. No key of the
+    state_dict changes, so the policy is not saved with the weights.
+
+    Args:
+        policy: a word as for `use_policy`, but for "default".
+        train: the grid that the policy scales to; default: what each part of the model was trained on.
+
+    Raises:
+        ConfigError: for a policy that none of the encodings can take, with the reason; for `train` where windows have
+            extents of their own.
+    """
+    scopes, (windows, policy) = scopes_of(model), _split(policy, model)
+    if train is not None and windows_of(model):
+        raise ConfigError(f"train is one grid, and {type(model).__name__} has windows of other extents: leave it out")
+    able = []
+    if windows is None or policy != "default":
+        for _, part, extent in scopes:
+            chosen = _policy(policy, tuple(train or extent))
+            able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
+        if not able:
+            found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
+            raise ConfigError(
+                f"{', '.join(found) or 'a model without positions'} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                f"it can {' or '.join(policies_of(model))}"
+            )
+    for encoding, chosen in able:
+        encoding.policy = encoding.own_policy = chosen
+    _set_windows(model, windows)
+
+
+def _policy(word: str, train: Extent) -> Keep:
+    (name, options), *more = parse_terms(word, "policy", [*POLICIES, "default"])
+    if more or name == "default":
+        raise ConfigError(f"a policy is one name, such as 'interpolate(align=corner)'; got {word!r}")
+    kind = POLICIES[name]
+    allowed = [field for field in kind.__dataclass_fields__ if field not in ("train", "name")]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of {name}", option, allowed or ["(it takes none)"])
+        check_option(kind, option, options[option])
+    return kind(train, name=name, **options)
+
+
+def _temperature(word: str | bool | None, train: Extent):
+    if word in (None, False, "none"):
+        return None
+    name = "log" if word is True else str(word)
+    if name not in TEMPERATURES:
+        raise unknown("temperature", name, ["none", *TEMPERATURES])
+    return TEMPERATURES[name](train)

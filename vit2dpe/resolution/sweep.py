@@ -1,0 +1,144 @@
+"""What happens at a resolution a model was not trained at: `use_policy` chooses, `sweep` measures.
+
+How a policy is put on a model is in `scopes.py`, the policies themselves are in `policies.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..encodings import PositionEncoding
+from ..errors import ConfigError, unknown
+from ..spec import Size
+from .apply import encodings_of, policies_of, scopes_of, set_policy, use_policy, windows_of  # noqa: F401
+
+MODES = ("scale", "canvas")
+
+
+def sweep(
+    model: nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    sizes: Sequence[Size],
+    policies: Sequence[str] | None = None,
+    *,
+    modes: Sequence[str] = ("scale",),
+    temperatures: Sequence[str] = ("none",),
+    train_size: Size | None = None,
+    crop: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
+
+    Args:
+        model: any module from images (B, C, H, W) to logits (B, classes); policies need one of ours.
+        data: batches (images, labels), normalised as the model wants them, iterated once for each row.
+        sizes: (height, width) in pixels; rectangles too.
+        policies: words for `use_policy`; default: all that the model can take.
+        modes: "scale": the same picture with more pixels (it is resized to the size). "canvas": more content at the
+            scale of training (the picture at the training size in the middle, continued by its mirror image; smaller
+            canvases see its middle). The two answer different questions and are never mixed in a row.
+        train_size: (height, width) of training; default: the model's.
+        crop: the centre share of each side that is kept, the same for all sizes.
+
+    Returns:
+        rows with mode, policy, temperature, train_height, train_width, height, width, top1 (percent), loss (nats), n.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES)
+    train_size = train_size or train_size_of(model)
+    ours = any(isinstance(module, PositionEncoding) for module in model.modules())
+    rows = []
+    for mode in modes:
+        for policy in policies or policies_of(model):
+            for temperature in temperatures:
+                for size in sizes:
+                    batches = ((fit_size(x, size, mode, train_size, crop), y) for x, y in data)
+                    if ours:
+                        with use_policy(model, policy, temperature=temperature):
+                            score = evaluate(model, batches)
+                    elif policy == "default" and temperature == "none":
+                        score = evaluate(model, batches)
+                    else:
+                        raise ConfigError(
+                            f"policy {policy!r} with temperature {temperature!r} needs a model of ours; "
+                            f"{type(model).__name__} runs with 'default' and 'none' only"
+                        )
+                    rows.append(
+                        dict(
+                            policy=policy,
+                            temperature=temperature,
+                            mode=mode,
+                            train_height=train_size[0],
+                            train_width=train_size[1],
+                            height=size[0],
+                            width=size[1],
+                            **score,
+                        )
+                    )
+    return rows
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, Any]:
+    """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
+
+    Args:
+        top: for each k how often the label is among the k likeliest classes, as "topk".
+    """
+    was_training = model.training
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right, loss, n = dict.fromkeys(top, 0), 0.0, 0
+    try:
+        for images, labels in batches:
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            for k in top:
+                likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
+                right[k] += int((likeliest == labels[:, None]).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            n += len(labels)
+    finally:
+        model.train(was_training)
+    if n == 0:
+        raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
+    return {f"top{k}": 100 * hits / n for k, hits in right.items()} | {"loss": loss / n, "n": n}
+
+
+def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size) by one of the two modes of `sweep`."""
+    if crop < 1:
+        h, w = (max(1, round(side * crop)) for side in images.shape[-2:])
+        top, left = (images.shape[-2] - h) // 2, (images.shape[-1] - w) // 2
+        images = images[..., top : top + h, left : left + w]
+    if mode == "scale":
+        return _resize(images, size)
+    images = _resize(images, train_size)
+    for dim, (side, train) in zip((-2, -1), zip(size, train_size, strict=True), strict=True):
+        index = torch.arange(side, device=images.device) + (train - side) // 2
+        index = index.remainder(2 * train)
+        images = images.index_select(dim, torch.where(index < train, index, 2 * train - 1 - index))
+    return images
+
+
+def _resize(images: Tensor, size: Size) -> Tensor:
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def train_size_of(model: nn.Module) -> Size:
+    """The size in pixels a model was trained at: ours remember it, timm's say it in their config."""
+    if hasattr(model, "train_grid") and hasattr(model, "patch_embed"):
+        (rows, cols), (high, wide) = model.train_grid, model.patch_embed.patch_size  # type: ignore[misc, union-attr]
+        return rows * high, cols * wide
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg and cfg.get("input_size"):
+        return cfg["input_size"][-2], cfg["input_size"][-1]
+    raise ConfigError(
+        f"{type(model).__name__} does not say the size it was trained at: give train_size=(height, width)"
+    )

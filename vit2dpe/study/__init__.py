@@ -1,0 +1,1 @@
+"""Resolution and length studies, evaluation and probes, and their reports."""

@@ -1,0 +1,279 @@
+"""`vit2dpe evaluate`: any timm model, ours or not, or a run of ours, swept over image sizes.
+
+The measuring is `vit2dpe.resolution.sweep`; here a name becomes a model, and a folder becomes batches that it
+understands: its channels, mean, deviation and crop, and its numbering of the classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+
+from ..data.datasets import SOURCES, check_source, list_unreadable, load_images, normalize
+from ..data.folders import list_held_out
+from ..data.image_cache import Reasons, decode, find_unreadable
+from ..data.sources import readable
+from ..data.splits import Split
+from ..errors import ConfigError, DataError
+from ..files import write_atomically
+from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
+from ..spec import parse_size, parse_terms, split_words
+from ..training.checkpoint import load_run
+from ..training.devices import pick_device
+from .plan import known
+from .report import about_study
+from .rows import to_csv
+from .settings import EvaluateConfig
+from .tables import table
+
+Size = tuple[int, int]
+
+
+class Subject(NamedTuple):
+    """A model and what a batch must be for it."""
+
+    model: nn.Module
+    label: str  # what the table calls it: an encoding for a run of ours, else the name
+    seed: int | str
+    classes: tuple[str, ...] | None  # by index; None where only their number is known
+    strict: bool  # whether data of other classes are out of the question
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: float
+
+
+def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, Any]]:
+    """Measure a model at every size asked for; write `results.csv` and `env.json` to `config.out`, print the table.
+
+    Returns:
+        the rows of results.csv, in the study's columns.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is measured, for what cannot work.
+    """
+    if not config.model or not config.data:
+        raise ConfigError("evaluate needs --model (a timm name or a run folder) and --data (a folder, digits, cifar10)")
+    device = pick_device(config.device)
+    subject = load_subject(config)
+    model = subject.model.to(device).eval()
+    train_size = train_size_of(model) if config.train_size is None else parse_size(config.train_size)
+    sizes = [parse_size(size) for size in split_words(config.sizes or "")] or [train_size]
+    modes = known("mode", config.modes, MODES)
+    able = policies_of(model)
+    policies = able if "all" in split_words(config.policies) else split_words(config.policies)
+    crop = subject.crop if config.crop is None else config.crop
+    if not 0 < crop <= 1 or config.batch_size < 1:
+        raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
+    _check_sizes(model, len(subject.mean), sizes)
+
+    source_size = tuple(round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
+    data, total = _load_data(config, subject, source_size)
+    print(f"images: {len(data)} used of {total}", flush=True)
+    list_unreadable(Path(config.out), data.unreadable)
+    rows = sweep(
+        model,
+        data,
+        sizes,
+        policies,
+        modes=modes,
+        temperatures=split_words(config.temperatures),
+        train_size=train_size,
+        crop=crop,
+    )
+    rows = [dict(encoding=subject.label, seed=subject.seed, metric="top1", value=row["top1"], **row) for row in rows]
+    out = Path(config.out)
+    about = about_study(command, config, device, config.data, data.digest)
+    write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
+    write_atomically(out / "results.csv", to_csv(rows).encode())
+    print(f"\n{table(rows)}\n\ntable    {out / 'results.csv'}")
+    return rows
+
+
+def load_subject(config: EvaluateConfig) -> Subject:
+    """The model of a run folder, or a timm model with its weights, and what is known about its inputs."""
+    folder = Path(config.model)
+    if folder.is_dir():
+        run = load_run(folder)
+        about: dict[str, Any] = run.about  # type: ignore[assignment]
+        if lacking := [key for key in ("classes", "mean", "std") if key not in about]:
+            raise ConfigError(
+                f"{folder} does not say {', '.join(lacking)} of its images: it is no classifier of images"
+            )
+        if not getattr(run, "num_classes", 0):
+            raise ConfigError(
+                f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
+                f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
+            )
+        label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed", "")
+        return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
+    name, model = _timm_model(config)
+    data = resolve_model_data_config(model)
+    subset, classes = infer_imagenet_subset(model), None
+    if subset:
+        classes = tuple(ImageNetInfo(subset).label_names())
+    crop = 1.0 if config.data in SOURCES else data["crop_pct"]
+    return Subject(model, name, "", classes, False, data["mean"], data["std"], crop)
+
+
+def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
+    name, bracket, rest = config.model.partition("(")
+    if bracket and not rest.endswith(")"):
+        raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
+    options = parse_terms(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
+    name = name.strip()
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"{name!r} is neither a folder nor a timm model; {hint}timm.list_models('*vit*') in Python lists names"
+        )
+    pretrained = not config.untrained and config.checkpoint is None
+    try:
+        with torch.device("meta"):
+            kind = type(timm.create_model(name, **options))
+        if "dynamic_img_size" in inspect.signature(kind).parameters:
+            options = {"dynamic_img_size": True, **options}  # timm's default takes one size only
+        model = timm.create_model(name, pretrained=pretrained, **options)
+        if config.checkpoint is not None:
+            load_checkpoint(model, config.checkpoint)
+    except (RuntimeError, OSError, TypeError, AssertionError) as error:  # timm's ways to refuse; no network
+        wanted = "its pretrained weights" if pretrained else "these settings"
+        raise ConfigError(
+            f"timm could not make {name} with {wanted}: {error}; --checkpoint takes a file of weights, --untrained none"
+        ) from error
+    return name, model
+
+
+def _check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None:
+    """Every size once, on one blank image, before hours are spent on the first of them."""
+    device = next(model.parameters()).device
+    for height, width in sizes:
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, channels, height, width, device=device))
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error
+
+
+class Batches:
+    """(images, labels) as a model wants them, iterated as often as the sweep has rows.
+
+    Args:
+        labels: (N,) in the model's numbering.
+        subject: whose mean and deviation are taken off.
+        batch: images at a time.
+        digest: what the data are, for the record.
+    """
+
+    unreadable: Mapping[str, str] = {}  # files that were left out, with the reason
+
+    def __init__(self, labels: Tensor, subject: Subject, batch: int, digest: str) -> None:
+        self.labels, self.subject, self.batch, self.digest = labels, subject, batch, digest
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, start: int, end: int) -> Tensor:
+        """uint8 (B, C, H, W)"""
+        raise TypeError(f"{type(self).__name__} must say where its images come from")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), self.batch):
+            images = self.pixels(start, start + self.batch).float() / 255
+            if images.shape[1] == 1:
+                images = images.expand(-1, len(self.subject.mean), -1, -1)  # grey is equal red, green and blue
+            yield normalize(images, self.subject.mean, self.subject.std), self.labels[start : start + self.batch]
+
+
+class InMemory(Batches):
+    """A split that was loaded whole."""
+
+    images: Tensor
+
+    def pixels(self, start: int, end: int) -> Tensor:
+        return self.images[start:end]
+
+
+class Files(Batches):
+    """Image files, decoded anew for every row: nothing is kept in memory."""
+
+    root: Path
+    names: list[str]
+    size: Size
+
+    def pixels(self, start: int, end: int) -> Tensor:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            images = pool.map(lambda name: decode(self.root / name, self.size)[0], self.names[start:end])
+            return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images])
+
+
+def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> tuple[Batches, int]:
+    """The batches, and how many images there were to choose from."""
+    limit = config.limit
+    if config.data in SOURCES and config.data != "folder":
+        data = load_images(config.data, config.root, unreadable=config.unreadable)
+        split = data.test if limit is None else data.test.take(limit)
+        labels = _numbering(subject, data.classes)[split.labels]
+        held = InMemory(labels, subject, config.batch_size, data.digest)
+        held.images = split.pixels(torch.arange(len(split)))
+        held.unreadable = data.unreadable
+        for note in data.notes:
+            print(f"note: {note}")
+        return held, data.total.get("test", len(data.test))
+    check_source("folder", unreadable=config.unreadable)
+    root, listing, notes = list_held_out(Path(config.data).expanduser())
+    for note in notes:
+        print(f"note: {note}")
+    names = [name for files in listing.values() for name in files]
+    labels = torch.tensor([i for i, files in enumerate(listing.values()) for _ in files])
+    limit = len(names) if limit is None else limit
+    index, wrong = _choose(root, names, labels, source_size, limit, config.unreadable == "skip")
+    found = Files(_numbering(subject, tuple(listing))[labels[index]], subject, config.batch_size, f"{len(names)} files")
+    found.root, found.names, found.size = root, [names[i] for i in index.tolist()], source_size
+    found.unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
+    return found, len(names)
+
+
+def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int, skip: bool) -> tuple[Tensor, Reasons]:
+    """The numbers of `limit` files, balanced over classes, and what is wrong with those left out on the way there.
+
+    To know which can be read they are decoded: those that the limit takes, then one more for each that is left out.
+    """
+    files = Split(torch.arange(len(names)), labels)  # images are their numbers
+    index = files.take(limit).images
+    tried: list[int] = []
+    wrong: Reasons = {}
+    while skip and (new := sorted(set(index.tolist()) - set(tried))):
+        wrong |= {new[i]: reason for i, reason in find_unreadable(root, [names[i] for i in new], size).items()}
+        index = files.take(limit, wrong).images
+        tried += new
+    lost = {place: wrong[number] for place, number in enumerate(tried) if number in wrong}
+    readable(lost, [names[i] for i in tried], labels[tried], len(tried))
+    return index, wrong
+
+
+def _numbering(subject: Subject, classes: tuple[str, ...]) -> Tensor:
+    """(classes of the data,) the model's index of each: by name where the model knows names, else one to one."""
+    if subject.classes is not None and set(classes) <= set(subject.classes):
+        return torch.tensor([subject.classes.index(name) for name in classes])
+    count: Any = getattr(subject.model, "num_classes", len(classes))
+    if subject.strict or count != len(classes):
+        strange = [name for name in classes if subject.classes and name not in subject.classes][:3]
+        raise DataError(
+            f"the model tells {count} classes apart, the data have {len(classes)}"
+            + (f", among them {', '.join(strange)}, which it does not know by name" if strange else "")
+            + '; give a model of these classes: --model "name(num_classes=...)" --checkpoint weights.safetensors'
+        )
+    return torch.arange(len(classes))

@@ -1,1 +1,0 @@
-"""Training: data, augmentation, the engine, checkpoints and reports."""

@@ -1,0 +1,1 @@
+"""One training loop for any task: settings, engine, checkpoints, run folder."""

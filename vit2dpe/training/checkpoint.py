@@ -1,0 +1,231 @@
+"""A run on disk: `model.safetensors` for the numbers, `model.json` for what they are. Never pickle.
+
+The JSON says how to build the model again (its class, its arguments with the encoding as a word), which further files
+there are (optimizer, averaged weights), the state of the training, and the SHA-256 of every file and of itself.
+
+A folder is replaced without a moment at which it is incomplete: new files are written beside the old ones as
+`<name>-<digest>.safetensors`, then the JSON is renamed over the old one, and that rename is the moment. Only then are
+the new files renamed over the old. A reader takes `<name>-<digest>` where it is there and `<name>` else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import CheckpointError, unknown
+from ..files import sync_folder, write_atomically
+from ..models.spec import MODELS, ModelSpec
+
+FORMAT = 2
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda meta: meta | dict(format=2, files={"model": meta["sha256"]}),
+}
+
+
+_LEFT_OVER = re.compile(r"\..*\.\d+\.tmp|\w+-[0-9a-f]{16}\.safetensors")
+
+
+def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Any) -> None:
+    """Write `model` to `folder` so that `load_run` can build it again.
+
+    Args:
+        folder: made if missing; what it held is replaced in one moment.
+        model: of a class in `MODELS`.
+        arguments: of the constructor; plain JSON values, the encoding as a word.
+        about: what else a reader should know (data, classes, mean, std, seed, numbers).
+    """
+    tensors = dict(model.state_dict())
+    grid = getattr(model, "train_grid", None)
+    write_checkpoint(folder, ModelSpec(type(model).__name__, arguments), {"model": tensors}, grid=grid, **about)
+
+
+def write_checkpoint(
+    folder: Path, spec: ModelSpec, files: Mapping[str, Mapping[str, Tensor]], *, grid: Any = None, **about: Any
+) -> None:
+    """Replace what `folder` holds by these tensors, or by nothing if that cannot be finished.
+
+    Args:
+        files: tensors by name, by file: "model" and whatever resuming needs.
+        grid: the model's training grid, for the reader.
+        about: JSON values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(CheckpointError):  # what is damaged is replaced
+        settle(folder)
+    payloads = {name: save(_separate(tensors)) for name, tensors in files.items()}
+    digests = {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()}
+    meta = dict(
+        format=FORMAT,
+        vit2dpe=__version__,
+        torch=torch.__version__,
+        model=spec.kind,
+        arguments=spec.arguments,
+        train_grid=list(grid) if grid is not None else None,
+        sha256=digests["model"],
+        files=digests,
+        **about,
+    )
+    meta = json.loads(json.dumps(meta))  # as a reader will see it
+    meta["check"] = _check(meta)
+    try:
+        for name, payload in payloads.items():
+            write_atomically(folder / _pending(name, digests[name]), payload)
+        write_atomically(folder / "model.json", json.dumps(meta, indent=1).encode())
+    finally:
+        with suppress(OSError, CheckpointError):
+            settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish what an interrupted write left: give files their names, remove what no JSON speaks of."""
+    files = read_meta(folder)["files"] if (folder / "model.json").is_file() else {}
+    wanted = {_pending(name, digest): f"{name}.safetensors" for name, digest in files.items()}
+    for path in list(folder.iterdir()):
+        if path.name in wanted:
+            path.replace(folder / wanted[path.name])
+        elif _LEFT_OVER.fullmatch(path.name):
+            path.unlink()
+    sync_folder(folder)
+
+
+def load_run(
+    run: str | Path, device: torch.device | str = "cpu", *, which: str = "last", allow_nan: bool = False
+) -> nn.Module:
+    """The trained model of a run folder, in evaluation mode; `model.about` is its JSON.
+
+    Args:
+        run: the folder of a run, or one that itself holds `model.json`.
+        device: where the model goes.
+        which: "last", or "best" by the number that the run watched.
+        allow_nan: take weights that are not finite, too.
+
+    Raises:
+        ConfigError: for another word than these two.
+        CheckpointError: if a file is missing, was altered, is not finite, or comes from a newer version.
+    """
+    if which not in ("last", "best"):
+        raise unknown("checkpoint of a run", which, ("last", "best"))
+    folder = Path(run)
+    folder = folder / which if (folder / which).is_dir() else folder
+    meta = read_meta(folder)
+    tensors = read_tensors(folder, meta, "model")
+    if not allow_nan:
+        check_finite(tensors, folder)
+    if meta["model"] not in MODELS:
+        raise CheckpointError(f"{folder} holds a {meta['model']!r}; this version can build {', '.join(MODELS)}")
+    model = ModelSpec(meta["model"], meta["arguments"]).build()
+    _resize(model, meta.get("train_grid"))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the model that it names: {error}") from None
+    model.about = meta  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+def _resize(model: Any, grid: list[int] | None) -> None:
+    """A model that was given another size after it was built (`set_input_size`) is given it again."""
+    if grid is None or not hasattr(model, "set_input_size") or tuple(grid) == tuple(getattr(model, "train_grid", grid)):
+        return
+    patch = getattr(model, "encoder", model).patch_embed.patch_size
+    model.set_input_size(tuple(size * side for size, side in zip(grid, patch, strict=True)))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, brought to this version's format.
+
+    Raises:
+        CheckpointError: if it is missing, altered, or of a newer format.
+    """
+    path = folder / "model.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing: give the folder of a finished run, the one that holds last/model.json"
+        )
+    try:
+        meta = json.loads(path.read_bytes())
+        version = int(meta.get("format", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if version > FORMAT:
+        raise CheckpointError(f"{folder} has format {version}, this version reads up to {FORMAT}: upgrade vit2dpe")
+    if version < 1:
+        raise CheckpointError(f"{path} is not a checkpoint of this library: it has no format")
+    if version >= 2 and meta.get("check") != _check(meta):
+        raise CheckpointError(f"{path} is not what was saved: its own digest differs")
+    try:
+        while meta["format"] < FORMAT:
+            meta = MIGRATIONS[meta["format"]](meta)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}") from None
+    files = meta.get("files")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise CheckpointError(f"{path} is not a checkpoint of this library: its list of files is none")
+    for name in files:  # names of files of this folder, and no way out of it
+        if not re.fullmatch(r"\w+", name):
+            raise CheckpointError(f"{path} names a file {name!r}: only letters, digits and _ can be")
+    return meta
+
+
+def read_tensors(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, after its digest was compared.
+
+    Raises:
+        CheckpointError: if the file is missing, altered or unreadable.
+    """
+    digest = meta["files"].get(name)
+    if digest is None:
+        raise CheckpointError(f"{folder} has no {name}; it has {', '.join(meta['files'])}")
+    path = folder / _pending(name, digest)
+    path = path if path.is_file() else folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the run is incomplete, train it again")
+    payload = path.read_bytes()
+    found = hashlib.sha256(payload).hexdigest()
+    if found != digest:
+        raise CheckpointError(f"{path} is not what was saved (SHA-256 {found[:12]}…, expected {digest[:12]}…)")
+    try:
+        return load(payload)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{where}: {', '.join(bad[:5])} ({len(bad)} in all) are not finite; allow_nan=True takes them"
+        )
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, no two sharing memory (tied weights are written twice)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return found
+
+
+def _pending(name: str, digest: str) -> str:
+    return f"{name}-{digest[:16]}.safetensors"
+
+
+def _check(meta: dict[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

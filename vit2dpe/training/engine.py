@@ -1,0 +1,285 @@
+"""The training loop: one step after the other, nothing hidden. What a step does to the weights: `update`.
+
+It knows tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose), so
+a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import lost_worker
+from ..errors import Stopped, TrainingError
+from ..models.spec import ModelSpec
+from .distributed import ALONE, World, sum_over_ranks
+from .interrupts import Signals
+from .log import Bar, Row, Table, Trackers
+from .settings import OptimConfig, RunConfig
+from .snapshots import Snapshots, State
+from .task import Batch, Task
+from .update import Updates
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
+    *,
+    folder: Path,
+    spec: ModelSpec | None = None,
+    resume: bool = False,
+    world: World = ALONE,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[Row], None] | None = None,
+    on_epoch: Callable[[Row, nn.Module], None] | None = None,
+    stop_after: int | None = None,
+) -> list[Row]:
+    """Train `model` in place; write `metrics.csv`, `last/` and `best/` under `folder`.
+
+    Args:
+        task: batches, loss and evaluation.
+        spec: how to build the model again; without it no checkpoint is written, and signals are not caught.
+        resume: go on from `folder/last`, if there is one.
+        about: more for the checkpoint's JSON.
+        progress: called with the latest numbers about once a second.
+        on_epoch: called after each evaluation with its row and the model that was evaluated.
+        stop_after: stop after so many updates (a smoke run).
+
+    Returns:
+        One row an epoch: epoch, step, lr, train_loss, the task's own numbers, those of its evaluation, the throughput,
+        the share of time spent waiting for data, memory; seconds, and the processor time of the first process and its
+        threads, both with those of the parts before a resume.
+
+    Raises:
+        ConfigError: for settings that cannot work.
+        CheckpointError: if what is to be resumed is not of this training.
+        TrainingError: if losses stay not finite, or memory runs out.
+        Stopped: after a signal, when everything is saved.
+    """
+    return Trainer(
+        model, task, optim, run, folder, spec, world, about or {}, progress or (lambda row: None), on_epoch, stop_after
+    ).fit(resume)
+
+
+class Trainer:
+    """One training, as `fit` describes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optim: OptimConfig,
+        run: RunConfig,
+        folder: Path,
+        spec: ModelSpec | None,
+        world: World,
+        about: dict[str, Any],
+        progress: Callable[[Row], None],
+        on_epoch: Callable[[Row, nn.Module], None] | None,
+        stop_after: int | None,
+    ) -> None:
+        self.task, self.optim, self.run, self.folder = task, optim, run, folder
+        self.spec, self.world, self.about = spec, world, about
+        self.progress, self.on_epoch, self.stop_after = progress, on_epoch, stop_after
+        self.updates = Updates(model, task, optim, run, world)
+        self.model, self.device = self.updates.model, self.updates.device
+        parts = (self.model, self.updates.averaged, self.updates.optimizer, self.updates.scaler)
+        self.snapshots = Snapshots(folder, spec, *parts, world)
+        self.state = State()
+        self.last_save, self.last_call = time.monotonic(), -math.inf
+        self.waited = 0.0
+
+    # The loop
+
+    def fit(self, resume: bool) -> list[Row]:
+        if resume and (self.folder / "last" / "model.json").is_file():
+            self.load()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = self.world.first
+        self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
+        about = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
+        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
+        total = self.optim.epochs * self.task.steps_per_epoch
+        self.began = time.monotonic() - self.state.seconds
+        self.cpu_began = time.process_time() - self.state.cpu_seconds
+        with (
+            Signals(listen=self.spec is not None) as self.signals,
+            Bar(total, self.folder.name, self.state.step, first) as self.bar,
+        ):
+            try:
+                while self.state.epoch < self.optim.epochs and not self._patience_ended():
+                    self._train_epoch(self.state.epoch)
+                    row = self._evaluate()
+                    if trackers is not None:
+                        trackers.add(row)
+                    if self.stop_after is not None and self.state.step >= self.stop_after:
+                        break
+            except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
+                if lost := lost_worker(error):
+                    raise lost from error
+                raise
+            finally:
+                self.task.close()
+                if trackers is not None:
+                    trackers.close()
+        return self.table.rows if self.table is not None else []
+
+    def _train_epoch(self, epoch: int) -> None:
+        """What is left of an epoch."""
+        steps = self.task.steps_per_epoch
+        began, self.waited, counted = time.monotonic(), 0.0, self.state.count
+        for step in range(self.state.step - epoch * steps, steps):
+            if self.stop_after is not None and self.state.step >= self.stop_after:
+                break
+            self._update(epoch, step)
+            self._tell(epoch)
+            stop, due = self._agree()
+            if stop:
+                self._leave()
+            if due:
+                self.save()
+        self.pace = (time.monotonic() - began, self.state.count - counted)
+
+    def _update(self, epoch: int, step: int) -> None:
+        state = self.state
+        self.updates.schedule.step_update(state.step)
+        batch = self._batch(epoch, step)
+        numbers, norm, items, finite = self.updates.take(batch, epoch, step, state.step)
+        if not finite:
+            self._refuse(epoch, step, numbers["train_loss"], norm, batch)
+            return
+        state.step, state.count, state.bad = state.step + 1, state.count + items, 0
+        for name, value in numbers.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value * items
+
+    def _batch(self, epoch: int, step: int) -> Batch:
+        began = time.monotonic()
+        batch = self.task.batch(epoch, step)
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: Batch) -> None:
+        """A loss or gradient that is not finite: the step is not taken, and what caused it is written down."""
+        index = batch.get("index") if isinstance(batch, dict) else None
+        entry = dict(epoch=epoch, step=step, rank=self.world.rank, loss=str(loss), grad_norm=str(norm))
+        entry["index"] = index.tolist() if isinstance(index, Tensor) else None
+        with (self.folder / f"bad_batches{self.world.rank or ''}.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.state.bad += 1
+        self.state.step += 1
+        self.bar.say(f"the loss became {loss} at epoch {epoch}, step {step}: the step is not taken")
+        if self.state.bad >= self.run.bad_losses:
+            self.state.step -= self.state.bad  # where resuming tries again, with the weights that were good
+            self.state.bad = 0
+            if self.spec is not None:
+                self.save()
+            raise TrainingError(
+                f"the loss was not finite {self.run.bad_losses} times in a row, last at epoch {epoch}, step {step} of "
+                f"{self.folder.name}: the samples are in {self.folder / 'bad_batches.jsonl'}, the weights before them "
+                "in last/; try a lower --optim.lr, --optim.clip_grad 1 or --run.precision float32"
+            )
+
+    # What is said and kept
+
+    def _evaluate(self) -> Row:
+        state, averaged = self.state, self.updates.averaged
+        evaluated = self.model if averaged is None else averaged
+        self.signals.at_once = self.world.size == 1
+        try:
+            if self.signals.asked:
+                self._leave()
+            score = self.task.evaluate(evaluated)
+        except Stopped:
+            self._leave()
+        finally:
+            self.signals.at_once = False
+        seconds, items = self.pace
+        row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updates.lr)
+        row |= {name: value / max(1, state.count) for name, value in state.sums.items()} or {"train_loss": math.nan}
+        row |= score
+        self._read_clocks()
+        row[f"{self.task.unit}_per_s"] = items / seconds if seconds else 0.0
+        row["waiting"] = self.waited / seconds if seconds else 0.0
+        if self.device.type == "cuda":
+            row["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        row |= dict(seconds=state.seconds, cpu_seconds=state.cpu_seconds)
+        if self.table is not None:
+            self.table.add(row)
+        state.epoch, state.rows, state.count, state.sums = state.epoch + 1, state.rows + 1, 0, {}
+        better = self._better(score)
+        if better:
+            state.best, state.best_epoch = score[self.task.best[0]], state.epoch  # type: ignore[index]
+        if self.spec is not None:
+            if better:
+                self.save("best", row)
+            self.save("last", row)
+        if self.on_epoch is not None:
+            self.on_epoch(row, evaluated)
+        return row
+
+    def _better(self, score: dict[str, float]) -> bool:
+        """A number that is not finite is never better."""
+        if self.task.best is None:
+            return False
+        name, direction = self.task.best
+        value, best = score[name], self.state.best
+        if not math.isfinite(value):
+            return False
+        return best is None or (value > best if direction == "max" else value < best)
+
+    def _patience_ended(self) -> bool:
+        if self.task.best is None:
+            return False
+        waited = self.state.epoch - self.state.best_epoch
+        return 0 < self.run.patience <= waited
+
+    def _read_clocks(self) -> None:
+        self.state.seconds = time.monotonic() - self.began
+        self.state.cpu_seconds = time.process_time() - self.cpu_began
+
+    def _tell(self, epoch: int) -> None:
+        state = self.state
+        loss = state.sums.get("train_loss", math.nan) / max(1, state.count)
+        row = dict(epoch=epoch + 1, epochs=self.optim.epochs, step=state.step, train_loss=loss)
+        self.bar.step(row)
+        if time.monotonic() - self.last_call > 1:
+            self.last_call = time.monotonic()
+            self.progress(row)
+
+    # Stopping and going on
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether a save is due, for all by the first one's clock."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        due = self.world.first and 0 < self.run.save_minutes < minutes
+        stop, save = sum_over_ranks([self.signals.asked, due], self.world, self.device)
+        return bool(stop), bool(save)
+
+    def _leave(self) -> None:
+        self.signals.at_once = False
+        self.save()
+        self.bar.say(f"stopped at step {self.state.step} and saved; --resume goes on from there")
+        raise Stopped(128 + (self.signals.asked or 15))
+
+    def save(self, name: str = "last", row: Row | None = None) -> None:
+        if self.spec is None:
+            return
+        if name == "last":
+            self._read_clocks()
+            self.last_save = time.monotonic()
+        about = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
+        self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
+
+    def load(self) -> None:
+        self.state = self.snapshots.load(self.task.describe().get("digest"))
+        self.updates.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with

@@ -1,0 +1,148 @@
+"""What a training says while it runs: a table on disk, a bar or lines on the screen, TensorBoard and W&B if asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import write_atomically
+
+Row = dict[str, Any]
+
+
+class Table:
+    """`metrics.csv`, a row an epoch; a resumed run keeps the rows that its checkpoint knows of.
+
+    Args:
+        path: the file.
+        keep: how many rows of what is there belong to this run.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path = path
+        self.rows: list[Row] = read_table(path)[:keep] if keep else []
+        self._write()
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        # Written anew each time: a table is small, and a reader never sees half a line.
+        text = io.StringIO()
+        if self.rows:
+            writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode())
+
+
+def read_table(path: Path) -> list[Row]:
+    """Rows of a CSV file, numbers as numbers; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            continue
+    return text
+
+
+class Bar:
+    """A tqdm bar on a terminal; plain lines, every ten seconds, where output goes to a file."""
+
+    def __init__(self, total: int, name: str, start: int = 0, show: bool = True) -> None:
+        self.total, self.name, self.last_line = total, name, time.monotonic()
+        self.bar: Any = None
+        self.show = show
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, desc=name, leave=False, unit="step")
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self, row: Row) -> None:
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+        elif self.show and now - self.last_line > 10:
+            self.last_line = now
+            line = f"{self.name}: epoch {row['epoch']}/{row['epochs']}, step {row['step']}/{self.total}"
+            print(f"{line}, loss {row['train_loss']:.3f}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.show:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, imported only where they are asked for. The x-axis of both is the update.
+
+    Args:
+        folder: of the run; events go to `folder/tensorboard`, W&B's files to `folder/wandb`.
+        tensorboard: whether TensorBoard's events are written.
+        wandb: the name of a W&B project. A resumed run goes on under the same id; WANDB_MODE=offline needs no account.
+        about: settings that W&B shows beside the curves.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Any]) -> None:
+        self.writer: Any = None
+        self.run: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    f'run.tensorboard needs it installed ({error}): pip install "vit2dpe[tracking]"'
+                ) from None
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        if wandb:
+            try:
+                import wandb as service  # type: ignore[import-not-found, unused-ignore]
+            except ImportError as error:
+                raise ConfigError(f'run.wandb needs it installed ({error}): pip install "vit2dpe[tracking]"') from None
+            self.run = service.init(
+                project=wandb,
+                name=folder.name,
+                dir=str(folder),
+                id=re.sub(r"[^\w.-]+", "_", folder.name)[:64],
+                resume="allow",
+                config=dict(about),
+            )
+
+    def add(self, row: Row) -> None:
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        if self.writer is not None:
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, row["step"])
+            self.writer.flush()
+        if self.run is not None:
+            self.run.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish()

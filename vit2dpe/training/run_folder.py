@@ -1,0 +1,186 @@
+"""A run folder: one training at a time, written to before anything is computed, and saying how it came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import ConfigError
+from ..files import write_atomically
+from .distributed import ALONE, World
+
+
+@contextmanager
+def run_folder(out: str | Path, *, resume: bool = False, world: World = ALONE) -> Iterator[Path]:
+    """`out`, made, found writable, and held for this process until the end.
+
+    Raises:
+        ConfigError: if it cannot be written to, is held by another process, or holds a run that is not to be resumed.
+    """
+    folder = Path(out).expanduser()
+    if not world.first:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another --run.out") from None
+    if (folder / "last" / "model.json").is_file() and not resume:
+        raise ConfigError(f"{folder} holds a run already: --resume goes on with it, another --run.out keeps it")
+    lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> Path:
+    """`folder/lock` with this process in it; that of a process that is no more is taken over."""
+    path = folder / "lock"
+    me = f"{os.getpid()} {socket.gethostname()}"
+    for _ in range(2):
+        try:
+            with path.open("x") as file:
+                file.write(me)
+            return path
+        except FileExistsError:
+            with suppress(OSError, ValueError):
+                number, host = path.read_text().split(maxsplit=1)
+                if host == socket.gethostname() and not _alive(int(number)):
+                    path.unlink()
+                    continue
+            break
+    holder = path.read_text(errors="replace") if path.is_file() else "another process"
+    raise ConfigError(
+        f"{folder} is in use by process {holder}: wait, give another --run.out, or delete {path} if that process "
+        "is gone"
+    )
+
+
+def _alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Any]:
+    """What a number needs beside it: command, versions, hardware, data."""
+    import timm
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return dict(
+        command=command,
+        argv=sys.argv,
+        vit2dpe=__version__,
+        git=git_hash(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        python=platform.python_version(),
+        hardware=gpu or f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        device=str(device),
+        data=data,
+        digest=digest,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def git_hash() -> str | None:
+    """The commit of this package's source, "+" behind it where files were changed; None for an installed copy."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists() or shutil.which("git") is None:
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        run = ["git", "-C", str(here)]
+        done = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*run, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10, check=False)
+        return done.stdout.strip() + ("+" if changed.returncode else "")
+    return None
+
+
+def processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_facts(folder: Path, config: Any, facts: Mapping[str, Any]) -> None:
+    """`config.yaml`, that `--config` reads again, and `env.json`."""
+    import yaml
+
+    settings = json.loads(json.dumps(asdict(config))) | {"resume": False}  # tuples as lists
+    write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
+
+
+def changed_settings(folder: Path, config: Any) -> list[str]:
+    """How `config` differs from the one that the run in `folder` was started with."""
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    before, now = _flat(yaml.safe_load(path.read_text()) or {}), _flat(json.loads(json.dumps(asdict(config))))
+    keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
+    return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
+
+
+def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: Mapping[str, Any], next_: str) -> None:
+    """`summary.md`: what came out, the exact command, and what to try next."""
+    last = rows[-1] if rows else {}
+    shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
+    lines = [
+        f"# {title}",
+        "",
+        f"    {facts['command']}",
+        "",
+        f"{facts['data']} (sha256 {facts['digest'][:12]}); {last.get('seconds', 0) / 60:.1f} minutes on "
+        f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] > 1)}; torch {facts['torch']}, "
+        f"timm {facts['timm']}, vit2dpe {facts['vit2dpe']} ({facts['git'] or 'installed'})."
+        + (f" Images used: {facts['images']}." if "images" in facts else ""),
+        "",
+        "| " + " | ".join(shown) + " |",
+        "|" + "---:|" * len(shown),
+        *("| " + " | ".join(_short(row.get(key)) for key in shown) + " |" for row in rows[-10:]),
+        "",
+        f"Next: `{next_}`",
+        "",
+    ]
+    write_atomically(folder / "summary.md", "\n".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def printable(text: object) -> str:
+    """Text that any terminal takes: bytes of a path that are no UTF-8 are escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

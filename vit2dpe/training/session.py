@@ -1,0 +1,112 @@
+"""What every training command does around `fit`: device, processes, run folder, first weights, records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..models.spec import ModelSpec
+from ..seeding import keyed
+from .devices import pick_device, precision
+from .distributed import World, joined, local_device
+from .engine import fit
+from .initial_weights import load_weights
+from .run_folder import changed_settings, environment, printable, run_folder, write_facts, write_summary
+from .settings import check_numbers
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training command under way.
+
+    Args:
+        config: its settings: `run`, `optim`, `resume`, `init` and what else it has.
+        command: what was typed, for the record.
+        device: of this process.
+        world: the processes that train together.
+        folder: the run folder, held for this command.
+    """
+
+    config: Any
+    command: str
+    device: torch.device
+    world: World
+    folder: Path
+
+    def say(self, text: str) -> None:
+        """A line, once for all processes."""
+        if self.world.first:
+            print(printable(text), flush=True)
+
+    def model(self, spec: ModelSpec, initialize: Callable[[nn.Module], object] | None = None) -> Any:
+        """The model with its first weights: drawn by the seed, then those of `--init`, unless a run is resumed."""
+        torch.manual_seed(keyed(self.config.run.seed, "init"))
+        model = spec.build()
+        if initialize is not None:
+            initialize(model)
+        if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
+            self.say(f"{self.config.init}: {load_weights(model, self.config.init)}")
+        return model
+
+    def record(self, data: str, digest: str, **more: Any) -> dict[str, Any]:
+        """What a number needs beside it, and `more`; config.yaml and env.json are written."""
+        facts = environment(self.command, self.device, data, digest) | more
+        if self.world.first:
+            write_facts(self.folder, self.config, facts)
+        return facts
+
+    def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[dict[str, Any]]:
+        """`engine.fit` with these settings; returns its rows."""
+        return fit(
+            model,
+            task,
+            self.config.optim,
+            replace(self.config.run, device=str(self.device)),
+            folder=self.folder,
+            spec=spec,
+            resume=self.config.resume,
+            world=self.world,
+            about=dict(command=self.command),
+            stop_after=stop_after,
+        )
+
+    def finish(self, title: str, rows: list[dict[str, Any]], facts: Any, result: str, following: str) -> None:
+        """Write `summary.md`, and say what came out and what to try next."""
+        write_summary(self.folder, title, rows, facts, following)
+        self.say(f"{result}; summary {self.folder / 'summary.md'}")
+        self.say(f"next     {following}")
+
+
+def check_run(config: Any) -> None:
+    """What any training can be refused for before data are read: numbers, device, precision, first weights.
+
+    Raises:
+        ConfigError: naming the setting, what it must be and what came.
+    """
+    check_numbers(config.optim, config.run)
+    precision(config.run.precision, pick_device(local_device(config.run.device)))
+    if config.init is not None and not Path(config.init).expanduser().exists():
+        raise ConfigError(f"there is nothing at {config.init} to start from")
+
+
+@contextmanager
+def training(config: Any, command: str) -> Iterator[Training]:
+    """Join the processes, take the run folder, and say what should be known before anything is read."""
+    device = pick_device(local_device(config.run.device))
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
+        under_way = Training(config, command, device, world, folder)
+        if config.run.device == "auto" and device.type == "cpu":
+            under_way.say("note: no GPU was found: training on the CPU")
+        for change in changed_settings(folder, config) if config.resume and world.first else []:
+            under_way.say(f"note: {change}")
+        yield under_way

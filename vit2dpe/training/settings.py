@@ -1,0 +1,246 @@
+"""What a training is told: nested dataclasses that the command line and YAML fill. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.settings import AugmentConfig, DataConfig
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are updated.
+
+    Args:
+        name: an optimizer of timm, such as adamw, lamb, lion, sgd.
+        lr: peak learning rate.
+        weight_decay: biases, norms, tables, tokens and frequencies are exempt.
+        betas: of Adam and its kin; two numbers.
+        schedule: of timm, once for every update: cosine, tanh, step, poly; or noam (the inverse square root).
+        min_lr: where the schedule ends; default lr / 100.
+        warmup_epochs: linear warm-up, from lr / 100.
+        epochs: passes over the training data.
+        batch_size: samples of an update, over all processes and parts.
+        accumulate: parts that a batch is cut into where it does not fit in memory.
+        clip_grad: largest gradient norm; 0: not clipped.
+        layer_decay: learning rate of a block over that of the next; 1: all alike.
+        ema: decay of the averaged weights that are evaluated and kept, such as 0.9998; 0: none.
+        ema_warmup: let the decay grow from 0 to `ema` over the first updates.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] | None = None
+    schedule: str = "cosine"
+    min_lr: float | None = None
+    warmup_epochs: float = 5
+    epochs: int = 100
+    batch_size: int = 128
+    accumulate: int = 1
+    clip_grad: float = 1.0
+    layer_decay: float = 1.0
+    ema: float = 0.0
+    ema_warmup: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a training runs.
+
+    Args:
+        out: folder of the run.
+        seed: decides every random draw.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16.
+        threads: CPU threads; default torch's own choice.
+        compile: torch.compile the model.
+        grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
+        parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
+        save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
+        patience: stop after so many epochs without a better result; 0: never.
+        bad_losses: give up after so many losses in a row that are not finite.
+        tensorboard: write TensorBoard's events too, into out/tensorboard.
+        wandb: the name of a Weights & Biases project to log to; with WANDB_MODE=offline into out/wandb only.
+    """
+
+    out: str = "runs/train"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    compile: bool = False
+    grad_checkpointing: bool = False
+    parallel: str = "ddp"
+    save_minutes: float = 10
+    patience: int = 0
+    bad_losses: int = 3
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained.
+
+    Args:
+        name: a model of timm, ours (vit2dpe_tiny_patch4_32, ...) or theirs; none: a ViT of the sizes below.
+        position: the encoding, a word such as rope, sincos+alibi, rope(base=10).
+        patch: patch side in pixels.
+        width: channels of a token.
+        depth: blocks.
+        heads: attention heads.
+        mlp_ratio: hidden channels of the MLP over width.
+        pool: avg, token or map.
+        class_token: whether there is one; default: with pool token.
+        drop_path: stochastic depth rate of the last block.
+        jitter: in training every token's place is moved by up to so many patches along each axis (arXiv 2506.03737);
+            0: not. Encodings that look places up in tables cannot be.
+        init: default (the model's own), xavier, trunc_normal or gpt2.
+        options: further arguments of the model, such as '{"qk_norm": true}'.
+    """
+
+    name: str | None = None
+    position: str | None = None
+    patch: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    pool: str | None = None
+    class_token: bool | None = None
+    drop_path: float = 0.0
+    jitter: float = 0.0
+    init: str = "default"
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a classifier of images with any encoding.
+
+    Settings left at null take the preset of the data.
+
+    Args:
+        model: what is trained.
+        data: what it is trained on.
+        augment: what happens to training images.
+        optim: how weights are updated.
+        run: where and how it runs.
+        resume: go on from run.out/last, if it is there.
+        init: start from these weights: a run folder, a .safetensors or a .pth; another encoding, size or number of
+            classes is fine, and what was taken and what not is printed.
+        smoke: two steps on the CPU, to see that everything runs.
+    """
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    resume: bool = False
+    init: str | None = None
+    smoke: bool = False
+
+
+# What is chosen where a setting is null. A named model brings its own sizes.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": dict(
+        model=dict(patch=4, width=64, depth=3, heads=8, mlp_ratio=2.0, pool="avg", position="rope"),
+        data=dict(size="16"),
+        augment=dict(shift=1, flip=False),
+    ),
+    "": dict(
+        model=dict(patch=4, width=192, depth=9, heads=3, mlp_ratio=2.0, pool="avg", position="rope"),
+        augment=dict(shift=4, flip=True),
+    ),
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Every setting that is None filled from the preset of the data; `smoke` applied."""
+    preset = PRESETS.get(config.data.name, PRESETS[""])
+    if config.init is not None:
+        config = replace(config, model=like_run(config.model, config.init))
+    for part, values in preset.items():
+        if part == "model" and config.model.name is not None:
+            values = dict(position="rope") if config.model.name.startswith("vit2dpe_") else {}
+        old = getattr(config, part)
+        if part == "augment" and config.augment.crop is not None:
+            values = dict(values, shift=0)
+        new = {name: value for name, value in values.items() if getattr(old, name) is None}
+        config = replace(config, **{part: replace(old, **new)})
+    return smoked(config) if config.smoke else config
+
+
+def model_arguments(model: Any, **more: str) -> dict[str, Any]:
+    """What the settings say of a model's sizes, by the names of the models' arguments; what is None is left out.
+
+    Args:
+        model: settings of a model, of images or of text.
+        more: further settings and their arguments, such as `pool="global_pool"`.
+    """
+    names = dict(position="position", width="embed_dim", depth="depth", heads="num_heads", mlp_ratio="mlp_ratio") | more
+    return {argument: value for name, argument in names.items() if (value := getattr(model, name)) is not None}
+
+
+def smoked(config: Any) -> Any:
+    """Two small steps on the CPU, of any training on images."""
+    batch = min(16, config.optim.batch_size)
+    few = None if config.data.val_fraction else 2 * batch  # two images of every class, where a part is held out
+    return replace(
+        config,
+        data=replace(config.data, limit_train=few, limit_test=40),
+        optim=replace(config.optim, epochs=1, batch_size=batch),
+        run=replace(config.run, device="cpu", compile=False),
+    )
+
+
+def like_run(model: ModelConfig, init: str) -> ModelConfig:
+    """What is open in `model` as it was in the run that is started from, where that is a run of ours."""
+    path = Path(init).expanduser() / "config.yaml"
+    if not path.is_file():
+        return model
+    import yaml
+
+    before = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
+    names = ("name", "position", "patch", "width", "depth", "heads", "mlp_ratio", "pool", "class_token")
+    found: dict[str, Any] = {name: before.get(name) for name in names if getattr(model, name) is None}
+    return replace(model, **found)
+
+
+def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
+    """Refuse numbers that cannot work, whatever is trained.
+
+    Raises:
+        ConfigError: naming the setting, what it must be and what came.
+    """
+    above_zero = {"optim.lr": optim.lr, "optim.epochs": optim.epochs, "optim.batch_size": optim.batch_size}
+    above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
+    above_zero |= {"optim.layer_decay": optim.layer_decay}
+    for name, value in above_zero.items():
+        if not (0 < value < math.inf):
+            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
+    not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
+    not_negative |= {"optim.warmup_epochs": optim.warmup_epochs, "optim.min_lr": optim.min_lr or 0.0}
+    not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
+    for name, value in not_negative.items():
+        if not (0 <= value < math.inf):
+            raise ConfigError(f"{name} must be 0 or above and finite, got {value}")
+    if not 0 <= optim.ema < 1:
+        raise ConfigError(f"optim.ema is the decay of an average, in [0, 1) (0: none), got {optim.ema}")
+    if optim.layer_decay > 1:
+        raise ConfigError(f"optim.layer_decay must be at most 1, got {optim.layer_decay}")
+    if optim.accumulate > optim.batch_size:
+        raise ConfigError(
+            f"optim.accumulate cuts a batch into parts: at most optim.batch_size = {optim.batch_size} of them, "
+            f"got {optim.accumulate}"
+        )
+    if optim.warmup_epochs >= optim.epochs > 1:
+        raise ConfigError(
+            f"optim.warmup_epochs must be below optim.epochs: got {optim.warmup_epochs} of {optim.epochs}"
+        )

@@ -1,0 +1,161 @@
+"""A training on disk: weights, what the optimizer remembers, where it is; it goes on from there to the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.spec import ModelSpec
+from .checkpoint import read_meta, read_tensors, write_checkpoint
+from .distributed import World, sharded_like, whole
+from .optimizer import load_optimizer, optimizer_state
+
+
+@dataclass
+class State:
+    """Where a training is: what its checkpoint says beside the tensors."""
+
+    epoch: int = 0  # epochs that are finished and evaluated
+    step: int = 0  # updates
+    count: int = 0  # items of this epoch so far, and sums over them
+    sums: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    bad: int = 0  # losses in a row that were not finite
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the first process; 0 in what older versions wrote
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Writes `last/` and `best/` of a run, and takes up what `last/` holds.
+
+    Args:
+        folder: of the run.
+        spec: how to build the model again; None: nothing is written.
+        model: the weights that are trained.
+        averaged: their running average, or None.
+        optimizer, scaler: what resuming needs beside them.
+        world: this process among how many.
+    """
+
+    folder: Path
+    spec: ModelSpec | None
+    model: nn.Module
+    averaged: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    world: World
+
+    def save(self, name: str, state: State, about: Mapping[str, Any]) -> None:
+        """Write `folder/name`. Its `model` are the weights that are evaluated: the averaged ones, where there are.
+
+        Args:
+            name: last, which a training can go on from, or best.
+            state: where the training is.
+            about: what else a reader should know, JSON values.
+        """
+        if self.spec is None:
+            return
+        files = {"model": _tensors(self.model if self.averaged is None else self.averaged)}
+        where: dict[str, Any] = {}
+        if name == "last":
+            if self.averaged is not None:
+                files["raw"] = _tensors(self.model)
+            files["optimizer"] = {}
+            where = asdict(state)
+            where["optimizer"] = flatten(optimizer_state(self.model, self.optimizer), files["optimizer"])
+            where["scaler"] = self.scaler.state_dict()
+        if self.world.first:
+            write_checkpoint(
+                self.folder / name,
+                self.spec,
+                files,
+                grid=getattr(self.model, "train_grid", None),
+                weights="trained" if self.averaged is None else "averaged",
+                state=where,
+                **about,
+            )
+
+    def load(self, digest: str | None) -> State:
+        """Take up the state of `last`, on any number of processes.
+
+        Raises:
+            CheckpointError: if it is of another model, of other data, or holds no state of a training.
+        """
+        folder = self.folder / "last"
+        meta = read_meta(folder)
+        if self.spec is not None and (meta["model"], meta["arguments"]) != (self.spec.kind, _json(self.spec.arguments)):
+            raise CheckpointError(
+                f"{folder} is a run of another model, {meta['model']} {meta['arguments']}; this one is "
+                f"{self.spec.kind} {self.spec.arguments}: give another --run.out, or "
+                f"--init {folder} to start from its weights"
+            )
+        if digest != meta.get("digest"):
+            raise CheckpointError(f"{folder} was trained on other data ({meta.get('digest')}, here {digest})")
+        if "state" not in meta or "optimizer" not in meta["files"]:
+            raise CheckpointError(f"{folder} holds a model but no state of its training: --init takes its weights")
+        if (self.averaged is not None) != ("raw" in meta["files"]):
+            raise CheckpointError(
+                f"{folder} was trained {'with' if self.averaged is None else 'without'} --optim.ema; resume likewise"
+            )
+        tensors = read_tensors(folder, meta, "model")
+        if self.averaged is not None:
+            _load(self.averaged, tensors)
+            tensors = read_tensors(folder, meta, "raw")
+        _load(self.model, tensors)
+        state = dict(meta["state"])
+        moments = unflatten(state.pop("optimizer"), read_tensors(folder, meta, "optimizer"))
+        load_optimizer(self.model, self.optimizer, moments)
+        self.scaler.load_state_dict(state.pop("scaler"))
+        return State(**state)
+
+
+def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A nest of dicts, lists and numbers as JSON, its tensors moved to `tensors` under names that the JSON holds."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        return {"items": [[key, flatten(value, tensors, f"{name}/{key}")] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {"list": [flatten(value, tensors, f"{name}/{i}") for i, value in enumerate(tree)]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise CheckpointError(f"the state of the training holds {name} of type {type(tree).__name__}: it cannot be saved")
+
+
+def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nest that `flatten` took apart."""
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "items" in node:
+        return {key: unflatten(value, tensors) for key, value in node["items"]}
+    return [unflatten(value, tensors) for value in node["list"]]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    other = sorted(name for name in own.keys() ^ tensors.keys() if not name.endswith("_extra_state"))
+    if other:
+        raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
+    # In the model's order, the same on every rank: cutting a tensor up is a conversation between ranks.
+    model.load_state_dict({name: sharded_like(tensors[name], own[name]) for name in own if name in tensors})
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))

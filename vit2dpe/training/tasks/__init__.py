@@ -1,0 +1,1 @@
+"""Problems that the training loop can train, one file a task."""

@@ -1,0 +1,166 @@
+"""Image classification: batches, augmentation, loss and evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.augment import erase, mix, resized_crop, shift_and_flip
+from ...data.datasets import Images, normalize
+from ...data.loader import Feed, stream
+from ...data.rand_augment import POLICIES, rand, trivial
+from ...data.settings import AugmentConfig
+from ...data.splits import FileSplit, Split, resize, resized
+from ...resolution.sweep import evaluate
+from ...seeding import generator, keyed
+from ...spec import parse_size, parse_terms
+from ..distributed import ALONE, World, sum_over_ranks
+from ..task import Batch, Task, batch_of, described, steps_of
+
+PLAIN = AugmentConfig(label_smoothing=0.0)
+
+
+class _Part(TypedDict):
+    of: int
+    part: slice
+
+
+@dataclass(frozen=True)
+class ImageTask(Task):
+    """Classification of images.
+
+    Args:
+        data: images at their native size.
+        train_size: (H, W) of training images.
+        batch_size: images of a step, over all ranks; the last step of an epoch has the rest.
+        seed: of order and augmentation.
+        device: where batches go.
+        augment: what happens to training images.
+        world: this process among how many.
+        workers: processes that decode images which are not in memory (`stream.py`).
+    """
+
+    data: Images
+    train_size: tuple[int, int]
+    batch_size: int
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    augment: AugmentConfig = PLAIN
+    world: World = ALONE
+    workers: int | None = None
+    best: tuple[str, str] | None = field(init=False)
+    train: Split | FileSplit = field(init=False)
+    sizes: list[tuple[int, int]] = field(init=False)
+    feed: Feed = field(init=False, repr=False, compare=False)
+    unit: str = "images"
+
+    def __post_init__(self) -> None:
+        train = self.data.train.resized(self.train_size)
+        sizes = [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
+        feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
+        best = (f"{next(iter(self.data.held_out))}_top1", "max")
+        for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def steps_per_epoch(self) -> int:  # type: ignore[override]
+        return steps_of(len(self.data.train), self.batch_size, self.world)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        where, index = self._share(epoch, step)
+        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, where)
+        images = normalize(images.float() / 255, self.data.mean, self.data.std)
+        labels = self.train.labels[index].to(self.device)
+        batch = dict(images=images, labels=labels, index=index)
+        augment = self.augment
+        if augment.erase:
+            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
+        if augment.mixup or augment.cutmix:
+            weights = dict(mixup=augment.mixup, cutmix=augment.cutmix)
+            seed = keyed(self.seed, epoch, step, "mix")
+            classes = len(self.data.classes)
+            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
+        return batch
+
+    def close(self) -> None:
+        self.feed.close()
+
+    def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
+        """Which part of which batch is this rank's, and the numbers of its images."""
+        order = batch_of(len(self.train), self.batch_size, self.seed, epoch, step)
+        part = self.world.share(len(order))
+        return _Part(of=len(order), part=part), order[part]
+
+    def _augmented(self, images: Tensor, epoch: int, step: int, where: _Part) -> Tensor:
+        """uint8 to uint8: where, how, how large."""
+        augment = self.augment
+        flip, draws = bool(augment.flip), self._draws(epoch, step, "augment")
+        if augment.crop is not None:
+            images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
+        else:
+            images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
+        (name, options), *_ = parse_terms(augment.policy, "policy", POLICIES)
+        if name != "none":
+            apply = trivial if name == "trivial" else rand
+            images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
+        if self.sizes:
+            chosen = int(torch.randint(len(self.sizes), (1,), generator=self._draws(epoch, step, "size")))
+            images = resized(images, self.sizes[chosen])
+        return images
+
+    def _draws(self, epoch: int, step: int, purpose: str) -> torch.Generator:
+        return generator(self.seed, epoch, step, purpose)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        logits, smoothing = model(batch["images"]), self.augment.label_smoothing
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing), {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Top-1, top-5 where there are more than five classes, and loss, of every held-out split."""
+        top = (1, 5) if len(self.data.classes) > 5 else (1,)
+        names, found = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
+        for split in self.data.held_out:
+            batches = evaluation_batches(self.data, self.train_size, 256, self.world, split, self.workers)
+            score = evaluate(model, batches, top)
+            if self.world.size > 1:
+                mine = [score["n"], *(score["n"] * score[name] for name in names)]
+                n, *sums = sum_over_ranks(mine, self.world, next(model.parameters()).device)
+                score = {name: value / n for name, value in zip(names, sums, strict=True)}
+            found |= {f"{split}_{name}": score[name] for name in names}
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        data = self.data
+        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
+        return described("classification", data, **facts, train_size=list(self.train_size))
+
+
+def evaluation_batches(
+    data: Images,
+    size: tuple[int, int] | None = None,
+    batch: int = 256,
+    world: World = ALONE,
+    split: str = "test",
+    workers: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images of a held-out split in order, at their native size or at `size`.
+
+    A rank has its own part of them, in as many batches as every other rank: sharded models meet in each forward pass.
+    """
+    held = data.held_out[split]
+    count = len(held)
+    cuts = [slice(start, start + batch) for start in range(0, count, batch)]
+    if world.size > 1:
+        mine, batches = world.share(count), math.ceil(math.ceil(count / world.size) / batch)
+        parts = [World(i, batches).share(mine.stop - mine.start) for i in range(batches)]
+        cuts = [slice(mine.start + part.start, mine.start + part.stop) for part in parts]
+    everything = torch.arange(count)
+    for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
+        images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]
+        yield normalize(images, data.mean, data.std), held.labels[cut]

@@ -1,0 +1,157 @@
+"""Causal and masked language modelling: batches, loss and evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.text import IGNORE, TextData
+from ...errors import DataError
+from ...seeding import generator
+from ..distributed import ALONE, World, sum_over_ranks
+from ..task import Batch, Task, described
+
+
+@dataclass(frozen=True)
+class LanguageTask(Task):
+    """Language modelling on one long text: random sequences for training, all of the validation text to measure.
+
+    Args:
+        data: token ids.
+        context: N.
+        batch_size: sequences of a step, over all ranks.
+        steps_per_epoch: updates between two evaluations.
+        mask: id of the token that hides others: the objective is then to say which stood there; None: the next token.
+        seed, device, world: as in `ImageTask`.
+    """
+
+    data: TextData
+    context: int
+    batch_size: int
+    steps_per_epoch: int
+    mask: int | None = None
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+    best: tuple[str, str] | None = ("val_loss", "min")
+    unit: str = "tokens"
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        text, length = self.data.train, self.context + (self.mask is None)
+        draws = generator(self.seed, epoch, step, "text")
+        start = torch.randint(len(text) - length + 1, (self.batch_size,), generator=draws)
+        part = self.world.share(self.batch_size)
+        tokens = text[start[part, None] + torch.arange(length)]
+        if self.mask is None:
+            found = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:])
+        else:
+            hidden = torch.rand(self.batch_size, length, 2, generator=draws)[part]
+            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[part]
+            found = dict(zip(("tokens", "labels"), hide(tokens, self.mask, hidden, other), strict=True))
+        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()} | {
+            "index": start[part]
+        }
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORE).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return token_loss(model(batch["tokens"]), batch["labels"]), {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        loss, n = evaluate_text(model, windows(self.data.val, self.context, self.world, mask=self.mask), self.device)
+        if self.world.size > 1:
+            total, count = sum_over_ranks([loss * n, n], self.world, torch.device(self.device))
+            loss = total / count
+        return dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700.0)))
+
+    def describe(self) -> dict[str, Any]:
+        task, tokenizer = "language" if self.mask is None else "masked language", self.data.tokenizer.describe()
+        return described(task, self.data, context=self.context, tokenizer=tokenizer)
+
+
+def windows(
+    text: Tensor, length: int, world: World = ALONE, *, mask: int | None = None, tokens_a_batch: int = 16_384
+) -> Iterator[dict[str, Tensor]]:
+    """All whole sequences of a text one after the other, without overlap, in batches; each token predicted once.
+
+    The last rest, shorter than a sequence, is left out. With `mask`, the same tokens are hidden at every call.
+    """
+    count = (len(text) - 1) // length
+    tokens, labels = text[: count * length].view(count, length), text[1 : count * length + 1].view(count, length)
+    if mask is not None:
+        draws = generator("validation", length, len(text))
+        hidden = torch.rand(count, length, 2, generator=draws)
+        other = torch.randint(int(text.max()) + 1, (count, length), generator=draws)
+        tokens, labels = hide(tokens, mask, hidden, other)
+    mine = world.share(count)
+    # Every rank has as many batches as the others: sharded models meet in each forward pass.
+    batches = math.ceil(math.ceil(count / world.size) * length / tokens_a_batch)
+    for i in range(batches):
+        part = World(i, batches).share(mine.stop - mine.start)
+        cut = slice(mine.start + part.start, mine.start + part.stop)
+        yield dict(tokens=tokens[cut], labels=labels[cut])
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: nn.Module, batches: Iterator[dict[str, Tensor]], device: torch.device | str = "cpu", last: int | None = None
+) -> tuple[float, int]:
+    """(mean loss in nats a token, tokens) of a model in evaluation mode; `last`: of the last so many of a sequence."""
+    was_training = model.training
+    model.eval()
+    total, n = 0.0, 0
+    try:
+        for batch in batches:
+            labels = batch["labels"].to(device)
+            logits = model(batch["tokens"].to(device))
+            if last is not None:
+                logits, labels = logits[:, -last:], labels[:, -last:]
+            total += float(token_loss(logits, labels, reduction="sum"))
+            n += int((labels != IGNORE).sum())
+    finally:
+        model.train(was_training)
+    if n == 0:
+        raise DataError("no tokens to evaluate: the text is shorter than one sequence")
+    return total / n, n
+
+
+def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats over labels that are not IGNORE: logits (B, N, V), labels (B, N)."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+
+
+def hide(
+    tokens: Tensor, mask: int, draws: Tensor, other: Tensor, *, rate: float = 0.15, special: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking (arXiv 1810.04805): of the tokens chosen, 80% become `mask`, 10% another token, 10% stay.
+
+    Args:
+        tokens: (B, N).
+        draws: (B, N, 2) uniform in [0, 1): whether a token is chosen, and what becomes of it.
+        other: (B, N) random tokens.
+        rate: share that is chosen.
+        special: ids that are never chosen.
+
+    Returns:
+        what the model sees, and labels: the token where one was chosen, IGNORE elsewhere.
+    """
+    chosen = draws[..., 0] < rate
+    for token in special:
+        chosen = chosen & (tokens != token)
+    fate = draws[..., 1]
+    seen = torch.where(chosen & (fate < 0.8), mask, tokens)
+    seen = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, seen)
+    return seen, torch.where(chosen, tokens, IGNORE)

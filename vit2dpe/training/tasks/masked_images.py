@@ -1,0 +1,81 @@
+"""The task of masked pretraining: hide patches, paint them. Masks are drawn by key, like every other draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...seeding import generator
+from ..distributed import sum_over_ranks
+from ..task import Batch, Task
+from .classification import ImageTask, evaluation_batches
+
+
+@dataclass(frozen=True)
+class MaskedTask(Task):
+    """Reconstruction of hidden patches, for a `MAE`.
+
+    Args:
+        images: batches, augmentation and test images; their labels are not looked at.
+        grid: patches of an image along both axes.
+        mask_ratio: the part that is hidden.
+    """
+
+    images: ImageTask
+    grid: tuple[int, int]
+    mask_ratio: float = 0.75
+    unit: str = "images"
+
+    @property
+    def best(self) -> tuple[str, str]:  # type: ignore[override]
+        return f"{next(iter(self.images.data.held_out))}_loss", "min"
+
+    @property
+    def steps_per_epoch(self) -> int:  # type: ignore[override]
+        return self.images.steps_per_epoch
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        task = self.images
+        batch = task.batch(epoch, step)
+        size = min(task.batch_size, len(task.data.train) - step * task.batch_size)
+        noise = torch.rand(size, math.prod(self.grid), generator=generator(task.seed, epoch, step, "mask"))
+        return dict(images=batch["images"], noise=noise[task.world.share(size)].to(task.device), index=batch["index"])
+
+    def close(self) -> None:
+        self.images.close()
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return model(batch["images"], self.mask_ratio, batch["noise"])[0], {}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The loss on held-out images, behind the same masks every time."""
+        was = model.training
+        model.eval()
+        found = {f"{split}_loss": self._loss(model, split) for split in self.images.data.held_out}
+        model.train(was)
+        return found
+
+    def _loss(self, model: nn.Module, split: str) -> float:
+        task = self.images
+        device, count = next(model.parameters()).device, len(task.data.held_out[split])
+        noise = torch.rand(count, math.prod(self.grid), generator=generator(task.seed, f"{split} mask"))
+        noise = noise[task.world.share(count)]
+        total, seen = 0.0, 0
+        batches = evaluation_batches(task.data, task.train_size, world=task.world, split=split, workers=task.workers)
+        for images, _ in batches:
+            draw = noise[seen : seen + len(images)]
+            # All ranks meet, with images or without: one may have none left, and takes part all the same.
+            loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
+            if len(images):
+                total, seen = total + float(loss) * len(images), seen + len(images)
+        everything, images_seen = sum_over_ranks([total, seen], task.world, device)
+        return everything / images_seen
+
+    def describe(self) -> dict[str, Any]:
+        return self.images.describe() | dict(task="masked pretraining", mask_ratio=self.mask_ratio)

@@ -1,0 +1,71 @@
+"""What every task for a `Seq2Seq` shares: batches of pairs, the loss of a batch, and the loss over many.
+
+Legend: B pairs, S and N tokens of the longest source and target among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...data.pairs import Pair
+from ...data.text import IGNORE
+from ...models.text.model import pad
+from ..distributed import World, sum_over_ranks
+from ..task import Batch
+from .language import token_loss
+
+
+def decoding_batch(pairs: Sequence[Pair], start: int, padding: int) -> dict[str, Tensor]:
+    """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it is asked for.
+
+    A decoder reads `start` and the target but its last token. Padding of a target comes last, where no token that
+    counts sees it, so it needs no mask.
+    """
+    source, source_valid = pad([a for a, _ in pairs], padding)
+    tokens, _ = pad([torch.cat([b.new_full((1,), start), b[:-1]]) for _, b in pairs], padding)
+    labels, _ = pad([b for _, b in pairs], IGNORE)
+    return dict(source=source, source_valid=source_valid, tokens=tokens, labels=labels)
+
+
+def decoding_loss(model: nn.Module, batch: Batch, reduction: str = "mean", smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats over the target's tokens."""
+    logits = model(batch["source"], batch["tokens"], batch["source_valid"])
+    return token_loss(logits, batch["labels"], reduction, smoothing)
+
+
+def count_labels(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORE).sum())
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    start: int,
+    padding: int,
+    batch_size: int,
+    world: World,
+    device: torch.device | str,
+) -> dict[str, float]:
+    """val_loss in nats a token of the target and val_perplexity, in evaluation mode, the same on every rank."""
+    mine = pairs[world.share(len(pairs))]
+    # Every rank has as many batches as the others: sharded models meet in each forward pass.
+    batches = math.ceil(math.ceil(len(pairs) / world.size) / batch_size)
+    was_training, total, n = model.training, 0.0, 0
+    model.eval()
+    try:
+        for i in range(batches):
+            part = mine[World(i, batches).share(len(mine))]
+            batch = decoding_batch(part or pairs[:1], start, padding)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            loss = float(decoding_loss(model, batch, reduction="sum"))
+            if part:
+                total, n = total + loss, n + count_labels(batch)
+    finally:
+        model.train(was_training)
+    total, tokens = sum_over_ranks([total, n], world, torch.device(device))
+    return dict(val_loss=total / tokens, val_perplexity=math.exp(min(total / tokens, 700.0)))

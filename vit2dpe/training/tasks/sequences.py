@@ -1,0 +1,93 @@
+"""Small tasks on sequences whose answer depends on order: copy, reverse, sort. Nothing is read; every draw has a key.
+
+    copy       y_i = x_i             needs no positions
+    reverse    y_i = x_(n-1-i)       cannot be done without them
+    sort       y = x in rising order; every place is told by counting, so what a token stands at must be known
+
+The answers are read off an encoder, a class for each token. Source of the setting: UvA deep learning course, tutorial 6
+(reverse: 16 numbers below 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...seeding import generator
+from ..distributed import ALONE, World
+from ..task import Batch, Task
+from .language import token_loss
+
+SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "copy": lambda x: x,
+    "reverse": lambda x: x.flip(1),
+    "sort": lambda x: x.sort(dim=1).values,
+}
+
+
+@dataclass(frozen=True)
+class SequenceTask(Task):
+    """Batches of random numbers below `symbols` and their answers.
+
+    Args:
+        name: a name in `SEQUENCES`.
+        length: numbers of a sequence.
+        batch_size: sequences of a step, over all ranks.
+        steps_per_epoch: updates between two evaluations.
+        symbols: how many kinds of numbers.
+        seed, device, world: as in `ImageTask`.
+    """
+
+    name: str
+    length: int
+    batch_size: int
+    steps_per_epoch: int
+    symbols: int = 10
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+    best: tuple[str, str] | None = ("val_exact", "max")
+    unit: str = "sequences"
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        draws = generator(self.seed, epoch, step, self.name)
+        tokens = torch.randint(self.symbols, (self.batch_size, self.length), generator=draws)
+        tokens = tokens[self.world.share(self.batch_size)]
+        return dict(tokens=tokens.to(self.device), labels=SEQUENCES[self.name](tokens).to(self.device))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return token_loss(model(batch["tokens"]), batch["labels"]), {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        score = answers(model, self.name, self.length, self.symbols, device=self.device)
+        return dict(val_exact=score["exact"], val_loss=score["loss"])
+
+    def describe(self) -> dict[str, Any]:
+        return dict(task=self.name, data=self.name, digest=f"{self.name}-{self.length}-{self.symbols}")
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, name: str, length: int, symbols: int = 10, *, n: int = 1000, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """{"exact": sequences right, "top1": tokens right, both in percent, "loss": nats, "n": sequences}, on sequences of
+    their own key."""
+    was_training = model.training
+    model.eval()
+    tokens = torch.randint(symbols, (n, length), generator=generator("test", name, length))
+    labels = SEQUENCES[name](tokens).to(device)
+    try:
+        logits = model(tokens.to(device))
+    finally:
+        model.train(was_training)
+    right = logits.argmax(-1) == labels
+    return dict(
+        exact=100 * float(right.all(1).float().mean()),
+        top1=100 * float(right.float().mean()),
+        loss=float(token_loss(logits, labels)),
+        n=n,
+    )

@@ -1,0 +1,149 @@
+"""T5's span corruption, arXiv 1910.10683, section 3.1.4: spans of a text are taken out, and a `Seq2Seq` says them.
+
+    tokens   a b c d e f g h i j        spans  c d,  h
+    source   a b X₀ e f g X₁ i j </s>
+    target   X₀ c d X₁ h </s>
+
+Of n tokens m = round(n · rate) are hidden, in round(m / mean) spans whose lengths are a random composition of m; those
+of what stays are one of n - m, and a text starts with what stays. Sentinel i is the id V - 1 - i, as T5's <extra_id_i>.
+Source of the numbers: `random_spans_noise_mask` of the T5 code; the figure of the paper has one more sentinel at the
+end of the target, the code has none, nor has ours.
+
+Legend: B texts, n tokens of one, V vocabulary with sentinels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...data.text import TextData
+from ...errors import ConfigError
+from ...seeding import generator
+from ..distributed import ALONE, World
+from ..task import Batch, Task, described
+from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """A collator: texts of token ids to a batch for a `Seq2Seq`.
+
+    Args:
+        vocab_size: V; the last `sentinels` ids of it are the sentinels.
+        stop: ends source and target.
+        start: what the decoder begins with, and padding (T5: 0 for both).
+        sentinels: how many there are; more spans than this are refused.
+        rate: share of tokens that is hidden.
+        mean: tokens of a span on average.
+    """
+
+    vocab_size: int
+    stop: int
+    start: int = 0
+    sentinels: int = 100
+    rate: float = 0.15
+    mean: float = 3.0
+
+    def __call__(self, texts: Sequence[Tensor], draws: torch.Generator | None = None) -> dict[str, Tensor]:
+        """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it is asked for."""
+        return decoding_batch(
+            [self.pair(text, self.hidden(len(text), draws)) for text in texts], self.start, self.start
+        )
+
+    def hidden(self, n: int, draws: torch.Generator | None = None) -> Tensor:
+        """(n,) boolean: what is taken out."""
+        if n < 2:
+            raise ConfigError(f"a text needs two tokens to hide one of them, got {n}")
+        m = min(max(round(n * self.rate), 1), n - 1)
+        spans = min(max(round(m / self.mean), 1), m, n - m)
+        if spans > self.sentinels:
+            raise ConfigError(f"{n} tokens have {spans} spans, and there are {self.sentinels} sentinels")
+        lengths = torch.stack([_composition(n - m, spans, draws), _composition(m, spans, draws)], dim=1).flatten()
+        return (torch.arange(2 * spans) % 2 == 1).repeat_interleave(lengths)
+
+    def pair(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Source and target of one text (n,); `hidden` (n,) says what is taken out."""
+        first = hidden & ~torch.cat([hidden.new_zeros(1), hidden[:-1]])  # where spans begin
+        sentinel = self.vocab_size - first.cumsum(0)  # of the span that a hidden token is in
+        source = torch.where(first, sentinel, tokens)[~hidden | first]
+        twice = torch.stack([sentinel, tokens], dim=1)  # each hidden token, and its sentinel before the first
+        target = twice[torch.stack([first, hidden], dim=1)]
+        end = tokens.new_full((1,), self.stop)
+        return torch.cat([source, end]), torch.cat([target, end])
+
+    def restore(self, source: Tensor, target: Tensor) -> Tensor:
+        """The text (n,) that a source and a target came from."""
+        lowest = self.vocab_size - self.sentinels
+        spans: dict[int, list[int]] = {}
+        inside: list[int] = []
+        for token in target[:-1].tolist():
+            if token >= lowest:
+                inside = spans.setdefault(token, [])
+            else:
+                inside.append(token)
+        found = [part for token in source[:-1].tolist() for part in (spans[token] if token >= lowest else [token])]
+        return torch.tensor(found, dtype=source.dtype)
+
+
+def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tensor:
+    """(parts,) whole numbers of at least 1 that sum to `total`, all such rows equally likely."""
+    cuts = torch.randperm(total - 1, generator=draws)[: parts - 1].sort().values + 1
+    ends = torch.cat([cuts, torch.tensor([total])])
+    return ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
+
+
+@dataclass(frozen=True)
+class SpanTask(Task):
+    """Span corruption on one long text: random sequences for training, the validation text with spans that stay.
+
+    Args:
+        data: token ids.
+        collate: how they are corrupted.
+        context: n.
+        batch_size: sequences of a step, over all ranks.
+        steps_per_epoch: updates between two evaluations.
+        seed, device, world: as in `ImageTask`.
+    """
+
+    data: TextData
+    collate: SpanCorruption
+    context: int
+    batch_size: int
+    steps_per_epoch: int
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+    best: tuple[str, str] | None = ("val_loss", "min")
+    unit: str = "tokens"
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        text, draws = self.data.train, generator(self.seed, epoch, step, "spans")
+        start = torch.randint(len(text) - self.context + 1, (self.batch_size,), generator=draws).tolist()
+        hidden = [self.collate.hidden(self.context, draws) for _ in start]
+        mine = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
+        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in mine]
+        found = decoding_batch(pairs, self.collate.start, self.collate.start)
+        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()}
+
+    def count(self, batch: Batch) -> int:
+        return count_labels(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return decoding_loss(model, batch), {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        text, n, start = self.data.val, self.context, self.collate.start
+        draws = generator("validation", n, len(text))
+        pairs = [
+            self.collate.pair(text[i : i + n], self.collate.hidden(n, draws)) for i in range(0, len(text) - n + 1, n)
+        ]
+        return evaluate_pairs(model, pairs, start, start, self.batch_size, self.world, self.device)
+
+    def describe(self) -> dict[str, Any]:
+        tokenizer = self.data.tokenizer.describe()
+        return described("span corruption", self.data, context=self.context, tokenizer=tokenizer)

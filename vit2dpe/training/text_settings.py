@@ -1,0 +1,116 @@
+"""What training on text is told, as dataclasses that the command line and YAML fill. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..data.text_settings import TextDataConfig
+from .settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class TextModelConfig:
+    """What is trained.
+
+    Args:
+        position: the encoding, a word such as rope, sincos+alibi, rope(base=1000).
+        width: channels of a token.
+        depth: blocks.
+        heads: attention heads.
+        mlp_ratio: hidden channels of the MLP over width.
+        norm: layer or rms, layernorm or rmsnorm in full.
+        mlp: gelu, gelu_tanh, relu, swiglu, geglu or geglu_tanh.
+        bias: whether linear maps have biases.
+        dropout: of embedding, attention weights and outputs.
+        options: further arguments of the model, such as '{"qk_norm": true}'.
+    """
+
+    position: str = "rope"
+    width: int = 384
+    depth: int = 6
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    norm: str = "layer"
+    mlp: str = "gelu"
+    bias: bool = True
+    dropout: float = 0.0
+    options: dict = field(default_factory=dict)
+
+
+_OPTIM = OptimConfig(epochs=20, batch_size=64, warmup_epochs=0.4, weight_decay=0.1)
+_RUN = RunConfig(out="runs/text")
+
+
+@dataclass(frozen=True)
+class TextTrainConfig:
+    """Train a language model on plain text, a translator on pairs of sentences, or a classifier of lines.
+
+    Args:
+        model: what is trained.
+        data: what it is trained on.
+        optim: how weights are updated.
+        run: where and how it runs.
+        objective: causal (the next token), masked (15% of the tokens hidden, BERT's 80/10/10), spans (T5's span
+            corruption), translate (pairs of sentences) or classify (lines with labels).
+        steps_per_epoch: updates between two evaluations, which is what an epoch is here; for pairs and lines an epoch
+            is all of them once.
+        smoothing: label smoothing, to translate and to classify.
+        beams: of the translation of the test set; 1 is greedy.
+        resume: go on from run.out/last, if it is there.
+        init: start from these weights: a run folder or a .safetensors. To classify, a run's tokenizer is taken too.
+        smoke: two steps on the CPU, to see that everything runs.
+    """
+
+    model: TextModelConfig = TextModelConfig()
+    data: TextDataConfig = TextDataConfig()
+    optim: OptimConfig = _OPTIM
+    run: RunConfig = _RUN
+    objective: str = "causal"
+    steps_per_epoch: int = 250
+    smoothing: float = 0.0
+    beams: int = 4
+    resume: bool = False
+    init: str | None = None
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Let a trained language model write, or a translator translate.
+
+    Args:
+        run: folder of the run.
+        prompt: what it goes on from, or the sentence to translate.
+        length: how many tokens it writes.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: draw among so many of the likeliest.
+        top_p: draw among the likeliest that together reach this probability.
+        count: how many texts.
+        beams: of a translation; 1 is greedy.
+        seed: of the draws.
+        which: best or last.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+
+    run: str = "runs/text"
+    prompt: str = "\n"
+    length: int = 500
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    count: int = 1
+    beams: int = 4
+    seed: int = 0
+    which: str = "best"
+    device: str = "auto"
+
+
+def smoke(config: TextTrainConfig) -> TextTrainConfig:
+    """Two small steps on the CPU."""
+    return replace(
+        config,
+        optim=replace(config.optim, epochs=1, batch_size=2, warmup_epochs=0),
+        data=replace(config.data, limit=8 if config.objective == "translate" else 20 * config.data.context),
+        run=replace(config.run, device="cpu", compile=False),
+        steps_per_epoch=2,
+    )

@@ -1,0 +1,124 @@
+"""One update of the weights: forward and backward over the parts of a batch, clipping, optimizer, average."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..errors import ConfigError, TrainingError
+from ..seeding import keyed
+from .devices import pick_device, precision
+from .distributed import World, sum_over_ranks, unsynchronized, whole, wrapped
+from .optimizer import make_optimizer, make_schedule
+from .settings import OptimConfig, RunConfig
+from .task import Batch, Task, split_batch
+
+
+class Outcome(NamedTuple):
+    """What came of a batch.
+
+    Args:
+        numbers: train_loss, and what else the task says: means over the items of all ranks.
+        norm: of the gradient, before it is clipped.
+        items: how many items, over all ranks.
+        finite: whether loss and gradient were; if not, no step was taken. In float16 whether the loss was: a gradient
+            that overflowed is left out by the scaler, which then halves its factor.
+    """
+
+    numbers: dict[str, float]
+    norm: float
+    items: int
+    finite: bool
+
+
+class Updates:
+    """A model on its device, wrapped and compiled as told, and all that changes its weights."""
+
+    def __init__(self, model: nn.Module, task: Task, optim: OptimConfig, run: RunConfig, world: World) -> None:
+        self.task, self.optim, self.run, self.world = task, optim, run, world
+        self.device = pick_device(run.device)
+        self.autocast = precision(run.precision, self.device)
+        if run.grad_checkpointing:
+            checkpointing(model)
+        self.model = model.to(self.device)
+        self.ema = None
+        if optim.ema:
+            self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
+        self.net = wrapped(self.model, run.parallel, world)
+        if self.ema is not None and run.parallel == "fsdp":
+            self.ema.module = wrapped(self.ema.module, "fsdp", world)
+        self.forward: Any = torch.compile(self.net) if run.compile else self.net
+        self.optimizer = make_optimizer(self.model, optim)
+        self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The model of averaged weights, where there is one."""
+        return None if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        """The schedule's; with layer decay that of the last layers, the others have less."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def take(self, batch: Batch, epoch: int, step: int, done: int) -> Outcome:
+        """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
+
+        Args:
+            epoch, step: where the training is.
+            done: updates before this one.
+
+        Raises:
+            TrainingError: if memory runs out.
+        """
+        # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
+        torch.manual_seed(keyed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
+        self.model.train()
+        self.optimizer.zero_grad()
+        parts = split_batch(batch, self.optim.accumulate)
+        counts = [self.task.count(part) for part in parts]
+        items = sum(counts)
+        if self.world.size > 1:
+            items = int(sum_over_ranks([items], self.world, self.device)[0])
+        sums: dict[str, Any] = {}
+        try:
+            for i, (part, n) in enumerate(zip(parts, counts, strict=True)):
+                with unsynchronized(self.net, i + 1 < len(parts)), self._precision():
+                    loss, more = self.task.loss(self.forward, part)
+                    share = n / items  # the mean over all ranks and parts; wrappers average over ranks
+                    self.scaler.scale(loss * (share * self.world.size)).backward()
+                for name, value in {"train_loss": loss, **more}.items():
+                    sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach().float() * share
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory at epoch {epoch}, step {step} with {counts[0]} {self.task.unit} at a time: try "
+                f"--optim.accumulate {2 * self.optim.accumulate}, --run.grad_checkpointing, or a smaller "
+                f"--optim.batch_size; with --resume the run goes on from its last checkpoint ({error})"
+            ) from None
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
+        values = torch.stack([norm.to(self.device).float(), *(v.to(self.device) for v in sums.values())]).tolist()
+        if self.world.size > 1:
+            values[1:] = sum_over_ranks(values[1:], self.world, self.device)
+        finite = math.isfinite(values[1]) and (math.isfinite(values[0]) or self.scaler.is_enabled())
+        if finite:
+            self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
+            if self.ema is not None:
+                self.ema.update(self.model, step=done + 1)
+        self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
+        return Outcome(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
+
+    def _precision(self):
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+
+def checkpointing(model: Any) -> None:
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(f"{type(model).__name__} cannot compute its blocks again: leave run.grad_checkpointing out")
+    model.set_grad_checkpointing(True)
