@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from vit2dpe.cli import main as cli
+from vit2dpe.cli import commands as cli
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.interop.timm.families import FAMILIES
 
