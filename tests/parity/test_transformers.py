@@ -139,7 +139,7 @@ def scaled(config, seq_len=None):
 def ours_under(policy, length, width=WIDTH, base=10_000.0):
     """(N, Dh/2) angles of all places of a line."""
     encoding = AxialRoPE(width, axes=1, base=base)
-    encoding.policy = policy
+    encoding.own_policy = policy
     at = Positions.sequence(length)
     return encoding.angle(at if policy is None else policy.place(at)).dense()[0, 0]
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..encodings import PositionEncoding
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .card import save_card
-from .layers import PatchEmbed
+from .layers import PatchEmbed, run_block
 
 POOLS = ("token", "avg", "map", "")
 
@@ -49,13 +48,7 @@ class TimmContract(nn.Module):
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
-        tokens = {"cls_token": self.cls_token, "reg_token": self.reg_token}
-        return {name: token for name, token in tokens.items() if token is not None}
-
-    def run_block(self, block: nn.Module, x: Tensor, signal: Signal, at: Positions) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, signal, at, use_reentrant=False)
-        return block(x, signal, at)
+        raise TypeError(f"{type(self).__name__} must name its leading tokens")
 
     def forward_intermediates(
         self,
@@ -90,7 +83,7 @@ class TimmContract(nn.Module):
         x, signal, at = self.embed(x)
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self.run_block(block, x, signal, at)
+            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
             if i in take:
                 found.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in found]

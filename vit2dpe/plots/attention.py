@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention.observe import attention, rollout
+from ..attention.maps import rollout
+from ..attention.observe import attention_maps
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def draw(model: Any, image: Tensor, *, mean: Any = 0.0, std: Any = 1.0) -> Figur
         raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
     grid, prefix = model.patch_embed.grid(*image.shape[-2:]), model.num_prefix_tokens
     tokens = prefix + grid[0] * grid[1]
-    with torch.no_grad(), attention(model) as maps:
+    with torch.no_grad(), attention_maps(model) as maps:
         model(image)
     found = {name: one for name, one in maps.items() if one.shape[-2:] == (tokens, tokens)}
     if not found:

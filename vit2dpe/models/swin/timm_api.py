@@ -56,7 +56,7 @@ class SwinContract(nn.Module):
         if policy not in ("keep", "scale"):
             raise unknown("window_policy", policy, ("keep", "scale"))
         for stage in self.layers:
-            stage.window_policy = policy  # type: ignore[assignment]
+            stage.own_window_policy = policy  # type: ignore[assignment]
 
     @property
     def window_sizes(self) -> tuple[Size, ...]:
