@@ -20,7 +20,7 @@ from PIL import Image
 
 import vit2dpe
 from vit2dpe import load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data import loader as stream
 from vit2dpe.data.settings import DataConfig
 from vit2dpe.data.splits import FileSplit

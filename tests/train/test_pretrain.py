@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.cli.options import _in_full
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.settings import DataConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.text import IGNORE, download, load_text
 from vit2dpe.data.text_settings import TextDataConfig
 from vit2dpe.data.tokenizers import Bytes, Characters, Subwords, from_json, make_tokenizer

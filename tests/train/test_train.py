@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli.main import COMMANDS, _named, main
+from vit2dpe.cli.commands import COMMANDS, _named, main
 from vit2dpe.cli.options import _documented, _switched
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig

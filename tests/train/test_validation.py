@@ -8,7 +8,7 @@ from PIL import Image
 from test_train import MICRO, at
 
 from vit2dpe import load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.splits import Split
 from vit2dpe.errors import ConfigError, DataError
