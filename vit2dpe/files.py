@@ -1,17 +1,20 @@
-"""Files that are whole at any moment, whatever happens while they are written."""
+"""Files that are complete at any moment, whatever happens while they are written; and the values JSON holds."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import TrainingError
 
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Either the whole new file or the old one, whatever happens meanwhile.
+    """Replace a file: readers find either all of the new content or all of the old.
 
     Raises:
         TrainingError: if the disk does not take it; what was there before still is.
