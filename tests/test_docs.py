@@ -1,5 +1,6 @@
 """Generated pages are current, the code on the pages runs, its commands are understood, and the site is built."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 import timm
 
-from vit2dpe.cli import main as cli
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.interop.timm.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
+cli = importlib.import_module("vit2dpe.cli.main")
 DOCS = ROOT / "docs"
 # All pages of the site but the README, whose code tests/test_readme.py runs, and what a repository shows beside it.
 PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "recipes/RESULTS.md"))]
