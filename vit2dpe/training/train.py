@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from ..data.datasets import Images, check_data, list_unreadable, load
-from ..data.rand_augment import POLICIES
+from ..data.datasets import Images, check_data, load, write_unreadable
+from ..data.rand_augment import AUGMENTATIONS
 from ..data.settings import AugmentConfig
 from ..encodings import parse
 from ..errors import ConfigError, unknown
 from ..models.spec import ModelSpec
 from ..models.timm_api import TimmContract
-from .distributed import World, wrapped
-from .initial_weights import INITS, initialize, jitter_places
+from .distributed import World, parallelize
+from .initial_weights import INITS, initialize, jitter_positions
 from .optimizer import make_optimizer, make_schedule
 from .session import check_run, training
 from .settings import TrainConfig, model_arguments, resolve
@@ -44,12 +44,12 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         for note in data.notes:
             say(f"note: {note}")
         if world.first:
-            list_unreadable(folder, data.unreadable)
+            write_unreadable(folder, data.unreadable)
         size = config.data.size or data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
         if config.model.jitter:
-            jitter_places(model, config.model.jitter)
+            jitter_positions(model, config.model.jitter)
         task = image_task(config, data, size, under_way.device, world)
         facts = under_way.record(data.name, data.digest, images=data.used)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -81,12 +81,12 @@ def check(config: TrainConfig) -> TrainConfig:
     with torch.device("meta"):
         model = model_spec(config, size, 3, 10).build()
     if config.model.jitter:
-        jitter_places(model, config.model.jitter)
+        jitter_positions(model, config.model.jitter)
     for other in config.augment.train_sizes or ():
         if isinstance(model, TimmContract):
             model.patch_embed.grid(*other)
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
-    wrapped(model, config.run.parallel, World())
+    parallelize(model, config.run.parallel, World())
     return config
 
 
@@ -101,8 +101,8 @@ def check_augment(augment: AugmentConfig) -> None:
     if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
         raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
     name, options = augment.policy
-    if name not in POLICIES:
-        raise unknown("policy", name, POLICIES)
+    if name not in AUGMENTATIONS:
+        raise unknown("policy", name, AUGMENTATIONS)
     for option in options:
         if name != "rand" or option not in ("ops", "magnitude"):
             raise unknown(f"option of {name}", option, ("ops", "magnitude") if name == "rand" else ("(it takes none)",))
