@@ -105,8 +105,9 @@ def _parsed(parser: ArgumentParser, args: list[str], options: Mapping[str, Optio
         found = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
         if found and found[1] in options:
             hint = options[found[1]].hint
-            kinds = " or ".join(kind.__name__ for kind in get_args(hint) or (hint,)).replace("NoneType", "null")
-            message = f"{found[1]} must be of type {kinds}, got {found[2]}"
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            names = " or ".join(kind.__name__ if type(kind) is type else str(kind) for kind in kinds)
+            message = f"{found[1]} must be of type {names.replace('NoneType', 'null')}, got {found[2]}"
         raise ConfigError(message) from None
     return {name: given[name] for name in options if name in given}
 
@@ -120,7 +121,7 @@ def _full_option(arg: str, config: type[Settings]) -> str:
     known = [*flat(config()), "config", "preset", "print_config"]
     fits = [name] if name in known else full_names(config, name)
     if not fits:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
         raise ConfigError(f"unknown option {word}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
     return f"--{full_name(config, name) if name not in known else name}{equals}{value}"
 
@@ -165,17 +166,18 @@ def read_yaml(path: str, config: type[Settings]) -> str:
     def walk(node: yaml.MappingNode, prefix: str) -> None:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            if isinstance(value, yaml.MappingNode) and any(option.startswith(f"{name}.") for option in known):
-                walk(value, f"{name}.")
-                continue
-            full = full_names(config, name)
+            group = isinstance(value, yaml.MappingNode) and any(option.startswith(f"{name}.") for option in known)
+            full = [name] if group else full_names(config, name)
             if len(full) != 1:
                 raise unknown(f"setting in {path}", name, sorted(known))
             if full[0] in seen:
                 raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(full[0])
+            if group:
+                walk(value, f"{name}.")
+                continue
             if isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
                 raise ConfigError(f"{path}: {name} must be a finite number, got {value.value}")
-            seen.add(full[0])
             _put(tree, full[0], loader.construct_object(value, deep=True))
 
     try:
