@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..encodings import PositionEncoding
 from ..errors import ConfigError, unknown
 from ..spec import Size
-from .apply import encodings_of, policies_of, scopes_of, set_policy, use_policy, windows_of  # noqa: F401
+from .apply import encodings_of, policies_of, position_groups, set_policy, use_policy, windows_of  # noqa: F401
 
 MODES = ("scale", "canvas")
 
