@@ -3,6 +3,7 @@
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
 from .factorized import Factorized
+from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
 from .fourier import Fourier
 from .jitter import Jitter
@@ -44,6 +45,10 @@ __all__ = [
     "WindowedTable",
     "assign",
     "build",
+    "encoding_parameters",
+    "encodings_of",
+    "modules_outside_encodings",
+    "named_encodings",
     "parse",
     "terms",
 ]

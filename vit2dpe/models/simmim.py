@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
+from ..encodings import encoding_parameters
 from ..errors import ConfigError
 from ..positions import Positions
 from .mae import Reconstruction, keep_count
@@ -149,6 +149,5 @@ class SimMIM(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"mask_token", *own, *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | encoding_parameters(self) | encoder

@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encodings import PositionEncoding
+from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -168,17 +168,14 @@ class TimmContract(nn.Module):
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
         self.train_grid = change_patch(self, size, patch_size)
         self.patch_embed.img_size = size
-        for module in self.modules():
-            if isinstance(module, PositionEncoding):
-                module.set_grid(self.train_grid)
+        for encoding in named_encodings(self).values():
+            encoding.set_grid(self.train_grid)
         patch = None if patch_size is None else self.patch_embed.patch_size
         _tell_timm("update_model_input_size", self, size, patch_size=patch)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"cls_token", "reg_token"} | own
+        return {"cls_token", "reg_token"} | encoding_parameters(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer-decay groups: stem, blocks, the rest; a block's own encoding is in its block."""
@@ -192,11 +189,10 @@ class TimmContract(nn.Module):
 
         With `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
         """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if needs_reset and name and hasattr(module, "reset_parameters") and not name.startswith(own):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear) and not name.startswith(own):
+        for name, module in modules_outside_encodings(self):
+            if needs_reset and name and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

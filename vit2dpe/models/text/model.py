@@ -20,7 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from ...attention import masks
 from ...attention.cache import KVCache
 from ...attention.dispatch import for_all
-from ...encodings import Dims, PositionEncoding, assign, build
+from ...encodings import (
+    Dims,
+    PositionEncoding,
+    assign,
+    build,
+    encoding_parameters,
+    modules_outside_encodings,
+)
 from ...errors import ConfigError
 from ...positions import Positions, checkable
 from ..layers import add_token, norm_of
@@ -230,14 +237,12 @@ class TextModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of the encodings' parameters."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        return {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
+        return encoding_parameters(self)
 
     def init_weights(self) -> None:
         """GPT-2's: normal 0.02, zero biases, maps that end in the residual sum divided by √(2 depth)."""
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not (own and name.startswith(own)):
+        for name, module in modules_outside_encodings(self):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.endswith(("proj", "fc2"))
                 nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
                 if getattr(module, "bias", None) is not None:
