@@ -13,7 +13,7 @@ from torch import nn
 from vit2dpe import Attention, Positions, Signal, ViT, attend
 from vit2dpe.attention import functional as attention
 from vit2dpe.attention.observe import entropy, mean_distance, rollout, summary, weights
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.models import MAE
 from vit2dpe.plots import attention as show_attention

@@ -13,7 +13,7 @@ from benchmarks import BenchConfig, bench, contenders, interval, kernels, peak_b
 from benchmarks.measure import buffer_bytes, step_kernels
 from benchmarks.table import markdown, verdict
 from vit2dpe import ConfigError, PositionEncoding, Swin, ViT, frozen
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.signal import Table
 from vit2dpe.spec import parse_size
 

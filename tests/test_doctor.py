@@ -6,8 +6,8 @@ from collections import namedtuple
 import pytest
 
 from vit2dpe.cli import doctor as module
+from vit2dpe.cli import main
 from vit2dpe.cli.doctor import DoctorConfig, bad_pairs, disk, doctor, parts, versions
-from vit2dpe.cli.main import main
 
 
 def test_this_machine(tmp_path, capsys):

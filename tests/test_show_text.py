@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vit2dpe import ConfigError, ViT, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError
 from vit2dpe.plots import encodings as show
 from vit2dpe.plots import text_attention as show_text

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vit2dpe import ViT, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images
 from vit2dpe.errors import CheckpointError, DataError
 from vit2dpe.models.spec import ModelSpec

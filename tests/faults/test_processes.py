@@ -20,7 +20,7 @@ from PIL import Image
 
 import vit2dpe
 from vit2dpe import load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data import loader as stream
 from vit2dpe.data.settings import DataConfig
 from vit2dpe.data.splits import FileSplit
@@ -146,11 +146,11 @@ def test_signals_to_the_command(tmp_path):
 
 @fault("F52")
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
-    from vit2dpe.training.interrupts import Signals
+    from vit2dpe.training.interrupts import Interrupts
 
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with Signals() as signals:
+    with Interrupts() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert (signals.asked, left) == (signal.SIGTERM, [])

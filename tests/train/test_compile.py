@@ -10,7 +10,7 @@ from test_resume import OPTIM, RUN, SPEC, Killed, same, task
 from vit2dpe import load_run
 from vit2dpe.data.datasets import load_images
 from vit2dpe.models.spec import ModelSpec
-from vit2dpe.seeding import keyed
+from vit2dpe.seeding import derive_seed
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.log import read_table
 
@@ -20,7 +20,7 @@ SHORT = replace(OPTIM, epochs=2)
 
 
 def run(folder, *, resume=False, compiled=True):
-    torch.manual_seed(keyed(0, "init"))
+    torch.manual_seed(derive_seed(0, "init"))
     data = load_images("digits", limit_train=96, limit_test=40)
     return fit(
         PLAIN.build(), task(data), SHORT, replace(RUN, compile=compiled), folder=folder, spec=PLAIN, resume=resume

@@ -77,45 +77,45 @@ def split(labels: list[int]) -> Split:
 class TestTake:
     def test_balanced(self) -> None:
         whole = split([0] * 50 + [1] * 30 + [2] * 20)
-        assert whole.take(30).labels.bincount().tolist() == [10, 10, 10]
-        assert whole.take(32).labels.bincount().tolist() == [11, 11, 10]
+        assert whole.subsample(30).labels.bincount().tolist() == [10, 10, 10]
+        assert whole.subsample(32).labels.bincount().tolist() == [11, 11, 10]
 
     def test_a_class_that_runs_out_leaves_its_share_to_the_others(self) -> None:
-        assert split([0] * 50 + [1] * 3 + [2] * 20).take(33).labels.bincount().tolist() == [15, 3, 15]
+        assert split([0] * 50 + [1] * 3 + [2] * 20).subsample(33).labels.bincount().tolist() == [15, 3, 15]
 
     def test_same_every_time_nested_and_in_order(self) -> None:
         whole = split([i % 3 for i in range(90)])
-        ids = [whole.take(n).images[:, 0, 0, 0].tolist() for n in (9, 9, 40)]
+        ids = [whole.subsample(n).images[:, 0, 0, 0].tolist() for n in (9, 9, 40)]
         assert ids[0] == ids[1] == sorted(ids[0])
         assert set(ids[0]) < set(ids[2])
         assert ids[0] != list(range(9))  # drawn, not the first ones
 
     def test_labels_stay_with_their_images(self) -> None:
-        part = split([i % 7 for i in range(90)]).take(33)
+        part = split([i % 7 for i in range(90)]).subsample(33)
         assert torch.equal(part.images[:, 0, 0, 0].long() % 7, part.labels)
 
     def test_more_than_there_are(self) -> None:
         whole = split([0, 1])
-        assert whole.take(5) is whole
+        assert whole.subsample(5) is whole
         assert len(whole) == 2
 
     def test_without_what_cannot_be_had_the_others_stay(self) -> None:
         whole = split([i % 3 for i in range(90)])
-        ids = [whole.take(12, without).images[:, 0, 0, 0].tolist() for without in ((), (), range(0, 90, 3))]
+        ids = [whole.subsample(12, without).images[:, 0, 0, 0].tolist() for without in ((), (), range(0, 90, 3))]
         lost = set(ids[0][:2])
-        part = whole.take(12, lost)
+        part = whole.subsample(12, lost)
         left = set(part.images[:, 0, 0, 0].tolist())
         assert part.labels.bincount().tolist() == [4, 4, 4]
         assert set(ids[0]) - lost < left
         assert not lost & left
-        assert whole.take(90, lost).labels.numel() == 88
+        assert whole.subsample(90, lost).labels.numel() == 88
         assert not set(ids[2]) & set(range(0, 90, 3))
-        assert whole.take(12, range(0, 90, 3)).labels.bincount().tolist() == [0, 6, 6]
+        assert whole.subsample(12, range(0, 90, 3)).labels.bincount().tolist() == [0, 6, 6]
 
     @pytest.mark.parametrize("n", [0, -1])
     def test_none_is_refused(self, n: int) -> None:
         with pytest.raises(ConfigError, match=f"at least 1 image, got {n}"):
-            split([0, 1]).take(n)
+            split([0, 1]).subsample(n)
 
 
 class TestDigits:

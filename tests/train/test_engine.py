@@ -10,7 +10,7 @@ from vit2dpe.data.augment import shift_and_flip
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.errors import TrainingError
-from vit2dpe.seeding import keyed
+from vit2dpe.seeding import derive_seed
 from vit2dpe.training.devices import pick_device
 from vit2dpe.training.engine import fit
 from vit2dpe.training.settings import OptimConfig, RunConfig
@@ -100,8 +100,8 @@ def test_tables_and_frequencies_do_not_decay():
 
 
 def test_keys_and_devices():
-    assert keyed(0, 1, "order") == keyed(0, 1, "order") != keyed(0, 1, "augment")
-    assert 0 <= keyed("x") < 2**63
+    assert derive_seed(0, 1, "order") == derive_seed(0, 1, "order") != derive_seed(0, 1, "augment")
+    assert 0 <= derive_seed("x") < 2**63
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="--device cpu"):
         pick_device("warp")

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vit2dpe import ConfigError, DataError, sweep
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.settings import EvaluateConfig, StudyConfig
 from vit2dpe.study.study import COLUMNS, study

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.errors import DataError
 from vit2dpe.study.html import Study, merge, page, read_study
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.labelled_text import load_lines
 from vit2dpe.data.text import load_text
 from vit2dpe.data.text_settings import TextDataConfig

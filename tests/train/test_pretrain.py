@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.cli.options import _in_full
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.settings import DataConfig
@@ -93,7 +93,7 @@ def test_the_run_and_its_encoder_load(run):
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     """Stopped after an epoch, resumed, and every tensor is that of the run that was not."""
     from vit2dpe.data.datasets import load
-    from vit2dpe.seeding import keyed
+    from vit2dpe.seeding import derive_seed
     from vit2dpe.training.engine import fit
     from vit2dpe.training.pretrain import masked_task
 
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     data = load(told.data)
     spec = masked_spec(told, (16, 16), 1)
     for resume, stop in ((False, 2), (True, None)):
-        torch.manual_seed(keyed(0, "init"))
+        torch.manual_seed(derive_seed(0, "init"))
         model = spec.build()
         model.init_weights()
         task = masked_task(told, data, (16, 16), model.train_grid, torch.device("cpu"), World())

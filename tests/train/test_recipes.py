@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from vit2dpe.cli.main import COMMANDS, main
+from vit2dpe.cli.commands import COMMANDS, main
 from vit2dpe.training import train as module
 from vit2dpe.training.log import read_table
 from vit2dpe.training.settings import TrainConfig

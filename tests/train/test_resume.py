@@ -12,7 +12,7 @@ from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.errors import CheckpointError
 from vit2dpe.models.spec import ModelSpec
-from vit2dpe.seeding import generator, keyed
+from vit2dpe.seeding import derive_seed, generator
 from vit2dpe.training.checkpoint import _check, read_meta, read_tensors
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.log import read_table
@@ -38,7 +38,7 @@ def data():
 
 
 def build():
-    torch.manual_seed(keyed(0, "init"))
+    torch.manual_seed(derive_seed(0, "init"))
     return SPEC.build()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vit2dpe import load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images, normalize
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.resolution.sweep import fit_size

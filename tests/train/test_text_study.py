@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vit2dpe import load_run, use_policy
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.study.settings import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
 from vit2dpe.study.study import COLUMNS

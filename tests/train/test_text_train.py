@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli.main import main
-from vit2dpe.data.text import IGNORE, fetch, load_text
+from vit2dpe.cli import main
+from vit2dpe.data.text import IGNORE, download, load_text
 from vit2dpe.data.text_settings import TextDataConfig
 from vit2dpe.data.tokenizers import Bytes, Characters, Subwords, from_json, make_tokenizer
 from vit2dpe.errors import CheckpointError
@@ -94,13 +94,13 @@ def test_texts_that_cannot_be_read(tmp_path, file):
 
 def test_a_download_is_kept_and_compared(tmp_path, file, monkeypatch):
     monkeypatch.setenv("VIT2DPE_CACHE", str(tmp_path / "cache"))
-    path = fetch(file.as_uri())
+    path = download(file.as_uri())
     file.unlink()
-    assert fetch(f"file://{file}").read_text() == TEXT == path.read_text()
+    assert download(f"file://{file}").read_text() == TEXT == path.read_text()
     with pytest.raises(DataError, match="is another file: SHA-256"):
-        fetch(f"file://{file}", "0" * 64)
+        download(f"file://{file}", "0" * 64)
     with pytest.raises(DataError, match=r"cannot download .*name it with --data\.path"):
-        fetch(f"file://{tmp_path}/other.txt")
+        download(f"file://{tmp_path}/other.txt")
 
 
 def test_batches_are_the_text_and_depend_on_the_key_alone(file):

@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli.main import COMMANDS, _named, main
+from vit2dpe.cli.commands import COMMANDS, _named, main
 from vit2dpe.cli.options import _documented, _switched
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError
 from vit2dpe.training.checkpoint import read_meta
-from vit2dpe.training.initial_weights import initialize, jitter_places, load_weights
+from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
@@ -295,7 +295,7 @@ def test_places_are_jittered_in_training_only(tmp_path):
     model, still = vit("rope_mixed+sincos"), vit("rope_mixed+sincos")
     still.load_state_dict(model.state_dict())
     names = list(model.state_dict())
-    jitter_places(model, 0.5)
+    jitter_positions(model, 0.5)
     assert list(model.state_dict()) == names
     at = Positions.grid((3, 4))
     for mine, other in zip(encodings(model), encodings(still), strict=True):
@@ -309,9 +309,9 @@ def test_places_are_jittered_in_training_only(tmp_path):
         again = mine(at)
         assert torch.equal(again.token if again.token is not None else again.q_rotation.cos, found[2])
     with pytest.raises(ConfigError, match="cannot be jittered"):
-        jitter_places(vit("rope+learned"), 0.5)
+        jitter_positions(vit("rope+learned"), 0.5)
     with pytest.raises(ConfigError, match="has none of ours"):
-        jitter_places(vit("none"), 0.5)
+        jitter_positions(vit("none"), 0.5)
     config = replace(MICRO, model=replace(MICRO.model, position="rope", jitter=0.5))
     runs = [train(at_(tmp_path, name, config)) for name in ("a", "b")]
     weights = [(run / "last/model.safetensors").read_bytes() for run in runs]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vit2dpe import ConfigError, DataError, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.pairs import Encoder, load_pairs
 from vit2dpe.data.text import IGNORE
 from vit2dpe.data.text_settings import TextDataConfig

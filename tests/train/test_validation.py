@@ -8,7 +8,7 @@ from PIL import Image
 from test_train import MICRO, at
 
 from vit2dpe import load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.splits import Split
 from vit2dpe.errors import ConfigError, DataError
@@ -28,20 +28,20 @@ def numbered(counts):
     ("counts", "fraction"), [((10, 20, 30), 0.1), ((2, 7, 3), 0.5), ((5, 5), 0.01), ((3, 4), 0.99)]
 )
 def test_a_part_of_every_class_is_held_out(counts, fraction):
-    rest, held = numbered(counts).parted(fraction, seed=3)
+    rest, held = numbered(counts).hold_out(fraction, seed=3)
     assert sorted([*rest.images.tolist(), *held.images.tolist()]) == list(range(sum(counts))), "each image once"
     wanted = [min(max(1, round(n * fraction)), n - 1) for n in counts]
     assert held.labels.bincount().tolist() == wanted
-    again, other = numbered(counts).parted(fraction, seed=3)[1], numbered((50, 60)).parted(0.3, seed=4)[1]
+    again, other = numbered(counts).hold_out(fraction, seed=3)[1], numbered((50, 60)).hold_out(0.3, seed=4)[1]
     assert torch.equal(held.images, again.images)
-    assert not torch.equal(other.images, numbered((50, 60)).parted(0.3, seed=5)[1].images)
+    assert not torch.equal(other.images, numbered((50, 60)).hold_out(0.3, seed=5)[1].images)
 
 
 def test_what_cannot_be_held_out_is_refused():
     with pytest.raises(ConfigError, match="class 1 has one"):
-        numbered((3, 1)).parted(0.5, 0)
+        numbered((3, 1)).hold_out(0.5, 0)
     with pytest.raises(ConfigError, match=r"in \(0, 1\), got 1"):
-        numbered((3, 3)).parted(1.0, 0)
+        numbered((3, 3)).hold_out(1.0, 0)
     assert main(["train", "--data.val_fraction", "1.5"]) == 2
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.datasets import list_unreadable, load
+from ..data.datasets import load, write_unreadable
 from ..data.settings import DataConfig
 from ..errors import unknown
 from ..files import write_atomically
@@ -56,7 +56,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_settings(out, config)
-    list_unreadable(out, data.unreadable)
+    write_unreadable(out, data.unreadable)
     about = about_study(command, config, pick_device(config.device), config.data, data.digest)
     about |= dict(images=data.used)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())

@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of, use_policy
 from ..resolution.policies import POLICIES, TEMPERATURES
-from ..seeding import keyed
+from ..seeding import derive_seed
 from ..spec import parse_terms, split_words
 from ..training.checkpoint import load_run, save_model
 from ..training.devices import pick_device, precision
@@ -135,7 +135,7 @@ def run_cell(
         model = load_run(folder, device)
     else:
         spec = _spec(plan, word, depth, text.tokenizer.size if text else 10)
-        torch.manual_seed(keyed(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         model = spec.build()
         said = partial(progress, f"{word}, depth {depth}", seed)
         final = train_cell(model, *_training(plan, text, seed), folder=folder, said=said, smoke=config.smoke)

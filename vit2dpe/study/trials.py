@@ -18,7 +18,7 @@ from ..data.datasets import Images
 from ..data.settings import AugmentConfig
 from ..files import write_atomically
 from ..resolution.sweep import policies_of, sweep
-from ..seeding import keyed
+from ..seeding import derive_seed
 from ..training.checkpoint import load_run, read_meta, save_model
 from ..training.devices import pick_device
 from ..training.engine import fit
@@ -66,7 +66,7 @@ def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progre
     if finished(folder, trained):
         model = load_run(folder, pick_device(config.device))
     else:
-        torch.manual_seed(keyed(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         model = build(plan, word, len(data.mean), len(data.classes))
         said = partial(progress, word, seed)
         final = train_cell(model, *training(plan, data, seed), folder=folder, said=said, smoke=config.smoke)
@@ -109,7 +109,7 @@ def finetuned(plan: Plan, data: Images, word: str, seed: int, trained: Path) -> 
         if size == plan.train_size:
             continue
         at_size = plan._replace(train_size=size)
-        torch.manual_seed(keyed(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         model = build(at_size, word, len(data.mean), len(data.classes))
         load_weights(model, trained)
         task, optim, run = training(at_size, data, seed)

@@ -105,7 +105,7 @@ def initialize(model: nn.Module, how: str) -> None:
             nn.init.zeros_(module.bias)
 
 
-def jitter_places(model: nn.Module, amount: float) -> None:
+def jitter_positions(model: nn.Module, amount: float) -> None:
     """Let every encoding of `model` see places moved by up to ±amount patches in training; its state_dict stays.
 
     Raises:

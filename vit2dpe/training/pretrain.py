@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data.datasets import Images, check_data, list_unreadable, load, normalize
+from ..data.datasets import Images, check_data, load, normalize, write_unreadable
 from ..data.settings import AugmentConfig
 from ..data.splits import resize
 from ..encodings import parse
@@ -21,7 +21,7 @@ from ..seeding import generator
 from ..spec import parse_size
 from .checkpoint import load_run, write_checkpoint
 from .distributed import World
-from .initial_weights import initialize, jitter_places
+from .initial_weights import initialize, jitter_positions
 from .optimizer import make_optimizer, make_schedule
 from .pretrain_settings import PretrainConfig, resolve
 from .session import check_run, training
@@ -44,12 +44,12 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
         for note in data.notes:
             say(f"note: {note}")
         if world.first:
-            list_unreadable(folder, data.unreadable)
+            write_unreadable(folder, data.unreadable)
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = masked_spec(config, size, len(data.mean))
         model = under_way.model(spec, lambda model: _draw(model, config.model.init))
         if config.model.jitter:
-            jitter_places(model.encoder, config.model.jitter)
+            jitter_positions(model.encoder, config.model.jitter)
         grid = model.mask_grid(*size)
         task = masked_task(config, data, size, grid, under_way.device, world)
         facts = under_way.record(data.name, data.digest, images=data.used)
@@ -101,7 +101,7 @@ def check(config: PretrainConfig) -> PretrainConfig:
     with torch.device("meta"):
         model: Any = masked_spec(config, parse_size(size), 3).build()
     if config.model.jitter:
-        jitter_places(model.encoder, config.model.jitter)
+        jitter_positions(model.encoder, config.model.jitter)
     keep_count(math.prod(model.mask_grid(*parse_size(size))), _ratio(config))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     return config

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..data.datasets import Images, check_data, list_unreadable, load
-from ..data.rand_augment import POLICIES
+from ..data.datasets import Images, check_data, load, write_unreadable
+from ..data.rand_augment import AUGMENTATIONS
 from ..data.settings import AugmentConfig
 from ..encodings import parse
 from ..errors import ConfigError, unknown
 from ..models.spec import ModelSpec
 from ..models.timm_api import TimmContract
 from ..spec import parse_size, parse_terms, split_words
-from .distributed import World, wrapped
-from .initial_weights import INITS, initialize, jitter_places
+from .distributed import World, parallelize
+from .initial_weights import INITS, initialize, jitter_positions
 from .optimizer import make_optimizer, make_schedule
 from .session import check_run, training
 from .settings import TrainConfig, model_arguments, resolve
@@ -45,12 +45,12 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
         for note in data.notes:
             say(f"note: {note}")
         if world.first:
-            list_unreadable(folder, data.unreadable)
+            write_unreadable(folder, data.unreadable)
         size = parse_size(config.data.size) if config.data.size else data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
         if config.model.jitter:
-            jitter_places(model, config.model.jitter)
+            jitter_positions(model, config.model.jitter)
         task = image_task(config, data, size, under_way.device, world)
         facts = under_way.record(data.name, data.digest, images=data.used)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -85,12 +85,12 @@ def check(config: TrainConfig) -> TrainConfig:
     with torch.device("meta"):
         model = model_spec(config, parse_size(size), 3, 10).build()
     if config.model.jitter:
-        jitter_places(model, config.model.jitter)
+        jitter_positions(model, config.model.jitter)
     for other in split_words(config.augment.train_sizes or ""):
         if isinstance(model, TimmContract):
             model.patch_embed.grid(*parse_size(other))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
-    wrapped(model, config.run.parallel, World())
+    parallelize(model, config.run.parallel, World())
     return config
 
 
@@ -104,7 +104,7 @@ def check_augment(augment: AugmentConfig) -> None:
         raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
     if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
         raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
-    (name, options), *more = parse_terms(augment.policy, "policy", POLICIES)
+    (name, options), *more = parse_terms(augment.policy, "policy", AUGMENTATIONS)
     for option in options:
         if name != "rand" or option not in ("ops", "magnitude"):
             raise unknown(f"option of {name}", option, ("ops", "magnitude") if name == "rand" else ("(it takes none)",))

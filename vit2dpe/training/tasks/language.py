@@ -16,7 +16,7 @@ from ...errors import DataError
 from ...modes import evaluating
 from ...seeding import generator
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, described
+from ..task import Batch, Task, describe_data
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LanguageTask(Task):
 
     def describe(self) -> dict[str, Any]:
         task, tokenizer = "language" if self.mask is None else "masked language", self.data.tokenizer.describe()
-        return described(task, self.data, context=self.context, tokenizer=tokenizer)
+        return describe_data(task, self.data, context=self.context, tokenizer=tokenizer)
 
 
 def windows(

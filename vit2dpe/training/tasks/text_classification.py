@@ -14,7 +14,7 @@ from ...data.labelled_text import Lines
 from ...models.text.model import pad
 from ...modes import evaluating
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, batch_of, described, steps_of
+from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class LineTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return steps_of(len(self.data.train), self.batch_size, self.world)
+        return count_steps(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         train = self.data.train
-        index = batch_of(len(train), self.batch_size, self.seed, epoch, step)
+        index = batch_indices(len(train), self.batch_size, self.seed, epoch, step)
         index = index[self.world.share(len(index))]
         return self._batch([train[i] for i in index.tolist()]) | {"index": index}
 
@@ -69,7 +69,7 @@ class LineTask(Task):
 
     def describe(self) -> dict[str, Any]:
         tokenizer = self.data.tokenizer.describe()
-        return described("text classification", self.data, classes=self.data.classes, tokenizer=tokenizer)
+        return describe_data("text classification", self.data, classes=self.data.classes, tokenizer=tokenizer)
 
     def _batch(self, lines: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         tokens, valid = pad([ids for ids, _ in lines])
