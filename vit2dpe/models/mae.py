@@ -33,7 +33,7 @@ from ..encodings import Dims, PositionEncoding, assign, encoding_parameters, mod
 from ..errors import ConfigError
 from ..positions import Positions
 from .layers import Block, add_token, keep_tokens
-from .mae_weights import accept_original
+from .mae_weights import convert_state_dict
 from .vit import ViT
 
 
@@ -94,7 +94,7 @@ class MAE(nn.Module):
             self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
         self.init_weights(encoder=False)
         self.to(dtype=like.dtype)
-        self.register_load_state_dict_pre_hook(accept_original)
+        self.register_load_state_dict_pre_hook(convert_state_dict)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The grid that a table of either half is learned on: the whole one."""

@@ -23,7 +23,7 @@ from .layers import PatchEmbed
 POOLS = ("token", "avg", "map", "")
 
 
-class TimmContract(nn.Module):
+class TimmViT(nn.Module):
     """Features, classifier, optimizer groups and sizes, as timm's tools ask for them."""
 
     patch_embed: PatchEmbed
@@ -141,7 +141,7 @@ class TimmContract(nn.Module):
                 self.attn_pool = None
             self.global_pool = global_pool
             # Where the norm stands follows from the first pooling; a model built from timm's record must agree.
-            _tell_timm("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+            _record("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
         self.head = (
@@ -171,7 +171,7 @@ class TimmContract(nn.Module):
         for encoding in named_encodings(self).values():
             encoding.set_grid(self.train_grid)
         patch = None if patch_size is None else self.patch_embed.patch_size
-        _tell_timm("update_model_input_size", self, size, patch_size=patch)
+        _record("update_model_input_size", self, size, patch_size=patch)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
@@ -220,7 +220,7 @@ def change_patch(model: Any, size: Any, patch_size: int | Sequence[int] | None) 
     return grid
 
 
-def _tell_timm(what: str, *args: Any, **kwargs: Any) -> None:
+def _record(what: str, *args: Any, **kwargs: Any) -> None:
     """Bring timm's record of a model up to date (for its data config and for saving), where this timm keeps one."""
     try:
         from timm.models import _input

@@ -30,7 +30,7 @@ from ...encodings import (
 )
 from ...errors import ConfigError
 from ...positions import Positions, checkable
-from ..layers import add_token, norm_of
+from ..layers import add_token, norm_factory
 from .block import Memory, TextBlock, signal_of
 
 
@@ -116,7 +116,7 @@ class TextModel(nn.Module):
         self.embed_scale, self.grad_checkpointing = embed_scale, False
         self.train_grid = (context,)
         dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-        make_norm = norm_of(norm, norm_eps)
+        make_norm = norm_factory(norm, norm_eps)
         self.embed = nn.Embedding(vocab_size, embed_dim)
         self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
         self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
