@@ -10,7 +10,7 @@ from .jitter import Jitter
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
-from .registry import ENCODINGS, Builder, Dims, assign, build, parse
+from .registry import ENCODINGS, Builder, Dims, build, parse, split_shared_and_per_block
 from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
@@ -43,12 +43,12 @@ __all__ = [
     "Sum",
     "T5Bias",
     "WindowedTable",
-    "assign",
     "build",
     "encoding_parameters",
     "encodings_of",
     "modules_outside_encodings",
     "named_encodings",
     "parse",
+    "split_shared_and_per_block",
     "terms",
 ]

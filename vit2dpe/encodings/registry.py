@@ -112,7 +112,7 @@ def parse(word: str) -> list[tuple[str, dict[str, Any]]]:
     return parse_terms(word, "encoding", ENCODINGS)
 
 
-def assign(
+def split_shared_and_per_block(
     position: str | PositionEncoding, dims: Dims, block_position: str | PositionEncoding | None = None
 ) -> tuple[PositionEncoding, list[PositionEncoding | None]]:
     """Split an encoding between a model and its blocks: (shared, one per block).

@@ -28,8 +28,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention.dispatch import for_all
-from ..encodings import Dims, PositionEncoding, assign, encoding_parameters, modules_outside_encodings, named_encodings
+from ..attention.dispatch import materialize_shared_bias
+from ..encodings import (
+    Dims,
+    PositionEncoding,
+    encoding_parameters,
+    modules_outside_encodings,
+    named_encodings,
+    split_shared_and_per_block,
+)
 from ..errors import ConfigError
 from ..positions import Positions
 from .layers import Block, add_token, keep_tokens
@@ -85,7 +92,7 @@ class MAE(nn.Module):
         with torch.device(like.device):
             self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-            self.decoder_position, own = assign(decoder_position, dims, decoder_block_position)
+            self.decoder_position, own = split_shared_and_per_block(decoder_position, dims, decoder_block_position)
             self.decoder_blocks = nn.ModuleList(
                 Block(decoder_embed_dim, decoder_num_heads, mlp_ratio=decoder_mlp_ratio, position=position)
                 for position in own
@@ -100,7 +107,7 @@ class MAE(nn.Module):
         """The grid that a table of either half is learned on: the whole one."""
         return self.train_grid
 
-    def scopes(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
+    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each half: the encoding that leads it, where its encodings are, the grid they were trained on."""
         decoder = nn.ModuleList([self.decoder_position, self.decoder_blocks])
         return [
@@ -161,7 +168,7 @@ class MAE(nn.Module):
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
-        signal = for_all(self.decoder_position(at), x)
+        signal = materialize_shared_bias(self.decoder_position(at), x)
         x = add_token(torch.cat([x[:, :prefix], tokens], dim=1), signal)
         for block in self.decoder_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -15,8 +15,8 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..attention.dispatch import for_all
-from ..encodings import Dims, PositionEncoding, assign
+from ..attention.dispatch import materialize_shared_bias
+from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -129,7 +129,7 @@ class ViT(TimmViT):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
             dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-            self.position, own = assign(position, dims, block_position)
+            self.position, own = split_shared_and_per_block(position, dims, block_position)
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.norm_pre = norm(embed_dim) if pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
@@ -182,7 +182,7 @@ class ViT(TimmViT):
         x, at = self.patch_embed(images)
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
-        signal = for_all(self.position(at), x)  # geometry becomes tensors, once
+        signal = materialize_shared_bias(self.position(at), x)  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
 from ..spec import Size
-from .apply import encodings_of, policies_of, scopes_of, set_policy, use_policy, windows_of  # noqa: F401
+from .apply import encodings_of, policies_of, position_groups, set_policy, use_policy, windows_of  # noqa: F401
 
 MODES = ("scale", "canvas")
 

@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ...attention import masks
 from ...attention.cache import KVCache
-from ...attention.dispatch import for_all
+from ...attention.dispatch import materialize_shared_bias
 from ...encodings import (
     Dims,
     PositionEncoding,
-    assign,
     build,
     encoding_parameters,
     modules_outside_encodings,
+    split_shared_and_per_block,
 )
 from ...errors import ConfigError
 from ...positions import Positions, checkable
@@ -121,7 +121,7 @@ class TextModel(nn.Module):
         self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
         self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
         self.embed_drop = nn.Dropout(drop_rate)
-        self.position, own = assign(position, dims, block_position)
+        self.position, own = split_shared_and_per_block(position, dims, block_position)
         self.cross_position = _cross_position(cross_position, cross, dims)
         self.blocks = nn.ModuleList(
             TextBlock(
@@ -189,7 +189,7 @@ class TextModel(nn.Module):
         )
         read = None if memory is None else self._read(memory, at)
         x = self._embed(tokens, types)
-        signal = for_all(signal_of(self.position, at, keys), x)  # geometry becomes tensors, once
+        signal = materialize_shared_bias(signal_of(self.position, at, keys), x)  # geometry becomes tensors, once
         x = self.embed_drop(self.embed_norm(add_token(x, signal)))
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
@@ -263,7 +263,7 @@ class TextModel(nn.Module):
             return Memory(memory.tokens, mask)
         extent = (max(at.extent[0], memory.at.extent[0]),)
         q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
-        return Memory(memory.tokens, mask, for_all(self.cross_position(q, k), memory.tokens))
+        return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
 
 
 def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
