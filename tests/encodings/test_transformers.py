@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from golden import exchanged, halves, randn, same, turned
 from transformers import DINOv3ViTConfig, LlamaConfig, Swinv2Config, ViTMAEConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -17,6 +16,7 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
+from tests.encodings.originals import exchanged, halves, randn, same, turned
 from vit2dpe import Positions
 from vit2dpe.encodings import Alibi, AxialRoPE, CentredRoPE, LearnedTable, LogCPB, T5Bias
 from vit2dpe.resolution.policies import NTK, Interpolate, YaRN, YaRNTemperature

@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 import torchvision
-from golden import randn
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torchvision.models import swin_transformer as tv
-from trajectory import assert_fifty_equal_steps
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
+from tests.encodings.originals import randn
+from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import CheckpointError, ConfigError, Positions, Signal, attend, from_timm, to_timm, use_policy
 from vit2dpe.encodings import NoPosition, RelativeBias
 from vit2dpe.interop.timm.swin import from_timm_swin

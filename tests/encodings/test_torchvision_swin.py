@@ -1,9 +1,9 @@
 """The bias of torchvision's shifted-window attention, V1 and V2, is RelativeBias and LogCPB; V1's to the bit."""
 
 import pytest
-from golden import exchanged, randn, same
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from tests.encodings.originals import exchanged, randn, same
 from vit2dpe import Positions
 from vit2dpe.encodings import LogCPB, RelativeBias
 from vit2dpe.signal import Table

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_resume import CLOCKED, Killed, everything
 
+from tests.training.test_resume import CLOCKED, Killed, everything
 from vit2dpe.data import sources
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_from_timm import create, images, same
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models import Eva, VisionTransformer
 
+from tests.interop.timm.test_from_timm import create, images, same
 from vit2dpe import CheckpointError, ConfigError, ViT, from_timm, set_policy, to_timm, use_policy
 from vit2dpe.interop.timm.read import read
 from vit2dpe.models import DistilledViT

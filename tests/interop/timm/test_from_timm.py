@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
-from trajectory import assert_fifty_equal_steps
 
+from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import ConfigError, from_timm, to_timm
 from vit2dpe.interop.timm.read import FAMILIES
 

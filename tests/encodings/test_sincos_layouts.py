@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from golden import exchanged, same
 from timm.layers import build_sincos2d_pos_embed
 from transformers import ViTMAEConfig
 from transformers.models.vit_mae.modeling_vit_mae import (
@@ -16,6 +15,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     build_2d_sinusoidal_position_embedding,
 )
 
+from tests.encodings.originals import exchanged, same
 from vit2dpe import Positions
 from vit2dpe.encodings import SinCos
 

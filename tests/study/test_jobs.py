@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives_or_dies import lives_or_dies
-from test_study import MICRO
 
+from tests.study.lives_or_dies import lives_or_dies
+from tests.study.test_study import MICRO
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.study.jobs import count, each
 from vit2dpe.study.study import study
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def test_a_lost_process_is_seen_where_the_pool_does_not_watch_it(tmp_path, monke
 
 def test_processes_do_not_outlive_a_study_that_is_killed(tmp_path):
     """They share its output, which ends when the last of them has ended."""
-    parent = subprocess.Popen([sys.executable, Path(__file__).with_name("lives_or_dies.py"), tmp_path],
+    parent = subprocess.Popen([sys.executable, "-m", "tests.study.lives_or_dies", tmp_path], cwd=ROOT,
                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert parent.stdout is not None
     assert {parent.stdout.readline() for _ in range(2)} == {"takes long\n"}

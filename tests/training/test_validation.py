@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from test_train import MICRO, at
 
+from tests.training.test_train import MICRO, at
 from vit2dpe import load_run
 from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images

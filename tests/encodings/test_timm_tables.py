@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from golden import exchanged, randn, same
 from timm.layers import (
     RelPosBias,
     resample_abs_pos_embed,
@@ -20,6 +19,7 @@ from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 
+from tests.encodings.originals import exchanged, randn, same
 from vit2dpe import Dims, Positions, attend, build
 from vit2dpe.encodings import Factorized, LearnedTable, LogCPB, RelativeBias, WindowedTable
 

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from golden import exchanged
 
+from tests.encodings.originals import exchanged
 from vit2dpe import Positions
 from vit2dpe.encodings import LookHere
 

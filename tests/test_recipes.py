@@ -14,7 +14,7 @@ from vit2dpe.training import train as module
 from vit2dpe.training.log import read_table
 from vit2dpe.training.settings import TrainConfig
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
 
 
@@ -88,7 +88,7 @@ def test_two_steps_of_a_study(path, command, tmp_path, monkeypatch):
     """One encoding, one block, its smallest size."""
     given = yaml.safe_load(path.read_text())
     if given.get("task", "images") != "images":
-        pytest.skip("a study of text: tests/train/test_text_study.py")
+        pytest.skip("a study of text: tests/study/test_text_study.py")
     monkeypatch.setenv("VIT2DPE_CACHE", str(tmp_path / "cache"))
     smallest = given["sizes"].split(",")[0]
     words = ["--config", str(path), "--smoke", "--encodings", "rope", "--sizes", smallest, "--modes", "scale"]

@@ -22,7 +22,7 @@ from vit2dpe.training.settings import OptimConfig
 from vit2dpe.training.tasks.seq2seq import decoding_batch, decoding_loss, evaluate_pairs
 from vit2dpe.training.tasks.translation import TranslationTask, bleu
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "Hund": "dog", "Haus": "house"}
 
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_train import MICRO, at
 
+from tests.training.test_train import MICRO, at
 from vit2dpe.errors import ConfigError
 from vit2dpe.training.log import read_table
 from vit2dpe.training.train import train

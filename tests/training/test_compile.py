@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_resume import OPTIM, RUN, SPEC, Killed, same, task
 
+from tests.training.test_resume import OPTIM, RUN, SPEC, Killed, same, task
 from vit2dpe import load_run
 from vit2dpe.data.datasets import load_images
 from vit2dpe.models.spec import ModelSpec
