@@ -13,7 +13,7 @@ from ..data.settings import AugmentConfig
 from ..encodings import parse
 from ..errors import ConfigError, unknown
 from ..models.spec import ModelSpec
-from ..models.timm_api import TimmContract
+from ..models.timm_api import TimmViT
 from .distributed import World, parallelize
 from .initial_weights import INITS, initialize, jitter_positions
 from .optimizer import make_optimizer, make_schedule
@@ -83,7 +83,7 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.model.jitter:
         jitter_positions(model, config.model.jitter)
     for other in config.augment.train_sizes or ():
-        if isinstance(model, TimmContract):
+        if isinstance(model, TimmViT):
             model.patch_embed.grid(*other)
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     parallelize(model, config.run.parallel, World())
