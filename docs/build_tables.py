@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit2dpe import MAE, TextDecoder
-from vit2dpe.encodings import ENCODINGS, Dims, NoPosition, assign
+from vit2dpe.encodings import ENCODINGS, Dims, NoPosition, split_shared_and_per_block
 from vit2dpe.positions import Positions
 from vit2dpe.testing import tensors
 
@@ -34,7 +34,7 @@ def table() -> str:
 
 
 def _row(name: str) -> str:
-    shared, blocks = assign(name, DIMS)
+    shared, blocks = split_shared_and_per_block(name, DIMS)
     own = [block for block in blocks if block is not None]
     one = own[0] if own else shared
     parameters = sum(p.numel() for module in (shared, *own) for p in module.parameters())
@@ -61,7 +61,7 @@ def sources() -> str:
     """The opening of each encoding's file, as it stands there."""
     parts, seen = [], set()
     for name in ENCODINGS:
-        shared, blocks = assign(name, DIMS)
+        shared, blocks = split_shared_and_per_block(name, DIMS)
         module = sys.modules[type(blocks[0] or shared).__module__]
         if module.__name__ in seen or isinstance(blocks[0] or shared, NoPosition):
             continue

@@ -11,7 +11,7 @@ import csv
 import json
 from pathlib import Path
 
-from vit2dpe.cli.main import main as vit2dpe
+from vit2dpe.cli import main as vit2dpe
 from vit2dpe.training.log import read_table
 
 RECIPE = Path(__file__).parent / "tiny_imagenet_vit_tiny.yaml"

@@ -1,5 +1,7 @@
 """Generated pages are current, the code on the pages runs, its commands are understood, and the site is built."""
 
+import inspect
+import pkgutil
 import re
 import runpy
 import shlex
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 import timm
 
-from vit2dpe.cli import main as cli
+import vit2dpe
+from vit2dpe.cli import commands as cli
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.interop.timm.families import FAMILIES
+from vit2dpe.interop.timm.read import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -169,3 +172,17 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path, monk
     fetched = {path.name: found for path in pages if (found := Fetched(path.read_text()).found)}
     assert not fetched
     assert "iframe-worker.js" in (tmp_path / "index.html").read_text()
+
+
+def test_the_api_pages_list_names_not_modules():
+    names = [
+        line.removeprefix("::: ").strip()
+        for page in sorted((ROOT / "docs/api").glob("*.md"))
+        for line in page.read_text().splitlines()
+        if line.startswith("::: ")
+    ]
+    things = {name: pkgutil.resolve_name(name) for name in names}
+    assert [name for name, thing in things.items() if inspect.ismodule(thing)] == []
+    assert len(names) == len(set(names))
+    left_out = {name for name in vit2dpe.__all__ if not any(getattr(vit2dpe, name) is t for t in things.values())}
+    assert left_out == set(), "public names of vit2dpe without a place in docs/api"

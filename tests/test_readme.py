@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.encodings import ENCODINGS
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit2dpe import Positions, Rotation, Signal, attend, rotate
-from vit2dpe.signal import Dense, LowRank, Phases, Table
+from vit2dpe.signal import Dense, LinearAngles, LowRank, Table
 
 N, WIDTH, HEADS = 3, 4, 2
 angles = st.lists(st.floats(-100, 100), min_size=N * WIDTH // 2, max_size=N * WIDTH // 2)
@@ -135,7 +135,7 @@ def test_cosine_and_sine_of_learned_phases_have_the_gradients_of_the_formula(bat
     w = torch.randn(2, HEADS, 4, dtype=torch.float64, generator=generator).requires_grad_()
 
     def both(w):
-        return tuple(Rotation.of(Phases(coords, w), torch.float64, w.device, prefix=1))
+        return tuple(Rotation.of(LinearAngles(coords, w), torch.float64, w.device, prefix=1))
 
     def formula(w):
         angle = F.pad(torch.einsum("bnd,dhk->bhnk", coords, w), (0, 0, 1, 0))
@@ -158,7 +158,9 @@ def test_cosine_and_sine_of_learned_phases_have_the_gradients_of_the_formula(bat
 def test_phases_whose_places_ask_for_a_gradient_give_it():
     coords = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *given: tuple(Rotation.of(Phases(*given), w.dtype, w.device)), (coords, w))
+    assert torch.autograd.gradcheck(
+        lambda *given: tuple(Rotation.of(LinearAngles(*given), w.dtype, w.device)), (coords, w)
+    )
 
 
 def test_an_encoding_lays_cosine_and_sine_side_by_side():

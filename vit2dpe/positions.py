@@ -37,7 +37,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
-    _shared: dict = field(default_factory=dict, init=False, repr=False)  # see `shared`
+    _memo: dict = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
         if not isinstance(self.coords, Tensor):
@@ -116,7 +116,7 @@ class Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
         return Positions(self.coords, self.extent, prefix)
 
-    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+    def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from these places alone, made once for all blocks that are handed them.
 
         It lives and dies with this object, and so with one forward; nothing is kept on a shape. Not while compiling,
@@ -125,9 +125,9 @@ class Positions:
         if torch.compiler.is_compiling():
             return make()
         key = (key, torch.is_inference_mode_enabled())  # inference tensors cannot serve a later training step
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     def places(self) -> Tensor:
         """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.

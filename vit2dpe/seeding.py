@@ -10,11 +10,11 @@ import hashlib
 import torch
 
 
-def keyed(*key: object) -> int:
+def derive_seed(*key: object) -> int:
     """A 63-bit seed that depends on every part of the key, in order; the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def generator(*key: object) -> torch.Generator:
     """A CPU generator for this key: the same draws on every device."""
-    return torch.Generator().manual_seed(keyed(*key))
+    return torch.Generator().manual_seed(derive_seed(*key))

@@ -24,14 +24,14 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def of(cls, angle: Tensor | Phases, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Rotation:
+    def of(cls, angle: Tensor | LinearAngles, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Rotation:
         """By `angle`, in radians, behind `prefix` tokens that do not turn.
 
         Cosine and sine are taken as precise as the angle is, then cast once: the cosine of a float32 angle is off by
         3e-5 at place 1,024.
         """
-        if isinstance(angle, Phases):
-            angle = Phases(F.pad(angle.coords, (0, 0, prefix, 0)), angle.w)  # nothing turns at 0
+        if isinstance(angle, LinearAngles):
+            angle = LinearAngles(F.pad(angle.coords, (0, 0, prefix, 0)), angle.w)  # nothing turns at 0
             if _can_interleave(angle.w) and angle.learned:
                 return cls(*(part.to(device, dtype) for part in _Turn.apply(angle.coords, angle.w)))
             angle = angle.dense()
@@ -52,7 +52,7 @@ class Rotation(NamedTuple):
         )
 
 
-class Phases(NamedTuple):
+class LinearAngles(NamedTuple):
     """Angles that are linear in the places, angle_i(p) = Σ_a w[a, i] p_a; `.dense()` is the reference.
 
     Args:
@@ -92,7 +92,7 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, coords: Tensor, w: Tensor):
-        angle = Phases(coords, w).dense()
+        angle = LinearAngles(coords, w).dense()
         cos, sin = torch.view_as_real(torch.complex(angle.cos(), angle.sin_())).unbind(-1)
         ctx.save_for_backward(coords, cos, sin)
         return cos, sin
@@ -140,7 +140,7 @@ class Table(NamedTuple):
     prefix: Tensor | None = None
 
     def dense(self) -> Tensor:
-        index = self.q.shared(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
+        index = self.q.memoize(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
         flat = self.table.flatten(1)
         if self._columns:
             front = flat.new_zeros(flat.shape[0], self._columns) if self.prefix is None else self.prefix

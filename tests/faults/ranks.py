@@ -12,8 +12,8 @@ import torch
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.models.spec import ModelSpec
-from vit2dpe.seeding import keyed
-from vit2dpe.training.distributed import joined
+from vit2dpe.seeding import derive_seed
+from vit2dpe.training.distributed import process_group
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.settings import OptimConfig, RunConfig
 from vit2dpe.training.tasks.classification import ImageTask
@@ -31,7 +31,7 @@ RUN = RunConfig(device="cpu", save_minutes=0)
 
 
 def go(folder, world, *, epochs=3, resume=False, **run):
-    torch.manual_seed(keyed(0, "init"))
+    torch.manual_seed(derive_seed(0, "init"))
     data = load_images("digits", limit_train=95, limit_test=41)
     task = ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, label_smoothing=0.1), world=world)
     optim, stop_after = replace(OPTIM, epochs=3), 4 * epochs
@@ -43,7 +43,7 @@ def go(folder, world, *, epochs=3, resume=False, **run):
 
 def main(what, folder):
     torch.set_num_threads(1)
-    with joined(torch.device("cpu"), timeout_s=45) as world:
+    with process_group(torch.device("cpu"), timeout_s=45) as world:
         if what == "dies":
             real = Trainer._tell
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit2dpe import Dims, Positions, Swin, ViT, build
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.models.layers import PatchEmbed
 from vit2dpe.models.mae import keep_count

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vit2dpe import ViT, load_run
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images
 from vit2dpe.errors import CheckpointError, DataError
 from vit2dpe.models.spec import ModelSpec
@@ -24,7 +24,7 @@ ARGUMENTS = dict(
     position="learned+rope_mixed", img_size=(8, 12), patch_size=4, in_chans=1, num_classes=3, embed_dim=8, depth=1,
     num_heads=2, class_token=False, global_pool="avg",
 )  # fmt: skip
-GOLDEN = Path(__file__).parents[1] / "data"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def vit(**changes):

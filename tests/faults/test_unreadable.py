@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit2dpe.cli.main import main
+from vit2dpe.cli import main
 from vit2dpe.data import image_cache as images
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.decode import Unreadable, decode

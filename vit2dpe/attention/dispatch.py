@@ -17,43 +17,43 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import ConfigError
 from ..signal import Bias, Dense, Signal, Table
 from .kernels import table
-from .kernels.choice import Choice, plain_only
+from .kernels.choice import Selection, plain_only
 
 # What the attention that runs was told, while `explain` looks; else None.
-told: dict[str, Choice] | None = None
+told: dict[str, Selection] | None = None
 
 
-def tell(what: str, choice: Choice) -> Choice:
+def tell(what: str, choice: Selection) -> Selection:
     """Write a choice down for who looks; the first of a kind counts."""
     if told is not None:
         told.setdefault(what, choice)
     return choice
 
 
-def rotation(qkv: Tensor, signal: Signal, private: bool) -> Choice:
+def rotation(qkv: Tensor, signal: Signal, private: bool) -> Selection:
     """Of a packed projection (B, N, 3 D): none, in place (`kernels.rotary`) or functional (`attention.rotate`)."""
     turn = signal.q_rotation
     if turn is None and signal.k_rotation is None:
-        return Choice("none", "no rotation is asked for")
+        return Selection("none", "no rotation is asked for")
     if turn is None or turn is not signal.k_rotation:
-        return Choice("functional", "queries and keys turn differently")
+        return Selection("functional", "queries and keys turn differently")
     if not private:
-        return Choice("functional", "somebody else may need the output of qkv: a hook, a norm, a cache, another map")
+        return Selection("functional", "somebody else may need the output of qkv: a hook, a norm, a cache, another map")
     plain = plain_only(qkv)
     if plain is not None:
-        return Choice("functional", plain)
+        return Selection("functional", plain)
     if qkv.device.type not in ("cpu", "cuda") or not qkv.is_floating_point():
-        return Choice("functional", f"no complex numbers for {qkv.dtype} on {qkv.device.type}")
+        return Selection("functional", f"no complex numbers for {qkv.dtype} on {qkv.device.type}")
     if not qkv.is_contiguous():
-        return Choice("functional", "the output of qkv is not contiguous")
+        return Selection("functional", "the output of qkv is not contiguous")
     if turn.cos.shape[-2] != qkv.shape[1] or torch.promote_types(qkv.dtype, turn.cos.dtype) != turn.cos.dtype:
-        return Choice("functional", "the rotation is of another length, or less precise than the output of qkv")
-    return Choice("in place", "eager mode, and nobody else holds the output of qkv")
+        return Selection("functional", "the rotation is of another length, or less precise than the output of qkv")
+    return Selection("in place", "eager mode, and nobody else holds the output of qkv")
 
 
 def bias(
     q: Tensor, k: Tensor, terms: Sequence[Bias], mask: Tensor | None, dropout: float, traced: bool, appended: bool
-) -> Choice:
+) -> Selection:
     """ "none", "channels", "matrix", or a path of `kernels.table`: "learned", "view", "chunked".
 
     Args:
@@ -62,24 +62,24 @@ def bias(
     """
     if not terms:
         if appended:
-            return Choice("channels", "the bias is a product, and the kernel computes in float32 at least")
-        return Choice("none", "no bias is asked for")
+            return Selection("channels", "the bias is a product, and the kernel computes in float32 at least")
+        return Selection("none", "no bias is asked for")
     if len(terms) > 1:
-        return Choice("matrix", "several terms are added up")
+        return Selection("matrix", "several terms are added up")
     if isinstance(terms[0], Dense) and terms[0].why:
-        return Choice("matrix", terms[0].why)
+        return Selection("matrix", terms[0].why)
     if not isinstance(terms[0], Table):
-        return Choice("matrix", f"a {type(terms[0]).__name__} term is a matrix, here at least")
+        return Selection("matrix", f"a {type(terms[0]).__name__} term is a matrix, here at least")
     if mask is not None:
-        return Choice("matrix", "a mask is merged into it")
+        return Selection("matrix", "a mask is merged into it")
     if dropout:
-        return Choice("matrix", "the weights have dropout")
+        return Selection("matrix", "the weights have dropout")
     if traced:
-        return Choice("matrix", "scale or temperature are traced, and the kernel takes numbers")
+        return Selection("matrix", "scale or temperature are traced, and the kernel takes numbers")
     return table.choose(terms[0], q, _trains(terms[0].table, q, k))
 
 
-def for_all(signal: Signal, x: Tensor) -> Signal:
+def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
     """The signal as all blocks are handed it: matrices that each of them would look up are looked up here, once.
 
     Args:
@@ -97,13 +97,13 @@ def _trains(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Choice:
+def kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Selection:
     """Which implementation of the fused attention torch will take."""
     try:
         found = torch._fused_sdp_choice(q, k, v, added, dropout, False, scale=scale)
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        return Choice("unknown", f"torch does not say: {str(error).splitlines()[0]}")
-    return Choice(SDPBackend(found).name.lower(), "torch's choice for these tensors")
+        return Selection("unknown", f"torch does not say: {str(error).splitlines()[0]}")
+    return Selection(SDPBackend(found).name.lower(), "torch's choice for these tensors")
 
 
 def kernel_dtype(q: Tensor) -> torch.dtype:
@@ -131,9 +131,9 @@ class Told(NamedTuple):
     """
 
     name: str
-    rotation: Choice
-    bias: Choice
-    kernel: Choice | None
+    rotation: Selection
+    bias: Selection
+    kernel: Selection | None
 
     def __str__(self) -> str:
         kernel = "" if self.kernel is None else f"; kernel {self.kernel.path}"
@@ -164,7 +164,7 @@ def explain(model: nn.Module, *inputs: Any, training: bool = False) -> list[Told
         inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), height, width),)
     global told
     found: list[Told] = []
-    none = Choice("none", "no rotation is asked for")
+    none = Selection("none", "no rotation is asked for")
 
     def start(*_: Any) -> None:
         global told

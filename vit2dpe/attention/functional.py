@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..signal import Bias, LowRank, Rotation, Signal
-from . import dispatch as paths
+from . import dispatch
 from .kernels import table as kernels
-from .kernels.choice import Choice
+from .kernels.choice import Selection
 from .kernels.rotary import split_and_rotate
 
 # Called with (q, k, signal, mask, scale) of every `attend` while attention maps are recorded; else there is none.
@@ -44,7 +44,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-class NoEmptyRow(NamedTuple):
+class FullMask(NamedTuple):
     """A boolean mask whose maker knows that every query may attend to something; `attend` need not look."""
 
     mask: Tensor
@@ -55,7 +55,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     signal: Signal = Signal(),  # noqa: B008 - an immutable tuple
-    mask: Tensor | NoEmptyRow | None = None,
+    mask: Tensor | FullMask | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -65,7 +65,7 @@ def attend(
         q, k, v: (B, H, Nq, Dh), (B, H, Nk, Dh), (B, H, Nk, Dv). Never altered.
         signal: rotations, bias terms and temperature; its `token` is the model's business.
         mask: boolean, (Nq, Nk) or (B|1, H|1, Nq, Nk); True may attend. A query that may attend to
-            nothing gives 0; under a `NoEmptyRow` there is none, and nothing is promised if there is.
+            nothing gives 0; under a `FullMask` there is none, and nothing is promised if there is.
         scale: factor on q·k; default 1/sqrt(Dh).
         dropout: probability, on the attention weights.
 
@@ -75,8 +75,8 @@ def attend(
     Raises:
         ValueError: for a mask of another kind, or rotations of other sizes than q and k.
     """
-    known = isinstance(mask, NoEmptyRow)
-    mask = mask.mask if isinstance(mask, NoEmptyRow) else mask
+    known = isinstance(mask, FullMask)
+    mask = mask.mask if isinstance(mask, FullMask) else mask
     if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
         raise ValueError(
             f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
@@ -85,7 +85,7 @@ def attend(
     if watcher is not None:
         watcher(q, k, signal, mask, scale)
     if signal.q_rotation is not None:
-        paths.tell("rotation", Choice("functional", "queries that come from a map of their own"))
+        dispatch.tell("rotation", Selection("functional", "queries that come from a map of their own"))
         q = rotate(q, signal.q_rotation)
     if signal.k_rotation is not None:
         k = rotate(k, signal.k_rotation)
@@ -101,20 +101,20 @@ def attend(
             mask = mask | ~alive
     width, terms = v.shape[-1], list(signal.bias)
     products = [term for term in terms if isinstance(term, LowRank)]
-    appended = bool(products) and paths.kernel_dtype(q) in (torch.float32, torch.float64)
+    appended = bool(products) and dispatch.kernel_dtype(q) in (torch.float32, torch.float64)
     if appended:
         q, k, v = _append_channels(q, k, v, products, factor, temperature)
         terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
     traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
-    path, _ = paths.tell("bias", paths.bias(q, k, terms, mask, dropout, traced, appended))
+    path, _ = dispatch.tell("bias", dispatch.bias(q, k, terms, mask, dropout, traced, appended))
     if path in kernels.PATHS:
         return kernels.attend(q, k, v, terms[0], factor, temperature, path)  # type: ignore[arg-type]
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    added = _merge(terms, mask, temperature, paths.kernel_dtype(q))
-    if paths.told is not None:
-        paths.tell("kernel", paths.kernel(q, k, v, added, dropout, factor))
-    with paths.allowed_kernels(added, q, k, v):
+    added = _merge(terms, mask, temperature, dispatch.kernel_dtype(q))
+    if dispatch.told is not None:
+        dispatch.tell("kernel", dispatch.kernel(q, k, v, added, dropout, factor))
+    with dispatch.allowed_kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
     out = out if out.shape[-1] == width else out[..., :width]
     return out if alive is None else out.masked_fill(~alive, 0.0)
@@ -167,7 +167,7 @@ def split_heads(
         private: nobody else needs the values of `qkv`. In eager mode q and k are then rotated where they lie.
     """
     turn = signal.q_rotation
-    path, _ = paths.tell("rotation", paths.rotation(qkv, signal, private))
+    path, _ = dispatch.tell("rotation", dispatch.rotation(qkv, signal, private))
     if path == "in place" and turn is not None:
         q, k, v = split_and_rotate(qkv, turn, heads)
         return q, k, v, signal._replace(q_rotation=None, k_rotation=None)

@@ -1,5 +1,5 @@
 """The command `vit2dpe`, one file a command."""
 
-from .main import main
+from .commands import main
 
 __all__ = ["main"]

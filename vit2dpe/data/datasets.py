@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown
 from ..files import write_atomically
-from ..spec import parse_size
 from .settings import DataConfig
 from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
 from .splits import FileSplit, Split, digest_of, resize
@@ -89,7 +88,7 @@ def load_images(
         name: a key of `SOURCES`.
         root: where it lies; see the source.
         source_size: (H, W) that the images of a `folder` are brought to in decoding.
-        limit_train, limit_test: keep a balanced part of this many images (`Labelled.take`).
+        limit_train, limit_test: keep a balanced part of this many images (`LabelledDataset.subsample`).
         val_fraction: hold out this part of every class of the training images, drawn by `seed`, as `Images.val`;
             where a `folder` has no held-out split, as `Images.test`.
         cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`stream.py`);
@@ -118,15 +117,15 @@ def load_images(
             if w
         ),
     ]
-    train = train if limit_train is None else train.take(limit_train)
+    train = train if limit_train is None else train.subsample(limit_train)
     val: Split | FileSplit | None = None
     if val_fraction:
-        train, val = train.parted(val_fraction, seed)
+        train, val = train.hold_out(val_fraction, seed)
         said = f"validation: {len(val)} images, {val_fraction:g} of every class of train, by seed {seed}"
         notes = [*notes, f"{said}; there is no other held-out split" if test is None else said]
     if test is None:
         test, val = cast(Split, val), None
-    test = test if limit_test is None else test.take(limit_test)
+    test = test if limit_test is None else test.subsample(limit_test)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
         digest = beside.submit(digest_of, *(split for split in (train, test, val) if split is not None))
         mean, std = _statistics(train.sample())
@@ -140,7 +139,7 @@ def load(data: DataConfig, seed: int = 0) -> Images:
     return load_images(
         data.name,
         data.root,
-        source_size=None if data.source_size is None else parse_size(data.source_size),
+        source_size=data.source_size,
         limit_train=data.limit_train,
         limit_test=data.limit_test,
         val_fraction=data.val_fraction,
@@ -150,7 +149,7 @@ def load(data: DataConfig, seed: int = 0) -> Images:
     )
 
 
-def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
+def write_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
     """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. No file where there is none."""
     if not unreadable:
         (folder / "unreadable.jsonl").unlink(missing_ok=True)  # of an earlier run there

@@ -81,7 +81,7 @@ class Encoder:
         return torch.tensor([*self.tokenizer.encode(text), self.stop])
 
 
-def tokenizer_of(about: dict[str, Any]) -> Subwords:
+def load_pair_tokenizer(about: dict[str, Any]) -> Subwords:
     """The tokenizer of a run of translation."""
     found = from_json(about["tokenizer"])
     if not isinstance(found, Subwords):

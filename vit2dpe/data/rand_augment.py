@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 31
-POLICIES = ("none", "trivial", "rand")
+AUGMENTATIONS = ("none", "trivial", "rand")
 
 
 def trivial(images: Tensor, generator: torch.Generator, *, of: int | None = None, part: slice = slice(None)) -> Tensor:

@@ -24,7 +24,7 @@ from .image_cache import decode
 SAMPLE = 2048  # images that mean and deviation are taken of, where not all are in memory
 
 
-class Labelled:
+class LabelledDataset:
     """What both kinds of splits are: things with labels int64 (N,), of which parts can be taken."""
 
     labels: Tensor
@@ -36,7 +36,7 @@ class Labelled:
         """These items only, in this order."""
         raise TypeError(f"{type(self).__name__} must say how items of it are selected")
 
-    def take(self, n: int, without: Collection[int] = ()) -> Self:
+    def subsample(self, n: int, without: Collection[int] = ()) -> Self:
         """n images, as many of every class as there are (the first classes one more); all of them if n is larger.
 
         The same n always gives the same images, in their old order, and a smaller n some of those of a larger one.
@@ -54,7 +54,7 @@ class Labelled:
         rank, order = self._ranks(torch.Generator().manual_seed(0), without)
         return self.select(order[rank.argsort(stable=True)[:n]].sort().values)
 
-    def parted(self, fraction: float, seed: int) -> tuple[Self, Self]:
+    def hold_out(self, fraction: float, seed: int) -> tuple[Self, Self]:
         """The rest, and this fraction of every class (rounded, at least one, never all), drawn by `seed`.
 
         Raises:
@@ -82,7 +82,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Split(Labelled):
+class Split(LabelledDataset):
     """Images uint8 (N, C, H, W) and their labels int64 (N,), on the CPU."""
 
     images: Tensor
@@ -114,7 +114,7 @@ class Split(Labelled):
 
 
 @dataclass(frozen=True)
-class FileSplit(Labelled):
+class FileSplit(LabelledDataset):
     """Image files, decoded each time they are asked for; `stream.stream` has worker processes do it ahead of time.
 
     Args:

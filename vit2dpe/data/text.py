@@ -53,7 +53,7 @@ def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None, option
         raise ConfigError("name the text: --data.path file.txt, or --data.url to download one")
     if not 0 < config.val_share < 1:
         raise ConfigError(f"data.val_share must be in (0, 1), got {config.val_share}")
-    path = fetch(str(config.url), config.sha256, option) if config.path is None else Path(config.path).expanduser()
+    path = download(str(config.url), config.sha256, option) if config.path is None else Path(config.path).expanduser()
     if not path.is_file():
         raise DataError(f"there is no text at {path}: give another {option}")
     raw = path.read_bytes()
@@ -76,7 +76,7 @@ def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None, option
     return TextData(path.stem, train, val, found, hashlib.sha256(raw).hexdigest())
 
 
-def fetch(url: str, sha256: str | None = None, option: str = "--data.path") -> Path:
+def download(url: str, sha256: str | None = None, option: str = "--data.path") -> Path:
     """A file from the web, downloaded once into the cache and compared with its digest.
 
     Raises:

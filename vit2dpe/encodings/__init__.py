@@ -3,13 +3,14 @@
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
 from .factorized import Factorized
+from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
 from .fourier import Fourier
 from .jitter import Jitter
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
-from .registry import ENCODINGS, Builder, Dims, assign, build, parse
+from .registry import ENCODINGS, Builder, Dims, build, parse, split_shared_and_per_block
 from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
@@ -42,8 +43,12 @@ __all__ = [
     "Sum",
     "T5Bias",
     "WindowedTable",
-    "assign",
     "build",
+    "encoding_parameters",
+    "encodings_of",
+    "modules_outside_encodings",
+    "named_encodings",
     "parse",
+    "split_shared_and_per_block",
     "terms",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..positions import Positions
-from ..signal import Bias, Dense, Phases, Rotation, Signal
+from ..signal import Bias, Dense, LinearAngles, Rotation, Signal
 
 
 class Policy(Protocol):
@@ -77,8 +77,8 @@ class PositionEncoding(nn.Module):
         """(B|1, N, D) to be added to tokens that have a place."""
         return None
 
-    def angle(self, at: Positions) -> Tensor | Phases | None:
-        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or Phases, whose
+    def angle(self, at: Positions) -> Tensor | LinearAngles | None:
+        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or LinearAngles, whose
         `dense()` is that."""
         return None
 

@@ -69,7 +69,7 @@ class LogCPB(OnGrid):
     def bias(self, q: Positions, k: Positions) -> Table:
         like = lifted(self.cpb_mlp[0].weight)  # type: ignore[arg-type]
         key = ("logcpb", None if k is q else k, self.grid, self.form, like.dtype)
-        c = q.shared(key, lambda: self._coordinates(q, k).to(like.device, like.dtype))  # the same for all blocks
+        c = q.memoize(key, lambda: self._coordinates(q, k).to(like.device, like.dtype))  # the same for all blocks
         bias = lifted_mlp(self.cpb_mlp, c).movedim(-1, 0)  # (H, 2 S_1 - 1, ...)
         return Table(bias if self.form == "cr" else 16 * bias.sigmoid(), q, k)
 

@@ -77,7 +77,7 @@ class LookHere(PositionEncoding):
         if q.axes != self.axes:
             raise ValueError(f"this lookhere was built for {self.axes} axes, the positions have {q.axes}")
         key = ("lookhere", None if k is q else k, self.heads, self.view, self.dtype)
-        return Dense(q.shared(key, lambda: self._unscaled(q, k)) * self.slope_here)
+        return Dense(q.memoize(key, lambda: self._unscaled(q, k)) * self.slope_here)
 
     def _unscaled(self, q: Positions, k: Positions) -> Tensor:
         """(B|1, H, Nq, Nk) with s_g s_l = 1, the same for all blocks; a head at a time."""

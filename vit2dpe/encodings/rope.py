@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..positions import Positions, exact
-from ..signal import Phases
+from ..signal import LinearAngles
 from .base import PositionEncoding
 
 
@@ -39,14 +39,14 @@ class DirectionalRoPE(PositionEncoding):
         """(d, 1|H, Dh/2) radians per patch."""
         raise TypeError(f"{type(self).__name__} must name its frequencies")
 
-    def angle(self, at: Positions) -> Phases:
+    def angle(self, at: Positions) -> LinearAngles:
         w = self.frequencies(at.coords.device)
         if at.axes != w.shape[0]:
             raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
         if self.policy is not None:
             w = self.policy.rescale(w, at.extent)
         coords = exact(at.coords) if w.dtype == torch.float64 else at.coords
-        return Phases(coords.to(w.device, w.dtype), w)
+        return LinearAngles(coords.to(w.device, w.dtype), w)
 
 
 class AxialRoPE(DirectionalRoPE):
@@ -83,7 +83,7 @@ class AxialRoPE(DirectionalRoPE):
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
         return torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])[:, None]  # (d, 1, Dh/2)
 
-    def angle(self, at: Positions) -> Phases:
+    def angle(self, at: Positions) -> LinearAngles:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact
-from ..signal import Phases
+from ..signal import LinearAngles
 from .rope import DirectionalRoPE, check_widths, magnitudes
 
 
@@ -64,7 +64,7 @@ class CentredRoPE(DirectionalRoPE):
         bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
         return torch.block_diag(*[bank] * self.axes)[:, None]  # (d, 1, Dh/2) radians per unit of c
 
-    def angle(self, at: Positions) -> Phases:
+    def angle(self, at: Positions) -> LinearAngles:
         if at.axes != self.axes:
             raise ValueError(f"this rope was built for {self.axes} axes, the positions have {at.axes}")
         return super().angle(Positions(_centred(at), at.extent))

@@ -2,7 +2,7 @@
 
 from timm.models import register_notrace_function, register_notrace_module
 
-from ..attention.dispatch import for_all
+from ..attention.dispatch import materialize_shared_bias
 from ..attention.functional import attend, split_heads
 from ..encodings import PositionEncoding
 from . import registry
@@ -16,7 +16,7 @@ from .vit import ViT
 # torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
 for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
     register_notrace_module(_module)
-for _function in (attend, split_heads, add_token, for_all, to_grid):
+for _function in (attend, split_heads, add_token, materialize_shared_bias, to_grid):
     register_notrace_function(_function)
 
 __all__ = ["MAE", "DistilledViT", "Swin", "ViT", "registry"]

@@ -28,12 +28,19 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention.dispatch import for_all
-from ..encodings import Dims, PositionEncoding, assign
+from ..attention.dispatch import materialize_shared_bias
+from ..encodings import (
+    Dims,
+    PositionEncoding,
+    encoding_parameters,
+    modules_outside_encodings,
+    named_encodings,
+    split_shared_and_per_block,
+)
 from ..errors import ConfigError
 from ..positions import Positions
 from .layers import Block, add_token, keep_tokens
-from .mae_weights import accept_original
+from .mae_weights import convert_state_dict
 from .vit import ViT
 
 
@@ -85,7 +92,7 @@ class MAE(nn.Module):
         with torch.device(like.device):
             self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-            self.decoder_position, own = assign(decoder_position, dims, decoder_block_position)
+            self.decoder_position, own = split_shared_and_per_block(decoder_position, dims, decoder_block_position)
             self.decoder_blocks = nn.ModuleList(
                 Block(decoder_embed_dim, decoder_num_heads, mlp_ratio=decoder_mlp_ratio, position=position)
                 for position in own
@@ -94,13 +101,13 @@ class MAE(nn.Module):
             self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
         self.init_weights(encoder=False)
         self.to(dtype=like.dtype)
-        self.register_load_state_dict_pre_hook(accept_original)
+        self.register_load_state_dict_pre_hook(convert_state_dict)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The grid that a table of either half is learned on: the whole one."""
         return self.train_grid
 
-    def scopes(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
+    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each half: the encoding that leads it, where its encodings are, the grid they were trained on."""
         decoder = nn.ModuleList([self.decoder_position, self.decoder_blocks])
         return [
@@ -161,7 +168,7 @@ class MAE(nn.Module):
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
-        signal = for_all(self.decoder_position(at), x)
+        signal = materialize_shared_bias(self.decoder_position(at), x)
         x = add_token(torch.cat([x[:, :prefix], tokens], dim=1), signal)
         for block in self.decoder_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -211,10 +218,8 @@ class MAE(nn.Module):
 
         Encodings keep what they drew. `encoder=False` touches the decoder alone.
         """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        kept = own if encoder else (*own, "encoder.")
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(kept):
+        for name, module in modules_outside_encodings(self):
+            if isinstance(module, nn.Linear) and (encoder or not name.startswith("encoder.")):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -232,9 +237,9 @@ class MAE(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another size the model's own, tables of both halves resized."""
         self.encoder.set_input_size(img_size)
-        for name, part in self.named_modules():
-            if isinstance(part, PositionEncoding) and not name.startswith("encoder."):
-                part.set_grid(self.train_grid)
+        for name, encoding in named_encodings(self).items():
+            if not name.startswith("encoder."):
+                encoding.set_grid(self.train_grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -242,9 +247,8 @@ class MAE(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"mask_token", *own, *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | encoding_parameters(self) | encoder
 
 
 def keep_count(n: int, ratio: float) -> int:

@@ -11,18 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from ..encodings import PositionEncoding, Sum
+from ..encodings import PositionEncoding, encodings_of, named_encodings
 from ..errors import ConfigError, unknown
 from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
 
 WINDOW_POLICIES = ("keep", "scale")
-Scope = tuple[PositionEncoding, nn.Module, Extent]  # what leads a part of a model, the part, its training extent
-
-
-def encodings_of(model: nn.Module) -> list[PositionEncoding]:
-    """Every encoding of a model that does something, shared and per block, sums taken apart."""
-    return [e for e in model.modules() if isinstance(e, PositionEncoding) and e.gives and not isinstance(e, Sum)]
+PositionGroup = tuple[PositionEncoding, nn.Module, Extent]  # leading encoding, the part it leads, training extent
 
 
 def policies_of(model: nn.Module) -> tuple[str, ...]:
@@ -34,7 +29,7 @@ def policies_of(model: nn.Module) -> tuple[str, ...]:
     found = encodings_of(model)
     common: tuple[str, ...]
     if not found:
-        common = ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
+        common = ("extrapolate",) if named_encodings(model) else ("default",)
     else:
         common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
     return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common
@@ -49,29 +44,31 @@ def windows_of(model: nn.Module) -> tuple[str, ...]:
 
 def _windowed(model: nn.Module) -> list[Any]:
     """The model, or what is in it, that has windows: a Swin, also within a SimMIM."""
-    return [module for module in model.modules() if hasattr(module, "window_policy") and hasattr(module, "scopes")]
+    return [
+        module for module in model.modules() if hasattr(module, "window_policy") and hasattr(module, "position_groups")
+    ]
 
 
-def scopes_of(model: nn.Module) -> list[Scope]:
+def position_groups(model: nn.Module) -> list[PositionGroup]:
     """For each part with places of its own: the encoding that leads it, the part, the extent it was trained on.
 
-    A Swin and an MAE say it themselves (`scopes`); what has a `position` and a `train_grid` is one; what holds others
-    (Seq2Seq, SimMIM, a wrapper) has theirs.
+    Swin and MAE have a method of this name; a module with a `position` and a `train_grid` is one group; a module that
+    holds such modules (Seq2Seq, SimMIM, a wrapper) has theirs.
 
     Raises:
         ConfigError: for a model without any.
     """
-    if found := _scopes(model):
+    if found := _groups(model):
         return found
     raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
 
 
-def _scopes(model: Any) -> list[Scope]:
-    if hasattr(model, "scopes"):
-        return model.scopes()
+def _groups(model: Any) -> list[PositionGroup]:
+    if hasattr(model, "position_groups"):
+        return model.position_groups()
     if hasattr(model, "position") and hasattr(model, "train_grid"):
         return [(model.position, model, tuple(model.train_grid))]
-    return [scope for child in model.children() for scope in _scopes(child)]
+    return [group for child in model.children() for group in _groups(child)]
 
 
 @contextmanager
@@ -91,13 +88,13 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     Raises:
         ConfigError: for a policy that one of the encodings cannot take, with the reason.
     """
-    scopes = scopes_of(model)
+    groups = position_groups(model)
     windows, policy = _split(policy, model)
     before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
-    before_heat = [(root, root.temperature) for root, _, _ in scopes]
+    before_heat = [(root, root.temperature) for root, _, _ in groups]
     before_windows = [(part, part.window_policy) for part in _windowed(model)]
     try:
-        for root, part, extent in scopes:
+        for root, part, extent in groups:
             chosen = None if policy == "default" else _policy(policy, extent)
             for encoding in encodings_of(part):
                 if chosen is not None and chosen.name not in encoding.policies:
@@ -148,12 +145,12 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
         ConfigError: for a policy that none of the encodings can take, with the reason; for `train` where windows have
             extents of their own.
     """
-    scopes, (windows, policy) = scopes_of(model), _split(policy, model)
+    groups, (windows, policy) = position_groups(model), _split(policy, model)
     if train is not None and windows_of(model):
         raise ConfigError(f"train is one grid, and {type(model).__name__} has windows of other extents: leave it out")
     able = []
     if windows is None or policy != "default":
-        for _, part, extent in scopes:
+        for _, part, extent in groups:
             chosen = _policy(policy, tuple(train or extent))
             able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
         if not able:

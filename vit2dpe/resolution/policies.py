@@ -69,7 +69,7 @@ class Interpolate(Keep):
     def place(self, at: Positions) -> Positions:
         if not torch.compiler.is_compiling() and at.extent == self.train:
             return at
-        return at.shared(self, lambda: self._scaled(at))  # the same object for every block of a forward
+        return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
         ratio = torch.tensor([t / e for t, e in zip(self.train, at.extent, strict=True)], dtype=torch.float64)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
+from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
+from ..modes import evaluating
 from ..spec import Size
-from .apply import encodings_of, policies_of, scopes_of, set_policy, use_policy, windows_of  # noqa: F401
+from .apply import encodings_of, policies_of, position_groups, set_policy, use_policy, windows_of  # noqa: F401
 
 MODES = ("scale", "canvas")
 
@@ -66,7 +67,7 @@ def sweep(
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
     train_size = train_size or train_size_of(model)
-    ours = any(isinstance(module, PositionEncoding) for module in model.modules())
+    ours = bool(named_encodings(model))
     rows: list[SweepRow] = []
     for mode in modes:
         for policy in policies or policies_of(model):
@@ -107,11 +108,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Se
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
     """
-    was_training = model.training
-    model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right, loss, n = dict.fromkeys(top, 0), 0.0, 0
-    try:
+    with evaluating(model):
         for images, labels in batches:
             logits, labels = model(images.to(device)).float(), labels.to(device)
             for k in top:
@@ -119,8 +118,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Se
                 right[k] += int((likeliest == labels[:, None]).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
-    finally:
-        model.train(was_training)
     if n == 0:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
     return {f"top{k}": 100 * hits / n for k, hits in right.items()} | {"loss": loss / n, "n": n}

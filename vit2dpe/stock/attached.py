@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..encodings import NoPosition, PositionEncoding, assign
+from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
 from ..errors import ConfigError
 from .masks import attention_mask, floats
 from .places import Places, dims_of, one, places_of, table_dtype
@@ -115,7 +115,11 @@ def attach(
     if alone:
         own = [one(encoding, dims)]
     else:
-        shared, own = assign("none", dims, encoding) if every_layer else assign(encoding, dims)
+        shared, own = (
+            split_shared_and_per_block("none", dims, encoding)
+            if every_layer
+            else split_shared_and_per_block(encoding, dims)
+        )
     for part in (shared, *own):
         if part is not None and "rotation" in part.gives:
             raise ConfigError(

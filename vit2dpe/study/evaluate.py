@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from ..data.datasets import SOURCES, check_source, list_unreadable, load_images, normalize
+from ..data.datasets import SOURCES, check_source, load_images, normalize, write_unreadable
 from ..data.folders import list_held_out
 from ..data.image_cache import Reasons, decode, find_unreadable
 from ..data.sources import readable
@@ -81,7 +81,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     source_size = tuple(round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
     data, total = _load_data(config, subject, source_size)
     print(f"images: {len(data)} used of {total}", flush=True)
-    list_unreadable(Path(config.out), data.unreadable)
+    write_unreadable(Path(config.out), data.unreadable)
     measured = sweep(
         model,
         data,
@@ -224,7 +224,7 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
     limit = config.limit
     if config.data in SOURCES and config.data != "folder":
         data = load_images(config.data, config.root, unreadable=config.unreadable)
-        split = data.test if limit is None else data.test.take(limit)
+        split = data.test if limit is None else data.test.subsample(limit)
         labels = _numbering(subject, data.classes)[split.labels]
         held = InMemory(labels, subject, config.batch_size, data.digest)
         held.images = split.pixels(torch.arange(len(split)))
@@ -252,12 +252,12 @@ def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int
     To know which can be read they are decoded: those that the limit takes, then one more for each that is left out.
     """
     files = Split(torch.arange(len(names)), labels)  # images are their numbers
-    index = files.take(limit).images
+    index = files.subsample(limit).images
     tried: list[int] = []
     wrong: Reasons = {}
     while skip and (new := sorted(set(index.tolist()) - set(tried))):
         wrong |= {new[i]: reason for i, reason in find_unreadable(root, [names[i] for i in new], size).items()}
-        index = files.take(limit, wrong).images
+        index = files.subsample(limit, wrong).images
         tried += new
     lost = {place: wrong[number] for place, number in enumerate(tried) if number in wrong}
     readable(lost, [names[i] for i in tried], labels[tried], len(tried))

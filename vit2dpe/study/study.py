@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ..data.datasets import list_unreadable
+from ..data.datasets import write_unreadable
 from ..files import write_atomically
 from ..training.devices import pick_device
 from .jobs import count, each
@@ -44,7 +44,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     measure = prepare(plan)
     out = Path(config.out)
     write_settings(out, config)
-    list_unreadable(out, measure.unreadable)
+    write_unreadable(out, measure.unreadable)
     about = about_study(command, config, device, *measure.source) | measure.facts
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     report = Report(out, about, total=len(plan.trials), started=time.monotonic())

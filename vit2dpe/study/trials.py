@@ -20,7 +20,7 @@ from torch import nn
 from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
-from ..seeding import keyed
+from ..seeding import derive_seed
 from ..training.checkpoint import load_run, read_meta, save_model
 from ..training.devices import pick_device
 from ..training.engine import fit
@@ -103,7 +103,7 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
 
 def build(spec: ModelSpec, seed: int) -> nn.Module:
     """The model with the initial weights of a seed."""
-    torch.manual_seed(keyed(seed, "init"))
+    torch.manual_seed(derive_seed(seed, "init"))
     return spec.build()
 
 

@@ -40,7 +40,7 @@ ALONE = World()
 
 
 @contextmanager
-def joined(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
+def process_group(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
     """The world that torchrun tells of in the environment; the process alone where there is none.
 
     A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
@@ -77,7 +77,7 @@ def local_device(name: str) -> str:
     return name
 
 
-def wrapped(model: nn.Module, how: str, world: World) -> nn.Module:
+def parallelize(model: nn.Module, how: str, world: World) -> nn.Module:
     """The model that every rank runs: DDP's wrapper, or the model itself, sharded in place by FSDP2."""
     if how not in PARALLEL:
         raise unknown("way to train in parallel", how, PARALLEL)
@@ -111,13 +111,13 @@ def sum_over_ranks(values: Sequence[float], world: World, device: torch.device) 
     return total.tolist()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in one piece on the CPU (every rank must ask); others as they are."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu()
 
 
-def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` placed as `like` is."""
     if hasattr(like, "device_mesh") and value.shape == like.shape and value.ndim:
         from torch.distributed.tensor import distribute_tensor

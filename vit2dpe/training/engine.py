@@ -21,12 +21,12 @@ from ..data.loader import lost_worker
 from ..errors import Stopped, TrainingError
 from ..models.spec import ModelSpec
 from .distributed import ALONE, World, sum_over_ranks
-from .interrupts import Signals
+from .interrupts import Interrupts
 from .log import Bar, Row, Table, Trackers
 from .settings import OptimConfig, RunConfig
 from .snapshots import Snapshots, State
 from .task import Batch, Task
-from .update import Updates
+from .update import Updater
 
 
 def fit(
@@ -91,9 +91,9 @@ class Trainer:
         self.task, self.optim, self.run, self.folder = task, optim, run, folder
         self.spec, self.world, self.about = spec, world, about
         self.progress, self.on_epoch, self.stop_after = progress, on_epoch, stop_after
-        self.updates = Updates(model, task, optim, run, world)
-        self.model, self.device = self.updates.model, self.updates.device
-        parts = (self.model, self.updates.averaged, self.updates.optimizer, self.updates.scaler)
+        self.updater = Updater(model, task, optim, run, world)
+        self.model, self.device = self.updater.model, self.updater.device
+        parts = (self.model, self.updater.averaged, self.updater.optimizer, self.updater.scaler)
         self.snapshots = Snapshots(folder, spec, *parts, world)
         self.state = State()
         self.last_save, self.last_call = time.monotonic(), -math.inf
@@ -113,7 +113,7 @@ class Trainer:
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
         with (
-            Signals(listen=self.spec is not None) as self.signals,
+            Interrupts(listen=self.spec is not None) as self.signals,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
         ):
             try:
@@ -152,9 +152,9 @@ class Trainer:
 
     def _update(self, epoch: int, step: int) -> None:
         state = self.state
-        self.updates.schedule.step_update(state.step)
+        self.updater.schedule.step_update(state.step)
         batch = self._batch(epoch, step)
-        numbers, norm, items, finite = self.updates.take(batch, epoch, step, state.step)
+        numbers, norm, items, finite = self.updater.step(batch, epoch, step, state.step)
         if not finite:
             self._refuse(epoch, step, numbers["train_loss"], norm, batch)
             return
@@ -192,7 +192,7 @@ class Trainer:
     # What is said and kept
 
     def _evaluate(self) -> Row:
-        state, averaged = self.state, self.updates.averaged
+        state, averaged = self.state, self.updater.averaged
         evaluated = self.model if averaged is None else averaged
         self.signals.at_once = self.world.size == 1
         try:
@@ -204,7 +204,7 @@ class Trainer:
         finally:
             self.signals.at_once = False
         seconds, items = self.pace
-        row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updates.lr)
+        row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updater.lr)
         row |= {name: value / max(1, state.count) for name, value in state.sums.items()} or {"train_loss": math.nan}
         row |= score
         self._read_clocks()
@@ -282,4 +282,4 @@ class Trainer:
 
     def load(self) -> None:
         self.state = self.snapshots.load(self.task.describe().get("digest"))
-        self.updates.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with
+        self.updater.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with

@@ -13,7 +13,7 @@ from ..errors import Stopped
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
-class Signals:
+class Interrupts:
     """Within it, signals are requests; `asked` is the number of the first, 0 before.
 
     While `at_once` is set, as in an evaluation, which changes nothing and may take long, a request raises Stopped.
@@ -25,7 +25,7 @@ class Signals:
         self.listen = listen and threading.current_thread() is threading.main_thread()
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Interrupts:
         if self.listen:
             self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self

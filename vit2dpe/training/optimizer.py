@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, unknown
-from .distributed import sharded_like, whole
+from .distributed import full_tensor, shard_like
 from .schedules import Noam
 from .settings import OptimConfig
 
@@ -55,7 +55,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     names = {id(p): name for name, p in model.named_parameters()}
     state = {names[id(p)]: kept for p, kept in optimizer.state.items()}
     return {
-        name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in state[name].items()}
+        name: {key: full_tensor(value) if isinstance(value, Tensor) else value for key, value in state[name].items()}
         for name, _ in model.named_parameters()
         if name in state
     }
@@ -68,5 +68,5 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: di
     for name, kept in state.items():
         like = parameters[name]
         optimizer.state[like] = {
-            key: sharded_like(value, like) if isinstance(value, Tensor) else value for key, value in kept.items()
+            key: shard_like(value, like) if isinstance(value, Tensor) else value for key, value in kept.items()
         }

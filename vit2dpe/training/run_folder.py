@@ -11,15 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Settings, flat, plain
 from .distributed import ALONE, World
 
 
@@ -43,44 +44,31 @@ def run_folder(out: str | Path, *, resume: bool = False, world: World = ALONE) -
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another --run.out") from None
     if (folder / "last" / "model.json").is_file() and not resume:
         raise ConfigError(f"{folder} holds a run already: --resume goes on with it, another --run.out keeps it")
-    lock = _lock(folder)
-    try:
+    with _locked(folder):
         yield folder
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _lock(folder: Path) -> Path:
-    """`folder/lock` with this process in it; that of a process that is no more is taken over."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder/lock`, which names this process; the system releases it when the process ends, however it ends."""
     path = folder / "lock"
-    me = f"{os.getpid()} {socket.gethostname()}"
-    for _ in range(2):
-        try:
-            with path.open("x") as file:
-                file.write(me)
-            return path
-        except FileExistsError:
-            with suppress(OSError, ValueError):
-                number, host = path.read_text().split(maxsplit=1)
-                if host == socket.gethostname() and not _alive(int(number)):
-                    path.unlink()
-                    continue
-            break
-    holder = path.read_text(errors="replace") if path.is_file() else "another process"
-    raise ConfigError(
-        f"{folder} is in use by process {holder}: wait, give another --run.out, or delete {path} if that process "
-        "is gone"
-    )
-
-
-def _alive(number: int) -> bool:
+    lock = FileLock(path, timeout=0)
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        lock.acquire()
+    except Timeout:
+        holder = None
+        with suppress(OSError):  # where a held file cannot be read (Windows), or was released just now
+            holder = path.read_text(errors="replace")
+        raise ConfigError(
+            f"{folder} is in use by process {holder or '(unknown)'}: wait until it ends, or give another --run.out"
+        ) from None
+    try:
+        path.write_text(f"{os.getpid()} {socket.gethostname()}")
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps a file that is open; there the release removes it
+            path.unlink()
+        lock.release()
 
 
 def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Any]:
@@ -125,23 +113,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_facts(folder: Path, config: Any, facts: Mapping[str, Any]) -> None:
+def write_facts(folder: Path, config: Settings, facts: Mapping[str, Any]) -> None:
     """`config.yaml`, that `--config` reads again, and `env.json`."""
     import yaml
 
-    settings = json.loads(json.dumps(asdict(config))) | {"resume": False}  # tuples as lists
+    settings = plain(config) | {"resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
     write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
 
 
-def changed_settings(folder: Path, config: Any) -> list[str]:
+def changed_settings(folder: Path, config: Settings) -> list[str]:
     """How `config` differs from the one that the run in `folder` was started with."""
     import yaml
 
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text()) or {}), _flat(json.loads(json.dumps(asdict(config))))
+    before, now = _flat(yaml.safe_load(path.read_text()) or {}), flat(config)
     keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..models.spec import ModelSpec
-from ..seeding import keyed
+from ..seeding import derive_seed
 from .devices import pick_device, precision
-from .distributed import World, joined, local_device
+from .distributed import World, local_device, process_group
 from .engine import fit
 from .initial_weights import load_weights
 from .run_folder import changed_settings, environment, printable, run_folder, write_facts, write_summary
@@ -48,7 +48,7 @@ class Training:
 
     def model(self, spec: ModelSpec, initialize: Callable[[nn.Module], object] | None = None) -> Any:
         """The model with its first weights: drawn by the seed, then those of `--init`, unless a run is resumed."""
-        torch.manual_seed(keyed(self.config.run.seed, "init"))
+        torch.manual_seed(derive_seed(self.config.run.seed, "init"))
         model = spec.build()
         if initialize is not None:
             initialize(model)
@@ -103,7 +103,7 @@ def training(config: Any, command: str) -> Iterator[Training]:
     device = pick_device(local_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with joined(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
+    with process_group(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
         under_way = Training(config, command, device, world, folder)
         if config.run.device == "auto" and device.type == "cpu":
             under_way.say("note: no GPU was found: training on the CPU")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models.spec import ModelSpec
 from .checkpoint import read_meta, read_tensors, write_checkpoint
-from .distributed import World, sharded_like, whole
+from .distributed import World, full_tensor, shard_like
 from .optimizer import load_optimizer, optimizer_state
 
 
@@ -145,7 +145,7 @@ def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    return {name: full_tensor(value) for name, value in model.state_dict().items()}
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     if other:
         raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
     # In the model's order, the same on every rank: cutting a tensor up is a conversation between ranks.
-    model.load_state_dict({name: sharded_like(tensors[name], own[name]) for name in own if name in tensors})
+    model.load_state_dict({name: shard_like(tensors[name], own[name]) for name in own if name in tensors})
 
 
 def _json(value: Any) -> Any:

@@ -56,12 +56,12 @@ class Task(Protocol):
         return len(tensors_of(batch)[0])
 
 
-def described(task: str, data: Any, **more: Any) -> dict[str, Any]:
+def describe_data(task: str, data: Any, **more: Any) -> dict[str, Any]:
     """What every task says of itself and its data, and `more`."""
     return dict(task=task, data=data.name, digest=data.digest) | more
 
 
-def steps_of(count: int, batch_size: int, world: World) -> int:
+def count_steps(count: int, batch_size: int, world: World) -> int:
     """How many steps an epoch over `count` items has.
 
     A rest smaller than the number of processes would leave one with nothing to do: it is left out.
@@ -70,7 +70,7 @@ def steps_of(count: int, batch_size: int, world: World) -> int:
     return whole + (rest >= world.size or (rest > 0 and whole == 0))
 
 
-def batch_of(count: int, batch_size: int, seed: int, epoch: int, step: int) -> Tensor:
+def batch_indices(count: int, batch_size: int, seed: int, epoch: int, step: int) -> Tensor:
     """The numbers of a step's items, of all ranks: each item once an epoch, in an order drawn anew for each."""
     return _order(count, seed, epoch)[step * batch_size : (step + 1) * batch_size]
 

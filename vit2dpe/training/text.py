@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data.pairs import Pairs, tokenizer_of
+from ..data.pairs import Pairs, load_pair_tokenizer
 from ..data.tokenizers import from_json
 from ..encodings import parse
 from ..errors import CheckpointError, ConfigError, unknown
@@ -136,7 +136,7 @@ def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[s
     if isinstance(model, Seq2Seq) and about.get("task") == "translation":
         if not config.prompt.strip():
             raise ConfigError("a sentence to translate is needed: --prompt")
-        texts = translate(model, tokenizer_of(about), [config.prompt], beams=config.beams)
+        texts = translate(model, load_pair_tokenizer(about), [config.prompt], beams=config.beams)
         print(texts[0])
         return texts
     if not isinstance(model, TextDecoder) or "tokenizer" not in about:

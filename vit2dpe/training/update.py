@@ -11,15 +11,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import ConfigError, TrainingError
-from ..seeding import keyed
+from ..seeding import derive_seed
 from .devices import pick_device, precision
-from .distributed import World, sum_over_ranks, unsynchronized, whole, wrapped
+from .distributed import World, full_tensor, parallelize, sum_over_ranks, unsynchronized
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
 from .task import Batch, Task, split_batch
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     """What came of a batch.
 
     Args:
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     finite: bool
 
 
-class Updates:
+class Updater:
     """A model on its device, wrapped and compiled as told, and all that changes its weights."""
 
     def __init__(self, model: nn.Module, task: Task, optim: OptimConfig, run: RunConfig, world: World) -> None:
@@ -44,14 +44,14 @@ class Updates:
         self.device = pick_device(run.device)
         self.autocast = precision(run.precision, self.device)
         if run.grad_checkpointing:
-            checkpointing(model)
+            enable_checkpointing(model)
         self.model = model.to(self.device)
         self.ema = None
         if optim.ema:
             self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
-        self.net = wrapped(self.model, run.parallel, world)
+        self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
-            self.ema.module = wrapped(self.ema.module, "fsdp", world)
+            self.ema.module = parallelize(self.ema.module, "fsdp", world)
         self.forward: Any = torch.compile(self.net) if run.compile else self.net
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
@@ -67,7 +67,7 @@ class Updates:
         """The schedule's; with layer decay that of the last layers, the others have less."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def take(self, batch: Batch, epoch: int, step: int, done: int) -> Outcome:
+    def step(self, batch: Batch, epoch: int, step: int, done: int) -> StepResult:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
 
         Args:
@@ -78,7 +78,7 @@ class Updates:
             TrainingError: if memory runs out.
         """
         # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
-        torch.manual_seed(keyed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
+        torch.manual_seed(derive_seed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
         self.model.train()
         self.optimizer.zero_grad()
         parts = split_batch(batch, self.optim.accumulate)
@@ -102,7 +102,7 @@ class Updates:
                 f"--optim.batch_size; with --resume the run goes on from its last checkpoint ({error})"
             ) from None
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
         values = torch.stack([norm.to(self.device).float(), *(v.to(self.device) for v in sums.values())]).tolist()
         if self.world.size > 1:
             values[1:] = sum_over_ranks(values[1:], self.world, self.device)
@@ -112,13 +112,13 @@ class Updates:
             if self.ema is not None:
                 self.ema.update(self.model, step=done + 1)
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
-        return Outcome(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
+        return StepResult(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
 
     def _precision(self):
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
-def checkpointing(model: Any) -> None:
+def enable_checkpointing(model: Any) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"{type(model).__name__} cannot compute its blocks again: leave run.grad_checkpointing out")
     model.set_grad_checkpointing(True)

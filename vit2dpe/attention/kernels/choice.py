@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """The path that is taken, and why."""
 
     path: str

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...positions import Positions
 from ...signal import Table
-from .choice import Choice, plain_only
+from .choice import Selection, plain_only
 
 PATHS = ("learned", "view", "chunked")
 BUDGET = 32 * 2**20  # bytes of a matrix of biases in inference
@@ -36,7 +36,7 @@ CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
 MATRICES = 4 * 2**20  # bytes of matrices that a backward makes at once, of several heads where they are small
 
 
-def choose(term: Table, like: Tensor, training: bool) -> Choice:
+def choose(term: Table, like: Tensor, training: bool) -> Selection:
     """The path where queries have the dtype and device of `like`: "matrix" is the plain one, which serves everything.
 
     Args:
@@ -44,24 +44,24 @@ def choose(term: Table, like: Tensor, training: bool) -> Choice:
     """
     plain = plain_only(like)
     if plain is not None:
-        return Choice("matrix", plain)
+        return Selection("matrix", plain)
     if like.device.type != "cpu" or like.dtype == torch.float16:
-        return Choice("matrix", f"{like.dtype} on {like.device.type} has no path of its own")
+        return Selection("matrix", f"{like.dtype} on {like.device.type} has no path of its own")
     if term.prefix is not None:
-        return Choice("matrix", "prefix tokens have biases too")
+        return Selection("matrix", "prefix tokens have biases too")
     if training:
         if not term.table.requires_grad:
-            return Choice("matrix", "training, but the table is not learned: its matrix costs the kernel nothing")
+            return Selection("matrix", "training, but the table is not learned: its matrix costs the kernel nothing")
         if not _whole_grid(term):
-            return Choice("matrix", "training, but queries and keys are not all places of one 2-D grid")
-        return Choice("learned", "training one table on a whole grid")
+            return Selection("matrix", "training, but queries and keys are not all places of one 2-D grid")
+        return Selection("learned", "training one table on a whole grid")
     queries, keys = (at.prefix + at.coords.shape[1] for at in (term.q, term.k))
     size = term.table.shape[0] * queries * keys * like.element_size()
     if size <= BUDGET:
-        return Choice("matrix", f"inference, and the matrix is not above {BUDGET >> 20} MiB")
+        return Selection("matrix", f"inference, and the matrix is not above {BUDGET >> 20} MiB")
     if _whole_grid(term) and not term.q.prefix:
-        return Choice("view", f"inference, the matrix would be above {BUDGET >> 20} MiB, and the grid is whole")
-    return Choice(
+        return Selection("view", f"inference, the matrix would be above {BUDGET >> 20} MiB, and the grid is whole")
+    return Selection(
         "chunked", f"inference, the matrix would be above {BUDGET >> 20} MiB; prefix tokens, or not all places"
     )
 
@@ -211,4 +211,4 @@ def _whole_grid(term: Table) -> bool:
     at = term.q
     if at is not term.k or at.axes != 2 or at.coords.shape[:2] != (1, at.extent[0] * at.extent[1]):
         return False
-    return at.shared("whole grid", lambda: bool(torch.equal(at.coords, Positions.grid(at.extent).coords)))
+    return at.memoize("whole grid", lambda: bool(torch.equal(at.coords, Positions.grid(at.extent).coords)))

@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...attention.functional import NoEmptyRow, attend
+from ...attention.functional import FullMask, attend
 from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...errors import ConfigError
@@ -181,7 +181,7 @@ class WindowAttention(Attention):
         sizes = [count * images for count, _ in windows.groups]
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), windows.groups, strict=True)
         found = [
-            attend(a, b, c, signal, None if mask is None else NoEmptyRow(mask), scale, dropout)
+            attend(a, b, c, signal, None if mask is None else FullMask(mask), scale, dropout)
             for a, b, c, (_, mask) in parts
         ]
         rows = [part.transpose(1, 2).flatten(2) for part in found]

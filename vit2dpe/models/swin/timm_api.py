@@ -24,7 +24,7 @@ POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 Size = tuple[int, int]
 
 
-class SwinContract(nn.Module):
+class TimmSwin(nn.Module):
     """Features, classifier, optimizer groups, sizes and windows, as timm's tools ask for them."""
 
     patch_embed: PatchEmbed
@@ -63,7 +63,7 @@ class SwinContract(nn.Module):
         """(h, w) of each stage at the training size."""
         return tuple(stage.window for stage in self.layers)  # type: ignore[misc]
 
-    def scopes(self) -> list[tuple[PositionEncoding, nn.Module, Size]]:
+    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, Size]]:
         """For each part with places of its own: the encoding that leads it, where its encodings are, their extent.
 
         Tokens live on the grid; what acts within windows lives on the window of its stage.
@@ -73,7 +73,7 @@ class SwinContract(nn.Module):
 
     def train_extent(self, encoding: PositionEncoding) -> Size:
         """The extent that an encoding of this model was trained on."""
-        for _, part, extent in self.scopes():
+        for _, part, extent in self.position_groups():
             if any(module is encoding for module in part.modules()):
                 return extent
         raise ValueError(f"{type(encoding).__name__} is no encoding of this model")

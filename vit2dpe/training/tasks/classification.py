@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ...data.augment import erase, mix, resized_crop, shift_and_flip
 from ...data.datasets import Images, normalize
 from ...data.loader import Feed, stream
-from ...data.rand_augment import POLICIES, rand, trivial
+from ...data.rand_augment import rand, trivial
 from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
 from ...resolution.sweep import evaluate
-from ...seeding import generator, keyed
-from ...spec import parse_size, parse_terms
+from ...seeding import derive_seed, generator
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, batch_of, described, steps_of
+from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
 
@@ -62,7 +61,7 @@ class ImageTask(Task):
 
     def __post_init__(self) -> None:
         train = self.data.train.resized(self.train_size)
-        sizes = [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
+        sizes = list(self.augment.train_sizes or ())
         feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
         best = (f"{next(iter(self.data.held_out))}_top1", "max")
         for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
@@ -70,7 +69,7 @@ class ImageTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return steps_of(len(self.data.train), self.batch_size, self.world)
+        return count_steps(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         where, index = self._share(epoch, step)
@@ -83,7 +82,7 @@ class ImageTask(Task):
             batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
         if augment.mixup or augment.cutmix:
             weights = dict(mixup=augment.mixup, cutmix=augment.cutmix)
-            seed = keyed(self.seed, epoch, step, "mix")
+            seed = derive_seed(self.seed, epoch, step, "mix")
             classes = len(self.data.classes)
             batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
         return batch
@@ -93,7 +92,7 @@ class ImageTask(Task):
 
     def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
         """Which part of which batch is this rank's, and the numbers of its images."""
-        order = batch_of(len(self.train), self.batch_size, self.seed, epoch, step)
+        order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
         part = self.world.share(len(order))
         return _Part(of=len(order), part=part), order[part]
 
@@ -105,7 +104,7 @@ class ImageTask(Task):
             images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
         else:
             images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
-        (name, options), *_ = parse_terms(augment.policy, "policy", POLICIES)
+        name, options = augment.policy
         if name != "none":
             apply = trivial if name == "trivial" else rand
             images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
@@ -138,7 +137,7 @@ class ImageTask(Task):
     def describe(self) -> dict[str, Any]:
         data = self.data
         facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
-        return described("classification", data, **facts, train_size=list(self.train_size))
+        return describe_data("classification", data, **facts, train_size=list(self.train_size))
 
 
 def evaluation_batches(

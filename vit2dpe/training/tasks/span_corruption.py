@@ -25,7 +25,7 @@ from ...data.text import TextData
 from ...errors import ConfigError
 from ...seeding import generator
 from ..distributed import ALONE, World
-from ..task import Batch, Task, described
+from ..task import Batch, Task, describe_data
 from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
 
 
@@ -146,4 +146,4 @@ class SpanTask(Task):
 
     def describe(self) -> dict[str, Any]:
         tokenizer = self.data.tokenizer.describe()
-        return described("span corruption", self.data, context=self.context, tokenizer=tokenizer)
+        return describe_data("span corruption", self.data, context=self.context, tokenizer=tokenizer)

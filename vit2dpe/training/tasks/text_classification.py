@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ...data.labelled_text import Lines
 from ...models.text.model import pad
+from ...modes import evaluating
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, batch_of, described, steps_of
+from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class LineTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return steps_of(len(self.data.train), self.batch_size, self.world)
+        return count_steps(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         train = self.data.train
-        index = batch_of(len(train), self.batch_size, self.seed, epoch, step)
+        index = batch_indices(len(train), self.batch_size, self.seed, epoch, step)
         index = index[self.world.share(len(index))]
         return self._batch([train[i] for i in index.tolist()]) | {"index": index}
 
@@ -54,9 +55,8 @@ class LineTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         lines = sorted(self.data.val, key=lambda line: len(line[0]))
         cuts = [slice(i, i + self.batch_size) for i in range(0, len(lines), self.batch_size)]
-        was_training, right, loss = model.training, 0.0, 0.0
-        model.eval()
-        try:
+        right, loss = 0.0, 0.0
+        with evaluating(model):
             for cut in cuts:
                 part = lines[cut][self.world.share(len(lines[cut]))]
                 batch = self._batch(part or lines[:1])  # sharded models meet in each forward pass
@@ -64,14 +64,12 @@ class LineTask(Task):
                 if part:
                     right += float((logits.argmax(-1) == batch["labels"]).sum())
                     loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-        finally:
-            model.train(was_training)
         right, loss = sum_over_ranks([right, loss], self.world, torch.device(self.device))
         return dict(val_top1=100 * right / len(lines), val_loss=loss / len(lines))
 
     def describe(self) -> dict[str, Any]:
         tokenizer = self.data.tokenizer.describe()
-        return described("text classification", self.data, classes=self.data.classes, tokenizer=tokenizer)
+        return describe_data("text classification", self.data, classes=self.data.classes, tokenizer=tokenizer)
 
     def _batch(self, lines: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         tokens, valid = pad([ids for ids, _ in lines])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...data.pairs import Encoder, Pairs
 from ...errors import ConfigError
 from ..distributed import ALONE, World
-from ..task import Batch, Task, batch_of, described, steps_of
+from ..task import Batch, Task, batch_indices, count_steps, describe_data
 from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
 
 
@@ -42,11 +42,11 @@ class TranslationTask(Task):
 
     @property
     def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return steps_of(len(self.data.train), self.batch_size, self.world)
+        return count_steps(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
         train = self.data.train
-        index = batch_of(len(train), self.batch_size, self.seed, epoch, step)
+        index = batch_indices(len(train), self.batch_size, self.seed, epoch, step)
         index = index[self.world.share(len(index))]
         encode = Encoder(self.data.tokenizer)
         found = decoding_batch([train[i] for i in index.tolist()], encode.start, encode.pad)
@@ -63,7 +63,7 @@ class TranslationTask(Task):
         return evaluate_pairs(model, pairs, encode.start, encode.pad, self.batch_size, self.world, self.device)
 
     def describe(self) -> dict[str, Any]:
-        return described("translation", self.data, tokenizer=self.data.tokenizer.describe())
+        return describe_data("translation", self.data, tokenizer=self.data.tokenizer.describe())
 
 
 class Score(NamedTuple):

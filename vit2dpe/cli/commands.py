@@ -1,0 +1,158 @@
+"""The command `vit2dpe`. Heavy imports wait until a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .options import settings
+
+
+class Command(NamedTuple):
+    """A word of the command line: what it is for, and the function and the dataclass of settings behind it.
+
+    Both are named "module:name" within the package, so that nothing is imported before the command is known. The
+    function is called as `run(config, command="what was typed")`. `parallel`: several processes of torchrun share its
+    work.
+    """
+
+    summary: str
+    run: str
+    config: str
+    parallel: bool = False
+
+
+COMMANDS = {
+    "study": Command(
+        "train a model with each positional encoding, change the resolution, see which survives",
+        "study.study:study",
+        "study.settings:StudyConfig",
+    ),
+    "train": Command(
+        "train a classifier of images with any encoding: resumable, on one process or many",
+        "training.train:train",
+        "training.settings:TrainConfig",
+        parallel=True,
+    ),
+    "text train": Command(
+        "train a language model on plain text with any encoding",
+        "training.text:train",
+        "training.text_settings:TextTrainConfig",
+        parallel=True,
+    ),
+    "text sample": Command(
+        "let a trained text model write", "training.text:sample", "training.text_settings:SampleConfig"
+    ),
+    "pretrain": Command(
+        "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
+        "training.pretrain:pretrain",
+        "training.pretrain_settings:PretrainConfig",
+        parallel=True,
+    ),
+    "probe": Command(
+        "what the frozen features of a run are worth: linear classifier, nearest neighbours",
+        "study.probe:probe",
+        "study.probe_settings:ProbeConfig",
+    ),
+    "evaluate": Command(
+        "measure any timm model, or a trained one, at other sizes",
+        "study.evaluate:evaluate_model",
+        "study.settings:EvaluateConfig",
+    ),
+    "show": Command(
+        "draw encodings, without data, or a model's attention to an image or a sentence",
+        "cli.show:show",
+        "cli.show:ShowConfig",
+    ),
+    "report": Command("one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig"),
+    "bench": Command(
+        "time our models against timm's, and against no encoding", "cli.bench:bench", "cli.bench:BenchConfig"
+    ),
+    "doctor": Command("say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig"),
+}
+
+
+def usage(of: str = "") -> str:
+    """All commands, or those that begin with the word `of`."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
+    return (
+        f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
+        "`vit2dpe <command> --help` tells the options of a command."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 what was asked cannot work, 1 it failed on the way, 130 and 143 stopped by a signal.
+
+    One line says why; VIT2DPE_DEBUG=1 shows where.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        from .. import __version__
+
+        print(f"vit2dpe {__version__}")
+        return 0
+    family = any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
+    if family and args[1:2] in ([], ["-h"], ["--help"]):
+        print(usage(f"{args[0]} "))
+        return 0
+    try:
+        words = 2 if family else 1
+        name, args = " ".join(args[:words]), args[words:]
+        if name not in COMMANDS:
+            from ..errors import unknown
+
+            raise unknown("command", name, COMMANDS)
+        command = COMMANDS[name]
+        if not command.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from ..errors import ConfigError
+
+            raise ConfigError(
+                f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
+            )
+        config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported
+        _named(command.run)(config, command=shlex.join(["vit2dpe", *name.split(), *args]))
+        return 0
+    except ValueError as error:  # ConfigError, DataError, CheckpointError: the user's to mend
+        if os.environ.get("VIT2DPE_DEBUG"):
+            raise
+        _complain(error)
+        return 2
+    except (RuntimeError, OSError) as error:  # TrainingError, a full disk, a lost process
+        if os.environ.get("VIT2DPE_DEBUG") or not _expected(error):
+            raise
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _complain(error: BaseException) -> None:
+    line = " ".join(str(error).split())
+    print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def _expected(error: BaseException) -> bool:
+    from ..errors import TrainingError
+
+    return isinstance(error, TrainingError | OSError)
+
+
+def _named(place: str) -> Any:
+    """The object that "module:name" means within the package."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"vit2dpe.{module}"), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
