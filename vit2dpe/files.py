@@ -1,16 +1,13 @@
-"""Files that are complete at any moment, whatever happens while they are written; and the values JSON holds."""
+"""Files that are complete at any moment, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import TrainingError
-
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
 def write_atomically(path: Path, payload: bytes) -> None:

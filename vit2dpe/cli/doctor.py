@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from ..errors import TrainingError
+from ..spec import Settings
 
 EXTRAS = ("recipes", "text", "tracking")
 BY_NAME = ("datasets", "onnx", "onnxruntime")  # imported where they are asked for, in no extra
@@ -22,7 +23,7 @@ LEAST_DISK = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Say whether this machine is fit to train on, and what is missing.
 
     Args:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import CheckpointError, unknown
-from ..files import Json, sync_folder, write_atomically
+from ..files import sync_folder, write_atomically
 from ..models.spec import MODELS, ModelSpec
+from ..spec import Plain
 
 
 class Meta(TypedDict, total=False):
@@ -51,7 +52,7 @@ class Meta(TypedDict, total=False):
     mean: list[float]
     std: list[float]
     tokenizer: dict[str, str]
-    trained: Json
+    trained: Plain
     final: dict[str, float] | None  # the last row of `metrics.csv`
 
 
@@ -63,7 +64,7 @@ MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp|\w+-[0-9a-f]{16}\.safetensors")
 
 
-def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Json) -> None:
+def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Plain) -> None:
     """Write `model` to `folder` so that `load_run` can build it again.
 
     Args:
@@ -83,7 +84,7 @@ def write_checkpoint(
     files: Mapping[str, Mapping[str, Tensor]],
     *,
     grid: Sequence[int] | None = None,
-    **about: Json,
+    **about: Plain,
 ) -> None:
     """Replace the checkpoint in `folder`; if that cannot be finished, the old one stays.
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..data.loader import lost_worker, watch_workers
 from ..errors import Stopped, TrainingError
-from ..files import Json
 from ..models.spec import ModelSpec
+from ..spec import Plain
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
 from .log import Bar, Row, Table, Trackers
@@ -40,7 +40,7 @@ def fit(
     spec: ModelSpec | None = None,
     resume: bool = False,
     world: World = ALONE,
-    about: Mapping[str, Json] | None = None,
+    about: Mapping[str, Plain] | None = None,
     progress: Callable[[Row], None] | None = None,
     on_epoch: Callable[[Row, nn.Module], None] | None = None,
     stop_after: int | None = None,
@@ -83,7 +83,7 @@ class Trainer(Generic[B]):
     folder: Path
     spec: ModelSpec | None
     world: World
-    about: Mapping[str, Json]
+    about: Mapping[str, Plain]
     progress: Callable[[Row], None] | None
     on_epoch: Callable[[Row, nn.Module], None] | None
     stop_after: int | None
@@ -105,7 +105,7 @@ class Trainer(Generic[B]):
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
-        about: dict[str, Json] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
+        about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
         trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
@@ -272,7 +272,7 @@ class Trainer(Generic[B]):
         if name == "last":
             self._read_clocks()
             self.last_save = time.monotonic()
-        about: dict[str, Json] = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
+        about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
         self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
 
     def load(self) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
 from ..errors import ConfigError
-from ..files import Json, write_atomically
+from ..files import write_atomically
+from ..spec import Plain
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -110,7 +111,7 @@ class Trackers:
         about: settings that W&B shows beside the curves.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Json]) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Plain]) -> None:
         self.writer: SummaryWriter | None = None
         self.run: Any = None  # wandb has no types where it is not installed
         if tensorboard:

@@ -11,21 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..errors import ConfigError
-from ..files import Json, write_atomically
+from ..files import write_atomically
+from ..spec import Plain, Settings, flat, plain
 from .distributed import ALONE, World
 from .log import Row
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 @contextmanager
@@ -75,7 +71,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Json]:
+def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Plain]:
     """The provenance of a result: command, versions, hardware, data."""
     import timm
 
@@ -117,28 +113,28 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_facts(folder: Path, config: DataclassInstance, facts: Mapping[str, Json]) -> None:
+def write_facts(folder: Path, config: Settings, facts: Mapping[str, Plain]) -> None:
     """Write `config.yaml`, which `--config` reads, and `env.json`."""
     import yaml
 
-    settings = json.loads(json.dumps(asdict(config))) | {"resume": False}  # tuples as lists
+    settings = plain(config) | {"resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
     write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
 
 
-def changed_settings(folder: Path, config: DataclassInstance) -> list[str]:
+def changed_settings(folder: Path, config: Settings) -> list[str]:
     """Differences between `config` and the settings that the run in `folder` was started with, a line each."""
     import yaml
 
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text()) or {}), _flat(json.loads(json.dumps(asdict(config))))
+    before, now = _flat(yaml.safe_load(path.read_text()) or {}), flat(config)
     keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 
 
-def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Json], next_: str) -> None:
+def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str) -> None:
     """`summary.md`: the results, the exact command, and a command to try next."""
     last = rows[-1] if rows else {}
     shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
@@ -167,9 +163,9 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def _flat(tree: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+def _flat(tree: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
     """{"a": {"b": 1}} as {"a.b": 1}"""
-    flat: dict[str, Json] = {}
+    flat: dict[str, Plain] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
     return flat

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import Json
 from ..models.spec import ModelSpec
+from ..spec import Plain
 from .checkpoint import read_meta, read_tensors, write_checkpoint
 from .distributed import World, full_tensor, shard_like
 from .optimizer import load_optimizer, optimizer_state
 
-Tree = Json | Tensor | Sequence["Tree"] | Mapping[str, "Tree"]
+Tree = Plain | Tensor | Sequence["Tree"] | Mapping[str, "Tree"]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Snapshots:
     scaler: torch.amp.GradScaler
     world: World
 
-    def save(self, name: str, state: TrainingState, about: Mapping[str, Json]) -> None:
+    def save(self, name: str, state: TrainingState, about: Mapping[str, Plain]) -> None:
         """Write `folder/name`. Its `model` are the weights that are evaluated: the averaged ones, if they are kept.
 
         Args:
@@ -69,7 +69,7 @@ class Snapshots:
         if self.spec is None:
             return
         files = {"model": _tensors(self.model if self.averaged is None else self.averaged)}
-        progress: dict[str, Json] = {}
+        progress: dict[str, Plain] = {}
         if name == "last":
             if self.averaged is not None:
                 files["raw"] = _tensors(self.model)
@@ -126,7 +126,7 @@ class Snapshots:
         return TrainingState(**state)
 
 
-def flatten(tree: Tree, tensors: dict[str, Tensor], name: str = "") -> Json:
+def flatten(tree: Tree, tensors: dict[str, Tensor], name: str = "") -> Plain:
     """Nested dicts, lists and numbers as JSON; tensors are moved to `tensors` under names that the JSON refers to."""
     if isinstance(tree, Tensor):
         tensors[name] = tree

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..files import Json
 from ..seeding import generator
+from ..spec import Plain
 from .distributed import World
 
 Batch = dict[str, Tensor]  # what the tasks of this library make; the first dimension is the sample's
@@ -45,7 +45,7 @@ class Task(Protocol[B]):
         """Numbers such as test_top1 and test_loss: the same on every rank, every sample counted once."""
         ...
 
-    def describe(self) -> Mapping[str, Json]:
+    def describe(self) -> Mapping[str, Plain]:
         """Metadata of the checkpoint (classes, mean, std, digest of the data)."""
         ...
 
@@ -68,7 +68,7 @@ class Dataset(Protocol):
     def digest(self) -> str: ...
 
 
-def describe_data(task: str, data: Dataset, **more: Json) -> dict[str, Json]:
+def describe_data(task: str, data: Dataset, **more: Plain) -> dict[str, Plain]:
     """Metadata that all tasks have in common, and `more`."""
     return dict(task=task, data=data.name, digest=data.digest) | more
 
