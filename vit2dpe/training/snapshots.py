@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .checkpoint import read_meta, read_tensors, write_checkpoint
 from .distributed import World, full_tensor, shard_like
 from .optimizer import load_optimizer, optimizer_state
 
-Tree = Plain | Tensor | Sequence["Tree"] | Mapping[str, "Tree"]
+Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
 
 @dataclass
