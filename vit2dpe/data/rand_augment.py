@@ -165,9 +165,11 @@ def _torchvision(name: str) -> Operation:
 
 OPERATIONS: dict[str, Operation] = dict(
     identity=lambda images, s: images,
-    shear_x=_linear(lambda s: [[1, s, 0], [0, 1, 0]], -0.5), shear_y=_linear(lambda s: [[1, 0, 0], [s, 1, 0]], -0.5),
+    shear_x=_linear(lambda s: [[1, s, 0], [0, 1, 0]], -0.5),
+    shear_y=_linear(lambda s: [[1, 0, 0], [s, 1, 0]], -0.5),
     translate_x=_linear(lambda s: [[1, 0, -s], [0, 1, 0]], 0),
-    translate_y=_linear(lambda s: [[1, 0, 0], [0, 1, -s]], 0), rotate=_rotate, brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
+    translate_y=_linear(lambda s: [[1, 0, 0], [0, 1, -s]], 0),
+    rotate=_rotate, brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
     posterize=_posterize, solarize=_solarize, autocontrast=_torchvision("autocontrast"),
     equalize=_torchvision("equalize"),
 )  # fmt: skip
