@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import interpolate
 from tests.helpers import read_csv
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
 from vit2dpe.cli import main
-from vit2dpe.cli.options import _in_full
+from vit2dpe.cli.options import settings
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.settings import DataConfig
 from vit2dpe.data.splits import Split
@@ -319,13 +320,22 @@ def test_the_masked_picture_hides_what_the_mask_hides():
 # the command ------------------------------------------------------------------------------------------------------
 
 
-def test_short_names_of_settings():
-    options = ["data.name", "data.root", "optim.epochs", "run.out", "model.width", "decoder.width", "smoke"]
-    assert _in_full("--data", options) == "--data.name"
-    assert _in_full("--data=digits", options) == "--data.name=digits"
-    assert _in_full("--epochs", options) == "--optim.epochs"
-    for same in ("--width", "--smoke", "--model.width", "digits", "--nothing"):
-        assert _in_full(same, options) == same
+def test_short_names_of_settings(tmp_path, capsys):
+    """On the command line and in YAML; where several settings are meant, all are named."""
+    read = partial(settings, "pretrain", PretrainConfig)
+    (tmp_path / "short.yaml").write_text("data: folder\nepochs: 7\nmodel:\n  width: 24\n")
+    config = read(
+        ["--config", str(tmp_path / "short.yaml"), "--root=there", "--mask-ratio", "0.5", "--model.depth", "2"]
+    )
+    assert (config.data.name, config.data.root, config.optim.epochs) == ("folder", "there", 7)
+    assert (config.model.width, config.model.depth, config.mask_ratio) == (24, 2, 0.5)
+    with pytest.raises(ConfigError, match=r"width may be model.width or decoder.width"):
+        read(["--width", "3"])
+    with pytest.raises(ConfigError, match=r"unknown option --epoch; did you mean"):
+        read(["--epoch", "3"])
+    (tmp_path / "twice.yaml").write_text("epochs: 7\noptim:\n  epochs: 8\n")
+    with pytest.raises(ConfigError, match=r"optim.epochs is given twice, again in line 3"):
+        read(["--config", str(tmp_path / "twice.yaml")])
 
 
 def test_the_commands_exist_and_explain_themselves(capsys):

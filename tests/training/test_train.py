@@ -1,7 +1,8 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
 import json
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from tests.helpers import read_csv
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
 from vit2dpe.cli.commands import COMMANDS, _named, main
-from vit2dpe.cli.options import _documented, _switched
+from vit2dpe.cli.options import options_of, settings
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError
@@ -153,12 +154,15 @@ def test_yaml_says_what_it_means(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_switch_takes_its_word_with_a_space_too():
-    switches = {"--smoke", "--run.compile"}
-    args = ["--smoke", "--run.compile", "False", "--out", "true", "--smoke=false", "--run.compile"]
-    expected = ["--smoke=true", "--run.compile=false", "--out", "true", "--smoke=false", "--run.compile=true"]
-    assert list(_switched(args, switches)) == expected
-    assert list(_switched([], switches)) == []
+def test_switches_need_no_value():
+    """Nor do they take one that is another option's, and --flip, which may be null, is one too."""
+    read = partial(settings, "train", TrainConfig)
+    config = read(
+        ["--smoke", "--run.compile", "False", "--out", "true", "--tensorboard", "--flip", "--ema-warmup=false"]
+    )
+    assert (config.smoke, config.run.compile, config.run.out, config.run.tensorboard) == (True, False, "true", True)
+    assert (config.augment.flip, config.optim.ema_warmup) == (True, False)
+    assert read([]) == TrainConfig()
 
 
 def test_hyphens_switches_and_printing(tmp_path, capsys):
@@ -187,14 +191,8 @@ def test_help_tells_what_settings_mean(capsys):
 
 @pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
 def test_every_setting_has_a_help(command):
-    def silent(config):
-        for setting in fields(config):
-            if setting.name not in _documented(config):
-                yield f"{config.__name__}.{setting.name}"
-            if is_dataclass(setting.default):
-                yield from silent(type(setting.default))
-
-    assert list(silent(_named(COMMANDS[command].config))) == []
+    options = dict(options_of(_named(COMMANDS[command].config)()))
+    assert [name for name, option in options.items() if not option.help] == []
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..positions import Positions
 from ..signal import Dense, Signal, Table
 from .base import PositionEncoding
+from .find import named_encodings
 
 BUDGET = 32 * 2**20  # bytes of a bias that is kept as a matrix; above it the table is kept
 
@@ -32,7 +33,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: inside, if a parameter of an encoding has changed since the context was entered.
     """
-    encodings = [module for module in model.modules() if isinstance(module, PositionEncoding)]
+    encodings = list(named_encodings(model).values())
     before = [encoding.kept for encoding in encodings]
     for encoding in encodings:
         encoding.kept = Kept(encoding)

@@ -23,7 +23,8 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 
-Hide = Callable[[Tensor, Positions], tuple[Tensor, Positions]]  # leaves patches out, or puts something in their place
+# Leaves patches out, or puts another token in their place: masked pretraining.
+TokenFilter = Callable[[Tensor, Positions], tuple[Tensor, Positions]]
 
 
 class PatchEmbed(nn.Module):
@@ -189,7 +190,7 @@ class Block(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        norm = norm_layer if callable(norm_layer) else norm_of(norm_layer, norm_eps)
+        norm = norm_layer if callable(norm_layer) else norm_factory(norm_layer, norm_eps)
         self.norm1 = norm(dim)
         self.attn = Attention(
             dim,
@@ -208,7 +209,7 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm(dim)
         inner = dict(norm_layer=norm) if scale_mlp_norm else {}
-        make = mlp_layer if callable(mlp_layer) else mlp_of(mlp_layer, act_layer)
+        make = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
         self.mlp = make(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -255,14 +256,14 @@ MLPS: dict[str, Callable[..., nn.Module]] = {  # the gated ones: arXiv 2002.0520
 }
 
 
-def norm_of(word: str, eps: float) -> Callable[[int], nn.Module]:
+def norm_factory(word: str, eps: float) -> Callable[[int], nn.Module]:
     """What makes a norm for a width."""
     if word not in NORMS:
         raise unknown("norm_layer", word, NORMS)
     return partial(NORMS[word], eps=eps)
 
 
-def mlp_of(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
+def mlp_factory(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
     """What makes an MLP for a width and a hidden width; the gated ones have their own activation.
 
     The name of an activation is the plain MLP with it.

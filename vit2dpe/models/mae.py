@@ -29,11 +29,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.dispatch import materialize_shared_bias
-from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
+from ..encodings import (
+    Dims,
+    PositionEncoding,
+    encoding_parameters,
+    modules_outside_encodings,
+    named_encodings,
+    split_shared_and_per_block,
+)
 from ..errors import ConfigError
 from ..positions import Positions
 from .layers import Block, add_token, keep_tokens
-from .mae_weights import accept_original
+from .mae_weights import convert_state_dict
 from .vit import ViT
 
 
@@ -94,7 +101,7 @@ class MAE(nn.Module):
             self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
         self.init_weights(encoder=False)
         self.to(dtype=like.dtype)
-        self.register_load_state_dict_pre_hook(accept_original)
+        self.register_load_state_dict_pre_hook(convert_state_dict)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The grid that a table of either half is learned on: the whole one."""
@@ -211,10 +218,8 @@ class MAE(nn.Module):
 
         Encodings keep what they drew. `encoder=False` touches the decoder alone.
         """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        kept = own if encoder else (*own, "encoder.")
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(kept):
+        for name, module in modules_outside_encodings(self):
+            if isinstance(module, nn.Linear) and (encoder or not name.startswith("encoder.")):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -232,9 +237,9 @@ class MAE(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another size the model's own, tables of both halves resized."""
         self.encoder.set_input_size(img_size)
-        for name, part in self.named_modules():
-            if isinstance(part, PositionEncoding) and not name.startswith("encoder."):
-                part.set_grid(self.train_grid)
+        for name, encoding in named_encodings(self).items():
+            if not name.startswith("encoder."):
+                encoding.set_grid(self.train_grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -242,9 +247,8 @@ class MAE(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"mask_token", *own, *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | encoding_parameters(self) | encoder
 
 
 def keep_count(n: int, ratio: float) -> int:

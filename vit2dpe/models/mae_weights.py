@@ -30,7 +30,7 @@ class _Decoder(Protocol):
     train_grid: tuple[int, int]
 
 
-def accept_original(module: _Decoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def convert_state_dict(module: _Decoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of MAE: files and names of others, and tables of another grid, brought to ours in place."""
     if not prefix:
         state = weights.unwrapped(state_dict)
@@ -50,7 +50,7 @@ def accept_original(module: _Decoder, state_dict: dict[str, Any], prefix: str, *
         name = "decoder_position"
         for key, value in _place(table, module.decoder_position, module.train_grid, name).items():
             state_dict[prefix + key] = value
-    weights._fit_tables(module, state_dict, prefix)  # type: ignore[arg-type]
+    weights.resize_tables(module, state_dict, prefix)  # type: ignore[arg-type]
 
 
 def _place(flat: Tensor, position: PositionEncoding, grid: tuple[int, int], owner: str) -> State:

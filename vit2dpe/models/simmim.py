@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
+from ..encodings import encoding_parameters
 from ..errors import ConfigError
 from ..positions import Positions
 from .mae import Reconstruction, keep_count
@@ -28,7 +28,7 @@ from .timm_api import pair
 
 
 class SimMIM(nn.Module):
-    """Masked image modelling around an encoder whose `forward_features` takes `hide`: a ViT or a Swin.
+    """Masked image modelling around an encoder whose `forward_features` takes `token_filter`: a ViT or a Swin.
 
     Args:
         encoder: without classifier (num_classes=0). It is not altered.
@@ -82,10 +82,10 @@ class SimMIM(nn.Module):
         mask = self.choose(images, mask_ratio, noise, generator)
         hidden = self.spread(mask, images, self.encoder.patch_embed.patch_size).flatten(1)[..., None]  # (B, N, 1)
 
-        def hide(tokens: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        def mask_tokens(tokens: Tensor, at: Positions) -> tuple[Tensor, Positions]:
             return torch.where(hidden, self.mask_token.to(tokens.dtype), tokens), at
 
-        prediction = self.paint(self.encoder.forward_features(images, hide), images)
+        prediction = self.paint(self.encoder.forward_features(images, mask_tokens), images)
         pixels = self.spread(mask, images, (1, 1))[:, None]
         error = (prediction.float() - images.float()).abs() * pixels
         return error.sum() / (pixels.sum() * images.shape[1]), prediction, mask
@@ -149,6 +149,5 @@ class SimMIM(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"mask_token", *own, *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | encoding_parameters(self) | encoder

@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encodings import PositionEncoding
+from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -23,7 +23,7 @@ from .layers import PatchEmbed
 POOLS = ("token", "avg", "map", "")
 
 
-class TimmContract(nn.Module):
+class TimmViT(nn.Module):
     """Features, classifier, optimizer groups and sizes, as timm's tools ask for them."""
 
     patch_embed: PatchEmbed
@@ -141,7 +141,7 @@ class TimmContract(nn.Module):
                 self.attn_pool = None
             self.global_pool = global_pool
             # Where the norm stands follows from the first pooling; a model built from timm's record must agree.
-            _tell_timm("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+            _record("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
         self.head = (
@@ -168,17 +168,14 @@ class TimmContract(nn.Module):
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
         self.train_grid = change_patch(self, size, patch_size)
         self.patch_embed.img_size = size
-        for module in self.modules():
-            if isinstance(module, PositionEncoding):
-                module.set_grid(self.train_grid)
+        for encoding in named_encodings(self).values():
+            encoding.set_grid(self.train_grid)
         patch = None if patch_size is None else self.patch_embed.patch_size
-        _tell_timm("update_model_input_size", self, size, patch_size=patch)
+        _record("update_model_input_size", self, size, patch_size=patch)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, tables and frequencies."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        own = {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
-        return {"cls_token", "reg_token"} | own
+        return {"cls_token", "reg_token"} | encoding_parameters(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer-decay groups: stem, blocks, the rest; a block's own encoding is in its block."""
@@ -192,11 +189,10 @@ class TimmContract(nn.Module):
 
         With `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
         """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if needs_reset and name and hasattr(module, "reset_parameters") and not name.startswith(own):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear) and not name.startswith(own):
+        for name, module in modules_outside_encodings(self):
+            if needs_reset and name and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -224,7 +220,7 @@ def change_patch(model: Any, size: Any, patch_size: int | Sequence[int] | None) 
     return grid
 
 
-def _tell_timm(what: str, *args: Any, **kwargs: Any) -> None:
+def _record(what: str, *args: Any, **kwargs: Any) -> None:
     """Bring timm's record of a model up to date (for its data config and for saving), where this timm keeps one."""
     try:
         from timm.models import _input

@@ -20,12 +20,12 @@ from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import ACTS, Block, Hide, PatchDrop, PatchEmbed, PostNormBlock, add_token, norm_of
-from .timm_api import TimmContract, check_pool, pair
-from .weights import accept_foreign
+from .layers import ACTS, Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, add_token, norm_factory
+from .timm_api import TimmViT, check_pool, pair
+from .weights import convert_state_dict
 
 
-class ViT(TimmContract):
+class ViT(TimmViT):
     """Vision transformer.
 
     Args:
@@ -109,7 +109,7 @@ class ViT(TimmContract):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
         self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
-        norm = norm_of(norm_layer, norm_eps)
+        norm = norm_factory(norm_layer, norm_eps)
         after = global_pool == "avg" if fc_norm is None else fc_norm
         make_block = PostNormBlock if post_norm else Block
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
@@ -165,22 +165,22 @@ class ViT(TimmContract):
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
-        self.register_load_state_dict_pre_hook(accept_foreign)
+        self.register_load_state_dict_pre_hook(convert_state_dict)
 
-    def forward_features(self, images: Tensor, hide: Hide | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; `hide` as in `embed`."""
-        x, signal, at = self.embed(images, hide)
+    def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`."""
+        x, signal, at = self.embed(images, token_filter)
         for block in self.blocks:
             x = self.run_block(block, x, signal, at)
         return self.norm(x)
 
-    def embed(self, images: Tensor, hide: Hide | None = None) -> tuple[Tensor, Signal, Positions]:
+    def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are.
 
-        `hide` changes patches and their places before anything else does (masked pretraining), instead of `patch_drop`.
+        `token_filter` is applied to patches and their places first (masked pretraining), instead of `patch_drop`.
         """
         x, at = self.patch_embed(images)
-        x, at = (hide or self.patch_drop)(x, at)
+        x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
         signal = materialize_shared_bias(self.position(at), x)  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at

@@ -24,15 +24,15 @@ from ..errors import CheckpointError
 from ..positions import Positions
 
 if TYPE_CHECKING:
-    from .timm_api import TimmContract
+    from .timm_api import TimmViT
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmContract) -> dict[str, Any]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmViT) -> dict[str, Any]:
     """What timm calls before a strict load: unwraps, and brings names, layouts and sizes to the model's."""
     state = unwrapped(state_dict)
-    accept_foreign(model, state, "")
+    convert_state_dict(model, state, "")
     return state
 
 
@@ -85,7 +85,7 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
     theirs.load_state_dict(state)
 
 
-def accept_foreign(module: TimmContract, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def convert_state_dict(module: TimmViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of ViT: rewrites files of others, timm's `pos_embed` and `rope.freqs`, tables of another grid, in
     place.
 
@@ -96,7 +96,7 @@ def accept_foreign(module: TimmContract, state_dict: dict[str, Any], prefix: str
     _split_frequencies(module, state_dict, prefix)
     _fold_flat_table(module, state_dict, prefix)
     _drop_formula(module, state_dict, prefix)
-    _fit_tables(module, state_dict, prefix)
+    resize_tables(module, state_dict, prefix)
 
 
 def rewrite(state_dict: dict[str, Any], state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def rewrite(state_dict: dict[str, Any], state: dict[str, Any]) -> None:
         state_dict.update(state)
 
 
-def _split_frequencies(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
+def _split_frequencies(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
     """`rope.freqs` (2, depth, H, Dh/2) of timm, or `freqs` (2, depth, H Dh/2) of rope-vit, to the blocks' `rope_mixed`.
 
     Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` say nothing more.
@@ -135,7 +135,7 @@ def _split_frequencies(module: TimmContract, state_dict: dict[str, Any], prefix:
             state_dict.pop(prefix + name, None)
 
 
-def _fold_flat_table(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
+def _fold_flat_table(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
     flat = state_dict.get(prefix + "pos_embed")
     tables = [name for name, part in module.position.named_modules() if isinstance(part, LearnedTable)]
     if flat is None or flat.ndim != 3 or not tables:
@@ -166,7 +166,7 @@ def _fold_flat_table(module: TimmContract, state_dict: dict[str, Any], prefix: s
         start += token.shape[1]
 
 
-def _drop_formula(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
+def _drop_formula(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
     """A stored table that the model's formula gives anyway, such as MAE's frozen sin-cos, is compared and left out."""
     flat = state_dict.get(prefix + "pos_embed")
     if flat is not None and flat.ndim == 3 and is_formula(module.position):
@@ -197,7 +197,7 @@ def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tenso
         )
 
 
-def _fit_tables(module: TimmContract, state_dict: dict[str, Any], prefix: str) -> None:
+def resize_tables(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
     """Resize tables that were learned on another grid, by the encoding's own rule; equal shapes keep their bits."""
     for owner, part in module.named_modules():
         if not isinstance(part, PositionEncoding) or isinstance(part, Sum):
@@ -238,7 +238,7 @@ def _materialised(part: PositionEncoding) -> PositionEncoding:
     return copy.deepcopy(part).to_empty(device="cpu")
 
 
-def _configured_grid(module: TimmContract) -> list[tuple[int, int]]:
+def _configured_grid(module: TimmViT) -> list[tuple[int, int]]:
     """The grid of the size in `pretrained_cfg`, where timm put one."""
     cfg = getattr(module, "pretrained_cfg", None) or {}
     size = cfg.get("input_size") if isinstance(cfg, dict) else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..modes import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,9 +43,9 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
-    was, device = model.training, next(model.parameters()).device
-    seen = model.eval().reconstruct(images.to(device), mask_ratio, **how)
-    model.train(was)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        seen = model.reconstruct(images.to(device), mask_ratio, **how)
     original, painted, pasted = (_pixels(x, mean, std) for x in (seen.original, seen.painted, seen.pasted))
     masked = torch.where(seen.hidden.cpu(), GREY, original)
     note = "\n" + fill(LEAK, 26) if model.norm_pix else ""

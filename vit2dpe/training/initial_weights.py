@@ -88,12 +88,11 @@ def initialize(model: nn.Module, how: str) -> None:
         raise unknown("init", how, INITS)
     if how == "default":
         return
-    from ..encodings import PositionEncoding
+    from ..encodings import modules_outside_encodings
 
-    inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, PositionEncoding))
     depth = max(1, len(getattr(model, "blocks", ())))
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or name.startswith(inside):
+    for name, module in modules_outside_encodings(model):
+        if not isinstance(module, nn.Linear):
             continue
         if how == "xavier":
             nn.init.xavier_uniform_(module.weight)
@@ -112,10 +111,9 @@ def jitter_positions(model: nn.Module, amount: float) -> None:
     Raises:
         ConfigError: for a model without encodings of ours, and for an encoding that takes whole coordinates only.
     """
-    from ..encodings import Jitter, PositionEncoding, Sum
+    from ..encodings import Jitter, encodings_of
 
-    parts = [part for part in model.modules() if isinstance(part, PositionEncoding) and part.gives]
-    parts = [part for part in parts if not isinstance(part, Sum)]
+    parts = encodings_of(model)
     if not parts:
         raise ConfigError(f"model.jitter moves what encodings see, and {type(model).__name__} has none of ours")
     for part in parts:

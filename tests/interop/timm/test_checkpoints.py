@@ -12,7 +12,7 @@ from timm.models import Eva, VisionTransformer
 from tests.helpers import redrawn
 from tests.interop.timm.test_from_timm import create, images, same
 from vit2dpe import CheckpointError, ConfigError, ViT, from_timm, set_policy, to_timm, use_policy
-from vit2dpe.interop.timm.families import read
+from vit2dpe.interop.timm.read import read
 from vit2dpe.models import DistilledViT
 
 MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)

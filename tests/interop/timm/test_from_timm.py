@@ -10,7 +10,7 @@ from timm.data import resolve_data_config
 from tests.helpers import randn
 from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import ConfigError, from_timm, to_timm
-from vit2dpe.interop.timm.families import FAMILIES
+from vit2dpe.interop.timm.read import FAMILIES
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
 BLOCKY = dict(img_size=224)  # where the size of its own would be 1,024 tokens and more

@@ -8,7 +8,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, to_timm
-from vit2dpe.interop.mae import to_original, to_transformers
+from vit2dpe.interop.transformers.mae import to_original, to_transformers
 from vit2dpe.models.mae_names import from_transformers
 from vit2dpe.testing import randomise
 

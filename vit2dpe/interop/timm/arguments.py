@@ -1,6 +1,6 @@
 """What a timm ViT is made of, as arguments of ours: sizes, norms, MLP, attention; what ours cannot be told is refused.
 
-It serves all families of `families.py`, which name their parts alike.
+It serves all families of `read.py`, which name their parts alike.
 """
 
 from __future__ import annotations

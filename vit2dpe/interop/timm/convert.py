@@ -1,7 +1,7 @@
 """A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`, and back: `to_timm`.
 
 A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. What families are covered,
-and how each is read, is in `families.py`; the steps between their parameters and ours are in `translate.py`.
+and how each is read, is in `read.py`; the steps between their parameters and ours are in `steps.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...models.timm_api import pair
 from ...models.vit import ViT
 from ...models.weights import read_weights
 from ...resolution.apply import set_policy
-from .families import Recipe, read
+from .read import Recipe, read
 from .steps import State
 from .swin import from_timm_swin
 from .write import native_steps

@@ -8,7 +8,7 @@ weights go both ways. Sources: Swin, arXiv 2103.14030; Swin V2, arXiv 2111.09883
 
 How ours differs: the encoding is an argument; any height and width is taken at run time, filled up to whole windows
 whose filled-up places are masked; what a window does at another size is said by `window_policy` and never changes by
-itself; the mask of shifted windows is a test of places (`swin_windows.py`) and boolean.
+itself; the mask of shifted windows is a test of places (`windows.py`) and boolean.
 
 Limits: a program of torch.export with dynamic height and width serves the sizes at which every stage has several
 windows along both axes, because one is special to the exporter.
@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from ...encodings import Dims
 from ...errors import ConfigError, unknown
 from ...positions import Positions
-from ..layers import Hide, PatchEmbed, add_token
+from ..layers import PatchEmbed, TokenFilter, add_token
 from ..timm_api import pair
 from .stage import SwinStage, Word, tokens_of
-from .timm_api import SwinContract, check_pool, per_stage
-from .weights import accept_foreign
+from .timm_api import TimmSwin, check_pool, per_stage
+from .weights import convert_state_dict
 from .windows import Size
 
 
-class Swin(SwinContract):
+class Swin(TimmSwin):
     """Hierarchical transformer of shifted windows.
 
     Args:
@@ -161,17 +161,17 @@ class Swin(SwinContract):
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
-        self.register_load_state_dict_pre_hook(accept_foreign)
+        self.register_load_state_dict_pre_hook(convert_state_dict)
 
-    def embed(self, images: Tensor, hide: Hide | None = None) -> Tensor:
-        """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added; `hide` changes patches first."""
+    def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
+        """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added, after `token_filter`."""
         x, at = self.patch_embed(images)
-        x, at = (x, at) if hide is None else hide(x, at)
+        x, at = (x, at) if token_filter is None else token_filter(x, at)
         return to_grid(add_token(x, self.position(at)), at)
 
-    def forward_features(self, images: Tensor, hide: Hide | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
-        x, places = self.embed(images, hide), {}  # type: ignore[var-annotated]
+        x, places = self.embed(images, token_filter), {}  # type: ignore[var-annotated]
         for stage in self.layers:
             x = stage(x, places)
         return self.norm(x)

@@ -24,7 +24,7 @@ POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 Size = tuple[int, int]
 
 
-class SwinContract(nn.Module):
+class TimmSwin(nn.Module):
     """Features, classifier, optimizer groups, sizes and windows, as timm's tools ask for them."""
 
     patch_embed: PatchEmbed

@@ -18,26 +18,26 @@ from torch import Tensor, nn
 
 from ...encodings import LogCPB, PositionEncoding, RelativeBias
 from ...errors import CheckpointError, ConfigError
-from ..weights import _fit_tables
+from ..weights import resize_tables
 
 if TYPE_CHECKING:
-    from .timm_api import SwinContract
+    from .timm_api import TimmSwin
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "k_bias")
 TABLE, NETWORK = "relative_position_bias_table", "cpb_mlp"
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: SwinContract) -> dict[str, Any]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmSwin) -> dict[str, Any]:
     """What timm calls before a strict load: unwraps, and brings names and layouts to the model's."""
     for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
     state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    accept_foreign(model, state, "")
+    convert_state_dict(model, state, "")
     return state
 
 
-def accept_foreign(module: SwinContract, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def convert_state_dict(module: TimmSwin, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of Swin: rewrites names and layouts in place."""
     mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     for name in mine:
@@ -48,11 +48,11 @@ def accept_foreign(module: SwinContract, state_dict: dict[str, Any], prefix: str
     elif "layers.0.downsample.reduction.weight" in mine:
         mine = _from_original(mine)
     mine = _into_encodings(module, mine)
-    _fit_tables(module, mine, "")  # type: ignore[arg-type]
+    resize_tables(module, mine, "")  # type: ignore[arg-type]
     state_dict.update({prefix + name: value for name, value in mine.items()})
 
 
-def to_timm_swin(model: SwinContract) -> dict[str, Tensor]:
+def to_timm_swin(model: TimmSwin) -> dict[str, Tensor]:
     """The state of a Swin under timm's names, for `SwinTransformer` or `SwinTransformerV2` of the same sizes.
 
     A `logcpb` that was trained on other windows than the model's needs timm's `pretrained_window_sizes`.
@@ -77,7 +77,7 @@ def to_timm_swin(model: SwinContract) -> dict[str, Tensor]:
     return state
 
 
-def _check_kind(model: SwinContract, owner: str, part: RelativeBias | LogCPB) -> None:
+def _check_kind(model: TimmSwin, owner: str, part: RelativeBias | LogCPB) -> None:
     """timm's V1 is a table and q·k, its V2 a network of 512 hidden units, cosine attention and norms behind."""
     block: Any = model.get_submodule(owner.removesuffix(".attn.position"))
     v2 = block.attn.logit_scale is not None
@@ -126,7 +126,7 @@ def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _into_encodings(module: SwinContract, state: dict[str, Any]) -> dict[str, Any]:
+def _into_encodings(module: TimmSwin, state: dict[str, Any]) -> dict[str, Any]:
     """Tables and networks of `attn` go to the encoding in it that has such; a flat table gets its window."""
     found: dict[str, Any] = {}
     for name, value in state.items():
@@ -143,7 +143,7 @@ def _into_encodings(module: SwinContract, state: dict[str, Any]) -> dict[str, An
     return found
 
 
-def _owner(module: SwinContract, attn: str, kind: type[PositionEncoding]) -> tuple[str, Any] | None:
+def _owner(module: TimmSwin, attn: str, kind: type[PositionEncoding]) -> tuple[str, Any] | None:
     try:
         position = module.get_submodule(f"{attn}.position")
     except AttributeError:

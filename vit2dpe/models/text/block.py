@@ -14,7 +14,7 @@ from ...attention.modules import CrossAttention
 from ...encodings import PositionEncoding
 from ...positions import Positions
 from ...signal import Signal
-from ..layers import Block, add_token, mlp_of, norm_of
+from ..layers import Block, add_token, mlp_factory, norm_factory
 
 
 class Memory(NamedTuple):
@@ -34,7 +34,7 @@ class TextBlock(Block):
     Args:
         dim, heads: D and H.
         norm: a name in `layers.NORMS`, with `eps`; the same for queries and keys where `qk_norm` is on.
-        mlp: "gelu", "gelu_tanh", "relu", or gated: "swiglu", "geglu", "geglu_tanh"; see `layers.mlp_of`.
+        mlp: "gelu", "gelu_tanh", "relu", or gated: "swiglu", "geglu", "geglu_tanh"; see `layers.mlp_factory`.
         hidden: channels inside the MLP.
         post_norm: norm after each residual sum (BERT, the first transformer) instead of before each part.
         cross: whether there is cross-attention, between attention and MLP.
@@ -56,7 +56,7 @@ class TextBlock(Block):
         bias: bool = True,
         **block: Any,
     ) -> None:
-        make_norm, make_mlp = norm_of(norm, eps), mlp_of(mlp)
+        make_norm, make_mlp = norm_factory(norm, eps), mlp_factory(mlp)
         super().__init__(
             dim,
             heads,

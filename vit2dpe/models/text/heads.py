@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
-from ..layers import norm_of
+from ..layers import norm_factory
 from .model import Encoded, TextModel
 
 POOLS = ("cls", "mean", "max", "")
@@ -84,7 +84,7 @@ class MaskedHead(nn.Module):
     def __init__(self, dim: int, vocab_size: int, model: dict[str, Any]) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.norm = norm_of(model.get("norm", "layer"), model.get("norm_eps", 1e-5))(dim)
+        self.norm = norm_factory(model.get("norm", "layer"), model.get("norm_eps", 1e-5))(dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

@@ -20,10 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from ...attention import masks
 from ...attention.cache import KVCache
 from ...attention.dispatch import materialize_shared_bias
-from ...encodings import Dims, PositionEncoding, build, split_shared_and_per_block
+from ...encodings import (
+    Dims,
+    PositionEncoding,
+    build,
+    encoding_parameters,
+    modules_outside_encodings,
+    split_shared_and_per_block,
+)
 from ...errors import ConfigError
 from ...positions import Positions, checkable
-from ..layers import add_token, norm_of
+from ..layers import add_token, norm_factory
 from .block import Memory, TextBlock, signal_of
 
 
@@ -109,7 +116,7 @@ class TextModel(nn.Module):
         self.embed_scale, self.grad_checkpointing = embed_scale, False
         self.train_grid = (context,)
         dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-        make_norm = norm_of(norm, norm_eps)
+        make_norm = norm_factory(norm, norm_eps)
         self.embed = nn.Embedding(vocab_size, embed_dim)
         self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
         self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
@@ -230,14 +237,12 @@ class TextModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of the encodings' parameters."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        return {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
+        return encoding_parameters(self)
 
     def init_weights(self) -> None:
         """GPT-2's: normal 0.02, zero biases, maps that end in the residual sum divided by √(2 depth)."""
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not (own and name.startswith(own)):
+        for name, module in modules_outside_encodings(self):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.endswith(("proj", "fc2"))
                 nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
                 if getattr(module, "bias", None) is not None:

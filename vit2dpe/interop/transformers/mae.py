@@ -6,11 +6,11 @@ import re
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
-from ..models.mae import MAE
-from ..models.mae_names import BLOCK, LISTS, REST, State
-from ..positions import Positions
-from .timm.convert import to_timm
+from ...errors import CheckpointError, ConfigError
+from ...models.mae import MAE
+from ...models.mae_names import BLOCK, LISTS, REST, State
+from ...positions import Positions
+from ..timm.convert import to_timm
 
 
 def to_original(model: MAE) -> State:

@@ -2,7 +2,7 @@
 
 `FAMILIES` is the list of what is covered, by timm's class. A reader takes a timm model and returns a `Recipe`, or
 refuses with what the model has that ours has not. A new family is a reader and a line. What families have in common,
-their blocks and sizes, is read in `timm_parts.py`; here it is about places.
+their blocks and sizes, is read in `arguments.py`; here it is about places.
 """
 
 from __future__ import annotations
