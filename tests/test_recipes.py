@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from vit2dpe.cli.commands import COMMANDS, main
-from vit2dpe.training.objectives import images as module
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives import images as module
 from vit2dpe.training.settings import TrainConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -27,15 +27,15 @@ from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import study as study_module
-from vit2dpe.study import trials as cells
+from vit2dpe.study import trials
 from vit2dpe.study.settings import StudyConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.run_folder import run_folder
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.objectives.images import train
 
 fault = pytest.mark.fault
 MICRO = TrainConfig(
@@ -269,21 +269,21 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
     study_module.study(replace(micro, out=str(tmp_path / "whole")))
-    real = cells.fit
+    real = trials.fit
 
     def dies(*args, folder, **kwargs):
         if folder.name.startswith("alibi"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", dies)
+    monkeypatch.setattr(trials, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
         study_module.study(replace(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
-        cells, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
+        trials, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
     study_module.study(replace(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1
@@ -351,14 +351,14 @@ def streaming(tmp_path, **data):
 
 
 def on_step(monkeypatch, step, then):
-    real = Trainer._tell
+    real = Trainer._report
 
     def spy(self, epoch):
         real(self, epoch)
         if self.state.step == step:
             then()
 
-    monkeypatch.setattr(Trainer, "_tell", spy)
+    monkeypatch.setattr(Trainer, "_report", spy)
 
 
 @fault("F55")

@@ -43,17 +43,17 @@ def test_a_model_of_timm_at_sizes_and_modes(folder, tmp_path, capsys):
         train_size="32x48",
         untrained=True,
     )
-    assert [(r["mode"], r["height"], r["width"]) for r in rows] == [
+    assert [(r.mode, r.height, r.width) for r in rows] == [
         (mode, *size) for mode in ("scale", "canvas") for size in ((32, 48), (48, 48), (64, 32))
     ]
-    assert all(r["n"] == 9 and (r["train_height"], r["train_width"]) == (32, 48) for r in rows)
+    assert all(r.n == 9 and r.train_size == (32, 48) for r in rows)
     said = capsys.readouterr().out
     assert "images: 9 used of 9" in said
     assert "| scale | vit_tiny_patch16_224 | default | none |" in said
     with (tmp_path / "out" / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     assert tuple(table[0]) == COLUMNS
-    assert [float(row["value"]) for row in table] == [row["top1"] for row in rows]
+    assert [float(row["value"]) for row in table] == [row.top1 for row in rows]
     assert json.loads((tmp_path / "out" / "env.json").read_text())["timm"] == timm.__version__
 
 
@@ -70,29 +70,29 @@ def test_ours_with_every_policy_and_weights_from_a_file(folder, tmp_path):
         tmp_path, model=name, data=str(folder), sizes="32,24x48", checkpoint=str(tmp_path / "weights.safetensors"),
         temperatures="none,log", crop=1.0,
     )  # fmt: skip
-    assert [r["policy"] for r in rows[::4]] == ["extrapolate", "interpolate", "ntk", "yarn"]
+    assert [r.policy for r in rows[::4]] == ["extrapolate", "interpolate", "ntk", "yarn"]
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] * 4)
     images = torch.tensor(list(COLOURS.values())).float()[labels, :, None, None].expand(-1, -1, 32, 48) / 255 * 2 - 1
     expected = sweep(model, [(images, labels)], [(32, 32), (24, 48)], temperatures=("none", "log"))
-    assert [r["top1"] for r in rows] == [r["top1"] for r in expected]
-    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
-    assert len({r["loss"] for r in rows}) > 4
+    assert [r.top1 for r in rows] == [r["top1"] for r in expected]
+    assert [r.loss for r in rows] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
+    assert len({r.loss for r in rows}) > 4
 
 
 def test_a_limit_is_balanced_and_said(folder, tmp_path, capsys):
     rows = run(tmp_path, model="test_resnet(num_classes=3)", data=str(folder), untrained=True, limit=4, sizes="64")
-    assert rows[0]["n"] == 4
+    assert rows[0].n == 4
     assert "images: 4 used of 9" in capsys.readouterr().out
 
 
 def test_a_run_of_a_study_keeps_its_numbers(tmp_path):
     study(StudyConfig(encodings="rope", smoke=True, sizes="16,24", modes="scale", width=16, depth=1, heads=2,
                       out=str(tmp_path / "study")))  # fmt: skip
-    (cell,) = (tmp_path / "study" / "cells").iterdir()
-    rows = run(tmp_path, model=str(cell), data="digits", sizes="16,24", limit=40)
+    (trial,) = (tmp_path / "study" / "cells").iterdir()
+    rows = run(tmp_path, model=str(trial), data="digits", sizes="16,24", limit=40)
     with (tmp_path / "study" / "results.csv").open() as file:
         table = [(r["encoding"], r["policy"], float(r["top1"]), float(r["height"])) for r in csv.DictReader(file)]
-    assert [(r["encoding"], r["policy"], r["top1"], r["height"]) for r in rows] == table
+    assert [(r.encoding, r.policy, r.top1, r.height) for r in rows] == table
 
 
 def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_path):

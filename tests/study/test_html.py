@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,31 +17,17 @@ import pytest
 from vit2dpe.cli import main
 from vit2dpe.errors import DataError
 from vit2dpe.study.html import Study, merge, page, read_study
+from vit2dpe.study.rows import Row
 
 RESULTS = sorted((Path(__file__).parents[2] / "recipes/results").glob("*/results.csv"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-COLUMNS = [
-    "encoding",
-    "policy",
-    "temperature",
-    "mode",
-    "seed",
-    "train_height",
-    "train_width",
-    "height",
-    "width",
-    "top1",
-    "loss",
-    "n",
-    "metric",
-    "value",
-]
 
 
 def row(word="rope", size=32, seed=0, top1=50.0, *, policy="extrapolate", mode="scale", train=32):
     h, w = size if isinstance(size, tuple) else (size, size)
-    values = (word, policy, "none", mode, float(seed), float(train), float(train), float(h), float(w))
-    return dict(zip(COLUMNS, (*values, top1, 1.0 - top1 / 100, 10.0, "top1", top1), strict=True))
+    size = dict(train_height=float(train), train_width=float(train), height=float(h), width=float(w))
+    score = dict(top1=top1, loss=1.0 - top1 / 100, n=10.0, value=top1)
+    return Row(encoding=word, policy=policy, mode=mode, seed=float(seed), **size, **score)
 
 
 def rows():
@@ -116,14 +103,14 @@ def test_the_tables_hold_every_number():
 
 def test_entropy_and_distance_show_where_they_were_measured():
     found = rows()
-    found += [row("rope", 64, s) | dict(metric="entropy", value=2.0 + s, top1=None, loss=None) for s in (0, 1)]
-    for one in found[:3]:
-        one["distance"] = 4.0
+    other = dict(top1=None, loss=None)  # rows of another metric are no accuracies
+    found += [replace(row("rope", 64, s), metric="entropy", value=2.0 + s, **other) for s in (0, 1)]
+    found += [replace(one, metric="distance", value=4.0, **other) for one in found[:3]]
     read = Reader(page([Study("one", found, {})]))
     assert [m["key"] for m in read.data["measures"]] == ["top1", "loss", "entropy", "distance"]
     (point,) = [p for s in read.data["series"] for p in s["points"] if "entropy" in p]
     assert point["entropy"] == [2.5, pytest.approx(math.sqrt(0.5)), 2]
-    assert point["top1"][2] == 3  # rows of another metric are no accuracies
+    assert point["top1"][2] == 3
 
 
 def test_studies_of_two_training_sizes_meet_at_multiples():
@@ -131,7 +118,7 @@ def test_studies_of_two_training_sizes_meet_at_multiples():
     read = Reader(page([Study("big", rows(), {}), Study("same", small, {}), Study("same", small, {})]))
     assert read.data["studies"] == ["big", "same 1", "same 2"]
     assert read.data["train"] == [1.0]
-    assert "side in training" in read.data["axis"]
+    assert "size in training" in read.data["axis"]
     (one,) = [s for s in read.data["series"] if s["study"] == 1]
     assert [(p["x"], p["label"]) for p in one["points"]] == [(1.0, "1x"), (2.0, "2x")]
     assert read.tables[1][0][0] == "study"

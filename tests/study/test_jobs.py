@@ -1,11 +1,12 @@
-"""Several cells at a time: the same numbers in the same order, and one clear line when a process is lost."""
+"""Several trials at a time: the same numbers in the same order, and one clear line when a process is lost."""
 
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,15 @@ def three_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
 
-def collect(folder, cells, **options):
+def collect(folder, trials, **options):
     said = []
-    found = list(each(lives_or_dies, (folder,), [(c,) for c in cells], lambda *row: said.append(row), **options))
+    found = list(each(partial(lives_or_dies, folder), trials, lambda *row: said.append(row), **options))
     return found, said
 
 
-def test_each_cell_comes_back_with_its_number_and_what_it_said(tmp_path):
+def test_each_trial_comes_back_with_its_number_and_what_it_said(tmp_path):
     found, said = collect(tmp_path, ["a", "b", "c"], jobs=2, threads=2)
-    assert sorted((i, rows[0]["cell"]) for i, rows in found) == [(0, "a"), (1, "b"), (2, "c")]
+    assert sorted((i, rows[0]["trial"]) for i, rows in found) == [(0, "a"), (1, "b"), (2, "c")]
     assert {rows[0]["threads"] for _, rows in found} == {2}
     assert len(said) == 3
     assert os.getpid() not in {row["process"] for _, _, row in said}
@@ -50,24 +51,31 @@ def test_one_at_a_time_needs_no_other_process(tmp_path):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("cell", "error", "message"), [
-    ("dies", TrainingError, "a process that trained a cell died"),
+@pytest.mark.parametrize(("trial", "error", "message"), [
+    ("dies", TrainingError, "a process that trained a trial died"),
     ("refuses", DataError, "image 3 is unreadable"),
 ])  # fmt: skip
-def test_a_lost_cell_ends_the_study_and_not_after_the_others(cell, error, message, tmp_path):
+def test_a_lost_trial_ends_the_study_and_not_after_the_others(trial, error, message, tmp_path):
     with pytest.raises(error, match=message):
-        collect(tmp_path, ["takes long", "a", cell], jobs=2)
+        collect(tmp_path, ["takes long", "a", trial], jobs=2)
     assert not (tmp_path / "takes long").exists(), "the other process was ended, not waited for"
     assert (tmp_path / "a").read_text().endswith(" 1"), "one thread each, where nothing is said; and kept"
 
 
-def test_a_lost_process_is_seen_where_the_pool_does_not_watch_it(tmp_path, monkeypatch):
-    """The pool of Python 3.11.7 may list whom it watches while the last process is still being started."""
-    start = ProcessPoolExecutor._spawn_process
-    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", lambda pool: (time.sleep(0.5), start(pool)))
-    with pytest.raises(TrainingError, match="a process that trained a cell died"):
-        collect(tmp_path, ["takes long", "dies"], jobs=2)
+def test_a_process_that_is_lost_while_others_start_is_seen(tmp_path, monkeypatch):
+    """The pool of Python 3.11.7 lists whom it watches while it starts the last one, and then waits for ever."""
+    start = SpawnProcess.start
+    monkeypatch.setattr(SpawnProcess, "start", lambda process: (start(process), time.sleep(5)))
+    with pytest.raises(TrainingError, match="a process that trained a trial died"):
+        collect(tmp_path, ["dies", "takes long"], jobs=2)
     assert not (tmp_path / "takes long").exists()
+
+
+def test_an_error_says_where_in_the_process_it_was_raised(tmp_path):
+    with pytest.raises(DataError) as error:
+        collect(tmp_path, ["a", "refuses"], jobs=2)
+    assert str(error.value) == "image 3 is unreadable"
+    assert "in lives_or_dies" in error.value.__notes__[0]
 
 
 def test_processes_do_not_outlive_a_study_that_is_killed(tmp_path):

@@ -17,7 +17,7 @@ from vit2dpe.encodings import ENCODINGS
 from vit2dpe.resolution.sweep import fit_size
 from vit2dpe.spec import split_words
 from vit2dpe.study import study as study_module
-from vit2dpe.study import trials as cells
+from vit2dpe.study import trials
 from vit2dpe.study.settings import StudyConfig, resolve
 from vit2dpe.study.study import COLUMNS, check, study
 
@@ -58,8 +58,8 @@ def test_it_writes_what_it_promises(finished):
     assert "://" not in page.split("<pre>")[0], "the page asks for nothing from a network"
     env = json.loads((finished / "env.json").read_text())
     assert {"command", "torch", "timm", "python", "hardware", "data", "config"} <= set(env)
-    for cell in (finished / "cells").iterdir():
-        assert len(read(cell / "metrics.csv")) == 1
+    for folder in (finished / "cells").iterdir():
+        assert len(read(folder / "metrics.csv")) == 1
 
 
 @pytest.mark.parametrize("word", ["none", "rope", "sincos+relative"])
@@ -83,22 +83,22 @@ def test_a_trained_model_loads_again_and_gives_the_same_logits(finished, word):
     assert about["arguments"]["position"] == word
 
 
-def test_a_finished_cell_is_not_trained_again(finished, monkeypatch, capsys):
+def test_a_finished_trial_is_not_trained_again(finished, monkeypatch, capsys):
     before = (finished / "results.csv").read_bytes()
-    monkeypatch.setattr(cells, "fit", None)  # training would fail
+    monkeypatch.setattr(trials, "fit", None)  # training would fail
     study(replace(MICRO, out=str(finished), seeds=2), command="again")
     assert (finished / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 6
 
 
-def test_other_sizes_measure_a_trained_cell_without_training_it(finished, monkeypatch, tmp_path):
-    monkeypatch.setattr(cells, "fit", None)
+def test_other_sizes_measure_a_trained_model_without_training_it(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(trials, "fit", None)
     study(replace(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
     assert {r["height"] for r in read(finished / "results.csv")} == {"20.0"}
 
 
 def test_a_changed_setting_trains_anew(finished, monkeypatch):
-    monkeypatch.setattr(cells, "fit", None)
+    monkeypatch.setattr(trials, "fit", None)
     with pytest.raises(TypeError):
         study(replace(MICRO, out=str(finished), lr=0.5), command="again")
 
@@ -109,27 +109,27 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     assert (tmp_path / "a/results.csv").read_bytes() == (tmp_path / "b/results.csv").read_bytes()
 
 
-def test_an_interrupt_keeps_finished_cells(tmp_path, monkeypatch):
-    real = cells.fit
+def test_an_interrupt_keeps_finished_trials(tmp_path, monkeypatch):
+    real = trials.fit
 
     def interrupted(*args, folder, **kwargs):
         if folder.name.startswith("rope"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", interrupted)
+    monkeypatch.setattr(trials, "fit", interrupted)
     args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--heads", "2"]
     args += ["--out", str(tmp_path)]
     assert main(args) == 130
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
-    assert "1 of 2 cells" in (tmp_path / "summary.md").read_text()
-    monkeypatch.setattr(cells, "fit", real)
+    assert "1 of 2 trials" in (tmp_path / "summary.md").read_text()
+    monkeypatch.setattr(trials, "fit", real)
     assert main(args) == 0
     assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none", "rope"}
 
 
-def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypatch):
-    real, seen = cells.fit, []
+def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeypatch):
+    real, seen = trials.fit, []
 
     def watched(*args, progress, **kwargs):
         def spy(row):
@@ -138,7 +138,7 @@ def test_a_picture_is_there_while_the_first_cell_still_trains(tmp_path, monkeypa
 
         return real(*args, progress=spy, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", watched)
+    monkeypatch.setattr(trials, "fit", watched)
     study(replace(MICRO, out=str(tmp_path), encodings="none"))
     assert seen[0], "the picture is there from the first progress report on"
 
@@ -215,7 +215,7 @@ def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
 
 
 def test_all_means_every_name():
-    assert check(StudyConfig(encodings="all")).encodings == list(ENCODINGS)
+    assert check(StudyConfig(encodings="all")).encodings == tuple(ENCODINGS)
 
 
 def test_smoke_is_small_whatever_the_recipe_says():
@@ -267,13 +267,13 @@ def test_unknown_commands_and_pictures(tmp_path, capsys):
 
 def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypatch):
     trained = []
-    real = cells.fit
+    real = trials.fit
 
     def spy(model, task, *args, **kwargs):
         trained.append(task.train_size)
         return real(model, task, *args, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", spy)
+    monkeypatch.setattr(trials, "fit", spy)
     config = StudyConfig(
         encodings="learned", train_size="8x12", sizes="8,8x12,16", modes="scale", policies="default", finetune=1,
         epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,
@@ -282,11 +282,11 @@ def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypa
     study_module.study(config)
     assert trained == [(8, 12), (8, 8), (16, 16)], "once at the training size, then on from there at each other one"
     rows = study_module.read_rows(tmp_path / "results.csv")
-    fine = {(row["height"], row["width"]): row for row in rows if row["policy"] == "finetuned"}
+    fine = {row.size: row for row in rows if row.policy == "finetuned"}
     assert fine.keys() == {(8, 8), (16, 16)}
-    assert all((row["train_height"], row["train_width"]) == (8, 12) for row in fine.values())
-    plain = {(row["height"], row["width"]): row["loss"] for row in rows if row["policy"] != "finetuned"}
-    assert all(row["loss"] != plain[size] for size, row in fine.items())
+    assert all(row.train_size == (8, 12) for row in fine.values())
+    plain = {row.size: row.loss for row in rows if row.policy != "finetuned"}
+    assert all(row.loss != plain[size] for size, row in fine.items())
     assert "finetuned" in (tmp_path / "summary.md").read_text()
     study_module.study(config)
-    assert len(trained) == 3, "finished cells are read"
+    assert len(trained) == 3, "finished trials are read"

@@ -10,9 +10,9 @@ import torch
 from vit2dpe import load_run, use_policy
 from vit2dpe.cli import main
 from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.study.lengths import text_scores
 from vit2dpe.study.settings import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
 from vit2dpe.study.study import COLUMNS
-from vit2dpe.study.text_study import text_scores
 from vit2dpe.training.tasks.sequences import SEQUENCES, SequenceTask, answers
 
 SMALL = ["--width", "16", "--heads", "2", "--batch-size", "4", "--smoke", "--device", "cpu"]
@@ -53,8 +53,7 @@ def test_perplexity_over_length(text, tmp_path, capsys):
     assert main(command) == 0
     assert "finished before" in capsys.readouterr().out
     # The numbers are those of the saved model, under the policy of the row.
-    cell = next(p for p in (out / "cells").iterdir() if p.name.startswith("rope"))
-    model = load_run(cell)
+    model = load_run(next(p for p in (out / "cells").iterdir() if p.name.startswith("rope")))
     data = text.read_text()[: 20 * 32]
     symbols = sorted(set(data))
     ids = torch.tensor([symbols.index(c) for c in data[round(0.9 * len(data)) :]])
@@ -65,7 +64,7 @@ def test_perplexity_over_length(text, tmp_path, capsys):
         == ("rope", "ntk", "log", "all tokens", 32)
     )
     with use_policy(model, "ntk", temperature="log"):
-        assert text_scores(model, ids, 32)["all tokens"]["loss"] == pytest.approx(float(row["loss"]), rel=1e-6)
+        assert text_scores(model, ids, 32)["all tokens"].loss == pytest.approx(float(row["loss"]), rel=1e-6)
 
 
 def test_the_end_of_a_window_is_measured_by_itself():
@@ -78,9 +77,9 @@ def test_the_end_of_a_window_is_measured_by_itself():
     with torch.no_grad():
         logits = model.eval()(ids[:240].view(3, 80))
     loss = -logits.log_softmax(-1).gather(-1, ids[1:241].view(3, 80, 1))[..., 0]
-    assert scores["all tokens"]["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
-    assert scores["last 64 tokens"]["loss"] == pytest.approx(float(loss[:, 16:].mean()), rel=1e-5)
-    assert [s["n"] for s in scores.values()] == [240, 192]
+    assert scores["all tokens"].loss == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert scores["last 64 tokens"].loss == pytest.approx(float(loss[:, 16:].mean()), rel=1e-5)
+    assert [s.n for s in scores.values()] == [240, 192]
 
 
 def test_a_sequence_task_over_depth(tmp_path, capsys):

@@ -27,12 +27,12 @@ from vit2dpe.study.settings import EvaluateConfig
 from vit2dpe.training.checkpoint import save_model
 from vit2dpe.training.distributed import World
 from vit2dpe.training.initial_weights import load_weights
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.objectives.masked_images import check, masked_spec, pretrain
 from vit2dpe.training.pretrain_settings import DecoderConfig, PretrainConfig
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.tasks.masked_images import MaskedTask
-from vit2dpe.training.objectives.images import train
 
 
 def config(out, **changes):

@@ -18,9 +18,9 @@ from vit2dpe.errors import CheckpointError, ConfigError
 from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import check, model_spec, train
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.objectives.images import check, model_spec, train
 
 MICRO = TrainConfig(
     model=ModelConfig(width=16, depth=1, heads=2, position="rope+learned"),

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return 1
     except KeyboardInterrupt:
-        print("\nvit2dpe: stopped; finished cells are kept, the same command goes on from there", file=sys.stderr)
+        print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
         return 130
 
 
