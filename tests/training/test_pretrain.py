@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from tests.helpers import read_csv
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.cli.options import settings
@@ -27,12 +27,12 @@ from vit2dpe.study.settings import EvaluateConfig
 from vit2dpe.training.checkpoint import save_model
 from vit2dpe.training.distributed import World
 from vit2dpe.training.initial_weights import load_weights
-from vit2dpe.training.pretrain import check, masked_spec, pretrain
+from vit2dpe.training.objectives.images import train
+from vit2dpe.training.objectives.masked_images import check, masked_spec, pretrain
 from vit2dpe.training.pretrain_settings import DecoderConfig, PretrainConfig
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.tasks.masked_images import MaskedTask
-from vit2dpe.training.train import train
 
 
 def config(out, **changes):
@@ -50,11 +50,6 @@ def config(out, **changes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return pretrain(config(tmp_path_factory.mktemp("pretrain") / "run"), "vit2dpe pretrain --as typed")
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # pretraining ------------------------------------------------------------------------------------------------------
@@ -75,8 +70,8 @@ def test_a_run_folder_holds_all_of_it(run):
     assert expected <= names
     assert "vit2dpe pretrain --as typed" in (run / "summary.md").read_text()
     assert "--init" in (run / "summary.md").read_text()
-    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
-    losses = [float(row["test_loss"]) for row in rows(run / "metrics.csv")]
+    assert [row["epoch"] for row in read_csv(run / "metrics.csv")] == ["1", "2"]
+    losses = [float(row["test_loss"]) for row in read_csv(run / "metrics.csv")]
     assert losses[1] < losses[0]
     assert json.loads((run / "last" / "model.json").read_text())["model"] == "MAE"
 
@@ -96,7 +91,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     from vit2dpe.data.datasets import load
     from vit2dpe.seeding import derive_seed
     from vit2dpe.training.engine import fit
-    from vit2dpe.training.pretrain import masked_task
+    from vit2dpe.training.objectives.masked_images import masked_task
 
     told = check(config(tmp_path / "again"))
     data = load(told.data)
@@ -157,7 +152,7 @@ def test_simmim_leaves_the_same_folder_and_goes_on(tmp_path):
     folder = pretrain(replace(told, optim=replace(told.optim, epochs=1, warmup_epochs=0)))
     assert isinstance(load_run(folder), SimMIM)
     assert (folder / "reconstructions.png").is_file()
-    assert len(rows(probe(ProbeConfig(run=str(folder), k=3, device="cpu")))) == 2
+    assert len(read_csv(probe(ProbeConfig(run=str(folder), k=3, device="cpu")))) == 2
     model = ViT("learned", img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0,
                 class_token=False, global_pool="avg")  # fmt: skip
     assert len(load_weights(model, folder).taken) == len(model.state_dict()) - 4
@@ -212,7 +207,7 @@ def test_loading_names_what_was_taken(run):
 
 
 def test_the_probe_writes_its_table(run, capsys):
-    table = rows(probe(ProbeConfig(run=str(run), k=5, device="cpu")))
+    table = read_csv(probe(ProbeConfig(run=str(run), k=5, device="cpu")))
     assert [(row["method"], row["pool"], row["n_train"], row["n_test"]) for row in table] == [
         ("linear", "avg", "64", "20"),
         ("knn", "avg", "64", "20"),
