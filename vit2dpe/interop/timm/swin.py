@@ -17,10 +17,10 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...models.swin.model import Swin
-from ...models.swin.stage import Word
+from ...models.swin.stage import Spec
 
 
-def from_timm_swin(model: nn.Module, position: Word | None = None, **kwargs: Any) -> Swin:
+def from_timm_swin(model: nn.Module, position: Spec | None = None, **kwargs: Any) -> Swin:
     """Our Swin with the weights of a timm Swin.
 
     Args:
