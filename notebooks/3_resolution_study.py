@@ -74,7 +74,7 @@ report.draw(rows)
 
 # %%
 def losses(rows, sizes=(24, 32, 48)):
-    top1 = {(r["encoding"], r["policy"], r["temperature"], r["height"], r["width"]): r["top1"] for r in rows}
+    top1 = {(r.encoding, r.policy, r.temperature, *r.size): r.top1 for r in rows}
     heads = ["encoding", "policy", "temperature", *(f"{s}x{s}" for s in sizes)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key in dict.fromkeys(key[:3] for key in top1):

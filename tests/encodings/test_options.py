@@ -68,7 +68,7 @@ SIZES = {
 DRAWS = {("fourier", "gamma"): (2.0, 8.0), ("rope_mixed", "base"): (10, 100)}
 SHARED = ["relative", "logcpb", "fire"]
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
-ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; tests/parity/test_timm_tables.py
+ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; test_timm_tables.py
 
 
 @pytest.mark.parametrize(("option", "values"), TURNS.items(), ids=[f"{name}-{option}" for name, option in TURNS])

@@ -27,7 +27,7 @@ from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import study as study_module
-from vit2dpe.study import trials as cells
+from vit2dpe.study import trials
 from vit2dpe.study.settings import StudyConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
 from vit2dpe.training.engine import Trainer
@@ -269,21 +269,21 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
     study_module.study(replace(micro, out=str(tmp_path / "whole")))
-    real = cells.fit
+    real = trials.fit
 
     def dies(*args, folder, **kwargs):
         if folder.name.startswith("alibi"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", dies)
+    monkeypatch.setattr(trials, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
         study_module.study(replace(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
-        cells, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
+        trials, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
     study_module.study(replace(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1
@@ -296,7 +296,7 @@ def test_a_clock_that_jumps(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(next(hours)))
     rows = read_table(train(at(tmp_path / "a")) / "metrics.csv")
     assert all(row["seconds"] >= 0 for row in rows)
-    sources = "".join(path.read_text() for path in (Path(vit2dpe.__file__).parent / "training").rglob("*.py"))
+    sources = "".join(path.read_text() for path in Path(vit2dpe.__file__).parent.rglob("*.py"))
     assert "time.monotonic(" in sources
     assert "time.time(" not in sources, "durations are of the monotonic clock"
 

@@ -64,10 +64,14 @@ COMMANDS = {
         "study.settings:EvaluateConfig",
     ),
     "show": Command(
-        "draw encodings, without data, or a model's attention to an image or a sentence", "cli.show:show", ""
+        "draw encodings, without data, or a model's attention to an image or a sentence",
+        "cli.show:show",
+        "cli.show:ShowConfig",
     ),
-    "report": Command("one HTML page of one study or several", "cli.report:report", ""),
-    "bench": Command("time our models against timm's, and against no encoding", "cli.bench:bench", ""),
+    "report": Command("one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig"),
+    "bench": Command(
+        "time our models against timm's, and against no encoding", "cli.bench:bench", "cli.bench:BenchConfig"
+    ),
     "doctor": Command("say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig"),
 }
 
@@ -115,8 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
             )
-        if not command.config:
-            return _named(command.run)(args)
         config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported
         _named(command.run)(config, command=shlex.join(["vit2dpe", *name.split(), *args]))
         return 0
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return 1
     except KeyboardInterrupt:
-        print("\nvit2dpe: stopped; finished cells are kept, the same command goes on from there", file=sys.stderr)
+        print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
         return 130
 
 

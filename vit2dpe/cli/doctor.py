@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TrainingError
+from ..spec import Settings
 
 REQUIRED = {
     "torch": (2, 11),
@@ -30,7 +31,7 @@ LEAST_DISK = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Say whether this machine is fit to train on, and what is missing.
 
     Args:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown
 from ..files import write_atomically
-from ..spec import parse_size
 from .settings import DataConfig
 from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
 from .splits import FileSplit, Split, digest_of, resize
@@ -140,7 +139,7 @@ def load(data: DataConfig, seed: int = 0) -> Images:
     return load_images(
         data.name,
         data.root,
-        source_size=None if data.source_size is None else parse_size(data.source_size),
+        source_size=data.source_size,
         limit_train=data.limit_train,
         limit_test=data.limit_test,
         val_fraction=data.val_fraction,

@@ -6,7 +6,7 @@ How a policy is put on a model is in `scopes.py`, the policies themselves are in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,21 @@ from .apply import encodings_of, policies_of, position_groups, set_policy, use_p
 MODES = ("scale", "canvas")
 
 
+class SweepRow(TypedDict):
+    """A classifier at one size: sizes in pixels, top1 in percent, loss in nats, over n images."""
+
+    policy: str
+    temperature: str
+    mode: str
+    train_height: int
+    train_width: int
+    height: int
+    width: int
+    top1: float
+    loss: float
+    n: int
+
+
 def sweep(
     model: nn.Module,
     data: Iterable[tuple[Tensor, Tensor]],
@@ -31,7 +46,7 @@ def sweep(
     temperatures: Sequence[str] = ("none",),
     train_size: Size | None = None,
     crop: float = 1.0,
-) -> list[dict[str, Any]]:
+) -> list[SweepRow]:
     """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
 
     Args:
@@ -53,7 +68,7 @@ def sweep(
             raise unknown("mode", mode, MODES)
     train_size = train_size or train_size_of(model)
     ours = bool(named_encodings(model))
-    rows = []
+    rows: list[SweepRow] = []
     for mode in modes:
         for policy in policies or policies_of(model):
             for temperature in temperatures:
@@ -70,7 +85,7 @@ def sweep(
                             f"{type(model).__name__} runs with 'default' and 'none' only"
                         )
                     rows.append(
-                        dict(
+                        SweepRow(
                             policy=policy,
                             temperature=temperature,
                             mode=mode,
@@ -78,14 +93,16 @@ def sweep(
                             train_width=train_size[1],
                             height=size[0],
                             width=size[1],
-                            **score,
+                            top1=score["top1"],
+                            loss=score["loss"],
+                            n=int(score["n"]),
                         )
                     )
     return rows
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, Any]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
     Args:

@@ -34,7 +34,7 @@ from ..training.checkpoint import load_run
 from ..training.devices import pick_device
 from .plan import known
 from .report import about_study
-from .rows import to_csv
+from .rows import Row, to_csv
 from .settings import EvaluateConfig
 from .tables import table
 
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
     model: nn.Module
     label: str  # what the table calls it: an encoding for a run of ours, else the name
-    seed: int | str
+    seed: int | None  # of the training, where it is known
     classes: tuple[str, ...] | None  # by index; None where only their number is known
     strict: bool  # whether data of other classes are out of the question
     mean: Sequence[float]
@@ -54,11 +54,11 @@ class Subject(NamedTuple):
     crop: float
 
 
-def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, Any]]:
-    """Measure a model at every size asked for; write `results.csv` and `env.json` to `config.out`, print the table.
+def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
+    """Measure a model at `config.sizes`; write `results.csv` and `env.json` to `config.out`, print the table.
 
     Returns:
-        the rows of results.csv, in the study's columns.
+        the rows of results.csv.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is measured, for what cannot work.
@@ -82,7 +82,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     data, total = _load_data(config, subject, source_size)
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
-    rows = sweep(
+    measured = sweep(
         model,
         data,
         sizes,
@@ -92,7 +92,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
         train_size=train_size,
         crop=crop,
     )
-    rows = [dict(encoding=subject.label, seed=subject.seed, metric="top1", value=row["top1"], **row) for row in rows]
+    rows = [Row(encoding=subject.label, seed=subject.seed, value=row["top1"], **row) for row in measured]
     out = Path(config.out)
     about = about_study(command, config, device, config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
@@ -116,7 +116,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
                 f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
                 f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
             )
-        label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed", "")
+        label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed")
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)
     data = resolve_model_data_config(model)
@@ -124,7 +124,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
     if subset:
         classes = tuple(ImageNetInfo(subset).label_names())
     crop = 1.0 if config.data in SOURCES else data["crop_pct"]
-    return Subject(model, name, "", classes, False, data["mean"], data["std"], crop)
+    return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
 
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec import Settings
+
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Settings):
     """Measure what the frozen features of a run are worth: a linear classifier and k nearest neighbours on them.
 
     Args:

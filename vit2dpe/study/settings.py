@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError
+from ..spec import Settings, Size, plain
 
 DEFAULT_ENCODINGS = "none,learned,sincos,relative,alibi,rope,rope_mixed"
 TEXT_ENCODINGS = "none,learned,sincos,t5,alibi,fire,rope"
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Settings):
     """Train a ViT with each encoding at one size, then measure it at others.
 
     Settings left at None take the preset of the data source.
@@ -82,7 +83,7 @@ class StudyConfig:
     policies: str = "all"
     temperatures: str = "none"
     seeds: int = 1
-    source_size: str | None = None
+    source_size: Size | None = None
     limit_train: int | None = None
     limit_test: int | None = None
     unreadable: str = "error"
@@ -178,11 +179,11 @@ def resolve(config: StudyConfig) -> StudyConfig:
 
 
 def as_dict(config: StudyConfig | EvaluateConfig) -> dict[str, Any]:
-    return asdict(config)
+    return plain(config)
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Measure any timm model, or the model of a run folder, at sizes it was not trained at.
 
     Args:

@@ -18,7 +18,6 @@ from ..models.mae import keep_count
 from ..models.spec import ModelSpec
 from ..plots.reconstruction import save as save_pictures
 from ..seeding import generator
-from ..spec import parse_size
 from .checkpoint import load_run, write_checkpoint
 from .distributed import World
 from .initial_weights import initialize, jitter_positions
@@ -45,7 +44,7 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
             say(f"note: {note}")
         if world.first:
             write_unreadable(folder, data.unreadable)
-        size = parse_size(config.data.size) if config.data.size else data.native
+        size = config.data.size or data.native
         spec = masked_spec(config, size, len(data.mean))
         model = under_way.model(spec, lambda model: _draw(model, config.model.init))
         if config.model.jitter:
@@ -97,12 +96,12 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise ConfigError("masking trains no attention pooling: --model.pool avg or token")
     if config.pictures < 0:
         raise ConfigError(f"pictures must be 0 or more, got {config.pictures}")
-    size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
+    size = config.data.size or config.data.source_size or {"digits": (8, 8)}.get(config.data.name, (32, 32))
     with torch.device("meta"):
-        model: Any = masked_spec(config, parse_size(size), 3).build()
+        model: Any = masked_spec(config, size, 3).build()
     if config.model.jitter:
         jitter_positions(model.encoder, config.model.jitter)
-    keep_count(math.prod(model.mask_grid(*parse_size(size))), _ratio(config))
+    keep_count(math.prod(model.mask_grid(*size)), _ratio(config))
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     return config
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Settings, flat, plain
 from .distributed import ALONE, World
 
 
@@ -113,23 +113,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_facts(folder: Path, config: Any, facts: Mapping[str, Any]) -> None:
+def write_facts(folder: Path, config: Settings, facts: Mapping[str, Any]) -> None:
     """`config.yaml`, that `--config` reads again, and `env.json`."""
     import yaml
 
-    settings = json.loads(json.dumps(asdict(config))) | {"resume": False}  # tuples as lists
+    settings = plain(config) | {"resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
     write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
 
 
-def changed_settings(folder: Path, config: Any) -> list[str]:
+def changed_settings(folder: Path, config: Settings) -> list[str]:
     """How `config` differs from the one that the run in `folder` was started with."""
     import yaml
 
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text()) or {}), _flat(json.loads(json.dumps(asdict(config))))
+    before, now = _flat(yaml.safe_load(path.read_text()) or {}), flat(config)
     keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 

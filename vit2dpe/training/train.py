@@ -14,7 +14,6 @@ from ..encodings import parse
 from ..errors import ConfigError, unknown
 from ..models.spec import ModelSpec
 from ..models.timm_api import TimmViT
-from ..spec import parse_size, parse_terms, split_words
 from .distributed import World, parallelize
 from .initial_weights import INITS, initialize, jitter_positions
 from .optimizer import make_optimizer, make_schedule
@@ -46,7 +45,7 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
             say(f"note: {note}")
         if world.first:
             write_unreadable(folder, data.unreadable)
-        size = parse_size(config.data.size) if config.data.size else data.native
+        size = config.data.size or data.native
         spec = model_spec(config, size, len(data.mean), len(data.classes))
         model = under_way.model(spec, lambda model: initialize(model, config.model.init))
         if config.model.jitter:
@@ -77,18 +76,15 @@ def check(config: TrainConfig) -> TrainConfig:
         parse(config.model.position)
     if config.model.init not in INITS:
         raise unknown("init", config.model.init, INITS)
-    for size in (config.data.size, config.data.source_size):
-        if size is not None:
-            parse_size(size)
     check_augment(config.augment)
-    size = config.data.size or config.data.source_size or {"digits": "8"}.get(config.data.name, "32")
+    size = config.data.size or config.data.source_size or {"digits": (8, 8)}.get(config.data.name, (32, 32))
     with torch.device("meta"):
-        model = model_spec(config, parse_size(size), 3, 10).build()
+        model = model_spec(config, size, 3, 10).build()
     if config.model.jitter:
         jitter_positions(model, config.model.jitter)
-    for other in split_words(config.augment.train_sizes or ""):
+    for other in config.augment.train_sizes or ():
         if isinstance(model, TimmViT):
-            model.patch_embed.grid(*parse_size(other))
+            model.patch_embed.grid(*other)
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     parallelize(model, config.run.parallel, World())
     return config
@@ -104,11 +100,14 @@ def check_augment(augment: AugmentConfig) -> None:
         raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
     if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
         raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
-    (name, options), *more = parse_terms(augment.policy, "policy", AUGMENTATIONS)
+    name, options = augment.policy
+    if name not in AUGMENTATIONS:
+        raise unknown("policy", name, AUGMENTATIONS)
     for option in options:
         if name != "rand" or option not in ("ops", "magnitude"):
             raise unknown(f"option of {name}", option, ("ops", "magnitude") if name == "rand" else ("(it takes none)",))
-    if more or not 0 <= options.get("magnitude", 0) <= 30 or options.get("ops", 1) < 1:
+    ops, magnitude = options.get("ops", 1), options.get("magnitude", 0)
+    if not (isinstance(ops, int) and ops > 0 and isinstance(magnitude, int | float) and 0 <= magnitude <= 30):
         raise ConfigError(
             f"augment.policy is none, trivial or rand(ops=2, magnitude=9) with 0 to 30, got {augment.policy}"
         )
