@@ -9,7 +9,7 @@ Signatures are timm's (`timm/models/vision_transformer.py`); what a model comput
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -118,9 +118,25 @@ class TimmModel(nn.Module):
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch, window_size=window_size)
 
 
+class Step(Protocol):
+    """A step between timm's parameters and ours, which changes a state_dict in place."""
+
+    def into(self, state: dict[str, Tensor]) -> None: ...
+
+    def back(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Source(Protocol):
+    """Where a model came from: the steps from timm's parameters to ours, in order."""
+
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
 class TimmViT(TimmModel):
     """timm's interface of a ViT: one stage of blocks, leading tokens, pooling by the model."""
 
+    timm_recipe: Source | None = None  # set by `from_timm`, read by `to_timm`
     blocks: nn.ModuleList
     fc_norm: nn.Module
     attn_pool: nn.Module | None
