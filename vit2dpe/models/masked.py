@@ -62,6 +62,16 @@ class MaskedModel(nn.Module):
         keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
         return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
 
+    def reconstruct(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """The prediction as images."""
+        raise TypeError(f"{type(self).__name__} must say how it paints")
+
     @property
     def train_grid(self) -> tuple[int, int]:
         return self.encoder.train_grid
