@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.helpers import randn
 from vit2dpe import Attention, Positions, Signal, ViT, attend
 from vit2dpe.attention import functional as attention
 from vit2dpe.attention.observe import entropy, mean_distance, rollout, summary, weights
@@ -30,7 +31,7 @@ def vit(position="sincos+alibi+rope+relative", seed=0, **more):
 
 
 def images(batch=2, size=(8, 12)):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+    return randn(batch, 3, *size, seed=1)
 
 
 def inputs(dtype=torch.float32):

@@ -1,5 +1,6 @@
 """The doctor names what is bad, and the exit status says so."""
 
+import importlib.metadata
 import shutil
 from collections import namedtuple
 
@@ -7,7 +8,7 @@ import pytest
 
 from vit2dpe.cli import doctor as module
 from vit2dpe.cli import main
-from vit2dpe.cli.doctor import DoctorConfig, bad_pairs, disk, doctor, parts, versions
+from vit2dpe.cli.doctor import DoctorConfig, bad_pairs, disk, doctor, release, versions
 
 
 def test_this_machine(tmp_path, capsys):
@@ -65,6 +66,23 @@ def test_a_package_that_does_not_load(monkeypatch):
 
 
 def test_versions_are_compared_as_numbers():
-    assert parts("2.15.0+cu132") == (2, 15, 0) > parts("2.9.1")
-    assert parts("3.0.0rc1") == (3, 0)
+    assert release("2.15.0+cu132") == (2, 15, 0) > release("2.9.1")
+    assert release("3.0.0rc1") == (3, 0, 0)
+    assert release("2.11.0a0+5228986c39.nv25.05") >= release("2.11"), "a vendor's build is no older one"
+
+
+def test_requirements_are_those_of_the_package():
+    """What pyproject.toml names is what is checked; nothing is listed twice."""
+    texts = [text for _, text in graded(versions)]
+    for name in ("torch", "torchvision", "timm", "einops", "pillow", "safetensors"):
+        assert sum(text.startswith(f"{name} ") for text in texts) == 1, name
+    assert sum(text.startswith("[") for text in texts) == 4
+
+
+def test_a_package_that_is_not_installed_itself(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert graded(versions)[-1][0] == "note"
     assert callable(doctor)

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 
+from tests.helpers import loaded_modules
 from vit2dpe.data import image_cache as images
 from vit2dpe.data.datasets import SOURCES, load_images, normalize
 from vit2dpe.data.image_cache import decode
@@ -819,12 +819,7 @@ def test_unknown_source() -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, vit2dpe.data.datasets; "
-        "print([m for m in ('timm', 'sklearn', 'torchvision', 'matplotlib') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    assert loaded_modules("import vit2dpe.data.datasets", {"timm", "sklearn", "torchvision", "matplotlib"}) == []
 
 
 class TestRealData:

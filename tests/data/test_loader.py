@@ -76,7 +76,7 @@ def config(root, out, **data):
 
 def test_a_streamed_run_goes_on_to_the_same_bits(root, tmp_path, monkeypatch):
     train(config(root, tmp_path / "whole", workers=2))
-    real = Trainer._tell
+    real = Trainer._report
 
     def dies(self, epoch):
         real(self, epoch)
@@ -86,7 +86,7 @@ def test_a_streamed_run_goes_on_to_the_same_bits(root, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_tell", dies)
+        patch.setattr(Trainer, "_report", dies)
         with pytest.raises(Killed):
             train(config(root, tmp_path / "cut", workers=3))
     train(replace(config(root, tmp_path / "cut", workers=1), resume=True))

@@ -28,7 +28,3 @@ def halves(x: Tensor) -> Tensor:
 def turned(x: Tensor, rotation: Rotation) -> Tensor:
     """`rotate`, the result in half-split pairs."""
     return halves(rotate(x, rotation))
-
-
-def randn(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, apply_rot_embed_cat
 
-from tests.encodings.originals import exchanged, halves, randn, same, turned
+from tests.encodings.originals import exchanged, halves, same, turned
+from tests.helpers import randn
 from vit2dpe import Positions, rotate
 from vit2dpe.encodings import AxialRoPE, CentredRoPE, MixedRoPE
 from vit2dpe.resolution.policies import Interpolate

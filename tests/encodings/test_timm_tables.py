@@ -19,7 +19,8 @@ from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 
-from tests.encodings.originals import exchanged, randn, same
+from tests.encodings.originals import exchanged, same
+from tests.helpers import randn
 from vit2dpe import Dims, Positions, attend, build
 from vit2dpe.encodings import Factorized, LearnedTable, LogCPB, RelativeBias, WindowedTable
 

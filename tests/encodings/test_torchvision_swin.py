@@ -3,7 +3,8 @@
 import pytest
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from tests.encodings.originals import exchanged, randn, same
+from tests.encodings.originals import exchanged, same
+from tests.helpers import randn
 from vit2dpe import Positions
 from vit2dpe.encodings import LogCPB, RelativeBias
 from vit2dpe.signal import Table

@@ -16,7 +16,8 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
-from tests.encodings.originals import exchanged, halves, randn, same, turned
+from tests.encodings.originals import exchanged, halves, same, turned
+from tests.helpers import randn
 from vit2dpe import Positions
 from vit2dpe.encodings import Alibi, AxialRoPE, CentredRoPE, LearnedTable, LogCPB, T5Bias
 from vit2dpe.resolution.policies import NTK, Interpolate, YaRN, YaRNTemperature

@@ -351,14 +351,14 @@ def streaming(tmp_path, **data):
 
 
 def on_step(monkeypatch, step, then):
-    real = Trainer._tell
+    real = Trainer._report
 
     def spy(self, epoch):
         real(self, epoch)
         if self.state.step == step:
             then()
 
-    monkeypatch.setattr(Trainer, "_tell", spy)
+    monkeypatch.setattr(Trainer, "_report", spy)
 
 
 @fault("F55")

@@ -11,6 +11,7 @@ import timm  # noqa: F401 - before vit2dpe.models.layers, which cannot be the fi
 import torch
 from torch import nn
 
+from tests.helpers import randn, within
 from vit2dpe import Dims, PositionEncoding, Positions, Signal, build, stock, use_policy
 from vit2dpe.encodings import NoPosition
 from vit2dpe.errors import ConfigError
@@ -51,7 +52,7 @@ def encoder(*args, depth=DEPTH, **more):
 
 
 def tokens(n=7, batch=BATCH, seed=1):
-    return torch.randn(batch, n, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return randn(batch, n, WIDTH, seed=seed)
 
 
 def blocks(module):
@@ -98,10 +99,7 @@ def made(word, heads, norm_first, at):
     return module, [shared(where) + getattr(one, "position", NoPosition())(where) for one in module.layers]
 
 
-def close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape
-    assert float(b.detach().std()) > 0.1
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+close = within(1e-5, spread=0.1)
 
 
 WORDS = ("none", "sincos", "learned", "relative", "relative(shared=true)", "alibi", "rope", "sincos+alibi+relative")
@@ -618,16 +616,6 @@ class Pairs(PositionEncoding):
         return self.table[:, q.places()[0, :, 0]][:, :, k.places()[0, :, 0]][None]
 
 
-@pytest.fixture
-def one_thread():
-    """For tensors so small that threads wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_reversing_a_sequence_through_a_stock_encoder():
     torch.manual_seed(0)
     length, words = 8, 16

@@ -1,6 +1,5 @@
 """`vit2dpe evaluate`: any timm model and any run, swept; what cannot work is one line before anything is measured."""
 
-import csv
 import json
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.helpers import read_csv
 from vit2dpe import ConfigError, DataError, sweep
 from vit2dpe.cli import main
 from vit2dpe.study.evaluate import evaluate_model
@@ -50,8 +50,7 @@ def test_a_model_of_timm_at_sizes_and_modes(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "images: 9 used of 9" in said
     assert "| scale | vit_tiny_patch16_224 | default | none |" in said
-    with (tmp_path / "out" / "results.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(tmp_path / "out" / "results.csv")
     assert tuple(table[0]) == COLUMNS
     assert [float(row["value"]) for row in table] == [row.top1 for row in rows]
     assert json.loads((tmp_path / "out" / "env.json").read_text())["timm"] == timm.__version__
@@ -90,8 +89,8 @@ def test_a_run_of_a_study_keeps_its_numbers(tmp_path):
                       out=str(tmp_path / "study")))  # fmt: skip
     (trial,) = (tmp_path / "study" / "cells").iterdir()
     rows = run(tmp_path, model=str(trial), data="digits", sizes="16,24", limit=40)
-    with (tmp_path / "study" / "results.csv").open() as file:
-        table = [(r["encoding"], r["policy"], float(r["top1"]), float(r["height"])) for r in csv.DictReader(file)]
+    measured = read_csv(tmp_path / "study" / "results.csv")
+    table = [(r["encoding"], r["policy"], float(r["top1"]), float(r["height"])) for r in measured]
     assert [(r.encoding, r.policy, r.top1, r.height) for r in rows] == table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import read_csv
 from vit2dpe.cli import main
 from vit2dpe.errors import DataError
 from vit2dpe.study.html import Study, merge, page, read_study
@@ -145,8 +145,7 @@ def test_committed_results_have_a_page(path):
     text = page([study])
     assert len(text) < 3_000_000
     read = Reader(text)
-    with path.open(newline="") as file:
-        words = list(dict.fromkeys(one["encoding"] for one in csv.DictReader(file)))
+    words = list(dict.fromkeys(one["encoding"] for one in read_csv(path)))
     assert read.data["names"] == words
     assert study.about["torch"] in text
 

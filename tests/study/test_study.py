@@ -1,6 +1,5 @@
 """The study end to end on micro models: files, resuming, interruption, and one clear line for bad input."""
 
-import csv
 import json
 import re
 import subprocess
@@ -10,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.helpers import read_csv
 from vit2dpe import load_run
 from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images, normalize
@@ -34,13 +34,8 @@ def finished(tmp_path_factory):
     return out
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_it_writes_what_it_promises(finished):
-    rows = read(finished / "results.csv")
+    rows = read_csv(finished / "results.csv")
     assert tuple(rows[0]) == COLUMNS
     # none: 1 policy; rope: 4; a sum of a formula and a table has none in common: its parts do what they do
     assert len(rows) == 2 * (1 + 4 + 1) * 2 * 2
@@ -59,7 +54,7 @@ def test_it_writes_what_it_promises(finished):
     env = json.loads((finished / "env.json").read_text())
     assert {"command", "torch", "timm", "python", "hardware", "data", "config"} <= set(env)
     for folder in (finished / "cells").iterdir():
-        assert len(read(folder / "metrics.csv")) == 1
+        assert len(read_csv(folder / "metrics.csv")) == 1
 
 
 @pytest.mark.parametrize("word", ["none", "rope", "sincos+relative"])
@@ -70,7 +65,7 @@ def test_a_trained_model_loads_again_and_gives_the_same_logits(finished, word):
     data = load_images("digits", limit_train=64, limit_test=40)
     x = fit_size(normalize(data.test.images / 255, about["mean"], about["std"]), (16, 16), "scale", (16, 16))
     row = next(
-        r for r in read(finished / "results.csv")
+        r for r in read_csv(finished / "results.csv")
         if (r["encoding"], r["seed"], r["height"], r["mode"]) == (word, "1.0", "16.0", "scale")
     )  # fmt: skip
     with torch.no_grad():
@@ -94,7 +89,7 @@ def test_a_finished_trial_is_not_trained_again(finished, monkeypatch, capsys):
 def test_other_sizes_measure_a_trained_model_without_training_it(finished, monkeypatch, tmp_path):
     monkeypatch.setattr(trials, "fit", None)
     study(replace(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
-    assert {r["height"] for r in read(finished / "results.csv")} == {"20.0"}
+    assert {r["height"] for r in read_csv(finished / "results.csv")} == {"20.0"}
 
 
 def test_a_changed_setting_trains_anew(finished, monkeypatch):
@@ -121,11 +116,11 @@ def test_an_interrupt_keeps_finished_trials(tmp_path, monkeypatch):
     args = ["study", "--encodings", "none,rope", "--smoke", "--width", "16", "--depth", "1", "--heads", "2"]
     args += ["--out", str(tmp_path)]
     assert main(args) == 130
-    assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none"}
+    assert {r["encoding"] for r in read_csv(tmp_path / "results.csv")} == {"none"}
     assert "1 of 2 trials" in (tmp_path / "summary.md").read_text()
     monkeypatch.setattr(trials, "fit", real)
     assert main(args) == 0
-    assert {r["encoding"] for r in read(tmp_path / "results.csv")} == {"none", "rope"}
+    assert {r["encoding"] for r in read_csv(tmp_path / "results.csv")} == {"none", "rope"}
 
 
 def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeypatch):
@@ -205,7 +200,7 @@ def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
 def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
     swin = replace(MICRO, arch="swin", stages="1,1", patch=2, window=4, encodings="relative,alibi", modes="scale")
     study(replace(swin, out=str(tmp_path)))
-    rows = read(tmp_path / "results.csv")
+    rows = read_csv(tmp_path / "results.csv")
     assert {r["policy"] for r in rows if r["encoding"] == "relative"} == {"keep+resize", "scale+resize"}
     assert {r["policy"] for r in rows if r["encoding"] == "alibi"} == {
         f"{window}+{policy}" for window in ("keep", "scale") for policy in ("extrapolate", "interpolate")

@@ -1,12 +1,12 @@
 """The study on text and on sequences: the same files as on images, and numbers that are what they say."""
 
-import csv
 import json
 import math
 
 import pytest
 import torch
 
+from tests.helpers import read_csv
 from vit2dpe import load_run, use_policy
 from vit2dpe.cli import main
 from vit2dpe.models.text.heads import TextDecoder
@@ -19,8 +19,7 @@ SMALL = ["--width", "16", "--heads", "2", "--batch-size", "4", "--smoke", "--dev
 
 
 def rows_of(out):
-    with (out / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(out / "results.csv")
 
 
 @pytest.fixture

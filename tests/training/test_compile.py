@@ -45,7 +45,7 @@ def test_compiled_training_is_training(backend, tmp_path, monkeypatch):
     assert numbers(whole) == pytest.approx(numbers(eager), abs=1e-5)
     assert load_run(tmp_path / "whole").about["state"]["step"] == 8, "names in the checkpoint are the model's own"
 
-    tell = Trainer._tell
+    tell = Trainer._report
 
     def dies(self, epoch):
         tell(self, epoch)
@@ -55,7 +55,7 @@ def test_compiled_training_is_training(backend, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_tell", dies)
+        patch.setattr(Trainer, "_report", dies)
         with pytest.raises(Killed):
             run(tmp_path / "cut")
     run(tmp_path / "cut", resume=True)

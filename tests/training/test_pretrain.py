@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from tests.helpers import read_csv
 from vit2dpe import MAE, CheckpointError, ConfigError, ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.cli.options import settings
@@ -52,11 +52,6 @@ def run(tmp_path_factory):
     return pretrain(config(tmp_path_factory.mktemp("pretrain") / "run"), "vit2dpe pretrain --as typed")
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # pretraining ------------------------------------------------------------------------------------------------------
 
 
@@ -75,8 +70,8 @@ def test_a_run_folder_holds_all_of_it(run):
     assert expected <= names
     assert "vit2dpe pretrain --as typed" in (run / "summary.md").read_text()
     assert "--init" in (run / "summary.md").read_text()
-    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
-    losses = [float(row["test_loss"]) for row in rows(run / "metrics.csv")]
+    assert [row["epoch"] for row in read_csv(run / "metrics.csv")] == ["1", "2"]
+    losses = [float(row["test_loss"]) for row in read_csv(run / "metrics.csv")]
     assert losses[1] < losses[0]
     assert json.loads((run / "last" / "model.json").read_text())["model"] == "MAE"
 
@@ -157,7 +152,7 @@ def test_simmim_leaves_the_same_folder_and_goes_on(tmp_path):
     folder = pretrain(replace(told, optim=replace(told.optim, epochs=1, warmup_epochs=0)))
     assert isinstance(load_run(folder), SimMIM)
     assert (folder / "reconstructions.png").is_file()
-    assert len(rows(probe(ProbeConfig(run=str(folder), k=3, device="cpu")))) == 2
+    assert len(read_csv(probe(ProbeConfig(run=str(folder), k=3, device="cpu")))) == 2
     model = ViT("learned", img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0,
                 class_token=False, global_pool="avg")  # fmt: skip
     assert len(load_weights(model, folder).taken) == len(model.state_dict()) - 4
@@ -212,7 +207,7 @@ def test_loading_names_what_was_taken(run):
 
 
 def test_the_probe_writes_its_table(run, capsys):
-    table = rows(probe(ProbeConfig(run=str(run), k=5, device="cpu")))
+    table = read_csv(probe(ProbeConfig(run=str(run), k=5, device="cpu")))
     assert [(row["method"], row["pool"], row["n_train"], row["n_test"]) for row in table] == [
         ("linear", "avg", "64", "20"),
         ("knn", "avg", "64", "20"),

@@ -78,7 +78,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("at", [1, 4, 6, 11])
 def test_a_saved_step_goes_on_to_the_same_bits(data, whole, tmp_path, monkeypatch, at):
     """Saved after update `at` (in an epoch, at its end), killed one update later."""
-    real = Trainer._tell
+    real = Trainer._report
 
     def spy(self, epoch):
         real(self, epoch)
@@ -88,7 +88,7 @@ def test_a_saved_step_goes_on_to_the_same_bits(data, whole, tmp_path, monkeypatc
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_tell", spy)
+        patch.setattr(Trainer, "_report", spy)
         with pytest.raises(Killed):
             fit(build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC)
     torch.manual_seed(99)

@@ -1,6 +1,5 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
-import csv
 import json
 from dataclasses import replace
 from functools import partial
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers import read_csv
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
 from vit2dpe.cli.commands import COMMANDS, _named, main
 from vit2dpe.cli.options import options_of, settings
@@ -48,8 +48,7 @@ def test_a_run_folder_holds_what_it_promises(finished):
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert settings["model"]["position"] == "rope+learned"
     assert settings["data"]["size"] == "8x12"
-    with (finished / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert [row["epoch"] for row in read_csv(finished / "metrics.csv")] == ["1", "2"]
     summary = (finished / "summary.md").read_text()
     assert "vit2dpe train --micro" in summary
     assert "Next: `vit2dpe train --config" in summary

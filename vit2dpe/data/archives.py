@@ -90,7 +90,7 @@ def from_hub(
         DataError: if it cannot be had, or is not of that kind.
     """
     try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
+        import datasets
     except ImportError as error:
         raise DataError(f"hf:{name} needs the package datasets ({error}): pip install datasets") from None
     try:

@@ -1,4 +1,4 @@
-"""A run folder: one training at a time, written to before anything is computed, and saying how it came about."""
+"""Run folders: locked for one training at a time, checked before anything is computed, with provenance of the run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,13 +19,14 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..errors import ConfigError
 from ..files import write_atomically
-from ..spec import Settings, flat, plain
+from ..spec import Plain, Settings, flat, plain
 from .distributed import ALONE, World
+from .log import Row
 
 
 @contextmanager
 def run_folder(out: str | Path, *, resume: bool = False, world: World = ALONE) -> Iterator[Path]:
-    """`out`, made, found writable, and held for this process until the end.
+    """Create `out`, check that it is writable, and lock it for this process.
 
     Raises:
         ConfigError: if it cannot be written to, is held by another process, or holds a run that is not to be resumed.
@@ -71,8 +71,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Any]:
-    """What a number needs beside it: command, versions, hardware, data."""
+def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Plain]:
+    """The provenance of a result: command, versions, hardware, data."""
     import timm
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -93,7 +93,7 @@ def environment(command: str, device: torch.device, data: str, digest: str) -> d
 
 
 def git_hash() -> str | None:
-    """The commit of this package's source, "+" behind it where files were changed; None for an installed copy."""
+    """The commit of this package's source, with a "+" if files were changed since; None for an installed copy."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None
@@ -113,8 +113,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_facts(folder: Path, config: Settings, facts: Mapping[str, Any]) -> None:
-    """`config.yaml`, that `--config` reads again, and `env.json`."""
+def write_facts(folder: Path, config: Settings, facts: Mapping[str, Plain]) -> None:
+    """Write `config.yaml`, which `--config` reads, and `env.json`."""
     import yaml
 
     settings = plain(config) | {"resume": False}
@@ -123,7 +123,7 @@ def write_facts(folder: Path, config: Settings, facts: Mapping[str, Any]) -> Non
 
 
 def changed_settings(folder: Path, config: Settings) -> list[str]:
-    """How `config` differs from the one that the run in `folder` was started with."""
+    """Differences between `config` and the settings that the run in `folder` was started with, a line each."""
     import yaml
 
     path = folder / "config.yaml"
@@ -134,8 +134,8 @@ def changed_settings(folder: Path, config: Settings) -> list[str]:
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 
 
-def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: Mapping[str, Any], next_: str) -> None:
-    """`summary.md`: what came out, the exact command, and what to try next."""
+def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str) -> None:
+    """`summary.md`: the results, the exact command, and a command to try next."""
     last = rows[-1] if rows else {}
     shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
     lines = [
@@ -143,8 +143,8 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
         "",
         f"    {facts['command']}",
         "",
-        f"{facts['data']} (sha256 {facts['digest'][:12]}); {last.get('seconds', 0) / 60:.1f} minutes on "
-        f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] > 1)}; torch {facts['torch']}, "
+        f"{facts['data']} (sha256 {facts['digest']:.12}); {last.get('seconds', 0) / 60:.1f} minutes on "
+        f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] != 1)}; torch {facts['torch']}, "
         f"timm {facts['timm']}, vit2dpe {facts['vit2dpe']} ({facts['git'] or 'installed'})."
         + (f" Images used: {facts['images']}." if "images" in facts else ""),
         "",
@@ -159,16 +159,17 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
 
 
 def printable(text: object) -> str:
-    """Text that any terminal takes: bytes of a path that are no UTF-8 are escaped."""
+    """Text for any terminal: bytes of a path that are no UTF-8 are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
+    """{"a": {"b": 1}} as {"a.b": 1}"""
+    flat: dict[str, Plain] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return flat
 
 
-def _short(value: Any) -> str:
+def _short(value: float | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

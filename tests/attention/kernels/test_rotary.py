@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers import randn
 from vit2dpe import Attention, Dims, Positions, Rotation, Signal, build
 from vit2dpe.attention import functional as core
 from vit2dpe.attention.functional import split_heads
@@ -25,12 +26,12 @@ def turn(kind="shared", dtype=torch.float32, seed=0):
 
 
 def packed(dtype=torch.float32, seed=1):
-    return torch.randn(B, N, 3 * DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return randn(B, N, 3 * DIM, seed=seed, dtype=torch.float64).to(dtype)
 
 
 def both(qkv, rotation):
     """(in place, plain): q, k, v and the gradients to qkv, cos and sin of one weighted sum of them."""
-    weights = torch.randn(3, B, H, N, DIM // H, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights = randn(3, B, H, N, DIM // H, seed=2, dtype=torch.float64)
     results = []
     for private in (True, False):
         source = qkv.clone().requires_grad_()

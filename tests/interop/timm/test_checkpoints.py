@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models import Eva, VisionTransformer
 
+from tests.helpers import redrawn
 from tests.interop.timm.test_from_timm import create, images, same
 from vit2dpe import CheckpointError, ConfigError, ViT, from_timm, set_policy, to_timm, use_policy
 from vit2dpe.interop.timm.read import read
@@ -17,12 +18,8 @@ from vit2dpe.models import DistilledViT
 MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
 
 
-@torch.no_grad()
 def drawn(model):
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.2 + name.endswith(("norm1.weight", "norm2.weight", "gamma")))
-    return model.eval()
+    return redrawn(model, 0.2, lambda name: name.endswith(("norm1.weight", "norm2.weight", "gamma")), seed=3)
 
 
 # sizes -------------------------------------------------------------------------------------------------------------

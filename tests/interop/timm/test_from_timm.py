@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+from tests.helpers import randn
 from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import ConfigError, from_timm, to_timm
 from vit2dpe.interop.timm.read import FAMILIES
@@ -83,7 +84,7 @@ def create(name, **kwargs):
 def images(model, rows=None, columns=None, batch=2):
     patch, size = model.patch_embed.patch_size, model.patch_embed.img_size
     height, width = size if rows is None else (rows * patch[0], columns * patch[1])
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+    return randn(batch, 3, height, width, seed=1)
 
 
 def same(ours, theirs):

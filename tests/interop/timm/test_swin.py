@@ -11,7 +11,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torchvision.models import swin_transformer as tv
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
-from tests.encodings.originals import randn
+from tests.helpers import randn, shaken, within
 from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import CheckpointError, ConfigError, Positions, Signal, attend, from_timm, to_timm, use_policy
 from vit2dpe.encodings import NoPosition, RelativeBias
@@ -27,24 +27,13 @@ FAMILIES = {"v1": SwinTransformer, "v2": SwinTransformerV2}
 V2 = dict(position="logcpb", qk="cosine", post_norm=True)
 
 
-def enlarged(model, std=0.1):
-    """Every parameter away from its start, so that biases, tables and norms that start at 0 matter."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=std)
-    return model.eval()
-
-
 def theirs_of(family, **kwargs):
     torch.manual_seed(0)
     sizes = {**MICRO, "img_size": (24, 40), "patch_size": 2, "window_size": (3, 5), **kwargs}
-    return enlarged(FAMILIES[family](**sizes))
+    return shaken(FAMILIES[family](**sizes))
 
 
-def close(ours, theirs, tolerance=1e-5):
-    assert float(theirs.std()) > 0.05
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+close = within(1e-5, spread=0.05)
 
 
 # timm -----------------------------------------------------------------------------------------------------------------
@@ -54,7 +43,7 @@ def close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @torch.no_grad()
 def test_the_full_sized_models_are_timms(name):
-    theirs = enlarged(timm.create_model(name), 0.03)
+    theirs = shaken(timm.create_model(name), 0.03)
     ours = from_timm_swin(theirs)
     x = randn(1, *theirs.pretrained_cfg["input_size"])
     close(ours(x), theirs(x))
@@ -64,7 +53,7 @@ def test_the_full_sized_models_are_timms(name):
 @torch.no_grad()
 def test_our_name_takes_the_weights_of_timms():
     less = dict(depths=(1, 1, 2, 1), embed_dim=48)
-    theirs = enlarged(timm.create_model("swin_tiny_patch4_window7_224", **less), 0.05)
+    theirs = shaken(timm.create_model("swin_tiny_patch4_window7_224", **less), 0.05)
     ours = timm.create_model("vit2dpe_swin_tiny_patch4_window7_224", **less).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = randn(1, 3, 224, 224)
@@ -144,7 +133,7 @@ def test_ours_go_back_to_timm(family):
 
 @torch.no_grad()
 def test_a_network_of_other_windows_goes_back_with_their_sizes():
-    ours = enlarged(Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), window_policy="scale", **MICRO, **V2))
+    ours = shaken(Swin(img_size=(24, 40), patch_size=2, window_size=(3, 5), window_policy="scale", **MICRO, **V2))
     ours.set_input_size((48, 80))
     sizes = dict(img_size=(48, 80), patch_size=2, window_size=(6, 10))
     theirs = SwinTransformerV2(**MICRO, **sizes, pretrained_window_sizes=((3, 5),) * 3).eval()
@@ -229,7 +218,7 @@ def test_fifty_steps_of_adamw_are_timms(family):
     small = dict(img_size=(12, 20), depths=(2, 1), num_heads=(2, 4))
     theirs = theirs_of(family, drop_path_rate=0.0, **small).train()
     ours = from_timm_swin(theirs)
-    images = torch.randn(50, 4, 3, 12, 20, generator=torch.Generator().manual_seed(1))
+    images = randn(50, 4, 3, 12, 20, seed=1)
     assert_fifty_equal_steps(theirs, ours, lambda step: images[step])
 
 
@@ -255,7 +244,7 @@ def test_what_is_not_covered_is_refused_by_name(theirs, reason):
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
 @torch.no_grad()
 def test_the_full_sized_models_are_torchvisions(name):
-    theirs = enlarged(getattr(torchvision.models, name)(), 0.03)
+    theirs = shaken(getattr(torchvision.models, name)(), 0.03)
     size, v2 = (256, V2) if "v2" in name else (224, {})
     ours = Swin(img_size=size, window_size=8 if v2 else 7, **v2).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -270,7 +259,7 @@ def test_any_size_is_torchvisions_where_filled_up_places_are_attended_to(v2, siz
     """Its convolution drops what is less than a patch; ours would fill it up, so it is dropped here."""
     kinds = dict(block=tv.SwinTransformerBlockV2, downsample_layer=tv.PatchMergingV2) if v2 else {}
     sizes = {**MICRO, "depths": list(MICRO["depths"]), "num_heads": list(MICRO["num_heads"])}
-    theirs = enlarged(tv.SwinTransformer(patch_size=[4, 4], window_size=[3, 5], **sizes, **kinds))
+    theirs = shaken(tv.SwinTransformer(patch_size=[4, 4], window_size=[3, 5], **sizes, **kinds))
     build = dict(img_size=(96, 160), patch_size=4, window_size=(3, 5), **MICRO, **(V2 if v2 else {}))
     ours, masked = Swin(padding="attend", **build).eval(), Swin(**build).eval()
     for model in (ours, masked):
@@ -334,7 +323,7 @@ def allowed_by_loops(grid, window, shifted):
 @torch.no_grad()
 def test_attention_in_windows_is_attention_on_the_grid_with_the_mask_of_a_double_loop(grid, window, shifted):
     torch.manual_seed(0)
-    attention, images = enlarged(WindowAttention(8, 2)).double(), 2
+    attention, images = shaken(WindowAttention(8, 2)).double(), 2
     table = torch.randn(2, 2 * window[0] - 1, 2 * window[1] - 1, dtype=torch.float64)
     x = torch.randn(images, *grid, 8, dtype=torch.float64)
     at = Positions.grid(window)
@@ -385,7 +374,7 @@ def test_windows_that_are_not_shifted_nor_filled_up_are_views():
 def test_one_mask_for_all_windows_gives_the_same(monkeypatch):
     """What is traced is what runs: the one group of a compiled model and the kinds of an eager one."""
     torch.manual_seed(0)
-    attention, x = enlarged(WindowAttention(8, 2)).double(), torch.randn(3, 7, 11, 8, dtype=torch.float64)
+    attention, x = shaken(WindowAttention(8, 2)).double(), torch.randn(3, 7, 11, 8, dtype=torch.float64)
     for shifted, masked in itertools.product((False, True), (False, True)):
         one = dict(shifted=shifted, masked=masked, device=x.device)
         eager = attention(x, Signal(), cut((7, 11), (3, 5), 3, **one))
@@ -418,7 +407,7 @@ def test_nothing_leaks_past_the_edges_of_windows_at_any_size_of_logits():
 def test_places_that_were_filled_up_leave_every_gradient_finite(shifted):
     """No query sees nothing: the softmax of that is nobody's promise, and NaN would come back from what is dropped."""
     torch.manual_seed(0)
-    attention = enlarged(WindowAttention(8, 2))
+    attention = shaken(WindowAttention(8, 2))
     for grid in GRIDS:
         x = torch.randn(2, *grid, 8, requires_grad=True)
         windows = cut(grid, (3, 5), 2, shifted=shifted, masked=True, device=x.device)

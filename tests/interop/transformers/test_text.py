@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.helpers import within
 from vit2dpe import CheckpointError, ConfigError, use_policy
 from vit2dpe.interop.transformers.convert import from_transformers, interleaved
 from vit2dpe.models.text.generate import beam_search, generate
@@ -53,10 +54,7 @@ def ids(*shape, seed=1):
     return torch.randint(4, 31, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b, tolerance=2e-5):
-    assert b.std() > 0.1
-    worst = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
-    assert worst <= tolerance, f"off by {worst:.1e}"
+close = within(2e-5, of_the_largest=True, spread=0.1)
 
 
 PADDED, VALID = pad([ids(n, seed=n) for n in (9, 4, 6)], left=True)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
+from tests.helpers import randn
 from vit2dpe import ConfigError, PositionEncoding, Positions, set_policy, sweep, use_policy
 from vit2dpe.encodings import ENCODINGS, Alibi, MixedRoPE, RelativeBias
 from vit2dpe.models import Swin
@@ -34,7 +35,7 @@ def drawn(position="relative", **kwargs):
 
 
 def images(batch=2, height=16, width=24, seed=0):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return randn(batch, 3, height, width, seed=seed)
 
 
 X = images()
@@ -48,6 +49,7 @@ def all_but(*now):
 # every encoding -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize(("position", "v2"), [(word, {}) for word in WORDS] + [("logcpb", V2), ("rope+learned", V2)])
 def test_a_few_steps_lower_the_loss_and_leave_nothing_untrained(position, v2):
     model, x, labels = micro(position, **v2), images(6), torch.arange(6)
@@ -62,6 +64,7 @@ def test_a_few_steps_lower_the_loss_and_leave_nothing_untrained(position, v2):
     assert not [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", WORDS)
 @torch.no_grad()
 def test_any_size_runs_and_copies_and_loads_give_the_same(position):
@@ -81,6 +84,7 @@ def test_any_size_runs_and_copies_and_loads_give_the_same(position):
             assert bool(model(images(1, 33, 50)).isfinite().all())
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", WORDS)
 def test_half_precision_stays_near(position):
     model = micro(position, **(V2 if position == "logcpb" else {})).eval()
@@ -99,6 +103,7 @@ def test_half_precision_stays_near(position):
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", all_but("relative", "logcpb", "sincos+rope_mixed"))
 def test_compiles_whole(position):
     """One stage with a plain and a shifted block, at a size that is filled up."""
@@ -114,6 +119,7 @@ def test_no_image_gives_no_logits():
     assert model(images(batch=0)).shape == (0, model.num_classes)
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", all_but("relative"))
 def test_export_with_dynamic_height_and_width(position):
     """One torch.export program for all sizes with several windows along both axes of every stage."""

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers import randn, redrawn, within
 from vit2dpe import ConfigError, Positions, use_policy
 from vit2dpe.attention import masks
 from vit2dpe.attention.cache import KVCache
@@ -29,19 +30,15 @@ def drawn(kind, word, **more):
     sizes = dict(SIZES)
     if kind is Seq2Seq:
         sizes["source_vocab"] = sizes["target_vocab"] = sizes.pop("vocab_size")
-    model = kind(word, **(sizes | more)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.4 + ("norm" in name and name.endswith("weight")))
-    return model
+    model = kind(word, **(sizes | more))
+    return redrawn(model, 0.4, lambda name: "norm" in name and name.endswith("weight"))
 
 
 def ids(*shape, seed=1):
     return torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+close = within(2e-5, relative=True)
 
 
 # --- for every encoding
@@ -117,7 +114,7 @@ def test_a_window_from_positions_is_the_dense_one(word, extent):
     dims, at = Dims(24, 2, extent), Positions.grid(extent).with_prefix(1)
     encoding = randomise(build(word, dims)).eval()
     signal, reach = encoding(at), (2,) if len(extent) == 1 else (1, 2)
-    q, k, v = torch.randn(3, 1, 2, 1 + at.coords.shape[1], 12, generator=torch.Generator().manual_seed(0))
+    q, k, v = randn(3, 1, 2, 1 + at.coords.shape[1], 12)
     got = attend(q, k, v, signal, masks.window(at, at, reach))
     places = [None, *[tuple(int(c) for c in p) for p in at.coords[0]]]
     for i, here in enumerate(places):

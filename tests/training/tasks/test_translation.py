@@ -1,6 +1,5 @@
 """Translation: pairs as they are read, batches, the schedule, and the command from data to BLEU."""
 
-import csv
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import read_csv
 from vit2dpe import ConfigError, DataError, load_run
 from vit2dpe.cli import main
 from vit2dpe.data.pairs import Encoder, load_pairs
@@ -190,8 +190,7 @@ def test_from_pairs_to_bleu(folder, tmp_path, capsys):
     facts = json.loads((out / "bleu.json").read_text())
     assert f"BLEU {facts['bleu']:.2f} on 5 sentences of test_2016_flickr" in said
     assert len((out / "translations.txt").read_text().splitlines()) == 5
-    with (out / "metrics.csv").open(newline="") as file:
-        losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    losses = [float(row["val_loss"]) for row in read_csv(out / "metrics.csv")]
     assert losses[-1] < losses[0] - 0.5
     assert main(["text", "sample", "--run", str(out), "--prompt", "zwei Hund", "--device", "cpu"]) == 0
     model = load_run(out, which="best")

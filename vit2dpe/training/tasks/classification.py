@@ -135,9 +135,9 @@ class ImageTask(Task):
         return found
 
     def describe(self) -> dict[str, Any]:
-        data = self.data
-        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
-        return describe_data("classification", data, **facts, train_size=list(self.train_size))
+        data, size = self.data, list(self.train_size)
+        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std), train_size=size)
+        return describe_data("classification", data) | facts
 
 
 def evaluation_batches(
