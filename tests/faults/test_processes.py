@@ -32,10 +32,10 @@ from vit2dpe.study.settings import StudyConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.run_folder import run_folder
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.train import train
 
 fault = pytest.mark.fault
 MICRO = TrainConfig(
@@ -123,7 +123,7 @@ def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys
 @fault("F51")
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
-    monkeypatch.setattr("vit2dpe.training.train.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)  # before data are read
     assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
     assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
 
