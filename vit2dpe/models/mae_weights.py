@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..encodings import LearnedTable, PositionEncoding
 from ..errors import CheckpointError
-from . import weights
 from .mae_names import State, from_transformers
+from .weights import check_formula, is_formula, resize_tables, rewrite, unwrapped
 
 _FLAT = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.)")
 
@@ -33,9 +33,9 @@ class _Decoder(Protocol):
 def convert_state_dict(module: _Decoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load pre-hook of MAE: files and names of others, and tables of another grid, brought to ours in place."""
     if not prefix:
-        state = weights.unwrapped(state_dict)
+        state = unwrapped(state_dict)
         theirs = any(name.startswith("vit.embeddings.") for name in state)
-        weights.rewrite(state_dict, from_transformers(state) if theirs else state)
+        rewrite(state_dict, from_transformers(state) if theirs else state)
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     flat = [name for name in names if _FLAT.match(name)]
     if flat and not any(name.startswith("decoder_") for name in names):
@@ -50,13 +50,13 @@ def convert_state_dict(module: _Decoder, state_dict: dict[str, Any], prefix: str
         name = "decoder_position"
         for key, value in _place(table, module.decoder_position, module.train_grid, name).items():
             state_dict[prefix + key] = value
-    weights.resize_tables(module, state_dict, prefix)  # type: ignore[arg-type]
+    resize_tables(module, state_dict, prefix)  # type: ignore[arg-type]
 
 
 def _place(flat: Tensor, position: PositionEncoding, grid: tuple[int, int], owner: str) -> State:
     """What a flat table (1, prefix + N, D) is in our encoding: its parameter, or nothing for a formula that agrees."""
-    if weights.is_formula(position):
-        weights.check_formula(position, grid, flat, "decoder_pos_embed")
+    if is_formula(position):
+        check_formula(position, grid, flat, "decoder_pos_embed")
         return {}
     tables = [name for name, part in position.named_modules() if isinstance(part, LearnedTable)]
     rows = flat.shape[1] - math.prod(grid)
