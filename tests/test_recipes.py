@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from vit2dpe.cli.commands import COMMANDS, main
-from vit2dpe.training import train as module
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives import images as module
 from vit2dpe.training.settings import TrainConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -42,9 +42,9 @@ def test_a_classifiers_recipe_can_be_started(path, monkeypatch, tmp_path):
     given = yaml.safe_load(path.read_text())
     assert config.optim.lr == given["optim"]["lr"], "numbers are written so that YAML reads numbers"
     assert module.check(config)
-    size = module.parse_size(config.data.size)
+    size = config.data.size
     with torch.device("meta"):
-        model = module.model_spec(module.resolve(config), size, 3, 10).build()
+        model = module.model_spec(module.resolve(config).model, size, 3, 10).build()
         out = model(torch.zeros(2, 3, *size))
     assert out.shape == (2, 10)
 

@@ -16,9 +16,9 @@ from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask, evaluation_batches
-from vit2dpe.training.train import train
 
 
 @pytest.fixture(scope="module")

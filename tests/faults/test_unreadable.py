@@ -22,8 +22,8 @@ from vit2dpe.errors import CheckpointError, ConfigError, DataError
 from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.settings import EvaluateConfig
 from vit2dpe.training.checkpoint import load_run
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vit2dpe.training.train import train
 
 fault = pytest.mark.fault
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"

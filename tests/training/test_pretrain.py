@@ -22,17 +22,16 @@ from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.plots.reconstruction import LEAK, draw
 from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.probe import features, knn_probe, linear_probe, probe
-from vit2dpe.study.probe_settings import ProbeConfig
-from vit2dpe.study.settings import EvaluateConfig
+from vit2dpe.study.settings import EvaluateConfig, ProbeConfig
 from vit2dpe.training.checkpoint import save_model
 from vit2dpe.training.distributed import World
 from vit2dpe.training.initial_weights import load_weights
-from vit2dpe.training.pretrain import check, masked_spec, pretrain
+from vit2dpe.training.objectives.images import train
+from vit2dpe.training.objectives.masked_images import check, masked_spec, pretrain
 from vit2dpe.training.pretrain_settings import DecoderConfig, PretrainConfig
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.tasks.masked_images import MaskedTask
-from vit2dpe.training.train import train
 
 
 def config(out, **changes):
@@ -91,7 +90,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
     from vit2dpe.data.datasets import load
     from vit2dpe.seeding import derive_seed
     from vit2dpe.training.engine import fit
-    from vit2dpe.training.pretrain import masked_task
+    from vit2dpe.training.objectives.masked_images import masked_task
 
     told = check(config(tmp_path / "again"))
     data = load(told.data)

@@ -8,7 +8,7 @@ import pytest
 from tests.training.test_train import MICRO, at
 from vit2dpe.errors import ConfigError
 from vit2dpe.training.log import read_table
-from vit2dpe.training.train import train
+from vit2dpe.training.objectives.images import train
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):

@@ -18,9 +18,9 @@ from vit2dpe.errors import CheckpointError, ConfigError
 from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import check, model_spec, train
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.train import check, model_spec, train
 
 MICRO = TrainConfig(
     model=ModelConfig(width=16, depth=1, heads=2, position="rope+learned"),
@@ -126,7 +126,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_data_are_read(args, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.training.train.load", None)
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)
     assert main(["train", "--run.out", str(tmp_path / "out"), *args]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -228,11 +228,11 @@ def test_weights_of_another_architecture_or_not_finite_are_refused(tmp_path, fin
 
 def test_models_come_by_name_or_by_sizes(tmp_path):
     named = check(replace(MICRO, model=ModelConfig(name="vit2dpe_tiny_patch4_32", options={"depth": 1})))
-    spec = model_spec(named, (8, 12), 1, 10)
+    spec = model_spec(named.model, (8, 12), 1, 10)
     assert spec.kind == "timm"
     model = spec.build()
     assert (model.train_grid, len(model.blocks), model.num_classes) == ((2, 3), 1, 10)
-    theirs = model_spec(replace(MICRO, model=ModelConfig(name="resnet10t")), (32, 32), 1, 10)
+    theirs = model_spec(ModelConfig(name="resnet10t"), (32, 32), 1, 10)
     assert "img_size" not in theirs.arguments
     out = train(
         at(replace(MICRO, smoke=True, model=ModelConfig(name="vit2dpe_tiny_patch4_32", options={"depth": 1})), tmp_path)

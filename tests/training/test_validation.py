@@ -14,8 +14,8 @@ from vit2dpe.data.splits import Split
 from vit2dpe.errors import ConfigError, DataError
 from vit2dpe.resolution.sweep import evaluate
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.train import train
 
 
 def numbered(counts):

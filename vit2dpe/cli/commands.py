@@ -34,29 +34,29 @@ COMMANDS = {
     ),
     "train": Command(
         "train a classifier of images with any encoding: resumable, on one process or many",
-        "training.train:train",
+        "training.objectives.images:train",
         "training.settings:TrainConfig",
         parallel=True,
     ),
     "text train": Command(
         "train a language model on plain text with any encoding",
-        "training.text:train",
+        "training.objectives.text:train_text",
         "training.text_settings:TextTrainConfig",
         parallel=True,
     ),
     "text sample": Command(
-        "let a trained text model write", "training.text:sample", "training.text_settings:SampleConfig"
+        "let a trained text model write", "training.sampling:sample", "training.text_settings:SampleConfig"
     ),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
-        "training.pretrain:pretrain",
+        "training.objectives.masked_images:pretrain",
         "training.pretrain_settings:PretrainConfig",
         parallel=True,
     ),
     "probe": Command(
         "what the frozen features of a run are worth: linear classifier, nearest neighbours",
         "study.probe:probe",
-        "study.probe_settings:ProbeConfig",
+        "study.settings:ProbeConfig",
     ),
     "evaluate": Command(
         "measure any timm model, or a trained one, at other sizes",

@@ -1,4 +1,4 @@
-"""One training loop for any task: settings, engine, checkpoints, run folder.
+"""One training loop for any task: settings, engine, checkpoints, run folder; and what the commands train with it.
 
 Names are imported on first use, so that a command's `--help` imports no torch.
 """
@@ -6,8 +6,7 @@ Names are imported on first use, so that a command's `--help` imports no torch.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 _HOME = {
     "Task": "task",
@@ -19,12 +18,21 @@ _HOME = {
     "save_model": "checkpoint",
     "OptimConfig": "settings",
     "RunConfig": "settings",
+    "ModelConfig": "settings",
+    "TrainConfig": "settings",
+    "PretrainConfig": "pretrain_settings",
+    "TextTrainConfig": "text_settings",
+    "SampleConfig": "text_settings",
+    "train": "objectives.images",
+    "pretrain": "objectives.masked_images",
+    "train_text": "objectives.text",
+    "sample": "sampling",
 }
 
 __all__ = [*_HOME]
 
 
-def __getattr__(name: str) -> Callable[..., Any]:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME[name]
@@ -43,5 +51,11 @@ if TYPE_CHECKING:
     from .distributed import World  # noqa: F401
     from .engine import fit  # noqa: F401
     from .initial_weights import load_weights  # noqa: F401
-    from .settings import OptimConfig, RunConfig  # noqa: F401
+    from .objectives.images import train  # noqa: F401
+    from .objectives.masked_images import pretrain  # noqa: F401
+    from .objectives.text import train_text  # noqa: F401
+    from .pretrain_settings import PretrainConfig  # noqa: F401
+    from .sampling import sample  # noqa: F401
+    from .settings import ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: F401
     from .task import Task  # noqa: F401
+    from .text_settings import SampleConfig, TextTrainConfig  # noqa: F401

@@ -51,6 +51,7 @@ class Meta(TypedDict, total=False):
     classes: list[str]
     mean: list[float]
     std: list[float]
+    train_size: list[int]  # (H, W)
     tokenizer: dict[str, str]
     trained: Plain
     final: dict[str, float] | None  # the last row of `metrics.csv`
