@@ -23,14 +23,14 @@ from benchmarks import measure
 from benchmarks.table import line, markdown
 from vit2dpe.errors import ConfigError, unknown
 from vit2dpe.files import write_atomically
-from vit2dpe.spec import parse_size, split_words
+from vit2dpe.spec import Settings, parse_size, split_words
 
 MODES = ("inference", "training", "first")
 PRECISIONS = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}  # and how far ours may be from the peer
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Settings):
     """Time our models against timm's of the same function, and against no encoding at all.
 
     Args:

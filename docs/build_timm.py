@@ -14,7 +14,7 @@ import timm
 import torch
 
 from vit2dpe import ConfigError
-from vit2dpe.interop.timm.families import FAMILIES, read
+from vit2dpe.interop.timm.read import FAMILIES, read
 
 MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
 PAGE = Path(__file__).parent / "timm.md"

@@ -42,7 +42,7 @@ for ax, size in zip(axes, ((12, 12), (16, 16), (24, 32), (32, 32), (48, 48)), st
 
 names = ["none", "learned", "sincos", "rope"]
 sizes, temperatures = "12,16,24,24x32,32,48", "none,log"
-config = StudyConfig(
+config = StudyConfig.of(
     encodings=",".join(names), sizes=sizes, temperatures=temperatures, modes="scale", epochs=8, limit_test=180, jobs=1
 )
 with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -74,7 +74,7 @@ report.draw(rows)
 
 # %%
 def losses(rows, sizes=(24, 32, 48)):
-    top1 = {(r["encoding"], r["policy"], r["temperature"], r["height"], r["width"]): r["top1"] for r in rows}
+    top1 = {(r.encoding, r.policy, r.temperature, *r.size): r.top1 for r in rows}
     heads = ["encoding", "policy", "temperature", *(f"{s}x{s}" for s in sizes)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key in dict.fromkeys(key[:3] for key in top1):

@@ -16,7 +16,7 @@ import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scipy.stats import t as student
 
@@ -24,15 +24,13 @@ from benchmarks.table import markdown
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
-from vit2dpe.study.study import read_rows
+from vit2dpe.study.rows import Row, read_rows
 
 HERE = Path(__file__).parent
 PAGE, RESULTS, PICTURE = HERE / "RESULTS.md", HERE / "results", HERE.parent / "docs" / "study.png"
 BENCH = HERE.parent / "benchmarks" / "results"
 PICTURED = "study_digits"  # the study that the README shows
 BLOCK = re.compile(r"(<!-- (table|claims|bench): (\w+) -->\n).*?(<!-- end -->)", flags=re.S)
-
-Row = dict[str, Any]
 
 
 def half_interval(values: list[float]) -> float:
@@ -72,7 +70,7 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     """What of the planned study is there: which encodings with how many seeds, and on how many images."""
     seeds: dict[str, set[int]] = {}
     for row in rows:
-        seeds.setdefault(row["encoding"], set()).add(int(row["seed"]))
+        seeds.setdefault(row.encoding, set()).add(int(row.seed or 0))
     told = json.loads((folder / "env.json").read_text())["config"]["encodings"]
     planned = list(ENCODINGS) if told == "all" else split_words(told)
     counts = {word: len(found) for word, found in seeds.items()}
@@ -80,7 +78,7 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     fewer = [f"`{word}` has {n}" for word, n in counts.items() if n < most]
     missing = [f"`{word}`" for word in planned if word not in seeds]
     many = [f"{count} {word}{'s' * (count > 1)}" for count, word in ((len(seeds), "encoding"), (most, "seed"))]
-    said = [f"{', '.join(many)}, {int(rows[0]['n']):,} test samples"]
+    said = [f"{', '.join(many)}, {int(rows[0].n or 0):,} test samples"]
     if most > 1:
         said[0] += "; mean ± half of a 95% t-interval over the seeds"
     if fewer:
@@ -185,12 +183,12 @@ class Values:
         self.default: dict[str, str] = {}
         self.at: dict[tuple[str, str, str, float], dict[int, float]] = {}
         for row in rows:
-            if row["mode"] != "scale":
+            if row.mode != "scale":
                 continue
-            self.default.setdefault(row["encoding"], row["policy"])
-            multiple = math.sqrt(row["height"] * row["width"] / (row["train_height"] * row["train_width"]))
-            key = (row["encoding"], row["policy"], row["temperature"], round(multiple, 2))
-            self.at.setdefault(key, {})[int(row["seed"])] = row["value"]
+            self.default.setdefault(row.encoding, row.policy)
+            multiple = math.sqrt(row.height * row.width / (row.train_height * row.train_width))
+            key = (row.encoding, row.policy, row.temperature, round(multiple, 2))
+            self.at.setdefault(key, {})[int(row.seed or 0)] = row.value
 
     def of(self, word: str, multiple: float, policy: str = "") -> dict[int, float]:
         return self.at.get((word, policy or self.default.get(word, ""), "none", multiple), {})

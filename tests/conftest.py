@@ -19,26 +19,34 @@ def shared_data() -> Path:
     return folder
 
 
-# Tests that take seconds for each encoding: one encoding of each kind by default, `-m slow` for the others.
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for decoded images and downloads, of this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("VIT2DPE_CACHE", str(folder))
+    return folder
+
+
+# Of tests marked `one_of_each_kind`, which take seconds for each encoding: these by default, `-m slow` for the others.
 KINDS = {"none", "learned", "relative", "alibi", "rope_mixed", "sincos+rope_mixed"}
-EXPENSIVE = {
-    "test_a_few_steps_lower_the_loss_and_leave_nothing_untrained",
-    "test_any_size_runs_and_copies_and_loads_give_the_same",
-    "test_one_batch_is_learned_by_heart",
-    "test_export_with_dynamic_height_and_width",
-    "test_fx_traces_exactly_and_serves_other_sizes",
-    "test_trains_a_step_in_both_halves_and_at_another_rectangle",
-    "test_trains_in_rectangles_and_sees_no_hidden_pixel",
-    "test_copies_and_averages_after_a_forward",
-    "test_compiles_whole",
-    "test_half_precision_stays_near",
-}
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"one_of_each_kind: slow, but for the encodings {', '.join(sorted(KINDS))}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the option -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what `one_of_each_kind` leaves out.
+
+    Raises:
+        UsageError: for a marked test that has no encoding among its parameters.
+    """
     for item in items:
-        if isinstance(item, pytest.Function) and item.originalname in EXPENSIVE:
-            words = {value for value in item.callspec.params.values() if isinstance(value, str)}
-            if words and not words & KINDS:
+        if item.get_closest_marker("one_of_each_kind"):
+            parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            encodings = {value for value in parameters if isinstance(value, str)}
+            if not encodings:
+                raise pytest.UsageError(f"{item.nodeid} is one_of_each_kind without an encoding as a parameter")
+            if not encodings & KINDS:
                 item.add_marker(pytest.mark.slow)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import vit2dpe
+from tests.helpers import loaded_modules, printed
 
 ROOT = Path(vit2dpe.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # A room may import rooms on lower floors. The ground floor's files may import each other, without circles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "positions", "seeding", "signal", "spec"),
+    ("_version", "errors", "files", "modes", "positions", "seeding", "signal", "spec"),
     ("encodings", "attention", "data"),
     ("resolution", "models", "stock", "testing"),
     ("interop", "plots"),
@@ -273,14 +272,8 @@ def test_every_error_says_something():
     assert silent == []
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    return done.stdout.split()
-
-
 def test_importing_costs_nothing():
-    code = "import sys, vit2dpe; print(*[m for m in ('torch', 'timm', 'torchvision', 'numpy') if m in sys.modules])"
-    assert run(code) == []
+    assert loaded_modules("import vit2dpe", {"torch", "timm", "torchvision", "numpy"}) == []
 
 
 ORDERS = [
@@ -298,4 +291,4 @@ ORDERS = [
 @pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_our_names_whichever_is_imported_first(order):
     code = f"{order}\nprint(timm.is_model('vit2dpe_tiny_patch16_224'), vit2dpe.Positions.__name__)"
-    assert run(code) == ["True", "Positions"]
+    assert printed(code) == ["True", "Positions"]

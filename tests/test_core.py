@@ -12,14 +12,11 @@ import math
 import pytest
 import torch
 
+from tests.helpers import randn, within
 from vit2dpe import Positions, Rotation, Signal, attend
 from vit2dpe.signal import Dense, Table
 
 HEADS, WIDTH = 2, 8
-
-
-def seeded(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def frequencies(axes):
@@ -57,8 +54,7 @@ def loop(q, k, v, q_places, k_places, bias=None, allowed=None, scale=WIDTH**-0.5
     return out
 
 
-def close(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=tolerance)
+close = within(1e-5, any_dtype=True)
 
 
 # (a) decoding ------------------------------------------------------------------------------------------------------
@@ -67,8 +63,8 @@ def close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_decoding_step_by_step_is_the_causal_pass(step):
     length = 7
-    q, k, v = (seeded(i, 2, HEADS, length, WIDTH) for i in range(3))
-    table = seeded(3, HEADS, 2 * length - 1)
+    q, k, v = (randn(2, HEADS, length, WIDTH, seed=i) for i in range(3))
+    table = randn(HEADS, 2 * length - 1, seed=3)
 
     def signal(at_q, at_k):
         return Signal(q_rotation=rotation(at_q), k_rotation=rotation(at_k), bias=(Table(table, at_q, at_k),))
@@ -108,7 +104,7 @@ def test_a_subset_has_the_gathered_signal_and_the_attention_of_the_loop(extent):
     at, batch, keep = Positions.grid(extent), 3, 6
     n = math.prod(extent)
     index = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(i))[:keep] for i in range(batch)])
-    table = seeded(0, HEADS, *(2 * size - 1 for size in extent))
+    table = randn(HEADS, *(2 * size - 1 for size in extent))
     some = at.take(index)
     assert some.extent == extent
     torch.testing.assert_close(some.coords, at.coords[0][index], rtol=0, atol=0)
@@ -121,7 +117,7 @@ def test_a_subset_has_the_gathered_signal_and_the_attention_of_the_loop(extent):
     for b in range(batch):
         assert torch.equal(bias.dense()[b], every[:, index[b]][:, :, index[b]])
 
-    q, k, v = (seeded(i + 1, batch, HEADS, keep, WIDTH) for i in range(3))
+    q, k, v = (randn(batch, HEADS, keep, WIDTH, seed=i + 1) for i in range(3))
     ours = attend(q, k, v, Signal(q_rotation=part, k_rotation=part, bias=(bias,)))
     places = at.coords[0][index].tolist()
 
@@ -148,9 +144,9 @@ def test_a_shifted_window_is_a_take_and_its_mask_a_test_of_coordinates(extent, w
 
     apart = (at.coords[:, :, None] - at.coords[:, None]).abs()
     mask = (apart < torch.tensor(window)).all(-1)[:, None]  # (windows, 1, T, T)
-    table = seeded(0, HEADS, 2 * h - 1, 2 * w - 1)
+    table = randn(HEADS, 2 * h - 1, 2 * w - 1)
     turn = rotation(at)
-    q, k, v = (seeded(i + 1, 1, HEADS, n, WIDTH) for i in range(3))
+    q, k, v = (randn(1, HEADS, n, WIDTH, seed=i + 1) for i in range(3))
     parts = [x[0][:, index].transpose(0, 1) for x in (q, k, v)]  # (windows, H, T, Dh)
     signal = Signal(q_rotation=turn, k_rotation=turn, bias=(Table(table, local, local),))
     ours = torch.empty(HEADS, n, WIDTH)
@@ -182,9 +178,9 @@ def test_a_shifted_window_is_a_take_and_its_mask_a_test_of_coordinates(extent, w
 @pytest.mark.parametrize(("queries", "keys"), [(4, 7), (7, 4)])
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_cross_attention_with_bias_and_mask_is_the_loop(queries, keys, scale):
-    q, k, v = seeded(0, 2, HEADS, queries, WIDTH), seeded(1, 2, HEADS, keys, WIDTH), seeded(2, 2, HEADS, keys, 5)
-    bias, more = seeded(3, 1, HEADS, queries, keys), seeded(4, 2, HEADS, queries, keys)
-    mask = seeded(5, 2, 1, queries, keys) > -0.3
+    q, k, v = randn(2, HEADS, queries, WIDTH), randn(2, HEADS, keys, WIDTH, seed=1), randn(2, HEADS, keys, 5, seed=2)
+    bias, more = randn(1, HEADS, queries, keys, seed=3), randn(2, HEADS, queries, keys, seed=4)
+    mask = randn(2, 1, queries, keys, seed=5) > -0.3
     mask[..., 0] = True
     at_q, at_k = Positions.sequence(queries, start=2), Positions.sequence(keys)
     signal = Signal(q_rotation=rotation(at_q), k_rotation=rotation(at_k), bias=(Dense(bias), Dense(more)))
@@ -209,10 +205,10 @@ def test_cross_attention_with_bias_and_mask_is_the_loop(queries, keys, scale):
 
 def test_a_padded_sample_gives_what_it_gives_alone():
     lengths, longest = (5, 8, 3), 8
-    coords = seeded(0, 3, longest, 2).mul(4)
+    coords = randn(3, longest, 2).mul(4)
     for b, n in enumerate(lengths):
         coords[b, n:] = 1e3  # padding stands anywhere
-    q, k, v = (seeded(i + 1, 3, HEADS, longest, WIDTH) for i in range(3))
+    q, k, v = (randn(3, HEADS, longest, WIDTH, seed=i + 1) for i in range(3))
     seen = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (B, N)
 
     def run(at, q, k, v, mask=None):
@@ -241,11 +237,11 @@ def test_a_padded_sample_gives_what_it_gives_alone():
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(2, 1, 4, 6), (4, 6), (2, HEADS, 4, 6)])
 def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(dtype, biased, shape):
-    mask = seeded(0, *shape) > -0.5
+    mask = randn(*shape) > -0.5
     mask[..., 1, :] = False
     mask[..., 0, :] = True
-    q, k, v = (seeded(i + 1, 2, HEADS, n, WIDTH).to(dtype).requires_grad_() for i, n in enumerate((4, 6, 6)))
-    bias = seeded(4, 1, HEADS, 4, 6).requires_grad_()
+    q, k, v = (randn(2, HEADS, n, WIDTH, seed=i + 1).to(dtype).requires_grad_() for i, n in enumerate((4, 6, 6)))
+    bias = randn(1, HEADS, 4, 6, seed=4).requires_grad_()
     out = attend(q, k, v, Signal(bias=(Dense(bias),)) if biased else Signal(), mask)
     assert out.dtype == dtype
     assert torch.equal(out[:, :, 1], torch.zeros_like(out[:, :, 1]))
@@ -261,7 +257,7 @@ def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(dtype, biased, sh
 
 
 def test_the_samples_of_one_batch_may_differ_in_what_they_see():
-    q, k, v = (seeded(i, 3, HEADS, 5, WIDTH) for i in range(3))
+    q, k, v = (randn(3, HEADS, 5, WIDTH, seed=i) for i in range(3))
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool)[:, None, None]
     out = attend(q, k, v, mask=mask)
     close(out[:1], attend(q[:1], k[:1, :, :2], v[:1, :, :2]), 1e-6)
@@ -283,7 +279,7 @@ ROWS = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_bias_at_the_limit_of_float16_is_what_it_is_in_float64(row, masked):
-    q, k, v = (seeded(i, 1, 1, 5, WIDTH).half() for i in range(3))
+    q, k, v = (randn(1, 1, 5, WIDTH, seed=i).half() for i in range(3))
     bias = torch.tensor(row).expand(1, 1, 5, 5) + torch.eye(5)
     mask = torch.ones(5, 5, dtype=torch.bool)
     if masked:
@@ -300,9 +296,9 @@ def test_a_bias_at_the_limit_of_float16_is_what_it_is_in_float64(row, masked):
 @pytest.mark.parametrize("grad", [True, False])
 def test_attend_never_alters_its_inputs(dtype, grad):
     at = Positions.grid((2, 3))
-    q, k, v = (seeded(i, 2, HEADS, 6, WIDTH).to(dtype) for i in range(3))
-    table, dense = seeded(3, HEADS, 3, 5), seeded(4, 1, HEADS, 6, 6).mul(1e5)
-    mask = seeded(5, 2, 1, 6, 6) > 0
+    q, k, v = (randn(2, HEADS, 6, WIDTH, seed=i).to(dtype) for i in range(3))
+    table, dense = randn(HEADS, 3, 5, seed=3), randn(1, HEADS, 6, 6, seed=4).mul(1e5)
+    mask = randn(2, 1, 6, 6, seed=5) > 0
     mask[:, :, 2] = False
     turn = rotation(at)
     given = [q, k, v, table, dense, mask, *turn, at.coords]
@@ -321,7 +317,7 @@ def test_attend_never_alters_its_inputs(dtype, grad):
 @pytest.mark.parametrize("extent", [(5,), (2, 3), (4, 2), (3, 2, 4)])
 @pytest.mark.parametrize(("q_prefix", "k_prefix"), [(0, 0), (1, 1), (3, 1), (0, 2)])
 def test_a_table_is_a_double_loop_with_a_frame_of_zeros(extent, q_prefix, k_prefix):
-    table = seeded(0, HEADS, *(2 * size - 1 for size in extent))
+    table = randn(HEADS, *(2 * size - 1 for size in extent))
     places = list(itertools.product(*(range(size) for size in extent)))
     n, at = len(places), Positions.grid(extent)
     ours = Table(table, at.with_prefix(q_prefix), at.with_prefix(k_prefix)).dense()
@@ -346,13 +342,13 @@ def test_offsets_outside_the_table_are_refused(axis):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
 def test_a_mask_that_is_not_boolean_is_refused(dtype):
-    x = seeded(0, 1, 1, 3, 4)
+    x = randn(1, 1, 3, 4)
     with pytest.raises(ValueError, match=f"a mask is boolean.*got {dtype}"):
         attend(x, x, x, mask=torch.zeros(3, 3, dtype=dtype))
 
 
 def test_a_rotation_of_another_size_is_refused():
-    x, at = seeded(0, 1, 1, 6, WIDTH), Positions.grid((2, 3))
+    x, at = randn(1, 1, 6, WIDTH), Positions.grid((2, 3))
     turn = rotation(at.take(torch.arange(1)))  # one token: it would broadcast without a word
     with pytest.raises(ValueError, match="for 1 tokens of 8 channels, got 6 tokens of 8"):
         attend(x, x, x, Signal(q_rotation=turn))

@@ -17,7 +17,7 @@ import timm
 import vit2dpe
 from vit2dpe.cli import commands as cli
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.interop.timm.families import FAMILIES
+from vit2dpe.interop.timm.read import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

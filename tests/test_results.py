@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.study.study import to_csv
+from vit2dpe.study.rows import Row, to_csv
 
 ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "recipes" / "build_results.py"), run_name="build")
@@ -26,11 +26,9 @@ def study(folder: Path, values: dict[str, float], seeds: int = 4, heat: float = 
                         noise = NOISE[(seed + len(word)) % 4] * (side > 32)
                         top1 = value + noise + 20 * more + heat * (temperature == "log")
                         for mode, shown in (("scale", top1), ("canvas", 1.0)):  # claims are of the scale alone
-                            rows.append(
-                                dict(encoding=word, policy=policy, temperature=temperature, mode=mode, seed=seed)
-                                | dict(train_height=32, train_width=32, height=side, width=side)
-                                | dict(top1=shown, loss=1.0, n=500, metric="top1", value=shown)
-                            )
+                            trained = dict(encoding=word, seed=seed, train_height=32, train_width=32)
+                            at = dict(policy=policy, temperature=temperature, mode=mode, height=side, width=side)
+                            rows.append(Row(**trained, **at, top1=shown, loss=1.0, n=500, value=shown))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(to_csv(rows))
     (folder / "env.json").write_text(json.dumps({"config": {"encodings": ",".join(values)}}))

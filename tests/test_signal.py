@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import randn
 from vit2dpe import Positions, Rotation, Signal, attend, rotate
 from vit2dpe.encodings.base import rotation_of
 from vit2dpe.encodings.rope import LinearAngles
@@ -62,7 +63,7 @@ def test_the_empty_signal_is_neutral(a):
 
 def test_the_empty_signal_asks_nothing():
     assert Signal() == (None, None, None, (), None)
-    x = torch.randn(1, HEADS, N, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = randn(1, HEADS, N, WIDTH)
     assert torch.equal(attend(x, x, x, Signal()), attend(x, x, x))
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, whatever happens while they are written."""
+"""Files that are complete at any moment, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import TrainingError
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Either the whole new file or the old one, whatever happens meanwhile.
+    """Replace a file: readers find either all of the new content or all of the old.
 
     Raises:
         TrainingError: if the disk does not take it; what was there before still is.

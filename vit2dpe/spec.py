@@ -1,31 +1,48 @@
-"""What users type: encoding and policy specs, sizes and comma-separated lists, parsed once."""
+"""What users type: specs of encodings and policies, sizes, lists; and the base of all settings, which parses them."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import math
-from collections.abc import Iterable
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple, Self, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, unknown
 
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"  # what YAML holds
+Size = tuple[int, int]  # (height, width), rows before columns
+Sizes = tuple[Size, ...]
+Words = tuple[str, ...]
+Numbers = tuple[int, ...]
 
-def check_option(kind: type, name: str, value: Any) -> None:
+
+class Term(NamedTuple):
+    """A name with options, such as `rope(base=10)`."""
+
+    name: str
+    options: dict[str, Plain]
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={_show_option(value)}" for name, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+def check_option(kind: Callable[..., object], name: str, value: Plain) -> None:
     """Refuse a value that is not of the type the constructor names: rope(base=ten), relative(shared=maybe)."""
-    wanted = get_type_hints(kind.__init__).get(name, Any)  # type: ignore[misc]
-    allowed = tuple(get_origin(part) or part for part in get_args(wanted) or (wanted,))
-    fits = Any in allowed or type(value) in allowed or (float in allowed and type(value) is int)
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    wanted = parameters[name].annotation if name in parameters else inspect.Parameter.empty
+    allowed = tuple(get_origin(option) or option for option in get_args(wanted) or (wanted,))
+    fits = inspect.Parameter.empty in allowed or type(value) in allowed or (float in allowed and type(value) is int)
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"option {name} of {kind.__name__} must be {_spell(wanted)}, got {value!r}")
+        names = ["a finite number" if option is float else option.__name__ for option in allowed]
+        kinds = " or ".join(name for name in names if name != "NoneType")
+        raise ConfigError(f"option {name} of {kind.__name__} must be {kinds}, got {value!r}")
 
 
-def _spell(wanted: Any) -> str:
-    kinds = [kind.__name__ for kind in get_args(wanted) or (wanted,) if kind is not type(None)]
-    return " or ".join("a finite number" if kind == "float" else kind for kind in kinds)
-
-
-def parse_terms(word: str, kind: str, known: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
-    """[(name, options), ...] of a sum of terms such as "sincos+rope(base=10)".
+def parse_terms(text: str, kind: str, known: Iterable[str]) -> list[Term]:
+    """The terms of a sum such as "sincos+rope(base=10)".
 
     Args:
         kind: what the names are names of, for the error.
@@ -34,16 +51,24 @@ def parse_terms(word: str, kind: str, known: Iterable[str]) -> list[tuple[str, d
     Raises:
         ConfigError: if it cannot be read, or a name is not among `known`.
     """
-    known = list(known)
-    try:
-        tree = ast.parse(word.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
-        raise _unreadable(word) from None
-    parts = [_term(node, word) for node in _summands(tree)]
-    for name, _ in parts:
+    known, terms = list(known), read_terms(text)
+    for name, _ in terms:
         if name not in known:
             raise unknown(kind, name, known)
-    return parts
+    return terms
+
+
+def read_terms(text: str) -> list[Term]:
+    """The terms of a sum, whatever their names are.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise _unreadable(text) from None
+    return [_term(node, text) for node in _summands(tree)]
 
 
 def _summands(node: ast.expr) -> list[ast.expr]:
@@ -52,41 +77,49 @@ def _summands(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _term(node: ast.expr, word: str) -> tuple[str, dict[str, Any]]:
-    options: dict[str, Any] = {}
+def _term(node: ast.expr, text: str) -> Term:
+    options: dict[str, Plain] = {}
     if isinstance(node, ast.Call) and not node.args and all(k.arg for k in node.keywords):
-        options = {str(k.arg): _value(k.value, word) for k in node.keywords}
+        options = {str(k.arg): _option(k.value, text) for k in node.keywords}
         node = node.func
     if not isinstance(node, ast.Name):
-        raise _unreadable(word)
-    return node.id, options
+        raise _unreadable(text)
+    return Term(node.id, options)
 
 
-def _value(node: ast.expr, word: str) -> Any:
+def _option(node: ast.expr, text: str) -> Plain:
     """A number, a quoted string, a tuple, true or false, or a bare word."""
     if isinstance(node, ast.Name):
         return {"true": True, "false": False}.get(node.id.lower(), node.id)
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise _unreadable(word) from None
+        raise _unreadable(text) from None
 
 
-def _unreadable(word: str) -> ConfigError:
+def _show_option(value: Plain) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) and value.isidentifier() else repr(value)
+
+
+def _unreadable(text: str) -> ConfigError:
     return ConfigError(
-        f"cannot read {word!r}: write names joined by '+', options in parentheses, as in 'sincos+rope(base=10)'"
+        f"cannot read {text!r}: write names joined by '+', options in parentheses, as in 'sincos+rope(base=10)'"
     )
 
 
-Size = tuple[int, int]
+def parse_size(value: str | int | Sequence[int]) -> Size:
+    """(height, width) of "32", "32x48", 32 or (32, 48)."""
+    sides = str(value).lower().split("x") if isinstance(value, str | int) else [str(side) for side in value]
+    if len(sides) not in (1, 2) or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(f"a size is written 32 or 32x48 (height x width, pixels), got {value!r}")
+    return int(sides[0]), int(sides[-1])
 
 
-def parse_size(text: str | int) -> Size:
-    """(height, width) of "32" or "32x48"."""
-    parts = str(text).lower().split("x")
-    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"a size is written 32 or 32x48 (height x width, pixels), got {text!r}")
-    return int(parts[0]), int(parts[-1])
+def show_size(size: Size) -> str:
+    """32 or 32x48: what `parse_size` reads."""
+    return f"{size[0]}x{size[1]}" if size[0] != size[1] else str(size[0])
 
 
 def split_words(text: str) -> list[str]:
@@ -98,3 +131,151 @@ def split_words(text: str) -> list[str]:
             words.append(text[start:i])
             start = i + 1
     return [word.strip() for word in [*words, text[start:]] if word.strip()]
+
+
+def _items(value: str | int | Sequence[str | int | Sequence[int]]) -> list[str | int | Sequence[int]]:
+    """The items of a comma-separated list, of a list, or of a single number."""
+    return list(split_words(value)) if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+
+
+def parse_numbers(value: str | int | Sequence[int]) -> Numbers:
+    """Whole numbers above 0: of "1,2,4", 4 or (1, 2, 4)."""
+    items = [str(item) for item in _items(value)]
+    if not items or not all(item.isdigit() and int(item) > 0 for item in items):
+        raise ConfigError(f"whole numbers above 0 are written 1,2,4, got {value!r}")
+    return tuple(int(item) for item in items)
+
+
+def parse_term(value: str | Term) -> Term:
+    """The one term of a text."""
+    terms = [value] if isinstance(value, Term) else read_terms(value)
+    if len(terms) != 1:
+        raise ConfigError(f"one name with its options is needed, got {value!r}")
+    return terms[0]
+
+
+class _Text(NamedTuple):
+    """How a type of settings is read from text, and written."""
+
+    parse: Callable[..., object]
+    show: Callable[..., str]
+
+
+_TEXTS: Mapping[object, _Text] = {
+    Size: _Text(parse_size, show_size),
+    Sizes: _Text(lambda value: tuple(map(parse_size, _items(value))), lambda sizes: ",".join(map(show_size, sizes))),
+    Words: _Text(lambda value: tuple(map(str, _items(value))), ",".join),
+    Numbers: _Text(parse_numbers, lambda numbers: ",".join(map(str, numbers))),
+    Term: _Text(parse_term, str),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of the dataclasses of settings.
+
+    A field whose type is `Size`, `Sizes`, `Words`, `Numbers` or `Term`, or one of them or None, takes text as well:
+    `size="32x48"` becomes (32, 48) when an instance is made. Settings may be nested; every field has a default.
+
+    `SHORT` maps further names to dotted ones, for `of`, the command line and YAML: {"train_size": "data.size"}.
+    """
+
+    SHORT: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for name, text in texts_of(type(self)).items():
+            if (value := getattr(self, name)) is not None:
+                try:
+                    object.__setattr__(self, name, text.parse(value))
+                except ConfigError as error:
+                    raise ConfigError(f"{name}: {error}") from None
+
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Defaults that depend on what was given, both by dotted names; none, if not overridden."""
+        return {}
+
+    @classmethod
+    def of(cls, given: Mapping[str, Plain] | None = None, **settings: Plain) -> Self:
+        """Settings by any of their names: `of(epochs=3, data="digits", width=64)`; those not given are the preset's."""
+        named = {full_name(cls, name): value for name, value in {**(given or {}), **settings}.items()}
+        return changed(cls(), {**cls.preset(named), **named})
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def texts_of(config: type) -> dict[str, _Text]:
+    """Field -> how it is read from text and written, of the fields that can be given as text."""
+    found = {}
+    for name, hint in get_type_hints(config).items():
+        kinds = [kind for kind in (hint, *get_args(hint)) if kind in _TEXTS]
+        if kinds:
+            found[name] = _TEXTS[kinds[0]]
+    return found
+
+
+def plain(config: Settings) -> dict[str, Plain]:
+    """Settings as YAML and JSON hold them, nested as they are: sizes and lists as text, tuples as lists."""
+    texts, values = texts_of(type(config)), dict[str, Plain]()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Settings):
+            value = plain(value)
+        elif field.name in texts and value is not None:
+            value = texts[field.name].show(value)
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def flat(config: Settings) -> dict[str, Plain]:
+    """`plain` by dotted names: {"optim.lr": 0.001, ...}."""
+    found: dict[str, Plain] = {}
+    for name, value in plain(config).items():
+        inner = getattr(config, name)
+        found |= (
+            {f"{name}.{key}": v for key, v in flat(inner).items()} if isinstance(inner, Settings) else {name: value}
+        )
+    return found
+
+
+def changed(config: S, values: Mapping[str, Plain]) -> S:
+    """The settings with these values, by dotted names: `changed(config, {"optim.epochs": 3})`."""
+    own: dict[str, object] = {}
+    nested: dict[str, dict[str, Plain]] = {}
+    for name, value in values.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    own |= {head: changed(getattr(config, head), inside) for head, inside in nested.items()}
+    return replace(config, **own)
+
+
+def filled(config: S, preset: Mapping[str, Plain]) -> S:
+    """The settings with those that are None taken from a preset, by dotted names."""
+    now = flat(config)
+    return changed(config, {name: value for name, value in preset.items() if now[name] is None})
+
+
+def full_name(config: type[Settings], name: str) -> str:
+    """The dotted name of a setting.
+
+    Raises:
+        ConfigError: if there is no such setting, or several.
+    """
+    fits = full_names(config, name)
+    if not fits:
+        raise unknown("setting", name, flat(config()))
+    if len(fits) > 1:
+        raise ConfigError(f"{name} may be {' or '.join(fits)}: write one of them in full")
+    return fits[0]
+
+
+def full_names(config: type[Settings], name: str) -> list[str]:
+    """The dotted names that a short one may stand for: `epochs` for optim.epochs, `data` for data.name."""
+    known, name = list(flat(config())), config.SHORT.get(name, name)
+    if name in known:
+        return [name]
+    return [full for full in known if full.endswith(f".{name}")] or [full for full in known if full == f"{name}.name"]

@@ -7,13 +7,14 @@ import copy
 import pytest
 import torch
 
+from tests.helpers import randn
 from vit2dpe import ENCODINGS, ConfigError, ViT, frozen, use_policy
 from vit2dpe.encodings import PositionEncoding
 from vit2dpe.encodings import frozen as module
 
 SIZES = dict(img_size=(8, 12), patch_size=4, embed_dim=16, num_heads=2, depth=2, num_classes=3)
-IMAGES = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-LARGER = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
+IMAGES = randn(2, 3, 8, 12)
+LARGER = randn(2, 3, 12, 16, seed=1)
 
 
 def micro(word, seed=0):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers import within
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
 from vit2dpe.encodings.alibi import slopes
 from vit2dpe.signal import Dense, LowRank
@@ -51,8 +52,7 @@ def reference(q, k, v, bias, scale=WIDTH**-0.5, temperature=1.0, mask=None):
     return logits.softmax(-1) @ v
 
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance)
+close = within(1e-5, any_dtype=True)
 
 
 @pytest.fixture

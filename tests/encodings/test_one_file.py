@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 
 import pytest
 import torch
 
+from tests.helpers import randn, read_csv
 from vit2dpe import ENCODINGS, ViT, load_run
 from vit2dpe.encodings import Builder
 from vit2dpe.study.settings import StudyConfig
@@ -72,7 +72,7 @@ def test_it_keeps_the_contract(kings):
 def test_it_runs_in_a_vit_alone_and_with_others(kings, word):
     """At the training size and beyond it, shared and before every block; and it matters."""
     sizes = dict(img_size=(8, 12), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=8)
-    x = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    x = randn(2, 3, 16, 20)
     for where in (dict(position=word), dict(position="none", block_position=word)):
         torch.manual_seed(0)
         model = randomise(ViT(**sizes, **where)).eval()
@@ -89,13 +89,12 @@ def test_it_runs_in_a_vit_alone_and_with_others(kings, word):
 
 def test_it_runs_in_the_study(kings, tmp_path):
     """Trained, measured at other sizes under its two policies, saved and loaded again by its word."""
-    config = StudyConfig(
+    config = StudyConfig.of(
         encodings="none,kings", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1, heads=2,
         batch_size=32, smoke=True, out=str(tmp_path / "out"),
     )  # fmt: skip
     study(config)
-    with (tmp_path / "out" / "results.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["encoding"] == "kings"]
+    rows = [row for row in read_csv(tmp_path / "out" / "results.csv") if row["encoding"] == "kings"]
     assert {row["policy"] for row in rows} == {"extrapolate", "interpolate"}
     assert {row["height"] for row in rows} == {"16.0", "24.0"}
     (folder,) = (tmp_path / "out" / "cells").glob("kings-*")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, ConfigError, Dims, Positions, build
 from vit2dpe.encodings import Alibi, Factorized, Fire, Jitter, LearnedTable, LogCPB, RelativeBias, WindowedTable
 from vit2dpe.encodings.learned import MODES
@@ -30,8 +31,7 @@ def signal(encoding, axes=2):
     return tensors(encoding(at))
 
 
-def close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+close = within(1e-6)
 
 
 # each option has an effect -----------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ SIZES = {
 DRAWS = {("fourier", "gamma"): (2.0, 8.0), ("rope_mixed", "base"): (10, 100)}
 SHARED = ["relative", "logcpb", "fire"]
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
-ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; tests/parity/test_timm_tables.py
+ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; test_timm_tables.py
 
 
 @pytest.mark.parametrize(("option", "values"), TURNS.items(), ids=[f"{name}-{option}" for name, option in TURNS])
@@ -280,7 +280,7 @@ TO = {1: [(1,), (4,), (13,)], 2: [(1, 1), (1, 9), (9, 1), (7, 5), (2, 3), (9, 13
 @pytest.mark.parametrize("axes", FROM)
 @pytest.mark.parametrize("how", TABLE_MODES.values(), ids=TABLE_MODES)
 def test_the_same_size_keeps_every_bit(how, axes):
-    table = torch.randn(4, *FROM[axes], generator=torch.Generator().manual_seed(0))
+    table = randn(4, *FROM[axes])
     assert torch.equal(how(table, FROM[axes]), table)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, Dims, Positions, ViT, attend, build, rotate
 from vit2dpe.encodings import Jitter
 from vit2dpe.encodings.sincos import LAYOUTS
@@ -23,22 +24,12 @@ DIMS = {d: Dims(width=48, heads=6, grid=grid, depth=4) for d, grid in GRIDS.item
 ROTARY = [name for name in ENCODINGS if "rotation" in build(name, DIMS[2]).gives]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors here are tiny: a second thread would only be waited for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(word, dims, seed=0):
     torch.manual_seed(seed)
     return randomise(build(word, dims)).eval()
 
 
-def close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+close = within(1e-6)
 
 
 def line(places, extent=70_000):
@@ -98,7 +89,7 @@ def test_rotations_keep_norms(name, places):
     """|R(p) x| = |x| in each pair of channels, wherever p is."""
     at = Positions(torch.tensor(places)[None], GRIDS[2])
     turn = drawn(name, DIMS[2])(at).q_rotation
-    x = torch.randn(2, 6, 4, 8, generator=torch.Generator().manual_seed(0))
+    x = randn(2, 6, 4, 8)
     pairs = [tensor.unflatten(-1, (-1, 2)).norm(dim=-1) for tensor in (x, rotate(x, turn))]
     torch.testing.assert_close(*pairs, rtol=2e-6, atol=1e-6)
 

@@ -68,7 +68,7 @@ FAULTS = {
     "F58": ("out of memory", "advice, checkpoint kept"),
     "F59": ("no GPU", "auto says so; cuda is refused"),
     "F60": ("two runs in one folder", "the second is refused; a dead one's lock is taken over"),
-    "F61": ("interrupted study", "finished cells kept, final table equal"),
+    "F61": ("interrupted study", "finished trials kept, final table equal"),
     "F62": ("clock that jumps, no time zone", "no matter"),
     "F63": ("spaces, bytes that are no UTF-8, long paths", "work"),
     "F64": ("PYTHONHASHSEED", "equal bits"),

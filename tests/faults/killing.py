@@ -1,4 +1,6 @@
-"""Trials in which a process is killed, by one process that forks: killing.py <what> <folder> <trials> -> JSON lines.
+"""Trials in which a process is killed, by one process that forks.
+
+    python -m tests.faults.killing <what> <folder> <trials>         writes JSON lines
 
 Torch is imported once; each trial is a fork that is really killed with SIGKILL, at a random time or at the k-th time
 that it opens, syncs, renames or removes a file.
@@ -121,8 +123,7 @@ def trainings(folder, trials):
     """A training killed at a random time, then resumed; every other is asked to stop, with SIGTERM or SIGINT."""
     from dataclasses import replace
 
-    import test_resume as micro
-
+    from tests.training import test_resume as micro
     from vit2dpe.data.datasets import load_images
     from vit2dpe.training.engine import fit
 
@@ -155,7 +156,6 @@ def trainings(folder, trials):
 
 def main():
     what, folder, trials = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # the micro training of test_resume
     checkpoint.save({"x": torch.zeros(1)})  # imported before the forks
     for result in {"random": random_times, "boundaries": boundaries, "trainings": trainings}[what](folder, trials):
         print(json.dumps(result), flush=True)

@@ -45,7 +45,7 @@ def main(what, folder):
     torch.set_num_threads(1)
     with process_group(torch.device("cpu"), timeout_s=45) as world:
         if what == "dies":
-            real = Trainer._tell
+            real = Trainer._report
 
             def spy(self, epoch):
                 real(self, epoch)
@@ -53,7 +53,7 @@ def main(what, folder):
                     (folder / "died").touch()
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            Trainer._tell = spy
+            Trainer._report = spy
             go(folder, world)
         for how in ("ddp", "fsdp"):
             go(folder / how, world, parallel=how)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import go
 
+from tests.faults.ranks import go
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors
@@ -18,13 +18,13 @@ from vit2dpe.training.log import read_table
 from vit2dpe.training.tasks.classification import ImageTask, evaluation_batches
 
 fault = pytest.mark.fault
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def torchrun(what, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "ranks.py"), what, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command += ["--module", "tests.faults.ranks", what, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ ARGUMENTS = dict(
     position="learned+rope_mixed", img_size=(8, 12), patch_size=4, in_chans=1, num_classes=3, embed_dim=8, depth=1,
     num_heads=2, class_token=False, global_pool="avg",
 )  # fmt: skip
-GOLDEN = Path(__file__).parents[1] / "data"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def vit(**changes):

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 
 fault = pytest.mark.fault
+ROOT = Path(__file__).parents[2]
 if not hasattr(os, "fork"):
     pytest.skip("trials fork, which this system cannot", allow_module_level=True)
 
 
 def trials(what, folder, count):
-    command = [sys.executable, str(Path(__file__).with_name("killing.py")), what, str(folder), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    command = [sys.executable, "-m", "tests.faults.killing", what, str(folder), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @fault("F48")
 def test_killed_at_random_times_the_last_checkpoint_is_whole(tmp_path):
-    """Twenty here; for more: python tests/faults/killing.py random <folder> 200."""
+    """Twenty here; for more: python -m tests.faults.killing random <folder> 200."""
     found = trials("random", tmp_path, 20)
     steps = [trial["step"] for trial in found]
     assert len(steps) == 20

@@ -27,14 +27,15 @@ from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import study as study_module
-from vit2dpe.study import trials as cells
+from vit2dpe.study import trials
 from vit2dpe.study.settings import StudyConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
+from vit2dpe.training.run_folder import run_folder
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.train import train
 
 fault = pytest.mark.fault
 MICRO = TrainConfig(
@@ -122,7 +123,7 @@ def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys
 @fault("F51")
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
-    monkeypatch.setattr("vit2dpe.training.train.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)  # before data are read
     assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
     assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
 
@@ -240,37 +241,51 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_evaluate", second)
     train(at(tmp_path))
     assert seen
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / "lock").write_text(f"{dead.pid} {socket.gethostname()}")
+    (tmp_path / "lock").write_text("1 node17")  # left by a kill on another host; its number lives here, too
     train(replace(at(tmp_path), resume=True))
     assert not (tmp_path / "lock").exists()
 
 
+@fault("F60")
+def test_a_killed_run_lets_go_of_its_folder_whatever_its_workers_do(tmp_path):
+    hold = "import os, sys, time; from vit2dpe.training.run_folder import run_folder\n"
+    hold += "with run_folder(sys.argv[1]):\n    os.fork() and print(os.getpid(), flush=True); time.sleep(5)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == f"{holder.pid}\n"
+    with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "), run_folder(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with run_folder(tmp_path) as folder:
+        assert (folder / "lock").read_text() == f"{os.getpid()} {socket.gethostname()}"
+    assert list(tmp_path.iterdir()) == []
+
+
 @fault("F61")
 def test_an_interrupted_study(tmp_path, monkeypatch):
-    micro = StudyConfig(
+    micro = dict(
         encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
-    study_module.study(replace(micro, out=str(tmp_path / "whole")))
-    real = cells.fit
+    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "whole")))
+    real = trials.fit
 
     def dies(*args, folder, **kwargs):
         if folder.name.startswith("alibi"):
             raise KeyboardInterrupt
         return real(*args, folder=folder, **kwargs)
 
-    monkeypatch.setattr(cells, "fit", dies)
+    monkeypatch.setattr(trials, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
-        study_module.study(replace(micro, out=str(tmp_path / "cut")))
+        study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
-        cells, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
+        trials, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
-    study_module.study(replace(micro, out=str(tmp_path / "cut")))
+    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1
     assert (tmp_path / "cut/results.csv").read_bytes() == (tmp_path / "whole/results.csv").read_bytes()
 
@@ -281,7 +296,8 @@ def test_a_clock_that_jumps(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(next(hours)))
     rows = read_table(train(at(tmp_path / "a")) / "metrics.csv")
     assert all(row["seconds"] >= 0 for row in rows)
-    sources = "".join(path.read_text() for path in (Path(vit2dpe.__file__).parent / "train").glob("*.py"))
+    sources = "".join(path.read_text() for path in Path(vit2dpe.__file__).parent.rglob("*.py"))
+    assert "time.monotonic(" in sources
     assert "time.time(" not in sources, "durations are of the monotonic clock"
 
 
@@ -335,14 +351,14 @@ def streaming(tmp_path, **data):
 
 
 def on_step(monkeypatch, step, then):
-    real = Trainer._tell
+    real = Trainer._report
 
     def spy(self, epoch):
         real(self, epoch)
         if self.state.step == step:
             then()
 
-    monkeypatch.setattr(Trainer, "_tell", spy)
+    monkeypatch.setattr(Trainer, "_report", spy)
 
 
 @fault("F55")

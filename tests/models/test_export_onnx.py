@@ -1,23 +1,19 @@
 """One ONNX file for an encoding: batch, height and width are free, and onnxruntime's logits are ours."""
 
+from functools import partial
+
 import onnxruntime
 import pytest
-import timm
 import torch
 
+from tests.helpers import micro_vit
 from vit2dpe import use_policy
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.testing import randomise
 
 # Pooled over patches: at depth 1 a class token, which stands nowhere, sees no bias.
-MICRO = dict(depth=1, embed_dim=48, num_heads=3, num_classes=7, global_pool="avg")
 SIZES = ((1, 32, 32), (3, 48, 20), (2, 56, 88))  # batch, height, width
 QUICK = ("relative",)  # and learned+rope, in docs/tools.md
-
-
-def create(position):
-    torch.manual_seed(0)
-    return randomise(timm.create_model("vit2dpe_tiny_patch4_32", position=position, **MICRO)).eval()
+create = partial(micro_vit, depth=1, global_pool="avg")
 
 
 def export(model, path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
+from tests.helpers import randn, shaken, within
 from vit2dpe import ENCODINGS, MAE, ConfigError, Positions, ViT, to_timm, use_policy
 from vit2dpe.models.layers import keep_tokens
 from vit2dpe.models.mae import keep_count
@@ -33,28 +34,24 @@ def micro(position="sincos", decoder_position=None, norm_pix=False, decoder=None
 
 
 def drawn(*args, **kwargs):
-    model = micro(*args, **kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return shaken(micro(*args, **kwargs), 0.2, seed=None)
 
 
 def pictures(batch=3, size=SIZE, seed=1):
-    return torch.randn(batch, 2, *size, generator=torch.Generator().manual_seed(seed))
+    return randn(batch, 2, *size, seed=seed)
 
 
 def noise(batch=3, n=N, seed=2):
     return torch.rand(batch, n, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+close = within(1e-5, relative=True)
 
 
 # every encoding ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", POSITIONS)
 def test_trains_a_step_in_both_halves_and_at_another_rectangle(position):
     model = micro(position, norm_pix=True)
@@ -167,6 +164,7 @@ def test_without_position_hidden_patches_are_painted_alike():
     close(hidden, hidden[:1].expand_as(hidden))
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ["sincos+relative", *(pytest.param(p, marks=pytest.mark.slow) for p in POSITIONS)])
 @torch.no_grad()
 def test_compiles_whole(position):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import randn
 from vit2dpe import ENCODINGS, ConfigError, Swin, ViT, set_policy, use_policy
 from vit2dpe.models.simmim import SimMIM
 from vit2dpe.resolution.sweep import policies_of
@@ -21,13 +22,14 @@ def micro(position="sincos", mask_unit=(8, 16), **changes):
 
 
 def pictures(size=SIZE, batch=3):
-    return torch.randn(batch, 2, *size, generator=torch.Generator().manual_seed(1))
+    return randn(batch, 2, *size, seed=1)
 
 
 def noise(batch=3, n=6):
     return torch.rand(batch, n, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ENCODINGS)
 def test_trains_in_rectangles_and_sees_no_hidden_pixel(position):
     model = micro(position)

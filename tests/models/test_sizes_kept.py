@@ -1,5 +1,7 @@
 """A model that was given another size is the same function after it was saved and built again, with every encoding."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import vit2dpe.models
+from tests.helpers import MICRO, micro_vit, randn
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models import MAE, ViT
 from vit2dpe.models.spec import ModelSpec
@@ -14,16 +17,10 @@ from vit2dpe.testing import randomise
 from vit2dpe.training.checkpoint import load_run, save_model, write_checkpoint
 
 WORDS = [*ENCODINGS, "logcpb(shared=true)", "relative(resize=geometric)", "learned+rope_golden"]
-MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=7)
 SIZES = dict(img_size=(32, 24), patch_size=4)
 WIDE = (40, 56)
-X = torch.randn(2, 3, *WIDE, generator=torch.Generator().manual_seed(0))
-
-
-def create(position, **kwargs):
-    torch.manual_seed(0)
-    name = "vit2dpe_tiny_patch4_32"
-    return randomise(timm.create_model(name, position=position, **{**MICRO, **SIZES, **kwargs})).eval()
+X = randn(2, 3, *WIDE)
+create = partial(micro_vit, **SIZES)
 
 
 def logits(model, x=X):

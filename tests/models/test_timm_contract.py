@@ -1,6 +1,7 @@
 """What timm's tools do with a timm model works with ours: every registered name, every encoding, micro sizes."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -11,19 +12,15 @@ from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import vit2dpe.models  # noqa: F401
+from tests.helpers import MICRO, micro_vit, randn
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models import ViT
 from vit2dpe.testing import randomise
 
 NAMES = timm.list_models("vit2dpe_*")
-MICRO = dict(depth=3, embed_dim=48, num_heads=3, num_classes=7)
-X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-
-
-def create(position="rope", **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model("vit2dpe_tiny_patch4_32", position=position, **{**MICRO, **kwargs})
-    return randomise(model).eval()
+X = randn(2, 3, 32, 48)
+MICRO = MICRO | dict(depth=3)
+create = partial(micro_vit, depth=3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +66,7 @@ def test_features_head_and_gradients(position):
     assert missing == []
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ENCODINGS)
 def test_fx_traces_exactly_and_serves_other_sizes(position):
     model = create(position, reg_tokens=1)
@@ -251,6 +249,7 @@ def test_sizes_are_refused_or_padded_as_told():
         assert torch.equal(model(X[..., :30, :45]), model(filled))
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ENCODINGS)
 def test_export_with_dynamic_height_and_width(position):
     """One torch.export program for all sizes. Where the exporter cannot, the test says so by name."""

@@ -1,26 +1,22 @@
 """torch.compile: one graph for the first size, one for all others, and no break."""
 
+from functools import partial
+
 import pytest
-import timm
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.helpers import micro_vit
 from vit2dpe import use_policy
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.testing import randomise
 
 # Pooled over patches: at depth 1 a class token, which stands nowhere, sees no bias.
-MICRO = dict(depth=1, embed_dim=48, num_heads=3, num_classes=7, global_pool="avg")
 SIZES = ((32, 32), (48, 48), (32, 48), (48, 20), (24, 64), (64, 64), (40, 56), (16, 16), (60, 20), (28, 28))
 QUICK = [("rope", "default", "none"), ("learned+relative", "default", "none"), ("sincos+alibi", "interpolate", "log")]
 ALL = [(word, "default", "none") for word in ENCODINGS]
 ALL += [(word, "default", heat) for word in ("none", "rope", "relative", "alibi") for heat in ("log", "yarn")]
 ALL += [(word, policy, "none") for word in ("rope", "rope_mixed") for policy in ("interpolate", "ntk", "yarn")]
-
-
-def create(position):
-    torch.manual_seed(0)
-    return randomise(timm.create_model("vit2dpe_tiny_patch4_32", position=position, **MICRO)).eval()
+create = partial(micro_vit, depth=1, global_pool="avg")
 
 
 def graphs(model, policy="default", temperature="none", sizes=SIZES, **how):

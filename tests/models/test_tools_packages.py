@@ -4,7 +4,6 @@ import copy
 
 import peft
 import pytest
-import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -12,23 +11,17 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.utils import prune
 
 import vit2dpe.models  # noqa: F401
+from tests.helpers import micro_vit, randn
 from vit2dpe.encodings import ENCODINGS, PositionEncoding
-from vit2dpe.testing import randomise
 
 try:
     import torchao.quantization as ao
 except ImportError:  # its wheels follow torch's versions, and may lag behind one
     ao = None
 
-MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=7)
-X = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+X = randn(4, 3, 32, 48)
 Y = torch.tensor([0, 1, 2, 3])
 SUM = "learned+relative+rope_mixed"
-
-
-def create(position=SUM):
-    torch.manual_seed(0)
-    return randomise(timm.create_model("vit2dpe_tiny_patch4_32", position=position, **MICRO)).eval()
 
 
 def run(model):
@@ -38,7 +31,7 @@ def run(model):
 
 @pytest.mark.parametrize("position", [SUM, "rope"])
 def test_lora_trains_and_merges_back(position):
-    model = create(position)
+    model = micro_vit(position)
     before, plain = {n: p.clone() for n, p in model.named_parameters()}, run(model)
     lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["qkv", "proj"]))
     assert torch.equal(run(lora), plain), "LoRA starts as nothing"
@@ -64,7 +57,7 @@ def test_lora_trains_and_merges_back(position):
 @pytest.mark.skipif(ao is None, reason="torchao is not installed: it has no wheel for this torch")
 @pytest.mark.parametrize("position", [SUM, "logcpb+fourier"])
 def test_int8_weights_leave_positions_alone(position):
-    model = create(position)
+    model = micro_vit(position)
     plain = run(model)
     inside = {n for n, m in model.named_modules() if isinstance(m, PositionEncoding)}
     tables = {n: p.clone() for n, p in model.named_parameters() if any(n.startswith(f"{i}.") for i in inside)}
@@ -80,7 +73,7 @@ def test_int8_weights_leave_positions_alone(position):
 
 
 def test_pruning_masks_what_attention_computes_with():
-    model, by_hand = create(), create()
+    model, by_hand = micro_vit(SUM), micro_vit(SUM)
     kept = {}
     for i, block in enumerate(model.blocks):
         prune.l1_unstructured(block.attn.qkv, "weight", amount=0.5)
@@ -98,9 +91,10 @@ def test_pruning_masks_what_attention_computes_with():
     assert torch.equal(run(model.eval()), run(by_hand))
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ENCODINGS)
 def test_copies_and_averages_after_a_forward(position):
-    model = create(position)
+    model = micro_vit(position)
     model.train()(X).sum().backward()
     twin = copy.deepcopy(model)
     ema = ModelEmaV3(model, decay=0.5)

@@ -16,12 +16,13 @@ from timm.task import (
 )
 from timm.utils import CheckpointSaver
 
+from tests.helpers import randn
 from vit2dpe import from_timm
 from vit2dpe.encodings import ENCODINGS
 
 MICRO = dict(embed_dim=48, depth=2, num_heads=3, num_classes=6)
 SWIN = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=6)
-X, Y = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+X, Y = randn(4, 3, 32, 32), torch.arange(4)
 
 
 def vit(position="rope_mixed+learned", **kwargs):

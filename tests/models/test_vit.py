@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import vit2dpe.models  # noqa: F401 - registers the names with timm
+from tests.helpers import randn, shaken, within
 from vit2dpe import ENCODINGS, ConfigError, Dims, PositionEncoding, Positions, ViT, build
 from vit2dpe.encodings import MixedRoPE, RelativeBias, SinCos
 from vit2dpe.models.layers import LayerScale, add_branch
@@ -25,21 +26,11 @@ def micro(position="learned", **changes):
     return ViT(position, **{**MICRO, **changes})
 
 
-def randomise(model, std=0.1):
-    """Every parameter away from its start: zeros (biases, head) and ones (norms) hide mistakes."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=std)
-    return model.eval()
-
-
 def images(batch=2, height=8, width=12, seed=2):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return randn(batch, 3, height, width, seed=seed)
 
 
-def close(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+close = within(1e-5)
 
 
 # timm's weights ----------------------------------------------------------------------------------------------------
@@ -49,7 +40,7 @@ def close(ours, theirs, tolerance=1e-5):
 @torch.no_grad()
 def test_timms_weights_give_timms_logits(size):
     theirs = timm.create_model("vit_tiny_patch16_224", depth=3, dynamic_img_size=size != (224, 224))
-    randomise(theirs, 0.05)
+    shaken(theirs, 0.05)
     ours = timm.create_model("vit2dpe_tiny_patch16_224", depth=3).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = images(1, *size)
@@ -80,7 +71,7 @@ VARIANTS = {
 def test_the_variants_are_timms(kwargs):
     sizes = {**MICRO, **kwargs}
     torch.manual_seed(0)
-    theirs = randomise(timm.models.VisionTransformer(**sizes))
+    theirs = shaken(timm.models.VisionTransformer(**sizes))
     ours = ViT(**sizes).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = images()[:, : sizes.get("in_chans", 3)]
@@ -94,7 +85,7 @@ def test_the_variants_are_timms(kwargs):
 
 @torch.no_grad()
 def test_a_copy_takes_timms_weights_too():
-    theirs = randomise(timm.models.VisionTransformer(**MICRO))
+    theirs = shaken(timm.models.VisionTransformer(**MICRO))
     ours = copy.deepcopy(micro()).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     close(ours(images()), theirs(images()))
@@ -118,7 +109,7 @@ def test_weights_of_another_grid_are_refused_and_the_given_dict_is_left_alone():
 def test_every_encoding_runs_at_every_size(name, size):
     torch.manual_seed(0)
     model = timm.create_model("vit2dpe_small_patch16_224", position=name, depth=1, num_classes=10)
-    logits = randomise(model, 0.02)(images(1, *size))
+    logits = shaken(model, 0.02)(images(1, *size))
     assert logits.shape == (1, 10)
     assert bool(logits.isfinite().all())
     assert float(logits.std()) > 0.01
@@ -132,7 +123,7 @@ def test_leading_tokens_and_pools(class_token, reg_tokens, pool):
         with pytest.raises(ConfigError, match="needs class_token=True"):
             micro(global_pool=pool, class_token=False, reg_tokens=reg_tokens)
         return
-    model = randomise(micro("sincos+relative", global_pool=pool, class_token=class_token, reg_tokens=reg_tokens))
+    model = shaken(micro("sincos+relative", global_pool=pool, class_token=class_token, reg_tokens=reg_tokens))
     prefix = class_token + reg_tokens
     features = model.forward_features(images()).detach()
     assert features.shape == (2, prefix + 6, 32)
@@ -176,7 +167,7 @@ def test_an_image_that_the_patch_does_not_divide_is_refused(size, message):
 
 @torch.no_grad()
 def test_an_encoding_before_every_block():
-    model = randomise(micro("none", block_position="sincos"))
+    model = shaken(micro("none", block_position="sincos"))
     plain = micro("none").eval()
     plain.load_state_dict(model.state_dict(), strict=True)
     token = SinCos(32)(plain.positions(8, 12)).token
@@ -209,7 +200,7 @@ def test_per_block_encodings_live_in_blocks_and_shared_ones_in_the_model():
 
 @torch.no_grad()
 def test_a_blocks_own_signal_joins_the_shared_one():
-    one = randomise(micro("sincos+rope+alibi+relative(shared=true)"), 0.3)
+    one = shaken(micro("sincos+rope+alibi+relative(shared=true)"), 0.3)
     each = micro("sincos+rope+alibi+relative").eval()
     missing, unexpected = each.load_state_dict(one.state_dict(), strict=False)
     assert unexpected == ["position.terms.3.relative_position_bias_table"]
@@ -283,7 +274,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for enable in (False, True):
         # Pooled by "avg": a class token has no place, so it would leave the last block's relative table untouched.
         model = micro("learned+rope_mixed+relative", block_position="learned", global_pool="avg")
-        model = randomise(model).train()
+        model = shaken(model).train()
         model.set_grad_checkpointing(enable)
         model(images()).square().sum().backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -292,6 +283,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_one_batch_is_learned_by_heart(name):
     model, x, labels = micro(name, global_pool="avg"), images(8), torch.arange(8)
@@ -318,7 +310,7 @@ def test_one_batch_is_learned_by_heart(name):
 @pytest.mark.parametrize("name", ENCODINGS)
 @torch.no_grad()
 def test_only_without_places_may_patches_be_permuted(name):
-    model = randomise(micro(name, global_pool="avg", class_token=False), 0.3)
+    model = shaken(micro(name, global_pool="avg", class_token=False), 0.3)
     x = images()
     patches = nn.functional.unfold(x, 4, stride=4)  # (B, C p p, 6)
     swapped = nn.functional.fold(patches[..., [1, 0, 2, 3, 4, 5]], (8, 12), 4, stride=4)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from ..errors import ConfigError
-from .options import settings
 
 
-def bench(args: list[str]) -> int:
-    """Run `benchmarks` of the clone that this package lies in.
+def load_benchmarks() -> ModuleType:
+    """`benchmarks` of the clone that this package lies in.
 
     Raises:
         ConfigError: where the package is installed without the repository.
@@ -22,6 +21,10 @@ def bench(args: list[str]) -> int:
         raise ConfigError("vit2dpe bench runs in a clone of the repository, where benchmarks/ lies beside the package")
     if str(clone) not in sys.path:
         sys.path.insert(0, str(clone))
-    benchmarks = importlib.import_module("benchmarks")
-    benchmarks.bench(settings("bench", benchmarks.BenchConfig, args), command=shlex.join(["vit2dpe", "bench", *args]))
-    return 0
+    return importlib.import_module("benchmarks")
+
+
+def __getattr__(name: str) -> object:
+    if name in ("bench", "BenchConfig"):
+        return getattr(load_benchmarks(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

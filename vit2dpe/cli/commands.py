@@ -34,29 +34,29 @@ COMMANDS = {
     ),
     "train": Command(
         "train a classifier of images with any encoding: resumable, on one process or many",
-        "training.train:train",
+        "training.objectives.images:train",
         "training.settings:TrainConfig",
         parallel=True,
     ),
     "text train": Command(
         "train a language model on plain text with any encoding",
-        "training.text:train",
+        "training.objectives.text:train_text",
         "training.text_settings:TextTrainConfig",
         parallel=True,
     ),
     "text sample": Command(
-        "let a trained text model write", "training.text:sample", "training.text_settings:SampleConfig"
+        "let a trained text model write", "training.sampling:sample", "training.text_settings:SampleConfig"
     ),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
-        "training.pretrain:pretrain",
+        "training.objectives.masked_images:pretrain",
         "training.pretrain_settings:PretrainConfig",
         parallel=True,
     ),
     "probe": Command(
         "what the frozen features of a run are worth: linear classifier, nearest neighbours",
         "study.probe:probe",
-        "study.probe_settings:ProbeConfig",
+        "study.settings:ProbeConfig",
     ),
     "evaluate": Command(
         "measure any timm model, or a trained one, at other sizes",
@@ -64,10 +64,14 @@ COMMANDS = {
         "study.settings:EvaluateConfig",
     ),
     "show": Command(
-        "draw encodings, without data, or a model's attention to an image or a sentence", "cli.show:show", ""
+        "draw encodings, without data, or a model's attention to an image or a sentence",
+        "cli.show:show",
+        "cli.show:ShowConfig",
     ),
-    "report": Command("one HTML page of one study or several", "cli.report:report", ""),
-    "bench": Command("time our models against timm's, and against no encoding", "cli.bench:bench", ""),
+    "report": Command("one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig"),
+    "bench": Command(
+        "time our models against timm's, and against no encoding", "cli.bench:bench", "cli.bench:BenchConfig"
+    ),
     "doctor": Command("say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig"),
 }
 
@@ -115,8 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
             )
-        if not command.config:
-            return _named(command.run)(args)
         config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported
         _named(command.run)(config, command=shlex.join(["vit2dpe", *name.split(), *args]))
         return 0
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return 1
     except KeyboardInterrupt:
-        print("\nvit2dpe: stopped; finished cells are kept, the same command goes on from there", file=sys.stderr)
+        print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""`vit2dpe doctor`: is this machine fit to train on? Versions, devices, kernels, known bad pairs, free disk."""
+"""`vit2dpe doctor`: checks versions, devices, attention kernels, known bad combinations and free disk space."""
 
 from __future__ import annotations
 
@@ -11,26 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import TrainingError
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-REQUIRED = {
-    "torch": (2, 11),
-    "torchvision": (),
-    "timm": (1, 0, 31),
-    "einops": (0, 8),
-    "pillow": (11,),
-    "safetensors": (0, 5),
-}
-OPTIONAL = {
-    "recipes": ("jsonargparse", "pyyaml", "tqdm", "matplotlib", "scikit-learn"),
-    "text": ("tokenizers",),
-    "by name": ("tensorboard", "wandb", "datasets", "onnx", "onnxruntime"),
-}
+from ..errors import TrainingError
+from ..spec import Settings
+
+EXTRAS = ("recipes", "text", "tracking")
+BY_NAME = ("datasets", "onnx", "onnxruntime")  # imported where they are asked for, in no extra
 LEAST_DISK = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Say whether this machine is fit to train on, and what is missing.
 
     Args:
@@ -41,44 +34,53 @@ class DoctorConfig:
 
 
 class Finding(NamedTuple):
-    """A line of the report: "ok", "note" (something is missing that not everybody needs) or "bad"."""
+    """A line of the report: "ok", "note" (something optional is missing) or "bad"."""
 
     grade: str
     text: str
 
 
 def doctor(config: DoctorConfig, command: str = "") -> list[Finding]:
-    """Print what was found.
+    """Print the findings.
 
     Raises:
-        TrainingError: naming what is bad, so that the command's exit status says it.
+        TrainingError: naming what is bad, so that the command exits with status 1.
     """
-    found = [finding for check in CHECKS for finding in check(config)]
-    for grade, text in found:
+    findings = [finding for check in CHECKS for finding in check(config)]
+    for grade, text in findings:
         print(f"{grade:4}  {text}")
-    if bad := [text for grade, text in found if grade == "bad"]:
-        raise TrainingError(f"{len(bad)} of {len(found)} findings are bad: {'; '.join(bad)}")
-    return found
+    if bad := [text for grade, text in findings if grade == "bad"]:
+        raise TrainingError(f"{len(bad)} of {len(findings)} findings are bad: {'; '.join(bad)}")
+    return findings
 
 
 def versions(config: DoctorConfig) -> Iterator[Finding]:
+    """What this package requires (its pyproject.toml, as installed), and what its extras add."""
     yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name, least in REQUIRED.items():
-        installed = version_of(name)
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("vit2dpe") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("note", "vit2dpe runs from a folder and is not installed: its requirements are not checked")
+        return
+    for name, specifier in [(r.name, r.specifier) for r in requirements if r.marker is None]:
+        installed, least = version_of(name), next((s.version for s in specifier if s.operator == ">="), "0")
         if installed is None:
             yield Finding("bad", f"{name} is not installed: pip install {name}")
-        elif parts(installed) < least:
-            yield Finding("bad", f"{name} {installed} is older than {'.'.join(map(str, least))}: pip install -U {name}")
+        elif release(installed) < release(least):
+            yield Finding("bad", f"{name} {installed} is older than {least}: pip install -U {name}")
         else:
             yield Finding("ok", f"{name} {installed}")
-    for extra, names in OPTIONAL.items():
+    extras = {
+        extra: [r.name for r in requirements if r.marker and r.marker.evaluate({"extra": extra})] for extra in EXTRAS
+    }
+    for extra, names in (extras | {"by name": list(BY_NAME)}).items():
         missing = [name for name in names if version_of(name) is None]
-        said = f"not installed: {', '.join(missing)}" if missing else "installed"
-        yield Finding("note" if missing else "ok", f"[{extra}] {said}")
+        text = f"not installed: {', '.join(missing)}" if missing else "installed"
+        yield Finding("note" if missing else "ok", f"[{extra}] {text}")
 
 
 def imports(config: DoctorConfig) -> Iterator[Finding]:
-    """Wheels that are there and do not load, such as a torchvision built for another torch."""
+    """Packages that are installed but do not import, such as a torchvision built for another torch."""
     for name in ("torch", "torchvision", "timm"):
         try:
             __import__(name)
@@ -88,10 +90,10 @@ def imports(config: DoctorConfig) -> Iterator[Finding]:
 
 def bad_pairs(config: DoctorConfig) -> Iterator[Finding]:
     pillow, torch = version_of("pillow"), version_of("torch")
-    if pillow is not None and parts(pillow) >= (13,):
+    if pillow is not None and release(pillow) >= (13,):
         why = "timm's RandAugment raises in posterize: use ours (augment.policy), or pillow<13"
         yield Finding("note", f"Pillow {pillow}: {why}")
-    if torch is not None and parts(torch) < (2, 6):
+    if torch is not None and release(torch) < (2, 6):
         yield Finding("bad", f"torch {torch} executes code of a file even with weights_only=True (CVE-2025-32434)")
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         yield Finding("note", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: other libraries may execute files")
@@ -100,7 +102,7 @@ def bad_pairs(config: DoctorConfig) -> Iterator[Finding]:
 def devices(config: DoctorConfig) -> Iterator[Finding]:
     try:
         import torch
-    except Exception:  # said above
+    except Exception:  # reported by `imports`
         return
     yield Finding("ok", f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
@@ -119,18 +121,18 @@ def devices(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def kernels(config: DoctorConfig) -> Iterator[Finding]:
-    """Which fused attention takes what we give it, tried out; the plain one always does."""
+    """The attention kernels that accept our inputs, tried one by one; the plain one always does."""
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
-    except Exception:  # said above
+    except Exception:  # reported by `imports`
         return
     import warnings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.zeros(1, 2, 16, 32, device=device, dtype=dtype)
-    for said, mask in (("without bias", None), ("with bias", torch.zeros(1, 2, 16, 16, device=device, dtype=dtype))):
+    for case, mask in (("without bias", None), ("with bias", torch.zeros(1, 2, 16, 16, device=device, dtype=dtype))):
         able = []
         for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
             with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, name)]):
@@ -140,7 +142,7 @@ def kernels(config: DoctorConfig) -> Iterator[Finding]:
                     able.append(name.removesuffix("_ATTENTION").lower())
                 except RuntimeError:
                     continue
-        yield Finding("ok" if able else "bad", f"attention {said} on {device}: {', '.join(able) or 'no kernel'}")
+        yield Finding("ok" if able else "bad", f"attention {case} on {device}: {', '.join(able) or 'no kernel'}")
 
 
 def disk(config: DoctorConfig) -> Iterator[Finding]:
@@ -161,14 +163,9 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def parts(version: str) -> tuple[int, ...]:
-    """(2, 15, 0) of "2.15.0+cu132"."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def release(version: str) -> tuple[int, ...]:
+    """(2, 15, 0) of "2.15.0+cu132", and of "2.15.0a0": vendors' builds carry such versions."""
+    return Version(version).release
 
 
 CHECKS: tuple[Callable[[DoctorConfig], Iterator[Finding]], ...] = (versions, imports, bad_pairs, devices, kernels, disk)

@@ -1,214 +1,217 @@
-"""Settings from the command line and from YAML into dataclasses; a refusal is one line and names the nearest key."""
+"""The command line and YAML into dataclasses of settings; a refusal is one line and names the nearest setting.
+
+A setting is a field and its line in the docstring's Args: from them come the option, its type, default and help.
+Options are spelled with hyphens or underscores alike, a switch needs no value, and short names are those of
+`spec.full_names`, on the command line and in YAML: `--epochs` is `--optim.epochs`, `--data x` is `--data.name x`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import os
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_args, get_type_hints
+
+from ..errors import ConfigError, unknown
+from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+S = TypeVar("S", bound=Settings)
 
 
-def settings(name: str, config: Any, args: list[str]) -> Any:
-    """The dataclass `config`, filled from `args` and from the files that they name with --config.
+class Option(NamedTuple):
+    """A setting as an option: `hint` is its type, `group` what the help files it under."""
 
-    Options are spelled with hyphens or underscores alike, a switch needs no value, and `--epochs` means
-    `--optim.epochs` where no other setting ends so.
+    hint: type | UnionType
+    default: Plain
+    help: str
+    group: str
+    positional: bool
+
+
+def settings(name: str, config: type[S], args: list[str]) -> S:
+    """The settings of command `name`, from `args` and from the YAML files that they name with --config.
 
     Raises:
         ConfigError: for what cannot be understood.
+        SystemExit: after --help and --print_config.
     """
-    switches = {f"--{option}" for option, value in _options(config) if isinstance(value, bool)}
-    args = [_in_full(arg, [option for option, _ in _options(config)]) for arg in args]
-    args = _with_preset(list(_switched(args, switches)))
-    made = parser(f"vit2dpe {name}", config.__doc__ or "")
-    made.add_class_arguments(config)
-    made.add_argument("--config", action="config", help="YAML file with any of these settings")
-    made.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
-    _describe(made, config)
-    return _filled(config, parse(made, args))
-
-
-def parser(name: str, text: str):
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError:
-        from ..errors import ConfigError
-
-        raise ConfigError(f'{name} needs an extra that is not installed: pip install "vit2dpe[recipes]"') from None
-    return ArgumentParser(prog=name, description=text.split("\n\n")[0], exit_on_error=False)
-
-
-def parse(parser, args: list[str]) -> dict:
-    """The settings, or a ConfigError of one line. Options are spelled with hyphens or underscores alike."""
-    from jsonargparse import ArgumentError
-
-    from ..errors import ConfigError
-
-    args = [_underscored(arg) for arg in args]
+    options = dict(options_of(config()))
+    parser = _parser(f"vit2dpe {name}", config, options)
     if "-h" in args or "--help" in args:
-        text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help())
+        text = re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
-    known = [option for action in parser._actions for option in action.option_strings]
-    for before, arg in zip(["", *args], args, strict=False):
-        if before == "--config" or arg.startswith("--config="):
-            _check_yaml(arg.removeprefix("--config="), {option.removeprefix("--") for option in known})
+    args = [_full_option(arg, config) for arg in args]
+    return config.of(_parsed(parser, list(_with_files(args, config)), options))
+
+
+def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[tuple[str, Option]]:
+    """(dotted name, option) of every setting, those of nested settings too."""
+    hints, texts, said, defaults = (
+        get_type_hints(type(config)),
+        texts_of(type(config)),
+        _documented(type(config)),
+        flat(config),
+    )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Settings):
+            nested = inspect.getdoc(type(value)) or field.name
+            yield from options_of(value, f"{prefix}{field.name}.", nested.partition("\n")[0].rstrip("."))
+        else:
+            hint = str | int | list | None if field.name in texts else hints[field.name]
+            positional = "positional" in field.metadata
+            yield prefix + field.name, Option(hint, defaults[field.name], said.get(field.name, ""), title, positional)
+
+
+def _parser(name: str, config: type[Settings], options: Mapping[str, Option]) -> ArgumentParser:
     try:
-        return parser.parse_args(args).as_dict()
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        raise ConfigError(f'{name} needs an extra that is not installed: pip install "vit2dpe[recipes]"') from None
+    summary = (inspect.getdoc(config) or "").partition("\n\n")[0]
+    parser = ArgumentParser(prog=name, description=summary, exit_on_error=False, allow_abbrev=False)
+    groups = {group: parser.add_argument_group(group) for group in dict.fromkeys(o.group for o in options.values())}
+    for option, (hint, default, text, group, positional) in options.items():
+        text = text.replace("%", "%%")
+        if positional:
+            groups[group].add_argument(option, nargs="*", default=[], help=text)
+        elif bool in (hint, *get_args(hint)):
+            groups[group].add_argument(f"--{option}", type=hint, default=default, nargs="?", const=True, help=text)
+        else:
+            groups[group].add_argument(f"--{option}", type=hint, default=default, help=text)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
+    return parser
+
+
+def _parsed(parser: ArgumentParser, args: list[str], options: Mapping[str, Option]) -> dict[str, Plain]:
+    """The settings that were given, by dotted names; a value of a wrong type is refused in one sentence."""
+    from jsonargparse import ArgumentError
+
+    try:
+        given = parser.parse_args(args, defaults=any(arg.startswith("--print_config") for arg in args))
     except (ArgumentError, TypeError) as error:
-        message = _plainly(re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split())))
-        given = [arg.split("=")[0] for arg in args if arg.startswith("--")]
-        strange = next((arg for arg in given if not any(option.startswith(arg) for option in known)), None)
-        near = difflib.get_close_matches(strange, known, n=1) if strange else []
-        if near:  # then what the parser says is of what it took it for
-            message = f"unknown option {strange}; did you mean {near[0]}?"
+        message = " ".join(str(error).split())
+        found = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
+        if found and found[1] in options:
+            hint = options[found[1]].hint
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            names = " or ".join(kind.__name__ if type(kind) is type else str(kind) for kind in kinds)
+            message = f"{found[1]} must be of type {names.replace('NoneType', 'null')}, got {found[2]}"
         raise ConfigError(message) from None
+    return {name: given[name] for name in options if name in given}
 
 
-def _plainly(message: str) -> str:
-    """What the parser says of a value of a wrong type, in one sentence; anything else as it is."""
-    kinds = r"(?:.*Subtypes: \[(?P<kind>.*), NoneType\].*Given value|Expected an? (?P<only>\w+)\. Got value)"
-    found = re.fullmatch(rf'Parser key "(?P<key>[\w.]+)": {kinds}: (?P<value>.*)', message)
-    if found is None:
-        return message
-    wanted = f"{found['kind']} or null" if found["kind"] else found["only"]
-    return f"{found['key']} must be of type {wanted}, got {found['value']}"
-
-
-def _with_preset(args: list[str]) -> list[str]:
-    """`--config x.yaml --preset cpu` as `--config x.yaml --config x.cpu.yaml`."""
-    from ..errors import ConfigError, unknown
-
-    args = [
-        part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "--preset=")) else [arg])
-    ]
-    if "--preset" not in args:
-        return args
-    where = args.index("--preset")
-    name, args = " ".join(args[where + 1 : where + 2]), args[:where] + args[where + 2 :]
-    if "--config" not in args[:-1]:
-        raise ConfigError(f"--preset {name} is a variant of a recipe: name that with --config")
-    at = args.index("--config") + 1
-    recipe = Path(args[at])
-    variant = recipe.with_name(f"{recipe.stem}.{name}{recipe.suffix}")
-    if not variant.is_file():
-        others = [p.stem.removeprefix(f"{recipe.stem}.") for p in recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")]
-        raise unknown("preset", name, sorted(others) or ["(there is none)"])
-    return [*args[: at + 1], "--config", str(variant), *args[at + 1 :]]
-
-
-def _switched(args: list[str], switches: set[str]) -> Iterator[str]:
-    """`--smoke` as `--smoke=true`, and `--smoke false` as `--smoke=false`."""
-    rest = iter([*args, ""])
-    arg = next(rest)
-    for following in rest:
-        if _underscored(arg) in switches:
-            said = following.lower() in ("true", "false")
-            yield f"{arg}={following.lower() if said else 'true'}"
-            arg = next(rest) if said else following
-        else:
-            yield arg
-            arg = following
-
-
-def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, default) of every setting of a dataclass, those of nested ones too."""
-    for setting in fields(config):
-        if is_dataclass(setting.default):
-            yield from _options(setting.default, f"{prefix}{setting.name}.")
-        else:
-            yield prefix + setting.name, setting.default
-
-
-def _describe(parser: Any, config: Any) -> None:
-    """What the docstrings say of each setting, as the help of its option; a class's first line titles its group."""
-    said = _documented(config)
-    for group in parser._action_groups:
-        if config.__name__ in (group.title or ""):
-            group.title = "settings"
-    for setting in fields(config):
-        if is_dataclass(setting.default):
-            nested = type(setting.default)
-            said |= {f"{setting.name}.{name}": text for name, text in _documented(nested).items()}
-            for group in parser._action_groups:
-                if nested.__name__ in (group.title or ""):
-                    group.title = (nested.__doc__ or "").partition("\n")[0].rstrip(".")
-    for action in parser._actions:
-        if action.dest in said:
-            action.help = said[action.dest].replace("%", "%%")
-
-
-def _documented(config: Any) -> dict[str, str]:
-    """Setting -> its text in the Args section of the class's docstring, or of that of a class it extends."""
-    lines = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines()
-    found: dict[str, str] = {}
-    for base in config.__bases__:
-        if is_dataclass(base):
-            found |= _documented(base)
-    for line in lines:
-        if match := re.match(r"    (\w+): (.*)", line):
-            name, text = match.groups()
-            found[name] = text
-        elif found and line.strip():
-            found[name] += " " + line.strip()
-    return found
-
-
-def _filled(config: Any, values: dict[str, Any]) -> Any:
-    """The dataclass, and those nested in it, with these values."""
-    nested = {f.name: type(f.default) for f in fields(config) if is_dataclass(f.default)}
-    names = {f.name for f in fields(config)}
-    given = {k: _filled(nested[k], v) if k in nested else v for k, v in values.items() if k in names}
-    return config(**given)
-
-
-def _underscored(arg: str) -> str:
-    return re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg)
-
-
-def _in_full(arg: str, options: list[str]) -> str:
-    """--epochs as --optim.epochs and --data as --data.name, where exactly one setting is meant."""
+def _full_option(arg: str, config: type[Settings]) -> str:
+    """--epochs=3 as --optim.epochs=3, hyphens as underscores."""
     word, equals, value = arg.partition("=")
-    short = _underscored(word).removeprefix("--")
-    if not arg.startswith("--") or short in options:
+    if not word.startswith("--"):
         return arg
-    fits = [o for o in options if o.endswith(f".{short}")] or [o for o in options if o == f"{short}.name"]
-    return f"--{fits[0]}{equals}{value}" if len(fits) == 1 else arg
+    name = word.removeprefix("--").replace("-", "_")
+    known = [*flat(config()), "config", "preset", "print_config"]
+    fits = [name] if name in known else full_names(config, name)
+    if not fits:
+        near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
+        raise ConfigError(f"unknown option {word}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    return f"--{full_name(config, name) if name not in known else name}{equals}{value}"
 
 
-def _check_yaml(path: str, known: set[str]) -> None:
-    """Refuse what YAML would take silently, a key given twice and a number that is none; and name the nearest key."""
+def _with_files(args: list[str], config: type[Settings]) -> Iterator[str]:
+    """The arguments with the content of files, as JSON, in place of their names; with `--preset cpu` that of x.cpu.yaml
+    after that of x.yaml."""
+    words = [word for arg in args for word in (arg.split("=", 1) if re.match("--(config|preset)=", arg) else [arg])]
+    preset = ""
+    if "--preset" in words:
+        at = words.index("--preset")
+        preset = " ".join(words[at + 1 : at + 2])
+        del words[at : at + 2]
+        if "--config" not in words[:-1]:
+            raise ConfigError(f"--preset {preset} is a variant of a recipe: name that with --config")
+    for before, word in zip(["", *words], words, strict=False):
+        yield read_yaml(word, config) if before == "--config" else word
+        if before == "--config" and preset:
+            recipe = Path(word)
+            others = recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")
+            variants = {path.stem.removeprefix(f"{recipe.stem}."): path for path in others}
+            if preset not in variants:
+                raise unknown("preset", preset, sorted(variants) or ["(there is none)"])
+            yield from ("--config", read_yaml(str(variants[preset]), config))
+            preset = ""
+
+
+def read_yaml(path: str, config: type[Settings]) -> str:
+    """The settings of a file as JSON, nested and by their full names; what YAML would take silently is refused.
+
+    Raises:
+        ConfigError: for a file that is not there or no YAML, a key given twice, a number that is not finite, and a
+            setting that does not exist, with the nearest one.
+    """
     import yaml
 
-    from ..errors import ConfigError, unknown
-
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise ConfigError(f"there is no file {path}")
+    known, tree, seen = list(flat(config())), dict[str, Plain](), set[str]()
+    loader = yaml.SafeLoader("")
 
-    def walk(node: Any, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            if isinstance(node, yaml.ScalarNode) and node.value.lower().lstrip("+-") in (".nan", ".inf", "nan", "inf"):
-                raise ConfigError(f"{path}: {prefix} must be a finite number, got {node.value}")
-            return
-        seen: set[str] = set()
-        for key_node, value in node.value:
-            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
-            if key in seen:
-                raise ConfigError(f"{path}: {key} is given twice, again in line {key_node.start_mark.line + 1}")
-            seen.add(key)
-            inside = any(option.startswith(f"{key}.") for option in known)
-            if key not in known and not inside:
-                raise unknown(f"setting in {path}", key, sorted(known - {"config", "print_config", "help"}))
-            if inside or not isinstance(value, yaml.MappingNode):
-                walk(value, key)
+    def walk(node: yaml.MappingNode, prefix: str) -> None:
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            group = isinstance(value, yaml.MappingNode) and any(option.startswith(f"{name}.") for option in known)
+            full = [name] if group else full_names(config, name)
+            if len(full) != 1:
+                raise unknown(f"setting in {path}", name, sorted(known))
+            if full[0] in seen:
+                raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(full[0])
+            if group:
+                walk(value, f"{name}.")
+                continue
+            if isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
+                raise ConfigError(f"{path}: {name} must be a finite number, got {value.value}")
+            _put(tree, full[0], loader.construct_object(value, deep=True))
 
     try:
-        with open(path, encoding="utf-8") as file:
-            walk(yaml.compose(file, Loader=yaml.SafeLoader), "")
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            walk(root, "")
+        elif root is not None:
+            raise ConfigError(f"{path} holds no settings: write name: value")
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is no YAML file: {error}") from None
+    return json.dumps(tree, default=str)
+
+
+def _put(tree: dict[str, Plain], name: str, value: Plain) -> None:
+    """tree["optim"]["lr"] of "optim.lr"."""
+    head, dot, rest = name.partition(".")
+    if not dot:
+        tree[head] = value
+        return
+    inner = tree.setdefault(head, {})
+    if isinstance(inner, dict):
+        _put(inner, rest, value)
+
+
+def _documented(config: type[Settings]) -> dict[str, str]:
+    """Setting -> its text in the Args section of the class's docstring, or of that of a class it extends."""
+    found: dict[str, str] = {}
+    for base in config.__bases__:
+        if issubclass(base, Settings):
+            found |= _documented(base)
+    name = ""
+    for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
+        if match := re.match(r"    (\w+): (.*)", line):
+            name, found[match[1]] = match[1], match[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from .options import parse, parser
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..spec import Settings, Words
 
 
-def report(args: list[str]) -> int:
-    options = parser("vit2dpe report", "One HTML page, without a network, of one study or several.")
-    options.add_argument("runs", nargs="+", help="folders of studies, each with its results.csv")
-    options.add_argument("--out", default="report.html", type=str, help="the page to write")
-    values = parse(options, args)
+@dataclass(frozen=True)
+class ReportConfig(Settings):
+    """One HTML page, without a network, of one study or several.
+
+    Args:
+        runs: folders of studies, each with its results.csv.
+        out: the page to write.
+    """
+
+    runs: Words = field(default=(), metadata={"positional": True})
+    out: str = "report.html"
+
+
+def report(config: ReportConfig, command: str = "") -> Path:
+    """Write the page, print where it is, and return that."""
     from ..study.html import merge
 
-    print(merge(values["runs"], values["out"]))
-    return 0
+    if not config.runs:
+        raise ConfigError("name the folders of one study or several, each with its results.csv")
+    page = Path(merge(list(config.runs), config.out))
+    print(page)
+    return page

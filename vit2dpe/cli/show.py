@@ -2,79 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .options import parse, parser
+from ..spec import Settings, Size, Words
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def show(args: list[str]) -> int:
-    options = parser("vit2dpe show", "Draw encodings, without data, or a model's attention.")
-    options.add_argument(
-        "encodings", nargs="*", default=[], help="words such as rope, sincos+alibi, rope(base=10), or all"
-    )
-    options.add_argument("--grid", default="14x14", type=str, help="rows x columns, 14x14; a line: 64x1 is 64")
-    options.add_argument("--out", default=None, type=str, help="the picture to write: encodings.png, attention.png")
-    options.add_argument("--attention", action="store_true", help="draw attention, with --image or --text")
-    options.add_argument("--image", default=None, type=str, help="an image file, for --run or --model")
-    options.add_argument("--text", default=None, type=str, help="a sentence, for a --run of text")
-    options.add_argument("--run", default=None, type=str, help="the folder of a finished run")
-    options.add_argument("--model", default=None, type=str, help="a timm name; vit2dpe_* has its initial weights")
-    options.add_argument("--size", default=None, type=str, help="of the image for the model: 48 or 48x64")
-    values = parse(options, args)
-    if values["attention"]:
-        print(draw_attention(values))
-        return 0
+@dataclass(frozen=True)
+class ShowConfig(Settings):
+    """Draw encodings, without data, or a model's attention.
+
+    Args:
+        encodings: specs such as rope, sincos+alibi, rope(base=10), or all.
+        grid: rows x columns, 14x14; a line: 64x1 is 64.
+        out: the picture to write; default encodings.png or attention.png.
+        attention: draw attention, with --image or --text.
+        image: an image file, for --run or --model.
+        text: a sentence, for a --run of text.
+        run: the folder of a finished run.
+        model: a timm name; vit2dpe_* has its initial weights.
+        size: of the image for the model, 48 or 48x64.
+    """
+
+    encodings: Words = field(default=(), metadata={"positional": True})
+    grid: str = "14x14"
+    out: str | None = None
+    attention: bool = False
+    image: str | None = None
+    text: str | None = None
+    run: str | None = None
+    model: str | None = None
+    size: Size | None = None
+
+
+def show(config: ShowConfig, command: str = "") -> Path:
+    """Draw what was asked for, print where the picture is, and return that.
+
+    Raises:
+        ConfigError: for settings that do not go together.
+    """
+    picture = draw_attention(config) if config.attention else draw_encodings(config)
+    print(picture)
+    return picture
+
+
+def draw_encodings(config: ShowConfig) -> Path:
+    """`vit2dpe show rope alibi`: what encodings do on a grid."""
+    if useless := [name for name in ("image", "text", "run", "model", "size") if getattr(config, name) is not None]:
+        raise ConfigError(f"--{', --'.join(useless)}: add --attention; encodings are drawn without data")
     from ..plots.encodings import save
 
-    if strange := [name for name in ("image", "text", "run", "model", "size") if values[name] is not None]:
-        raise ConfigError(f"--{', --'.join(strange)}: add --attention; encodings are drawn without data")
-    print(save(values["encodings"], grid_of(values["grid"]), values["out"] or "encodings.png"))
-    return 0
+    return Path(save(list(config.encodings), parse_grid(config.grid), config.out or "encodings.png"))
 
 
-def grid_of(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"a grid is written 14x14 (rows x columns) or 64 (a line), got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
-def load(run: str | None, name: str | None) -> Any:
-    """The model of a finished run's folder, or one by its timm name: a `vit2dpe_*` one is as initialised, any other has
-    timm's pretrained weights."""
-    if (run is None) == (name is None):
-        raise ConfigError(
-            "say whose attention: --run FOLDER of a finished run, or --model NAME of timm, one of the two"
-        )
-    if run is not None:
-        from ..training.checkpoint import load_run
-
-        return load_run(run)
-    import timm
-
-    from ..interop.timm.convert import from_timm
-
-    if str(name).startswith("vit2dpe_"):
-        return timm.create_model(str(name))
-    return from_timm(str(name), pretrained=True)
-
-
-def draw_attention(values: dict[str, Any]) -> Path:
-    """`vit2dpe show --attention`: the picture of what was asked for."""
-    from ..spec import parse_size
-
-    if values["text"] is not None and not any(values[name] for name in ("image", "encodings", "model", "size")):
+def draw_attention(config: ShowConfig) -> Path:
+    """`vit2dpe show --attention`: where a model looks, in an image or in a sentence."""
+    out = config.out or "attention.png"
+    if config.text is not None and not (config.image or config.encodings or config.model or config.size):
         from ..plots.text_attention import save as save_text
 
-        return save_text(load(values["run"], None), values["text"], values["out"] or "attention.png")
-    if not values["image"] or values["encodings"] or values["text"] is not None:
+        return Path(save_text(load_model(config.run, None), config.text, out))
+    if not config.image or config.encodings or config.text is not None:
         raise ConfigError(
             "--attention takes --image FILE with --run or --model, or --text SENTENCE with --run, and no encodings"
         )
     from ..plots.attention import save
 
-    model = load(values["run"], values["model"])
-    size = None if values["size"] is None else parse_size(values["size"])
-    return save(model, values["image"], values["out"] or "attention.png", size)
+    return Path(save(load_model(config.run, config.model), config.image, out, config.size))
+
+
+def parse_grid(text: str) -> tuple[int, ...]:
+    """(14, 14) of "14x14", (64,) of "64"."""
+    sides = text.lower().split("x")
+    if not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(f"a grid is written 14x14 (rows x columns) or 64 (a line), got {text!r}")
+    return tuple(int(side) for side in sides)
+
+
+def load_model(run: str | None, name: str | None) -> nn.Module:
+    """The model of a finished run's folder, or one by its timm name: a `vit2dpe_*` one is as initialised, any other has
+    timm's pretrained weights."""
+    if name is None and run is not None:
+        from ..training.checkpoint import load_run
+
+        return load_run(run)
+    if name is None or run is not None:
+        raise ConfigError(
+            "say whose attention: --run FOLDER of a finished run, or --model NAME of timm, one of the two"
+        )
+    import timm
+
+    from ..interop.timm.convert import from_timm
+
+    return timm.create_model(name) if name.startswith("vit2dpe_") else from_timm(name, pretrained=True)

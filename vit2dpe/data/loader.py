@@ -1,15 +1,19 @@
-"""Batches of images in a given order: out of memory, or decoded from disk by worker processes, some batches ahead.
+"""Batches of images in a given order: from memory, or from files that worker processes decode some batches ahead.
 
 Workers only decode; every random draw is made afterwards, on the whole batch, by its key (seed, epoch, step, purpose).
-So neither their number nor a restart changes a bit: a stream gives what the same images in memory give.
+So neither their number nor a restart changes a bit: images on disk give what the same images in memory give.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,26 +32,23 @@ def default_workers() -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+@dataclass(eq=False)
 class Feed:
-    """The training batches of a split: `feed(epoch, step)`, with the next ones already under way.
+    """Training batches of a split, `feed(epoch, step)`; the following ones are decoded in the meantime.
 
     Args:
         split: the images, at the training size.
-        plan: the numbers of the images of step `step` of epoch `epoch`.
+        plan: the indices of the images of step `step` of epoch `epoch`.
         steps: of an epoch.
         workers: processes that decode; 0: this one does. None: `default_workers`.
     """
 
-    def __init__(
-        self,
-        split: Split | FileSplit,
-        plan: Callable[[int, int], Tensor],
-        steps: Callable[[], int],
-        workers: int | None,
-    ) -> None:
-        self.split, self.plan, self.steps, self.workers = split, plan, steps, workers
-        self.batches: Iterator[Tensor] = iter(())
-        self.next: tuple[int, int] | None = None
+    split: Split | FileSplit
+    plan: Callable[[int, int], Tensor]
+    steps: Callable[[], int]
+    workers: int | None
+    batches: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
+    next: tuple[int, int] | None = field(default=None, init=False)
 
     def __call__(self, epoch: int, step: int) -> Tensor:
         """uint8 (B, C, H, W)"""
@@ -74,96 +75,119 @@ class Feed:
 
 
 def stream(split: Split | FileSplit, plan: Iterable[Tensor], workers: int | None = None) -> Iterator[Tensor]:
-    """uint8 (B, C, H, W) for every set of numbers in `plan`, in its order.
+    """uint8 (B, C, H, W) for each tensor of indices in `plan`, in its order.
 
     Raises:
         DataError: naming a file that cannot be read.
-        TrainingError: naming a worker that died, or did not answer within a minute, and the files it was at.
+        TrainingError: naming a worker that died, or gave no batch within a minute, and the files it was decoding.
     """
     workers = default_workers() if workers is None else workers
     if isinstance(split, Split) or workers == 0:
         yield from map(split.pixels, plan)
         return
-    flight = _Flight(split, plan, workers)
-    loader: DataLoader[Any] = DataLoader(
+    assigned = Assigned(split, plan, torch.zeros(workers, dtype=torch.long).share_memory_())
+    loader: DataLoader[Tensor | str] = DataLoader(
         _Files(split),
-        batch_sampler=flight,
+        batch_sampler=assigned,
         num_workers=workers,
-        collate_fn=_together,
+        collate_fn=_collate,
         timeout=PATIENCE_S,
         prefetch_factor=AHEAD,
+        worker_init_fn=partial(_register, assigned.pids),
         generator=torch.Generator(),  # it draws a seed for the workers, and must not touch the training's draws
     )
     batches = iter(loader)
-    flight.pids = [worker.pid for worker in getattr(batches, "_workers", [])]
-    _FLIGHTS.append(flight)
+    watched = _STREAMS.get()
+    streams = [] if watched is None else watched
+    streams.append(assigned)
     try:
         for batch in batches:
             if isinstance(batch, str):
                 raise DataError(batch)
-            flight.received += 1
+            assigned.received += 1
             yield batch
     except RuntimeError as error:
-        if found := lost_worker(error):
-            raise found from None
-        raise
+        if (lost := lost_worker(error, [assigned])) is None:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the iterator
+        raise lost from None
     finally:
-        _FLIGHTS.remove(flight)
-        end = getattr(batches, "_shutdown_workers", None)  # at once, not when an error's traceback is let go of
-        if end is not None:
-            end()
+        streams.remove(assigned)
+        del batches  # which ends the workers at once
 
 
-def lost_worker(error: BaseException) -> TrainingError | None:
-    """What torch's message of a lost worker means; None if it is another error.
+@contextmanager
+def watch_workers() -> Iterator[Sequence[Assigned]]:
+    """The streams that are opened within it, by the same thread or task, and still run: for `lost_worker`."""
+    streams: list[Assigned] = []
+    token = _STREAMS.set(streams)
+    try:
+        yield streams
+    finally:
+        _STREAMS.reset(token)
 
-    Torch tells of a death as soon as the system does, so it may surface anywhere in the training.
+
+def lost_worker(error: BaseException, streams: Sequence[Assigned]) -> TrainingError | None:
+    """The error that torch's message about a dead or silent worker stands for; None if it is another error.
+
+    torch raises it as soon as the system reports the death, so it may surface anywhere in the training.
     """
-    said = " ".join(str(error).split())
-    late = "DataLoader timed out" in said
-    killed = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", said)
+    message = " ".join(str(error).split())
+    late = "DataLoader timed out" in message
+    killed = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", message)
     if not late and not killed:
         return None
     pid = int(killed[1]) if killed else None
-    who = next((told for flight in _FLIGHTS if (told := flight.describe(pid))), f"a worker (process {pid})")
-    how = f"gave no batch within {PATIENCE_S:g} seconds" if late else said.partition(") ")[2] or "ended"
+    who = next((name for each in streams if (name := each.describe(pid))), f"a worker (process {pid})")
+    how = f"gave no batch within {PATIENCE_S:g} seconds" if late else message.partition(") ")[2] or "ended"
     return TrainingError(
         f"{who} {how.rstrip('. ')}: if memory ran out take fewer --data.workers or a smaller --optim.batch_size; "
         "--data.workers 0 decodes in the training process; with --resume the run goes on from its last checkpoint"
     )
 
 
-class _Flight:
-    """Which batches workers have in hand: batch k is worker k mod n's."""
+@dataclass(eq=False)
+class Assigned:
+    """The batch sampler of a stream, which remembers the batches that workers have in hand: k is worker k mod n's.
 
-    def __init__(self, split: FileSplit, plan: Iterable[Tensor], workers: int) -> None:
-        self.split, self.plan, self.workers = split, plan, workers
-        self.pids: list[int | None] = []
-        self.given: dict[int, list[int]] = {}
-        self.received = 0
+    Args:
+        split: the files.
+        plan: the indices of every batch.
+        pids: int64 (n,) in shared memory, the processes of the workers.
+    """
+
+    split: FileSplit
+    plan: Iterable[Tensor]
+    pids: Tensor
+    batches: dict[int, list[int]] = field(default_factory=dict)
+    received: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         for number, index in enumerate(self.plan):
-            self.given = {k: v for k, v in self.given.items() if k >= self.received}
-            self.given[number] = index.tolist()
-            yield self.given[number]
+            self.batches = {k: v for k, v in self.batches.items() if k >= self.received}
+            self.batches[number] = index.tolist()
+            yield self.batches[number]
 
     def describe(self, pid: int | None) -> str | None:
         """`data worker 1 (process 4242), at train/a/7.png and 15 more,`; without a pid, the one that is waited for."""
-        if pid is not None and pid not in self.pids:
+        pids = self.pids.tolist()
+        if pid is not None and pid not in pids:
             return None
-        worker = self.received % self.workers if pid is None else self.pids.index(pid)
-        batch = next(
-            (v for k, v in sorted(self.given.items()) if k >= self.received and k % self.workers == worker), []
-        )
+        worker = self.received % len(pids) if pid is None else pids.index(pid)
+        pending = (v for k, v in sorted(self.batches.items()) if k >= self.received and k % len(pids) == worker)
+        batch = next(pending, [])
         files = f", at {self.split.path(batch[0])} and {len(batch) - 1} more," if batch else ""
-        return f"data worker {worker} (process {self.pids[worker]}){files}"
+        return f"data worker {worker} (process {pids[worker]}){files}"
 
 
-_FLIGHTS: list[_Flight] = []  # those under way, for a death that torch tells of outside of `stream`
+_STREAMS: ContextVar[list[Assigned] | None] = ContextVar("streams of this thread's training", default=None)
 
 
-class _Files(Dataset):
+def _register(pids: Tensor, worker: int) -> None:
+    pids[worker] = os.getpid()
+
+
+class _Files(Dataset[Tensor | str]):
     def __init__(self, split: FileSplit) -> None:
         self.split = split
 
@@ -174,6 +198,6 @@ class _Files(Dataset):
             return str(error)
 
 
-def _together(images: list[Tensor | str]) -> Tensor | str:
+def _collate(images: list[Tensor | str]) -> Tensor | str:
     wrong = next((image for image in images if isinstance(image, str)), None)
-    return torch.cat(images) if wrong is None else wrong  # type: ignore[arg-type]
+    return torch.cat([image for image in images if isinstance(image, Tensor)]) if wrong is None else wrong

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec import Settings, Size, Sizes, Term
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What it is trained on.
 
     Args:
@@ -28,8 +30,8 @@ class DataConfig:
 
     name: str = "digits"
     root: str | None = None
-    size: str | None = None
-    source_size: str | None = None
+    size: Size | None = None
+    source_size: Size | None = None
     limit_train: int | None = None
     limit_test: int | None = None
     val_fraction: float = 0.0
@@ -39,7 +41,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(Settings):
     """Which part of a training image is seen, drawn for each by itself.
 
     Args:
@@ -67,9 +69,9 @@ class AugmentConfig(ViewConfig):
         train_sizes: comma-separated sizes, of which each step draws one, such as 128,160,224 or 32,32x48.
     """
 
-    policy: str = "none"
+    policy: Term = Term("none", {})  # noqa: RUF009 - never written to
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.1
-    train_sizes: str | None = None
+    train_sizes: Sizes | None = None

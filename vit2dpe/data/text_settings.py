@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec import Settings
+
 
 @dataclass(frozen=True)
-class TextDataConfig:
+class TextDataConfig(Settings):
     """What is read.
 
     Args:

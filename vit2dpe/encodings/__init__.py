@@ -3,6 +3,7 @@
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
 from .factorized import Factorized
+from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
 from .fourier import Fourier
 from .jitter import Jitter
@@ -43,6 +44,10 @@ __all__ = [
     "T5Bias",
     "WindowedTable",
     "build",
+    "encoding_parameters",
+    "encodings_of",
+    "modules_outside_encodings",
+    "named_encodings",
     "parse",
     "split_shared_and_per_block",
     "terms",

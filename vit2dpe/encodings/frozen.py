@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..positions import Positions
 from ..signal import Bias, Dense, Signal, Table
 from .base import Overrides, Policy, PositionEncoding, Temperature, overriding
+from .find import named_encodings
 
 # What a Signal depends on beside places: policy, temperature, dtype, grid, inference mode.
 State = tuple[Policy | None, Temperature | None, torch.dtype, tuple[int, ...] | None, bool]
@@ -33,7 +34,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: inside, if a parameter of an encoding has changed since the context was entered.
     """
-    encodings = (module for module in model.modules() if isinstance(module, PositionEncoding))
+    encodings = named_encodings(model).values()
     with overriding(Overrides(caches={encoding: SignalCache(encoding) for encoding in encodings})):
         yield model
 

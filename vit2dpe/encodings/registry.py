@@ -15,7 +15,7 @@ from operator import add
 from typing import Any
 
 from ..errors import ConfigError, unknown
-from ..spec import check_option, parse_terms
+from ..spec import Term, check_option, parse_terms
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding, terms
 from .factorized import Factorized
@@ -107,7 +107,7 @@ def build(word: str, dims: Dims) -> PositionEncoding:
     return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(word)))
 
 
-def parse(word: str) -> list[tuple[str, dict[str, Any]]]:
+def parse(word: str) -> list[Term]:
     """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`."""
     return parse_terms(word, "encoding", ENCODINGS)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..encodings import PositionEncoding, Sum
+from ..encodings import PositionEncoding, encodings_of, named_encodings
 from ..encodings.base import Overrides, Policy, Temperature, overriding
 from ..errors import ConfigError, unknown
 from ..spec import check_option, parse_terms
@@ -19,11 +19,6 @@ from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
 
 WINDOW_POLICIES = ("keep", "scale")
 PositionGroup = tuple[PositionEncoding, nn.Module, Extent]  # leading encoding, the part it leads, training extent
-
-
-def encodings_of(model: nn.Module) -> list[PositionEncoding]:
-    """Every encoding of a model that does something, shared and per block, sums taken apart."""
-    return [e for e in model.modules() if isinstance(e, PositionEncoding) and e.gives and not isinstance(e, Sum)]
 
 
 def policies_of(model: nn.Module) -> tuple[str, ...]:
@@ -35,7 +30,7 @@ def policies_of(model: nn.Module) -> tuple[str, ...]:
     found = encodings_of(model)
     common: tuple[str, ...]
     if not found:
-        common = ("extrapolate",) if any(isinstance(e, PositionEncoding) for e in model.modules()) else ("default",)
+        common = ("extrapolate",) if named_encodings(model) else ("default",)
     else:
         common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
     return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common

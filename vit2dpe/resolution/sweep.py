@@ -6,18 +6,34 @@ How a policy is put on a model is in `scopes.py`, the policies themselves are in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
+from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
+from ..modes import evaluating
 from ..spec import Size
 from .apply import encodings_of, policies_of, position_groups, set_policy, use_policy, windows_of  # noqa: F401
 
 MODES = ("scale", "canvas")
+
+
+class SweepRow(TypedDict):
+    """A classifier at one size: sizes in pixels, top1 in percent, loss in nats, over n images."""
+
+    policy: str
+    temperature: str
+    mode: str
+    train_height: int
+    train_width: int
+    height: int
+    width: int
+    top1: float
+    loss: float
+    n: int
 
 
 def sweep(
@@ -30,7 +46,7 @@ def sweep(
     temperatures: Sequence[str] = ("none",),
     train_size: Size | None = None,
     crop: float = 1.0,
-) -> list[dict[str, Any]]:
+) -> list[SweepRow]:
     """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
 
     Args:
@@ -51,8 +67,8 @@ def sweep(
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
     train_size = train_size or train_size_of(model)
-    ours = any(isinstance(module, PositionEncoding) for module in model.modules())
-    rows = []
+    ours = bool(named_encodings(model))
+    rows: list[SweepRow] = []
     for mode in modes:
         for policy in policies or policies_of(model):
             for temperature in temperatures:
@@ -69,7 +85,7 @@ def sweep(
                             f"{type(model).__name__} runs with 'default' and 'none' only"
                         )
                     rows.append(
-                        dict(
+                        SweepRow(
                             policy=policy,
                             temperature=temperature,
                             mode=mode,
@@ -77,24 +93,24 @@ def sweep(
                             train_width=train_size[1],
                             height=size[0],
                             width=size[1],
-                            **score,
+                            top1=score["top1"],
+                            loss=score["loss"],
+                            n=int(score["n"]),
                         )
                     )
     return rows
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, Any]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
     """
-    was_training = model.training
-    model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right, loss, n = dict.fromkeys(top, 0), 0.0, 0
-    try:
+    with evaluating(model):
         for images, labels in batches:
             logits, labels = model(images.to(device)).float(), labels.to(device)
             for k in top:
@@ -102,8 +118,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Se
                 right[k] += int((likeliest == labels[:, None]).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
-    finally:
-        model.train(was_training)
     if n == 0:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
     return {f"top{k}": 100 * hits / n for k, hits in right.items()} | {"loss": loss / n, "n": n}

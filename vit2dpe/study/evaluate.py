@@ -29,16 +29,14 @@ from ..data.splits import Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
-from ..spec import parse_size, parse_terms, split_words
+from ..spec import Size, parse_terms
 from ..training.checkpoint import load_run
 from ..training.devices import pick_device
 from .plan import known
 from .report import about_study
-from .rows import to_csv
+from .rows import Row, to_csv
 from .settings import EvaluateConfig
 from .tables import table
-
-Size = tuple[int, int]
 
 
 class Subject(NamedTuple):
@@ -46,7 +44,7 @@ class Subject(NamedTuple):
 
     model: nn.Module
     label: str  # what the table calls it: an encoding for a run of ours, else the name
-    seed: int | str
+    seed: int | None  # of the training, where it is known
     classes: tuple[str, ...] | None  # by index; None where only their number is known
     strict: bool  # whether data of other classes are out of the question
     mean: Sequence[float]
@@ -54,11 +52,11 @@ class Subject(NamedTuple):
     crop: float
 
 
-def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, Any]]:
-    """Measure a model at every size asked for; write `results.csv` and `env.json` to `config.out`, print the table.
+def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
+    """Measure a model at `config.sizes`; write `results.csv` and `env.json` to `config.out`, print the table.
 
     Returns:
-        the rows of results.csv, in the study's columns.
+        the rows of results.csv.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is measured, for what cannot work.
@@ -68,11 +66,10 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     device = pick_device(config.device)
     subject = load_subject(config)
     model = subject.model.to(device).eval()
-    train_size = train_size_of(model) if config.train_size is None else parse_size(config.train_size)
-    sizes = [parse_size(size) for size in split_words(config.sizes or "")] or [train_size]
+    train_size = config.train_size or train_size_of(model)
+    sizes = config.sizes or (train_size,)
     modes = known("mode", config.modes, MODES)
-    able = policies_of(model)
-    policies = able if "all" in split_words(config.policies) else split_words(config.policies)
+    policies = policies_of(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
     if not 0 < crop <= 1 or config.batch_size < 1:
         raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
@@ -82,17 +79,17 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[dict[str, 
     data, total = _load_data(config, subject, source_size)
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
-    rows = sweep(
+    measured = sweep(
         model,
         data,
         sizes,
         policies,
         modes=modes,
-        temperatures=split_words(config.temperatures),
+        temperatures=config.temperatures,
         train_size=train_size,
         crop=crop,
     )
-    rows = [dict(encoding=subject.label, seed=subject.seed, metric="top1", value=row["top1"], **row) for row in rows]
+    rows = [Row(encoding=subject.label, seed=subject.seed, value=row["top1"], **row) for row in measured]
     out = Path(config.out)
     about = about_study(command, config, device, config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
@@ -116,7 +113,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
                 f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
                 f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
             )
-        label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed", "")
+        label, seed = str(about["arguments"].get("position", about["model"])), about.get("trained", {}).get("seed")
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)
     data = resolve_model_data_config(model)
@@ -124,7 +121,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
     if subset:
         classes = tuple(ImageNetInfo(subset).label_names())
     crop = 1.0 if config.data in SOURCES else data["crop_pct"]
-    return Subject(model, name, "", classes, False, data["mean"], data["std"], crop)
+    return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
 
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Cells of a study, one after the other or several at a time, a process each.
+"""Trials of a study, one after the other or several at a time, a process each.
 
 The models of a study are small: two trainings on a thread each finish long before the same two one after the other on
 two threads.
@@ -7,104 +7,149 @@ two threads.
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ..errors import ConfigError, TrainingError
 
-Rows = list[dict[str, Any]]
-Progress = Callable[[str, int, dict[str, Any]], None]
-MOST = 8  # processes that are started without being asked for
+Progress = Callable[[str, int, Mapping[str, float]], None]  # name and seed of a trial, latest numbers of its training
+T = TypeVar("T")
+R = TypeVar("R")
+MAX_DEFAULT = 8  # processes, unless more are requested
 
 
-def count(jobs: int | None, threads: int | None, device: torch.device, cells: int) -> int:
-    """How many cells run at a time: as asked, else one for `threads` cores of a CPU, and one at a time elsewhere."""
+def count(jobs: int | None, threads: int | None, device: torch.device, trials: int) -> int:
+    """How many trials run at a time: `jobs`, else one per `threads` cores of a CPU, and one at a time elsewhere."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if jobs is None:
-        jobs = 1 if device.type != "cpu" else min(MOST, (os.cpu_count() or 1) // (threads or 1))
-    return max(1, min(jobs, cells))
+        jobs = 1 if device.type != "cpu" else min(MAX_DEFAULT, (os.cpu_count() or 1) // (threads or 1))
+    return max(1, min(jobs, trials))
+
+
+class _Progress(NamedTuple):
+    name: str
+    seed: int
+    numbers: Mapping[str, float]
+
+
+class _Failure(NamedTuple):
+    error: Exception
 
 
 def each(
-    run: Callable[..., Rows],
-    fixed: tuple[Any, ...],
-    cells: Sequence[tuple[Any, ...]],
+    run: Callable[[T, Progress], R],
+    trials: Sequence[T],
     progress: Progress,
     *,
     jobs: int = 1,
     threads: int | None = None,
-) -> Iterator[tuple[int, Rows]]:
-    """`run(*fixed, *cell, progress)` of every cell: its number and its rows, as they are finished.
+) -> Iterator[tuple[int, R]]:
+    """(index, `run(trial, progress)`) of every trial, in the order in which they finish.
 
     Args:
-        run: a function of a module, because processes find it by name.
-        fixed: the arguments that all cells have in common, sent to a process once.
-        progress: called here, also for what another process trains.
+        run: a function of a module, or a `partial` of one; sent to a process once, with its arguments.
+        progress: called in this process, also for trials that another process trains.
         jobs: how many at a time. With several, each has a process of its own.
         threads: CPU threads of each; default torch's choice, and 1 where there are several processes.
 
     Raises:
         TrainingError: where a process dies.
-        Whatever a cell raises. The other processes are ended; what they have finished is kept.
+        Whatever a trial raises. The other processes are ended; finished trials are kept.
     """
     if jobs == 1:
         if threads:
             torch.set_num_threads(threads)
-        for i, cell in enumerate(cells):
-            yield i, run(*fixed, *cell, progress)
+        for i, trial in enumerate(trials):
+            yield i, run(trial, progress)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch in the middle of their work
-    said = context.SimpleQueue()
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(jobs, context, _prepare, (run, fixed, said, threads or 1))
-    running: dict[Future[Rows], int] = {pool.submit(_run, cell): i for i, cell in enumerate(cells)}
-    workers = [process for process in multiprocessing.active_children() if process not in others]
+    workers: dict[Connection, BaseProcess] = {}
+    running: dict[Connection, int] = {}  # index of the trial that the worker at the other end is at
+    pending = iter(enumerate(trials))
     try:
+        for _ in range(jobs):
+            pipe, far_end = context.Pipe()
+            worker: BaseProcess = context.Process(target=_work, args=(run, far_end, threads or 1))
+            with _lost_process():
+                worker.start()
+            workers[pipe] = worker
+            far_end.close()  # the worker's alone, so that its death ends the pipe
+            _assign(pipe, running, pending)
         while running:
-            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            while not said.empty():
-                progress(*said.get())
-            for future in done:
-                yield running.pop(future), future.result()
-            # The pool lists whom it watches while it still starts the last one (Python 3.11.7), so we look too.
-            if running and multiprocessing.connection.wait([process.sentinel for process in workers], timeout=0):
-                raise BrokenProcessPool
-    except BrokenProcessPool:
+            ready = wait(list(running))
+            for pipe in [pipe for pipe in running if pipe in ready]:
+                with _lost_process():
+                    message = pipe.recv()
+                if isinstance(message, _Progress):
+                    progress(*message)
+                elif isinstance(message, _Failure):
+                    raise message.error
+                else:
+                    yield running.pop(pipe), message
+                    _assign(pipe, running, pending)
+    finally:
+        for pipe, worker in workers.items():
+            if running and worker.is_alive():
+                worker.terminate()
+            pipe.close()
+            worker.join()
+
+
+@contextmanager
+def _lost_process() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
         raise TrainingError(
-            "a process that trained a cell died, perhaps for want of memory: the same command goes on from what is "
+            "a process that trained a trial died, perhaps for want of memory: the same command goes on from what is "
             "finished; --jobs 1 trains one at a time"
         ) from None
-    finally:
-        for process in workers if running else ():
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
 
 
-def _prepare(run: Callable[..., Rows], fixed: tuple[Any, ...], said: Any, threads: int) -> None:
-    """What a new process does first."""
-    global _task
+def _assign(pipe: Connection, running: dict[Connection, int], pending: Iterator[tuple[int, T]]) -> None:
+    """Send the next trial, if there is one, to the worker at the other end."""
+    for i, trial in pending:
+        running[pipe] = i
+        with _lost_process():
+            pipe.send(trial)
+        return
+
+
+def _work(run: Callable[[T, Progress], R], pipe: Connection, threads: int) -> None:
+    """Run trials that arrive through the pipe until it is closed."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
-    if parent is not None:  # it does not outlive a study that was killed
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _task = lambda cell: run(*fixed, *cell, lambda *row: said.put(row))  # noqa: E731
+    if parent is not None:  # do not outlive a study that was killed
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    try:
+        while True:
+            pipe.send(_result(run, pipe.recv(), partial(_report, pipe)))
+    except (EOFError, ConnectionError, KeyboardInterrupt):  # the study ended
+        return
 
 
-def _end_with(parent: Any) -> None:
+def _result(run: Callable[[T, Progress], R], trial: T, progress: Progress) -> R | _Failure:
+    try:
+        return run(trial, progress)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # the parent's traceback ends at the pipe
+        return _Failure(error)
+
+
+def _report(pipe: Connection, name: str, seed: int, numbers: Mapping[str, float]) -> None:
+    pipe.send(_Progress(name, seed, numbers))
+
+
+def _exit_after(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)
-
-
-_task: Callable[[tuple[Any, ...]], Rows]
-
-
-def _run(cell: tuple[Any, ...]) -> Rows:
-    return _task(cell)

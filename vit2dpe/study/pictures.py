@@ -1,96 +1,96 @@
-"""What a study's rows say, as a picture: accuracy over size, or over depth."""
+"""Rows of a study as a picture: the metric over size, or over depth."""
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from .tables import Row, default_rows, metric_of, over_depth, spell
+from .rows import Row
+from .tables import default_rows, metric_of, over_depth, spell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODES = {"scale": ": the same picture with more pixels", "canvas": ": more content at the scale of training"}
 
 
-def draw(rows: list[Row], curves: dict[str, list[tuple[int, float]]] | None = None, status: str = ""):
-    """Accuracy over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
+def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | None = None, status: str = "") -> Figure:
+    """The metric over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
 
-    Before a cell is finished the panel shows the training loss instead.
+    Sequences of one length: over depth. Before a trial is finished the panel shows the training loss of `curves`.
     """
     from matplotlib.figure import Figure
 
-    if over_depth(rows):
-        return _draw_depths(rows, status)
-    modes = list(dict.fromkeys(row["mode"] for row in rows)) or [""]
-    figure = Figure(figsize=(6.2 * len(modes) + 1.6, 5), layout="constrained")
-    axes = figure.subplots(1, len(modes), squeeze=False)[0]
-    if not rows:
+    metric, depths = metric_of(rows), over_depth(rows)
+    status = f" ({status})" if status else ""
+    modes = [""] if depths or not rows else list(dict.fromkeys(row.mode for row in rows))
+    size = (6.2, 4.2) if depths else (6.2 * len(modes) + 1.6, 5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(modes), squeeze=False)[0]
+    if depths:
+        _depth_panel(panels[0], rows)
+    elif rows:
+        colours = {encoding: f"C{i}" for i, encoding in enumerate(dict.fromkeys(row.encoding for row in rows))}
+        for panel, mode in zip(panels, modes, strict=True):
+            _panel(panel, [row for row in rows if row.mode == mode], colours)
+            panel.set_title(mode + MODES.get(mode, ""), fontsize=10)
+        panels[0].set_ylabel(metric.unit)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    else:
         for name, curve in (curves or {}).items():
-            axes[0].plot(*zip(*curve, strict=True), label=name)
-        axes[0].set(xlabel="step", ylabel="training loss", title="no encoding is finished yet")
-        axes[0].legend()
-    colours = {word: f"C{i}" for i, word in enumerate(dict.fromkeys(row["encoding"] for row in rows))}
-    for ax, mode in zip(axes, modes, strict=True):
-        if not rows:
-            break
-        _panel(ax, [row for row in rows if row["mode"] == mode], colours)
-        more = {"scale": ": the same picture with more pixels", "canvas": ": more content at the scale of training"}
-        ax.set_title(mode + more.get(mode, ""), fontsize=10)
-    if rows:
-        axes[0].set_ylabel(metric_of(rows).unit)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle(
-        f"{metric_of(rows).name} over {metric_of(rows).over}{f' ({status})' if status else ''}", fontsize=11
-    )
+            panels[0].plot(*zip(*curve, strict=True), label=name)
+        panels[0].set(xlabel="step", ylabel="training loss", title="no encoding is finished yet")
+        panels[0].legend()
+    figure.suptitle(f"{metric.name} over {'depth' if depths else metric.over}{status}", fontsize=11)
     return figure
 
 
-def _draw_depths(rows: list[Row], status: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    ax, metric, shown = figure.subplots(), metric_of(rows), default_rows(rows)
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    for i, word in enumerate(dict.fromkeys(row["encoding"] for row in rows)):
-        x = [at + 0.03 * i for at in range(len(modes))]  # so that equal lines are told apart
-        cells = [[r["value"] for r in shown if (r["encoding"], r["mode"]) == (word, mode)] for mode in modes]
-        ax.plot(x, [statistics.mean(v) if v else float("nan") for v in cells], "o-", label=word, ms=4)
-    ax.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
-    ax.set(xlabel="depth [blocks]", ylabel=metric.unit, ylim=(-4, 104))
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{metric.name} over depth{f' ({status})' if status else ''}", fontsize=11)
-    return figure
+def _depth_panel(panel: Axes, rows: Sequence[Row]) -> None:
+    shown = default_rows(rows)
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    for i, encoding in enumerate(dict.fromkeys(row.encoding for row in rows)):
+        x = [at + 0.03 * i for at in range(len(modes))]  # so that equal lines can be told apart
+        values = [[row.value for row in shown if (row.encoding, row.mode) == (encoding, mode)] for mode in modes]
+        panel.plot(x, [statistics.mean(v) if v else math.nan for v in values], "o-", label=encoding, ms=4)
+    panel.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
+    panel.set(xlabel="depth [blocks]", ylabel=metric_of(rows).unit, ylim=(-4, 104))
+    panel.grid(alpha=0.25)
+    panel.legend(fontsize=8, frameon=False)
 
 
-def _panel(ax, rows: list[Row], colours: dict[str, str]) -> None:
-    import numpy as np
-
-    sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: s[0] * s[1])
-    at = {size: (size[0] * size[1]) ** 0.5 for size in sizes}
-    for word, colour in colours.items():
-        mine = [row for row in rows if row["encoding"] == word]
-        lines = list(dict.fromkeys((row["policy"], row["temperature"]) for row in mine))
+def _panel(panel: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None:
+    metric = metric_of(rows)
+    side = {size: math.sqrt(size[0] * size[1]) for size in {row.size for row in rows}}
+    sizes = sorted(side, key=lambda size: (side[size], size))
+    x = [side[size] for size in sizes]
+    for encoding, colour in colours.items():
+        lines: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}  # policy and temperature -> size
+        for row in rows:
+            if row.encoding == encoding:
+                lines.setdefault((row.policy, row.temperature), {}).setdefault(row.size, []).append(row.value)
+        sign = -1 if metric.more_is_better else 1
         score = {
-            line: statistics.mean([r["value"] for r in mine if (r["policy"], r["temperature"]) == line])
-            for line in lines
+            line: sign * statistics.mean(v for at in values.values() for v in at) for line, values in lines.items()
         }
-        sign = -1 if metric_of(rows).more_is_better else 1
-        shown = lines[:1] + sorted(lines[1:], key=lambda line: sign * score[line])[:1]
-        for i, (policy, temperature) in enumerate(shown):
-            values = [
-                [r["value"] for r in mine if (r["policy"], r["temperature"]) == (policy, temperature)
-                 and (r["height"], r["width"]) == size]
-                for size in sizes
-            ]  # fmt: skip
-            mean = np.array([np.mean(v) if v else np.nan for v in values])
-            spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
-            x = np.array([at[size] for size in sizes])
-            label = word if i == 0 else f"{word} · {policy}" + ("" if temperature == "none" else f" · {temperature}")
-            ax.plot(x, mean, "o-" if i == 0 else "--", color=colour, label=label, ms=4, lw=1.8 if i == 0 else 1)
-            if spread.any():
-                ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.12, lw=0)
-    train = rows[0]["train_height"], rows[0]["train_width"]
-    ax.axvline((train[0] * train[1]) ** 0.5, color="0.6", lw=1, ls=":")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([at[size] for size in sizes], [spell(size) for size in sizes])
-    ax.minorticks_off()
-    ax.set_xlabel(f"{metric_of(rows).scale}; dotted: training")
-    if not metric_of(rows).more_is_better:
-        ax.set_yscale("log")
-    ax.grid(alpha=0.25)
+        first, others = list(lines)[:1], list(lines)[1:]
+        for line in first + sorted(others, key=lambda line: score[line])[:1]:
+            values = [lines[line].get(size, []) for size in sizes]
+            mean = [statistics.mean(v) if v else math.nan for v in values]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            default = line in first
+            label = encoding if default else " · ".join([encoding, *(word for word in line if word != "none")])
+            panel.plot(x, mean, "o-" if default else "--", color=colour, label=label, ms=4, lw=1.8 if default else 1)
+            if any(spread):
+                low, high = ([m + k * s for m, s in zip(mean, spread, strict=True)] for k in (-1, 1))
+                panel.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+    panel.axvline(math.sqrt(rows[0].train_height * rows[0].train_width), color="0.6", lw=1, ls=":")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(x, [spell(size) for size in sizes])
+    panel.minorticks_off()
+    panel.set_xlabel(f"{metric.scale}; dotted: training")
+    if not metric.more_is_better:
+        panel.set_yscale("log")
+    panel.grid(alpha=0.25)

@@ -1,101 +1,152 @@
-"""What the settings of a resolution study mean: read, checked, and as the arguments of its models."""
+"""Settings of a study, parsed and checked: which models it trains, and what it measures them at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from ..data.datasets import check_source
+from ..data.datasets import check_data
 from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..models import Swin, ViT
+from ..models.spec import ModelSpec
 from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
-from ..spec import parse_size, parse_terms, split_words
+from ..spec import Numbers, Size, Sizes, Words, parse_terms
 from ..training.devices import pick_device, precision
+from ..training.objectives.images import check_augment
+from ..training.settings import OptimConfig, check_numbers, model_arguments
+from ..training.tasks.sequences import SEQUENCES
 from .settings import StudyConfig, resolve
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "swin": Swin}
+TASKS = ("images", "text", *SEQUENCES)
+SOURCES = ("digits", "folder", "cifar10")
+ARCHITECTURES = {"vit": "ViT", "swin": "Swin"}
 
 
-class Plan(NamedTuple):
-    """A study's settings, read and checked."""
+class Trial(NamedTuple):
+    """One training of a study."""
+
+    encoding: str
+    depth: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a study, parsed and checked.
+
+    Args:
+        config: with the presets of its task and data filled in.
+        encodings, depths: each encoding is trained at each depth (images: at one).
+        train_size, sizes: (height, width) in pixels; of text and sequences (1, tokens).
+    """
 
     config: StudyConfig
-    encodings: list[str]
-    train_size: tuple[int, int]
-    sizes: list[tuple[int, int]]
-    modes: list[str]
-    policies: list[str]
-    temperatures: list[str]
+    encodings: Words
+    depths: Numbers
+    train_size: Size
+    sizes: Sizes
+
+    @property
+    def trials(self) -> list[Trial]:
+        seeds = range(self.config.seeds)
+        return [Trial(encoding, depth, seed) for seed in seeds for depth in self.depths for encoding in self.encodings]
+
+    @property
+    def optim(self) -> OptimConfig:
+        """How weights are updated; off images, whose epochs are longer, warm-up is at most a tenth of the training."""
+        optim = self.config.optim
+        if self.config.task == "images":
+            return optim
+        return replace(optim, warmup_epochs=min(optim.warmup_epochs, optim.epochs / 10))
+
+    def model_name(self, trial: Trial) -> str:
+        """The encoding, and the depth where there are several."""
+        return f"{trial.encoding}, depth {trial.depth}" if len(self.depths) > 1 else trial.encoding
+
+    def model_spec(self, trial: Trial, classes: int, channels: int = 3) -> ModelSpec:
+        """How to build the model of a trial.
+
+        Args:
+            classes: of images, or the size of the vocabulary.
+            channels: of images.
+        """
+        config = self.config
+        sizes = replace(config.model, position=trial.encoding, depth=trial.depth)
+        arguments = model_arguments(sizes) | dict(drop_path_rate=config.model.drop_path)
+        if config.task != "images":
+            arguments |= dict(vocab_size=classes, context=self.train_size[1], embed_scale=config.embed_scale)
+            if config.task == "text":
+                return ModelSpec("TextDecoder", arguments | config.model.options)
+            return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | config.model.options)
+        arguments |= dict(img_size=self.train_size, patch_size=config.model.patch, in_chans=channels)
+        arguments |= dict(num_classes=classes, global_pool=config.model.pool or "avg")
+        if config.arch == "vit":
+            arguments["class_token"] = config.model.class_token or config.model.pool == "token"
+        else:
+            heads = [int(config.model.heads or 1) * 2**i for i in range(len(config.stages))]
+            arguments |= dict(depths=list(config.stages), num_heads=heads, window_size=config.window)
+            del arguments["depth"]
+        return ModelSpec(ARCHITECTURES[config.arch], arguments | config.model.options)
 
 
 def check(config: StudyConfig) -> Plan:
-    """Everything that can be refused before data are read."""
-    if config.data not in ("digits", "folder", "cifar10"):
-        raise unknown("data source", config.data, ("digits", "folder", "cifar10"))
-    check_source(config.data, unreadable=config.unreadable)
-    config = resolve(config)
+    """The plan of a study; refuses whatever can be refused before data are read.
+
+    Raises:
+        ConfigError: for settings that cannot work.
+    """
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    config, images = resolve(config), config.task == "images"
+    if images:
+        if config.data.name not in SOURCES:
+            raise unknown("data source", config.data.name, SOURCES)
+        check_data(config.data)
+        check_augment(config.augment)
     if config.arch not in ARCHITECTURES:
         raise unknown("arch", config.arch, ARCHITECTURES)
-    if not all(word.isdecimal() and int(word) > 0 for word in split_words(config.stages)):
-        raise ConfigError(f"stages are numbers of blocks, such as 2,2, got {config.stages!r}")
-    words = list(ENCODINGS) if config.encodings == "all" else split_words(str(config.encodings))
-    for word in words:
-        parse(word)
-    train_size = parse_size(str(config.train_size))
-    sizes = [parse_size(size) for size in split_words(str(config.sizes))]
-    modes = known("mode", config.modes, MODES)
-    temperatures = known("temperature", config.temperatures, ["none", *TEMPERATURES])
-    policies = split_words(config.policies)
-    for policy in policies:
+    encodings = tuple(ENCODINGS) if config.encodings == ("all",) else config.encodings or ()
+    for encoding in encodings:
+        parse(encoding)
+    known("mode", config.modes, MODES)
+    known("temperature", config.temperatures, ["none", *TEMPERATURES])
+    for policy in config.policies:
         parse_terms(policy, "policy", ["all", "default", *POLICIES])
     if config.finetune < 0 or (config.finetune and config.arch != "vit"):
         raise ConfigError(
             f"finetune is a number of epochs, 0 or more, of arch vit; got {config.finetune}, {config.arch}"
         )
-    if not words or not sizes or config.seeds < 1 or int(config.epochs or 0) < 1:
-        raise ConfigError("a study needs at least one encoding, one size, one seed and one epoch")
-    precision(config.precision, pick_device(config.device))
-    plan = Plan(config, words, train_size, sizes, modes, policies, temperatures)
-    with torch.device("meta"):
-        for word in words:
-            embed: Any = build(plan, word, channels=3, classes=2).patch_embed
-    for size in (train_size, *sizes):
-        embed.grid(*size)
+    length, depth = config.train_length or 0, config.model.depth or 0
+    train_size, sizes = (1, length), tuple((1, length) for length in config.lengths or (length,))
+    if images:
+        train_size, sizes = config.data.size or (0, 0), config.sizes or ()
+    if not encodings or not sizes or config.seeds < 1 or config.optim.epochs < 1 or train_size[1] < 1:
+        what = "size" if images else "length"
+        raise ConfigError(f"a study needs at least one encoding, one {what}, one seed and one epoch")
+    check_numbers(replace(config.optim, warmup_epochs=0), config.run)  # short studies may warm up to their end
+    precision(config.run.precision, pick_device(config.run.device))
+    plan = Plan(config, encodings, config.depths or (depth,), train_size, sizes)
+    _build(plan)
     return plan
 
 
-def build(plan: Plan, word: str, channels: int, classes: int) -> nn.Module:
-    return ARCHITECTURES[plan.config.arch](**arguments(plan, word, channels, classes))
+def _build(plan: Plan) -> None:
+    """Every encoding's model, without memory for its weights; its patches have to fit every size."""
+    with torch.device("meta"):
+        for encoding in plan.encodings:
+            model = plan.model_spec(Trial(encoding, plan.depths[0], seed=0), classes=2).build()
+            if isinstance(model, ViT | Swin):
+                for size in (plan.train_size, *plan.sizes):
+                    model.patch_embed.grid(*size)
 
 
-def arguments(plan: Plan, word: str, channels: int, classes: int) -> dict[str, Any]:
-    config = plan.config
-    both = dict(
-        position=word,
-        img_size=plan.train_size,
-        patch_size=config.patch,
-        in_chans=channels,
-        num_classes=classes,
-        embed_dim=config.width,
-        mlp_ratio=config.mlp_ratio,
-        global_pool="avg",
-        drop_path_rate=config.drop_path,
-    )
-    if config.arch == "vit":
-        return both | dict(depth=config.depth, num_heads=config.heads, class_token=False)
-    depths = [int(blocks) for blocks in split_words(config.stages)]
-    heads = [int(config.heads or 1) * 2**i for i in range(len(depths))]
-    return both | dict(depths=depths, num_heads=heads, window_size=config.window)
-
-
-def known(kind: str, text: str, choices: Iterable[str]) -> list[str]:
-    """The comma-separated words of `text`, each of them one of the choices."""
-    words = split_words(text)
+def known(kind: str, words: Words, choices: Collection[str]) -> Words:
+    """The words, each of them one of the choices."""
     for word in words:
         if word not in choices:
             raise unknown(kind, word, choices)

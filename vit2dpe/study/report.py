@@ -1,44 +1,49 @@
-"""What a study leaves behind for people: the table, the picture, the summary, one HTML page without a network."""
+"""The files that a study writes for readers: the table, the picture, the summary, one HTML page without a network."""
 
 from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Settings, plain
 from ..training.run_folder import environment
-from .html import Study, page
+from .html import Facts, Study, page
 from .pictures import draw
-from .rows import to_csv
-from .settings import EvaluateConfig, StudyConfig, as_dict
-from .tables import Row, best, metric_of, table
+from .rows import Row, to_csv
+from .tables import best, metric_of, table
 
 
-def about_study(
-    command: str, config: StudyConfig | EvaluateConfig, device: torch.device, data: str, digest: str
-) -> dict[str, Any]:
-    """`runs.environment`, the data with the start of their digest in one phrase, and all settings."""
-    told = f"{data} (sha256 {digest[:12]})" if digest else data
-    facts = environment(command, device, told, digest) | dict(config=as_dict(config))
-    del facts["argv"]  # a page that is passed on says the command, not where it lies
+def about_study(command: str, config: Settings, device: torch.device, data: str, digest: str) -> Facts:
+    """The content of env.json: `run_folder.environment`, the data with the start of their digest, and all settings."""
+    source = f"{data} (sha256 {digest[:12]})" if digest else data
+    facts = environment(command, device, source, digest) | dict(config=plain(config))
+    del facts["argv"]  # pages are passed on: the command, but not the paths of this machine
     return facts
 
 
 class Report:
-    """Collects rows cell by cell and writes every file anew each time, so that a stopped study is readable."""
+    """Collects rows trial by trial and writes every file anew each time, so that a stopped study is readable.
 
-    def __init__(self, out: Path, about: dict[str, Any], total: int, started: float) -> None:
+    Args:
+        out: folder of the study.
+        about: content of env.json.
+        total: number of trials.
+        started: `time.monotonic()` at the start.
+    """
+
+    def __init__(self, out: Path, about: Facts, total: int, started: float) -> None:
         try:
             import matplotlib.figure  # noqa: F401
         except ImportError:
             raise ConfigError('a study draws with matplotlib: pip install "vit2dpe[recipes]"') from None
         self.out, self.about, self.total, self.started = out, about, total, started
-        self.cells: dict[int, list[Row]] = {}
+        self.trials: dict[int, list[Row]] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.drawn = float("-inf")
 
@@ -46,40 +51,39 @@ class Report:
     def picture(self) -> Path:
         return self.out / "accuracy_vs_size.png"
 
-    def progress(self, word: str, seed: int, row: Row) -> None:
-        """Called while a cell trains; redraws at most every 20 seconds."""
-        self.curves.setdefault(f"{word}, seed {seed}", []).append((row["step"], row["train_loss"]))
-        if time.monotonic() - self.drawn > 20:
-            self._draw(f"training {word}, seed {seed}, epoch {row['epoch']} of {row['epochs']}")
-
     @property
     def rows(self) -> list[Row]:
-        """Of all finished cells, in the order of the plan, whichever was finished first."""
-        return [row for i in sorted(self.cells) for row in self.cells[i]]
+        """Of all finished trials, in the order of the plan, whichever was finished first."""
+        return [row for i in sorted(self.trials) for row in self.trials[i]]
 
-    @property
-    def finished(self) -> int:
-        return len(self.cells)
+    def progress(self, name: str, seed: int, numbers: Mapping[str, float]) -> None:
+        """Called while a trial trains; redraws at most every 20 seconds."""
+        self.curves.setdefault(f"{name}, seed {seed}", []).append((int(numbers["step"]), numbers["train_loss"]))
+        if time.monotonic() - self.drawn > 20:
+            self._draw(f"training {name}, seed {seed}, epoch {numbers['epoch']} of {numbers['epochs']}")
 
-    def add(self, place: int, name: str, rows: list[Row]) -> None:
-        """A finished cell, its place among them, and what it is called on the screen."""
-        self.cells[place] = rows
+    def add(self, index: int, name: str, rows: list[Row]) -> None:
+        """Add a finished trial: its index in the plan, its name on the screen, its rows."""
+        self.trials[index] = rows
         write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
-        at_train = [r["value"] for r in rows if (r["height"], r["width"]) == (r["train_height"], r["train_width"])]
+        at_train = [row.value for row in rows if row.size == row.train_size]
         metric = metric_of(rows)
-        seen = f", {metric.name} {at_train[0]:.1f} at the training {metric.over.split()[-1]}" if at_train else ""
+        value = f", {metric.name} {at_train[0]:.1f} at the training {metric.over.split()[-1]}" if at_train else ""
         minutes = (time.monotonic() - self.started) / 60
-        print(f"[{self.finished}/{self.total}] {name}{seen} ({minutes:.1f} min)", flush=True)
+        print(f"[{len(self.trials)}/{self.total}] {name}{value} ({minutes:.1f} min)", flush=True)
         self._draw("")
         self._write(minutes)
 
     def finish(self) -> Path:
+        """Print the table, where the files are and what to do next; returns the path of the picture."""
         print(f"\n{table(self.rows)}\n")
         print(f"table    {self.out / 'results.csv'}")
         print(f"report   {self.out / 'report.html'}")
         print(f"picture  {self.picture}")
         grid = "14x14" if metric_of(self.rows).over == "image size" else "64"
-        print(f"next     vit2dpe show {' '.join(shlex.quote(w) for w in best(self.rows)[:2])} --grid {grid}")
+        print(
+            f"next     vit2dpe show {' '.join(shlex.quote(encoding) for encoding in best(self.rows)[:2])} --grid {grid}"
+        )
         return self.picture
 
     def _draw(self, status: str) -> None:
@@ -90,8 +94,9 @@ class Report:
         temporary.replace(self.picture)
 
     def _write(self, minutes: float) -> None:
-        state = "" if self.finished == self.total else f"**{self.finished} of {self.total} cells finished.**\n\n"
-        seeds = sorted({int(row["seed"]) for row in self.rows})
+        done = len(self.trials)
+        state = "" if done == self.total else f"**{done} of {self.total} trials finished.**\n\n"
+        seeds = sorted({int(row.seed) for row in self.rows if row.seed is not None})
         lines = [
             f"# {metric_of(self.rows).study}",
             "",
@@ -112,10 +117,11 @@ class Report:
         write_atomically(self.out / "report.html", page([study]).encode())
 
 
-def write_settings(out: Path, config: StudyConfig) -> None:
+def write_settings(out: Path, config: Settings) -> None:
+    """Write `out/config.yaml`, which `vit2dpe study --config` reads."""
     import yaml
 
-    write_atomically(out / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    write_atomically(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False).encode())
 
 
 __all__ = ["Report", "about_study", "best", "draw", "metric_of", "table", "write_settings"]

@@ -1,30 +1,97 @@
-"""A study's results as a table: columns, written and read again."""
+"""One measurement of one model, `Row`, and the table of them, `results.csv`."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "encoding", "policy", "temperature", "mode", "seed", "train_height", "train_width", "height", "width",
-    "top1", "loss", "n", "metric", "value",
-)  # fmt: skip
+from ..errors import DataError
+
+REQUIRED = ("encoding", "policy", "mode", "height", "width", "top1")  # of a table of any version
 
 
-def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A line of `results.csv`: one metric of a model under a policy at a size, over `n` samples.
+
+    A new column is one more field at the end, with a default: files that lack it are read with that default.
+
+    Args:
+        encoding: spec of the positional encoding, or the name of a model that is not ours.
+        policy, temperature: resolution policy and length temperature (`vit2dpe.use_policy`).
+        mode: images: scale or canvas; text: the part of a window that is scored; sequences: the depth.
+        seed: of the training; None where it is unknown.
+        train_height, train_width, height, width: pixels; text: height 1, width the length in tokens.
+        top1: accuracy in percent.
+        loss: cross-entropy in nats.
+        metric, value: a name in `tables.METRICS` and its number. Further metrics of a model are rows of their own.
+    """
+
+    encoding: str
+    policy: str
+    temperature: str = "none"
+    mode: str
+    seed: float | None = None
+    train_height: float
+    train_width: float
+    height: float
+    width: float
+    top1: float | None = None
+    loss: float | None = None
+    n: float | None = None
+    metric: str = "top1"
+    value: float
+
+    @property
+    def size(self) -> tuple[float, float]:
+        return self.height, self.width
+
+    @property
+    def train_size(self) -> tuple[float, float]:
+        return self.train_height, self.train_width
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+_TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """The table with its header; None is an empty field."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
     return text.getvalue()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        return [
-            {k: v if k in ("encoding", "policy", "temperature", "mode", "metric") else float(v) for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table of any version; numbers are floats, columns that `Row` does not have are passed over.
+
+    Raises:
+        DataError: for a file that is no such table.
+    """
+    try:
+        with path.open(newline="") as file:
+            records = list(csv.DictReader(file))
+        missing = [column for column in REQUIRED if records and column not in records[0]]
+        if not missing:
+            return [_read_row(record) for record in records]
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a study's results: {error}") from None
+    raise DataError(f"{path} is no study's results: it has no {', '.join(missing)}")
+
+
+def _read_row(record: Mapping[str, str | None]) -> Row:
+    values: dict[str, Any] = {}
+    for column in COLUMNS:
+        if text := record.get(column):
+            values[column] = text if column in _TEXT else float(text)
+    values.setdefault("train_height", values["height"])  # columns that the first tables did not have
+    values.setdefault("train_width", values["width"])
+    if "value" not in values:
+        values["value"] = values["top1"]
+    return Row(**values)

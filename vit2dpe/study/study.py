@@ -1,37 +1,34 @@
-"""`vit2dpe study`: train a ViT with each encoding at one size, change the resolution, see which encoding survives.
+"""`vit2dpe study`: train a model with each encoding at one size, change the resolution, see which encoding survives.
 
-A cell is one encoding with one seed. It is trained, measured and written at once; run again, the same command trains
-only what is missing. Ctrl-C loses no finished cell.
+A trial is one encoding, depth and seed. It is trained, measured and written at once; run again, the same command trains
+only what is missing. Ctrl-C loses no finished trial.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ..data.datasets import load, write_unreadable
-from ..data.settings import DataConfig
-from ..errors import unknown
+from ..data.datasets import write_unreadable
 from ..files import write_atomically
 from ..training.devices import pick_device
-from ..training.tasks.sequences import SEQUENCES
 from .jobs import count, each
-from .plan import check
+from .lengths import ExactAnswers, Perplexity
+from .plan import TASKS, Plan, check
 from .report import Report, about_study, write_settings
-from .rows import COLUMNS, read_rows, to_csv
-from .settings import StudyConfig, check_task, resolve
-from .trials import run_cell
-
-TASKS = ("images", "text", *SEQUENCES)
+from .rows import COLUMNS, Row, read_rows, to_csv
+from .settings import StudyConfig, check_task
+from .sizes import OverSizes
+from .trials import Measure, run_trial
 
 
 def study(config: StudyConfig, command: str = "") -> Path:
     """Run a study and write `results.csv`, `accuracy_vs_size.png`, `summary.md`, `report.html` under `config.out`.
 
     Args:
-        config: settings; those at None take the preset of the data source.
+        config: settings; those at None take the preset of the task or the data.
         command: what was typed, for the record.
 
     Returns:
@@ -40,36 +37,31 @@ def study(config: StudyConfig, command: str = "") -> Path:
     Raises:
         ConfigError, DataError: before anything is trained, for settings or data that cannot work.
     """
-    if config.task not in TASKS:
-        raise unknown("task", config.task, TASKS)
-    check_task(config)
-    if config.task != "images":
-        from .text_study import study_text
-
-        return study_text(resolve(config), command)
+    if config.task in TASKS:
+        check_task(config)
     plan = check(config)
-    config = plan.config
-    source = DataConfig(config.data, config.root, None, config.source_size, config.limit_train, config.limit_test)
-    data = load(replace(source, unreadable=config.unreadable))
-    for note in data.notes:
-        print(f"note: {note}")
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    config, device = plan.config, pick_device(plan.config.run.device)
+    measure = prepare(plan)
+    out = Path(config.run.out)
     write_settings(out, config)
-    write_unreadable(out, data.unreadable)
-    about = about_study(command, config, pick_device(config.device), config.data, data.digest)
-    about |= dict(images=data.used)
+    write_unreadable(out, measure.unreadable)
+    about = about_study(command, config, device, *measure.source) | measure.facts
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
-    print(f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes; results in {out}")
-
-    cells = [(word, seed) for seed in range(config.seeds) for word in plan.encodings]
-    report = Report(out, about, total=len(cells), started=time.monotonic())
-    jobs = count(config.jobs, config.threads, pick_device(config.device), len(cells))
-    fixed = (plan, data, out / "cells")
-    for i, rows in each(run_cell, fixed, cells, report.progress, jobs=jobs, threads=config.threads):
-        word, seed = cells[i]
-        report.add(i, word if config.seeds == 1 else f"{word}, seed {seed}", rows)
+    report = Report(out, about, total=len(plan.trials), started=time.monotonic())
+    jobs = count(config.jobs, config.run.threads, device, len(plan.trials))
+    run = partial(run_trial, measure, out / "cells")  # the folder's name since the first version
+    for i, rows in each(run, plan.trials, report.progress, jobs=jobs, threads=config.run.threads):
+        trial = plan.trials[i]
+        seed = f", seed {trial.seed}" if config.seeds > 1 else ""
+        report.add(i, plan.model_name(trial) + seed, rows)
     return report.finish()
 
 
-__all__ = ["COLUMNS", "check", "read_rows", "study", "to_csv", "write_settings"]
+def prepare(plan: Plan) -> Measure:
+    """Load the data of a plan."""
+    if plan.config.task == "images":
+        return OverSizes.load(plan)
+    return Perplexity.load(plan) if plan.config.task == "text" else ExactAnswers(plan)
+
+
+__all__ = ["COLUMNS", "Row", "check", "read_rows", "study", "to_csv", "write_settings"]

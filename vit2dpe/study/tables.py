@@ -1,17 +1,25 @@
-"""What a study's rows say, as numbers and as a table of Markdown."""
+"""Rows of a study as a table of Markdown, and the order of its encodings."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
-Row = dict[str, Any]
+from .rows import Row
+
+Column = TypeVar("Column", bound=Hashable)
 
 
 class Metric(NamedTuple):
-    """How `value` is told: of which study, its name, its unit on an axis, what it is drawn over, and whether more of it
-    is better."""
+    """Display metadata of a metric.
+
+    Args:
+        study: title of a study of it.
+        name, unit: in a sentence, and on an axis.
+        over: the variable it is drawn over; scale: the label of that axis.
+        more_is_better: whether the largest value is the best.
+    """
 
     study: str
     name: str
@@ -28,77 +36,78 @@ METRICS = {
 }
 
 
-def metric_of(rows: list[Row]) -> Metric:
-    return METRICS[rows[0]["metric"] if rows else "top1"]
+def metric_of(rows: Sequence[Row]) -> Metric:
+    return METRICS[rows[0].metric if rows else "top1"]
 
 
-def default_rows(rows: list[Row]) -> list[Row]:
+def default_rows(rows: Iterable[Row]) -> list[Row]:
     """Those of each encoding's first policy, without temperature."""
+    rows = list(rows)
     first: dict[str, tuple[str, str]] = {}
     for row in rows:
-        first.setdefault(row["encoding"], (row["policy"], row["temperature"]))
-    return [row for row in rows if (row["policy"], row["temperature"]) == first[row["encoding"]]]
+        first.setdefault(row.encoding, (row.policy, row.temperature))
+    return [row for row in rows if (row.policy, row.temperature) == first[row.encoding]]
 
 
-def best(rows: list[Row]) -> list[str]:
+def best(rows: Sequence[Row]) -> list[str]:
     """Encodings, the best mean accuracy over all default rows first."""
     score: dict[str, list[float]] = {}
     for row in default_rows(rows):
-        score.setdefault(row["encoding"], []).append(row["value"])
+        score.setdefault(row.encoding, []).append(row.value)
     sign = -1 if metric_of(rows).more_is_better else 1
-    return sorted(score, key=lambda word: sign * statistics.mean(score[word]))
+    return sorted(score, key=lambda encoding: sign * statistics.mean(score[encoding]))
 
 
 def spell(size: tuple[float, float]) -> str:
-    h, w = (int(side) for side in size)
-    return str(w) if h in (w, 1) else f"{h}x{w}"
+    """ "32" of a square, "32x48" of height x width, the length of a sequence."""
+    height, width = (int(side) for side in size)
+    return str(width) if height in (width, 1) else f"{height}x{width}"
 
 
-def over_depth(rows: list[Row]) -> bool:
-    """Whether these are answers to sequences of one length, which are told over the number of blocks."""
-    return bool(rows) and rows[0]["metric"] == "exact" and len({row["width"] for row in rows}) == 1
+def over_depth(rows: Sequence[Row]) -> bool:
+    """Whether these are answers to sequences of one length, which are shown over the number of blocks."""
+    return bool(rows) and rows[0].metric == "exact" and len({row.width for row in rows}) == 1
 
 
-def table(rows: list[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
+def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
     """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds.
 
     Sequences of one length: over depth, a line for each encoding and policy.
     """
     if over_depth(rows):
-        return _depth_table(rows, spread)
-    sizes = sorted({(r["height"], r["width"]) for r in rows}, key=lambda s: (s[0] * s[1], s))
-    train, metric = {(r["train_height"], r["train_width"]) for r in rows}, metric_of(rows)
-    cells: dict[tuple, dict[tuple, list[float]]] = {}
-    for r in rows:
-        key = (r["mode"], r["encoding"], r["policy"], r["temperature"])
-        cells.setdefault(key, {}).setdefault((r["height"], r["width"]), []).append(r["value"])
-    heads = [f"**{spell(s)}**" if s in train else spell(s) for s in sizes]
-    lines = [
-        f"{metric.name} over {metric.over}; that of training in bold",
-        "",
-        "| " + " | ".join(["mode", "encoding", "policy", "temperature", *heads]) + " |",
-        "|" + "---|" * 4 + "---:|" * len(sizes),
-    ]
-    for key, by_size in sorted(cells.items(), key=lambda item: item[0][0] != "scale"):
-        numbers = [_mean(by_size.get(size, []), spread) for size in sizes]
-        lines.append("| " + " | ".join([*key, *numbers]) + " |")
-    return "\n".join(lines)
+        modes = list(dict.fromkeys(row.mode for row in rows))
+        lines = _pivot(rows, lambda row: (row.encoding, row.policy), lambda row: row.mode, modes, spread)
+        caption = f"{metric_of(rows).name}, sequences of {int(rows[0].width)}"
+        return "\n".join([caption, "", *_markdown(["encoding", "policy"], modes, lines)])
+    sizes = sorted({row.size for row in rows}, key=lambda size: (size[0] * size[1], size))
+    train, metric = {row.train_size for row in rows}, metric_of(rows)
+    lines = _pivot(
+        rows, lambda row: (row.mode, row.encoding, row.policy, row.temperature), lambda row: row.size, sizes, spread
+    )
+    lines.sort(key=lambda line: line[0] != "scale")
+    heads = [f"**{spell(size)}**" if size in train else spell(size) for size in sizes]
+    caption = f"{metric.name} over {metric.over}; that of training in bold"
+    return "\n".join([caption, "", *_markdown(["mode", "encoding", "policy", "temperature"], heads, lines)])
 
 
-def _depth_table(rows: list[Row], spread: Callable[[list[float]], float]) -> str:
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    cells: dict[tuple, dict[str, list[float]]] = {}
-    for r in rows:
-        cells.setdefault((r["encoding"], r["policy"]), {}).setdefault(r["mode"], []).append(r["value"])
-    lines = [
-        f"{metric_of(rows).name}, sequences of {int(rows[0]['width'])}",
-        "",
-        "| " + " | ".join(["encoding", "policy", *modes]) + " |",
-        "|" + "---|" * 2 + "---:|" * len(modes),
-    ]
-    for key, by_mode in cells.items():
-        lines.append("| " + " | ".join([*key, *(_mean(by_mode.get(mode, []), spread) for mode in modes)]) + " |")
-    return "\n".join(lines)
+def _pivot(
+    rows: Sequence[Row],
+    key: Callable[[Row], tuple[str, ...]],
+    column: Callable[[Row], Column],
+    columns: Sequence[Column],
+    spread: Callable[[list[float]], float],
+) -> list[list[str]]:
+    """A line for each key: its words, then the value at each of the columns, over seeds."""
+    values: dict[tuple[str, ...], dict[Column, list[float]]] = {}
+    for row in rows:
+        values.setdefault(key(row), {}).setdefault(column(row), []).append(row.value)
+    return [[*words, *(_mean(at.get(one, []), spread) for one in columns)] for words, at in values.items()]
+
+
+def _markdown(words: list[str], numbers: list[str], lines: list[list[str]]) -> list[str]:
+    rule = "|" + "---|" * len(words) + "---:|" * len(numbers)
+    heads, *rest = ("| " + " | ".join(line) + " |" for line in ([*words, *numbers], *lines))
+    return [heads, rule, *rest]
 
 
 def _mean(values: list[float], spread: Callable[[list[float]], float]) -> str:

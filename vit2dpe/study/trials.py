@@ -1,167 +1,160 @@
-"""A cell of a resolution study: one encoding with one seed, trained, measured and written at once."""
+"""A trial of a study: one encoding, depth and seed, trained, measured and written at once.
+
+`<out>/cells/<trial>-<digest of what its training depends on>/` holds the model and, for each set of sizes, policies and
+temperatures, the rows that were measured: a finished training is never repeated, and neither is a measurement.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..data.datasets import Images
-from ..data.settings import AugmentConfig
 from ..files import write_atomically
-from ..resolution.sweep import policies_of, sweep
+from ..models.spec import ModelSpec
+from ..resolution.apply import policies_of
 from ..seeding import derive_seed
+from ..spec import flat
 from ..training.checkpoint import load_run, read_meta, save_model
 from ..training.devices import pick_device
 from ..training.engine import fit
-from ..training.initial_weights import load_weights
-from ..training.settings import OptimConfig, RunConfig
+from ..training.settings import OptimConfig
 from ..training.task import Task
-from ..training.tasks.classification import ImageTask, evaluation_batches
 from .jobs import Progress
-from .plan import Plan, arguments, build
-from .rows import read_rows, to_csv
+from .plan import Plan, Trial
+from .rows import Row, read_rows, to_csv
+from .settings import StudyConfig
 
-# What a finished training depends on; anything else may change between runs of one folder.
+# What a finished training depends on; folders are named by a digest of these without what stands before the dot. Other
+# settings may change between two runs of one folder.
 _TRAINING = (
-    "train_size", "patch", "width", "depth", "heads", "mlp_ratio", "epochs", "batch_size", "lr",
-    "weight_decay", "warmup_epochs", "drop_path", "label_smoothing", "shift", "flip", "clip_grad", "precision", "smoke",
+    "model.width", "model.heads", "model.mlp_ratio", "model.drop_path", "optim.epochs", "optim.batch_size", "optim.lr",
+    "optim.weight_decay", "optim.warmup_epochs", "optim.clip_grad", "run.precision", "smoke",
 )  # fmt: skip
+_IMAGES = ("model.patch", "augment.label_smoothing", "augment.shift", "augment.flip")
 _SWIN = ("arch", "stages", "window")
+_SEQUENCES = ("task", "train_length", "embed_scale")
+_WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|run\.(compile|patience)")  # unless at the default
 
 
-def train_cell(
-    model: nn.Module,
-    task: Task,
-    optim: OptimConfig,
-    run: RunConfig,
-    *,
-    folder: Path,
-    said: Callable[[dict[str, Any]], None],
-    smoke: bool,
-) -> dict[str, Any]:
-    """Train a cell's model in its folder, two steps of it to see whether it runs; the last row of its curve."""
-    return fit(model, task, optim, run, folder=folder, progress=said, stop_after=2 if smoke else None)[-1]
+class Measure(Protocol):
+    """What a study trains on, and what it measures a trained model at."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Name and digest of the data; "" where the name says all."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Further entries of env.json."""
+        ...
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """Files that were left out, with the reason."""
+        ...
+
+    def model_spec(self, trial: Trial) -> ModelSpec: ...
+
+    def task(self, seed: int) -> Task: ...
+
+    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
+        """Facts about the data for the checkpoint."""
+        ...
+
+    def digest(self) -> str:
+        """Digest of the settings that the rows of a trained model depend on."""
+        ...
+
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[Row]:
+        """Measure the model that was trained in `folder`."""
+        ...
 
 
-def run_cell(plan: Plan, data: Images, cells: Path, word: str, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """Rows of one encoding with one seed: read where they are finished, else trained and measured."""
-    config = plan.config
-    names = _TRAINING if config.arch == "vit" else (*_TRAINING, *_SWIN)
-    trained = {name: getattr(config, name) for name in names} | dict(encoding=word, seed=seed, data=data.digest)
-    measured = (*plan[2:], config.finetune) if config.finetune else plan[2:]
-    folder = cells / f"{slug(word)}-seed{seed}-{digest_of(trained)}"
-    results = folder / f"sweep-{digest_of(measured)}.csv"
+def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> list[Row]:
+    """Rows of a trial: read where they are finished, else trained and measured. `out`: folder of all trials."""
+    plan, device = measure.plan, pick_device(measure.plan.config.run.device)
+    trained = training_settings(measure, trial)
+    folder = out / folder_name(plan, trial, trained)
+    results = folder / f"sweep-{measure.digest()}.csv"
+    name = plan.model_name(trial)
     if results.is_file():
-        print(f"{word} seed {seed}: finished before, read from {results}")
+        print(f"{name}, seed {trial.seed}: finished before, read from {results}")
         return read_rows(results)
-    if finished(folder, trained):
-        model = load_run(folder, pick_device(config.device))
+    if _finished(folder, trained):
+        model = load_run(folder, device)
     else:
-        torch.manual_seed(derive_seed(seed, "init"))
-        model = build(plan, word, len(data.mean), len(data.classes))
-        said = partial(progress, word, seed)
-        final = train_cell(model, *training(plan, data, seed), folder=folder, said=said, smoke=config.smoke)
-        save_model(
-            folder / "last",
-            model,
-            arguments(plan, word, len(data.mean), len(data.classes)),
-            trained=trained,
-            classes=list(data.classes),
-            mean=list(data.mean),
-            std=list(data.std),
-            final=final,
-        )
-    able = policies_of(model)
-    chosen = able if "all" in plan.policies else [p for p in plan.policies if p.split("(")[0] in (*able, "default")]
-    rows = sweep(
-        model,
-        _Batches(data),
-        plan.sizes,
-        chosen or able[:1],
-        modes=plan.modes,
-        temperatures=plan.temperatures,
-        train_size=plan.train_size,
-    )
-    if config.finetune:
-        rows += finetuned(plan, data, word, seed, folder)
-    rows = [dict(encoding=word, seed=seed, metric="top1", value=row["top1"], **row) for row in rows]
+        spec = measure.model_spec(trial)
+        model = build(spec, trial.seed)
+        final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
+        save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about(), final=final)
+    rows = measure.rows(model.to(device), trial, folder)
     write_atomically(results, to_csv(rows).encode())
     return read_rows(results)
 
 
-def finetuned(plan: Plan, data: Images, word: str, seed: int, trained: Path) -> list[dict[str, Any]]:
-    """A row for every other size: the trained model after `finetune` epochs at that size, policy "finetuned".
-
-    A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours differs:
-    all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
-    """
-    config, found = plan.config, []
-    for size in plan.sizes:
-        if size == plan.train_size:
-            continue
-        at_size = plan._replace(train_size=size)
-        torch.manual_seed(derive_seed(seed, "init"))
-        model = build(at_size, word, len(data.mean), len(data.classes))
-        load_weights(model, trained)
-        task, optim, run = training(at_size, data, seed)
-        optim = replace(optim, lr=optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
-        folder = trained / f"finetuned-{size[0]}x{size[1]}"
-        fit(model, task, optim, run, folder=folder, stop_after=2 if config.smoke else None)
-        (row,) = sweep(model, _Batches(data), [size], policies_of(model)[:1], train_size=size)
-        height, width = plan.train_size
-        found.append(row | dict(policy="finetuned", train_height=height, train_width=width))
-    return found
+def build(spec: ModelSpec, seed: int) -> nn.Module:
+    """The model with the initial weights of a seed."""
+    torch.manual_seed(derive_seed(seed, "init"))
+    return spec.build()
 
 
-def training(plan: Plan, data: Images, seed: int) -> tuple[ImageTask, OptimConfig, RunConfig]:
-    """The study's settings as the training loop takes them."""
-    config = plan.config
-    task = ImageTask(
-        data,
-        plan.train_size,
-        int(config.batch_size or 1),
-        seed=seed,
-        device=pick_device(config.device),
-        augment=AugmentConfig(config.shift, config.flip, label_smoothing=config.label_smoothing),
-    )
-    optim = OptimConfig(
-        lr=float(config.lr or 0),
-        weight_decay=config.weight_decay,
-        warmup_epochs=config.warmup_epochs,
-        epochs=int(config.epochs or 1),
-        batch_size=task.batch_size,
-        clip_grad=config.clip_grad,
-    )
-    run = RunConfig(seed=seed, device=config.device, precision=config.precision)
-    return task, optim, run
+def train(
+    model: nn.Module,
+    measure: Measure,
+    seed: int,
+    optim: OptimConfig,
+    folder: Path,
+    progress: Callable[[Mapping[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train a model in place, in its folder; returns the last row of `metrics.csv`."""
+    config = measure.plan.config
+    run, stop_after = replace(config.run, seed=seed), 2 if config.smoke else None
+    return fit(model, measure.task(seed), optim, run, folder=folder, progress=progress, stop_after=stop_after)[-1]
 
 
-class _Batches:
-    """Test batches at native size, iterated as often as the sweep has rows."""
+def training_settings(measure: Measure, trial: Trial) -> dict[str, Any]:
+    """What a training depends on, as JSON values; equal settings need no second training."""
+    config, settings, default = measure.plan.config, flat(measure.plan.config), flat(StudyConfig())
+    images = config.task == "images"
+    names = (*_TRAINING, *(_IMAGES if images else _SEQUENCES), *(_SWIN if config.arch == "swin" else ()))
+    used = {name.rpartition(".")[2]: settings[name] for name in names} | trial._asdict()
+    used |= dict(train_size=settings["data.size"]) if images else {}
+    more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
+    name, digest = measure.source
+    return {n: v for n, v in more.items() if n.rpartition(".")[2] not in used} | used | dict(data=digest or name)
 
-    def __init__(self, data: Images) -> None:
-        self.data = data
 
-    def __iter__(self):
-        return evaluation_batches(self.data)
+def folder_name(plan: Plan, trial: Trial, trained: Mapping[str, Any]) -> str:
+    """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; of images there is one depth."""
+    depth = "" if plan.config.task == "images" else f"-depth{trial.depth}"
+    encoding = re.sub(r"[^A-Za-z0-9_.+=]+", "_", trial.encoding).strip("_")
+    return f"{encoding}{depth}-seed{trial.seed}-{digest_of(trained)}"
 
 
-def finished(folder: Path, trained: dict[str, Any]) -> bool:
+def digest_of(settings: Mapping[str, Any] | Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def policies_for(plan: Plan, model: nn.Module) -> Sequence[str]:
+    """The policies of the plan that a model can take; its default where that is none of them."""
+    able = policies_of(model)
+    if "all" in plan.config.policies:
+        return able
+    return [p for p in plan.config.policies if p.split("(")[0] in (*able, "default")] or able[:1]
+
+
+def _finished(folder: Path, trained: Mapping[str, Any]) -> bool:
     return (folder / "last" / "model.json").is_file() and read_meta(folder / "last").get("trained") == trained
-
-
-def digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def slug(word: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.+=]+", "_", word).strip("_")

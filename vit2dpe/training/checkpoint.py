@@ -1,7 +1,7 @@
-"""A run on disk: `model.safetensors` for the numbers, `model.json` for what they are. Never pickle.
+"""Checkpoints on disk: tensors in `model.safetensors`, metadata in `model.json`. Never pickle.
 
-The JSON says how to build the model again (its class, its arguments with the encoding as a word), which further files
-there are (optimizer, averaged weights), the state of the training, and the SHA-256 of every file and of itself.
+The JSON has what it takes to build the model again (its class, its arguments with the encoding's spec), the names of
+further files (optimizer, averaged weights), the training's progress, and the SHA-256 of every file and of itself.
 
 A folder is replaced without a moment at which it is incomplete: new files are written beside the old ones as
 `<name>-<digest>.safetensors`, then the JSON is renamed over the old one, and that rename is the moment. Only then are
@@ -13,38 +13,66 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
 from ..models.spec import MODELS, ModelSpec
+from ..spec import Plain
+
+
+class Meta(TypedDict, total=False):
+    """`model.json`. Beside these, whatever the task describes and the command adds."""
+
+    format: int
+    vit2dpe: str  # versions that wrote it
+    torch: str
+    model: str  # a name in `models.spec.MODELS`
+    arguments: dict[str, Any]  # of its constructor
+    train_grid: list[int] | None
+    sha256: str  # of the file "model"
+    files: dict[str, str]  # SHA-256 by file name, without .safetensors
+    check: str  # SHA-256 of all this, without `check`
+    state: dict[str, Any]  # of a training that can go on: `snapshots.TrainingState`, optimizer, scaler
+    weights: str  # "trained" or "averaged"
+    task: str
+    data: str
+    digest: str  # of the data
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    train_size: list[int]  # (H, W)
+    tokenizer: dict[str, str]
+    trained: Plain
+    final: dict[str, float] | None  # the last row of `metrics.csv`
+
 
 FORMAT = 2
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda meta: meta | dict(format=2, files={"model": meta["sha256"]}),
+MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {
+    1: lambda meta: {**meta, "format": 2, "files": {"model": meta["sha256"]}},
 }
-
 
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp|\w+-[0-9a-f]{16}\.safetensors")
 
 
-def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Any) -> None:
+def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Plain) -> None:
     """Write `model` to `folder` so that `load_run` can build it again.
 
     Args:
         folder: made if missing; what it held is replaced in one moment.
         model: of a class in `MODELS`.
-        arguments: of the constructor; plain JSON values, the encoding as a word.
-        about: what else a reader should know (data, classes, mean, std, seed, numbers).
+        arguments: of the constructor; plain JSON values, the encoding as its spec.
+        about: further metadata (data, classes, mean, std, seed, numbers).
     """
     tensors = dict(model.state_dict())
     grid = getattr(model, "train_grid", None)
@@ -52,14 +80,19 @@ def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **abou
 
 
 def write_checkpoint(
-    folder: Path, spec: ModelSpec, files: Mapping[str, Mapping[str, Tensor]], *, grid: Any = None, **about: Any
+    folder: Path,
+    spec: ModelSpec,
+    files: Mapping[str, Mapping[str, Tensor]],
+    *,
+    grid: Sequence[int] | None = None,
+    **about: Plain,
 ) -> None:
-    """Replace what `folder` holds by these tensors, or by nothing if that cannot be finished.
+    """Replace the checkpoint in `folder`; if that cannot be finished, the old one stays.
 
     Args:
         files: tensors by name, by file: "model" and whatever resuming needs.
-        grid: the model's training grid, for the reader.
-        about: JSON values.
+        grid: the model's training grid.
+        about: further metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(CheckpointError):  # what is damaged is replaced
@@ -89,7 +122,7 @@ def write_checkpoint(
 
 
 def settle(folder: Path) -> None:
-    """Finish what an interrupted write left: give files their names, remove what no JSON speaks of."""
+    """Finish an interrupted write: rename the files that the JSON lists, remove those that it does not."""
     files = read_meta(folder)["files"] if (folder / "model.json").is_file() else {}
     wanted = {_pending(name, digest): f"{name}.safetensors" for name, digest in files.items()}
     for path in list(folder.iterdir()):
@@ -108,11 +141,11 @@ def load_run(
     Args:
         run: the folder of a run, or one that itself holds `model.json`.
         device: where the model goes.
-        which: "last", or "best" by the number that the run watched.
-        allow_nan: take weights that are not finite, too.
+        which: "last", or "best" by the number that the task names.
+        allow_nan: accept weights that are not finite.
 
     Raises:
-        ConfigError: for another word than these two.
+        ConfigError: for another `which`.
         CheckpointError: if a file is missing, was altered, is not finite, or comes from a newer version.
     """
     if which not in ("last", "best"):
@@ -135,16 +168,17 @@ def load_run(
     return model.to(device).eval()
 
 
-def _resize(model: Any, grid: list[int] | None) -> None:
-    """A model that was given another size after it was built (`set_input_size`) is given it again."""
-    if grid is None or not hasattr(model, "set_input_size") or tuple(grid) == tuple(getattr(model, "train_grid", grid)):
+def _resize(model: nn.Module, grid: list[int] | None) -> None:
+    """Call `set_input_size` again, if the model was resized after it was built."""
+    resize = getattr(model, "set_input_size", None)
+    if grid is None or resize is None or tuple(grid) == tuple(getattr(model, "train_grid", grid)):
         return
-    patch = getattr(model, "encoder", model).patch_embed.patch_size
-    model.set_input_size(tuple(size * side for size, side in zip(grid, patch, strict=True)))
+    patch = attrgetter("patch_embed.patch_size")(getattr(model, "encoder", model))
+    resize(tuple(size * side for size, side in zip(grid, patch, strict=True)))
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint, brought to this version's format.
+def read_meta(folder: Path) -> Meta:
+    """The metadata of a checkpoint, migrated to this version's format.
 
     Raises:
         CheckpointError: if it is missing, altered, or of a newer format.
@@ -179,8 +213,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_tensors(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, after its digest was compared.
+def read_tensors(folder: Path, meta: Meta, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint; its digest is verified.
 
     Raises:
         CheckpointError: if the file is missing, altered or unreadable.
@@ -193,9 +227,9 @@ def read_tensors(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Ten
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the run is incomplete, train it again")
     payload = path.read_bytes()
-    found = hashlib.sha256(payload).hexdigest()
-    if found != digest:
-        raise CheckpointError(f"{path} is not what was saved (SHA-256 {found[:12]}…, expected {digest[:12]}…)")
+    actual = hashlib.sha256(payload).hexdigest()
+    if actual != digest:
+        raise CheckpointError(f"{path} is not what was saved (SHA-256 {actual[:12]}…, expected {digest[:12]}…)")
     try:
         return load(payload)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -211,21 +245,21 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, no two sharing memory (tied weights are written twice)."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    """Copies on the CPU, contiguous, no two sharing memory (tied weights are written twice)."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if place in seen else value
-        seen.add(place)
-    return found
+        storage = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return separate
 
 
 def _pending(name: str, digest: str) -> str:
     return f"{name}-{digest[:16]}.safetensors"
 
 
-def _check(meta: dict[str, Any]) -> str:
+def _check(meta: Meta) -> str:
     rest = {key: value for key, value in meta.items() if key != "check"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,14 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class World:
-    """This process is number `rank` of `size`."""
+    """The rank of this process, and the number of processes."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def share(self, n: int) -> slice:
@@ -41,7 +40,7 @@ ALONE = World()
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
-    """The world that torchrun tells of in the environment; the process alone where there is none.
+    """The processes that torchrun started, by its environment variables; this one alone without them.
 
     A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
     `timeout_s`.
@@ -78,7 +77,7 @@ def local_device(name: str) -> str:
 
 
 def parallelize(model: nn.Module, how: str, world: World) -> nn.Module:
-    """The model that every rank runs: DDP's wrapper, or the model itself, sharded in place by FSDP2."""
+    """The module that every rank calls: DDP's wrapper, or the model itself, sharded in place by FSDP2."""
     if how not in PARALLEL:
         raise unknown("way to train in parallel", how, PARALLEL)
     if world.size == 1:
@@ -86,7 +85,7 @@ def parallelize(model: nn.Module, how: str, world: World) -> nn.Module:
     if how == "fsdp":
         return shard(model)
     device = next(model.parameters()).device
-    # A kernel of one channel has two descriptions by strides of the same memory: true, and of no use to anyone.
+    # A kernel of one channel has two descriptions by strides of the same memory: harmless.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
@@ -112,35 +111,33 @@ def sum_over_ranks(values: Sequence[float], world: World, device: torch.device) 
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece on the CPU (every rank must ask); others as they are."""
+    """A sharded tensor gathered on the CPU (a collective: every rank must call it); others as they are."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu()
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` placed as `like` is."""
-    if hasattr(like, "device_mesh") and value.shape == like.shape and value.ndim:
+    """`value` on the device of `like`, sharded as `like` is; scalars stay where they are."""
+    if hasattr(like, "device_mesh") and hasattr(like, "placements") and value.shape == like.shape and value.ndim:
         from torch.distributed.tensor import distribute_tensor
 
-        sharded: Any = like
-        return distribute_tensor(value.to(like.device), sharded.device_mesh, sharded.placements)
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value.to(like.device) if value.ndim else value
 
 
 @contextmanager
-def unsynchronized(model: nn.Module, when: bool) -> Iterator[None]:
-    """Within it gradients are added up without being exchanged, where the model is wrapped."""
-    sharded: Any = model
-    if not when:
-        yield
-    elif isinstance(model, nn.parallel.DistributedDataParallel):
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without exchanging them, where the model is wrapped or sharded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):
-        sharded.set_requires_gradient_sync(False)
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            sharded.set_requires_gradient_sync(True)
+            model.set_requires_gradient_sync(True)
     else:
         yield

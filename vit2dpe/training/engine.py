@@ -1,7 +1,7 @@
-"""The training loop: one step after the other, nothing hidden. What a step does to the weights: `update`.
+"""The training loop, one step after the other. What a step does to the weights: `update`.
 
-It knows tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose), so
-a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
+It works on tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose),
+so a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 
-from ..data.loader import lost_worker
+from ..data.loader import lost_worker, watch_workers
 from ..errors import Stopped, TrainingError
 from ..models.spec import ModelSpec
+from ..spec import Plain
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
 from .log import Bar, Row, Table, Trackers
 from .settings import OptimConfig, RunConfig
-from .snapshots import Snapshots, State
-from .task import Batch, Task
+from .snapshots import Snapshots, TrainingState
+from .task import B, Task
 from .update import Updater
 
 
 def fit(
     model: nn.Module,
-    task: Task,
+    task: Task[B],
     optim: OptimConfig,
     run: RunConfig,
     *,
@@ -39,7 +40,7 @@ def fit(
     spec: ModelSpec | None = None,
     resume: bool = False,
     world: World = ALONE,
-    about: dict[str, Any] | None = None,
+    about: Mapping[str, Plain] | None = None,
     progress: Callable[[Row], None] | None = None,
     on_epoch: Callable[[Row, nn.Module], None] | None = None,
     stop_after: int | None = None,
@@ -66,36 +67,33 @@ def fit(
         TrainingError: if losses stay not finite, or memory runs out.
         Stopped: after a signal, when everything is saved.
     """
-    return Trainer(
-        model, task, optim, run, folder, spec, world, about or {}, progress or (lambda row: None), on_epoch, stop_after
-    ).fit(resume)
+    return Trainer(model, task, optim, run, folder, spec, world, about or {}, progress, on_epoch, stop_after).fit(
+        resume
+    )
 
 
-class Trainer:
-    """One training, as `fit` describes it."""
+@dataclass(eq=False)
+class Trainer(Generic[B]):
+    """One training; the arguments are those of `fit`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        optim: OptimConfig,
-        run: RunConfig,
-        folder: Path,
-        spec: ModelSpec | None,
-        world: World,
-        about: dict[str, Any],
-        progress: Callable[[Row], None],
-        on_epoch: Callable[[Row, nn.Module], None] | None,
-        stop_after: int | None,
-    ) -> None:
-        self.task, self.optim, self.run, self.folder = task, optim, run, folder
-        self.spec, self.world, self.about = spec, world, about
-        self.progress, self.on_epoch, self.stop_after = progress, on_epoch, stop_after
-        self.updater = Updater(model, task, optim, run, world)
+    model: nn.Module
+    task: Task[B]
+    optim: OptimConfig
+    run: RunConfig
+    folder: Path
+    spec: ModelSpec | None
+    world: World
+    about: Mapping[str, Plain]
+    progress: Callable[[Row], None] | None
+    on_epoch: Callable[[Row, nn.Module], None] | None
+    stop_after: int | None
+
+    def __post_init__(self) -> None:
+        self.updater = Updater(self.model, self.task, self.optim, self.run, self.world)
         self.model, self.device = self.updater.model, self.updater.device
-        parts = (self.model, self.updater.averaged, self.updater.optimizer, self.updater.scaler)
-        self.snapshots = Snapshots(folder, spec, *parts, world)
-        self.state = State()
+        trained = (self.model, self.updater.averaged, self.updater.optimizer, self.updater.scaler)
+        self.snapshots = Snapshots(self.folder, self.spec, *trained, self.world)
+        self.state = TrainingState()
         self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
 
@@ -107,7 +105,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
-        about = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
+        about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
         trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
@@ -115,6 +113,7 @@ class Trainer:
         with (
             Interrupts(listen=self.spec is not None) as self.signals,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
+            watch_workers() as streams,
         ):
             try:
                 while self.state.epoch < self.optim.epochs and not self._patience_ended():
@@ -124,8 +123,8 @@ class Trainer:
                         trackers.add(row)
                     if self.stop_after is not None and self.state.step >= self.stop_after:
                         break
-            except RuntimeError as error:  # torch tells of a dead data worker wherever the training is at that moment
-                if lost := lost_worker(error):
+            except RuntimeError as error:  # torch reports a dead data worker wherever the training is at that moment
+                if lost := lost_worker(error, streams):
                     raise lost from error
                 raise
             finally:
@@ -135,14 +134,14 @@ class Trainer:
         return self.table.rows if self.table is not None else []
 
     def _train_epoch(self, epoch: int) -> None:
-        """What is left of an epoch."""
+        """The remaining steps of an epoch."""
         steps = self.task.steps_per_epoch
         began, self.waited, counted = time.monotonic(), 0.0, self.state.count
         for step in range(self.state.step - epoch * steps, steps):
             if self.stop_after is not None and self.state.step >= self.stop_after:
                 break
             self._update(epoch, step)
-            self._tell(epoch)
+            self._report(epoch)
             stop, due = self._agree()
             if stop:
                 self._leave()
@@ -162,14 +161,14 @@ class Trainer:
         for name, value in numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value * items
 
-    def _batch(self, epoch: int, step: int) -> Batch:
+    def _batch(self, epoch: int, step: int) -> B:
         began = time.monotonic()
         batch = self.task.batch(epoch, step)
         self.waited += time.monotonic() - began
         return batch
 
-    def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: Batch) -> None:
-        """A loss or gradient that is not finite: the step is not taken, and what caused it is written down."""
+    def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: B) -> None:
+        """A loss or gradient is not finite: skip the step and record its samples in `bad_batches.jsonl`."""
         index = batch.get("index") if isinstance(batch, dict) else None
         entry = dict(epoch=epoch, step=step, rank=self.world.rank, loss=str(loss), grad_norm=str(norm))
         entry["index"] = index.tolist() if isinstance(index, Tensor) else None
@@ -179,7 +178,7 @@ class Trainer:
         self.state.step += 1
         self.bar.say(f"the loss became {loss} at epoch {epoch}, step {step}: the step is not taken")
         if self.state.bad >= self.run.bad_losses:
-            self.state.step -= self.state.bad  # where resuming tries again, with the weights that were good
+            self.state.step -= self.state.bad  # resuming tries these steps again, with the last finite weights
             self.state.bad = 0
             if self.spec is not None:
                 self.save()
@@ -189,7 +188,7 @@ class Trainer:
                 "in last/; try a lower --optim.lr, --optim.clip_grad 1 or --run.precision float32"
             )
 
-    # What is said and kept
+    # Evaluation and reports
 
     def _evaluate(self) -> Row:
         state, averaged = self.state, self.updater.averaged
@@ -216,50 +215,46 @@ class Trainer:
         if self.table is not None:
             self.table.add(row)
         state.epoch, state.rows, state.count, state.sums = state.epoch + 1, state.rows + 1, 0, {}
-        better = self._better(score)
-        if better:
-            state.best, state.best_epoch = score[self.task.best[0]], state.epoch  # type: ignore[index]
+        better = self._improved(score)
+        if better is not None:
+            state.best, state.best_epoch = better, state.epoch
         if self.spec is not None:
-            if better:
+            if better is not None:
                 self.save("best", row)
             self.save("last", row)
         if self.on_epoch is not None:
             self.on_epoch(row, evaluated)
         return row
 
-    def _better(self, score: dict[str, float]) -> bool:
-        """A number that is not finite is never better."""
+    def _improved(self, score: Mapping[str, float]) -> float | None:
+        """The number that decides best/, if it is the best so far; one that is not finite never is."""
         if self.task.best is None:
-            return False
+            return None
         name, direction = self.task.best
         value, best = score[name], self.state.best
-        if not math.isfinite(value):
-            return False
-        return best is None or (value > best if direction == "max" else value < best)
+        better = best is None or (value > best if direction == "max" else value < best)
+        return value if better and math.isfinite(value) else None
 
     def _patience_ended(self) -> bool:
-        if self.task.best is None:
-            return False
-        waited = self.state.epoch - self.state.best_epoch
-        return 0 < self.run.patience <= waited
+        return self.task.best is not None and 0 < self.run.patience <= self.state.epoch - self.state.best_epoch
 
     def _read_clocks(self) -> None:
         self.state.seconds = time.monotonic() - self.began
         self.state.cpu_seconds = time.process_time() - self.cpu_began
 
-    def _tell(self, epoch: int) -> None:
+    def _report(self, epoch: int) -> None:
         state = self.state
         loss = state.sums.get("train_loss", math.nan) / max(1, state.count)
-        row = dict(epoch=epoch + 1, epochs=self.optim.epochs, step=state.step, train_loss=loss)
+        row: Row = dict(epoch=epoch + 1, epochs=self.optim.epochs, step=state.step, train_loss=loss)
         self.bar.step(row)
-        if time.monotonic() - self.last_call > 1:
+        if self.progress is not None and time.monotonic() - self.last_call > 1:
             self.last_call = time.monotonic()
             self.progress(row)
 
     # Stopping and going on
 
     def _agree(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether a save is due, for all by the first one's clock."""
+        """Whether any rank received a signal, and whether a save is due by the clock of the first; all ranks agree."""
         minutes = (time.monotonic() - self.last_save) / 60
         due = self.world.first and 0 < self.run.save_minutes < minutes
         stop, save = sum_over_ranks([self.signals.asked, due], self.world, self.device)
@@ -277,9 +272,10 @@ class Trainer:
         if name == "last":
             self._read_clocks()
             self.last_save = time.monotonic()
-        about = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
+        about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
         self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
 
     def load(self) -> None:
-        self.state = self.snapshots.load(self.task.describe().get("digest"))
-        self.updater.schedule.step_update(max(0, self.state.step - 1))  # what the last update was taken with
+        digest = self.task.describe().get("digest")
+        self.state = self.snapshots.load(None if digest is None else str(digest))
+        self.updater.schedule.step_update(max(0, self.state.step - 1))  # the rate of the last update

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 from ..errors import Stopped
 
@@ -14,25 +14,25 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 
 
 class Interrupts:
-    """Within it, signals are requests; `asked` is the number of the first, 0 before.
+    """A context in which signals are only noted; `asked` is the number of the first, 0 before.
 
-    While `at_once` is set, as in an evaluation, which changes nothing and may take long, a request raises Stopped.
+    While `at_once` is set, as in an evaluation, which changes nothing and may take long, a signal raises Stopped.
     """
 
     def __init__(self, listen: bool = True) -> None:
         self.asked = 0
         self.at_once = False
         self.listen = listen and threading.current_thread() is threading.main_thread()
-        self.before: dict[int, Any] = {}
+        self.restore = ExitStack()
 
     def __enter__(self) -> Interrupts:
         if self.listen:
-            self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            for number in SIGNALS:
+                self.restore.callback(signal.signal, number, signal.signal(number, self._ask))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.restore.close()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -1,4 +1,4 @@
-"""What a training says while it runs: a table on disk, a bar or lines on the screen, TensorBoard and W&B if asked."""
+"""Logs of a training: `metrics.csv`, a progress bar or lines on the terminal, TensorBoard and W&B on request."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Plain
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+Row = dict[str, float]  # numbers by their column
 
 
 class Table:
-    """`metrics.csv`, a row an epoch; a resumed run keeps the rows that its checkpoint knows of.
+    """`metrics.csv`, a row an epoch; a resumed run keeps the rows up to its checkpoint.
 
     Args:
         path: the file.
-        keep: how many rows of what is there belong to this run.
+        keep: how many of the rows in it are kept.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -44,29 +50,27 @@ class Table:
         write_atomically(self.path, text.getvalue().encode())
 
 
-def read_table(path: Path) -> list[Row]:
-    """Rows of a CSV file, numbers as numbers; none where there is no file."""
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, numbers as int or float, other values as str; [] if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _number(text: str) -> Any:
+def _number(text: str) -> int | float | str:
     for kind in (int, float):
-        try:
+        with suppress(TypeError, ValueError):
             return kind(text)
-        except (TypeError, ValueError):
-            continue
     return text
 
 
 class Bar:
-    """A tqdm bar on a terminal; plain lines, every ten seconds, where output goes to a file."""
+    """A tqdm bar on a terminal; a line every ten seconds where output goes to a file."""
 
     def __init__(self, total: int, name: str, start: int = 0, show: bool = True) -> None:
         self.total, self.name, self.last_line = total, name, time.monotonic()
-        self.bar: Any = None
+        self.bar: tqdm[Never] | None = None
         self.show = show
         if show and sys.stderr.isatty():
             from tqdm import tqdm
@@ -98,7 +102,7 @@ class Bar:
 
 
 class Trackers:
-    """TensorBoard and Weights & Biases, imported only where they are asked for. The x-axis of both is the update.
+    """TensorBoard and Weights & Biases, imported on request. The x-axis of both is the update.
 
     Args:
         folder: of the run; events go to `folder/tensorboard`, W&B's files to `folder/wandb`.
@@ -107,9 +111,9 @@ class Trackers:
         about: settings that W&B shows beside the curves.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Any]) -> None:
-        self.writer: Any = None
-        self.run: Any = None
+    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Plain]) -> None:
+        self.writer: SummaryWriter | None = None
+        self.run: Any = None  # wandb has no types where it is not installed
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +124,7 @@ class Trackers:
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         if wandb:
             try:
-                import wandb as service  # type: ignore[import-not-found, unused-ignore]
+                import wandb as service
             except ImportError as error:
                 raise ConfigError(f'run.wandb needs it installed ({error}): pip install "vit2dpe[tracking]"') from None
             self.run = service.init(

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.settings import DataConfig, ViewConfig
+from ..spec import Settings
 from .settings import PRESETS, ModelConfig, OptimConfig, RunConfig, smoked
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Settings):
     """Who paints the hidden patches.
 
     Args:
@@ -29,7 +30,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Pretrain an encoder of images without labels: hide patches, paint them (MAE, SimMIM).
 
     Settings left at null take the preset of the data.

@@ -1,4 +1,4 @@
-"""A run folder: one training at a time, written to before anything is computed, and saying how it came about."""
+"""Run folders: locked for one training at a time, checked before anything is computed, with provenance of the run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from .. import __version__
+from .._version import __version__
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Plain, Settings, flat, plain
 from .distributed import ALONE, World
+from .log import Row
 
 
 @contextmanager
 def run_folder(out: str | Path, *, resume: bool = False, world: World = ALONE) -> Iterator[Path]:
-    """`out`, made, found writable, and held for this process until the end.
+    """Create `out`, check that it is writable, and lock it for this process.
 
     Raises:
         ConfigError: if it cannot be written to, is held by another process, or holds a run that is not to be resumed.
@@ -43,48 +44,35 @@ def run_folder(out: str | Path, *, resume: bool = False, world: World = ALONE) -
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another --run.out") from None
     if (folder / "last" / "model.json").is_file() and not resume:
         raise ConfigError(f"{folder} holds a run already: --resume goes on with it, another --run.out keeps it")
-    lock = _lock(folder)
-    try:
+    with _locked(folder):
         yield folder
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _lock(folder: Path) -> Path:
-    """`folder/lock` with this process in it; that of a process that is no more is taken over."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder/lock`, which names this process; the system releases it when the process ends, however it ends."""
     path = folder / "lock"
-    me = f"{os.getpid()} {socket.gethostname()}"
-    for _ in range(2):
-        try:
-            with path.open("x") as file:
-                file.write(me)
-            return path
-        except FileExistsError:
-            with suppress(OSError, ValueError):
-                number, host = path.read_text().split(maxsplit=1)
-                if host == socket.gethostname() and not _alive(int(number)):
-                    path.unlink()
-                    continue
-            break
-    holder = path.read_text(errors="replace") if path.is_file() else "another process"
-    raise ConfigError(
-        f"{folder} is in use by process {holder}: wait, give another --run.out, or delete {path} if that process "
-        "is gone"
-    )
-
-
-def _alive(number: int) -> bool:
+    lock = FileLock(path, timeout=0)
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        lock.acquire()
+    except Timeout:
+        holder = None
+        with suppress(OSError):  # where a held file cannot be read (Windows), or was released just now
+            holder = path.read_text(errors="replace")
+        raise ConfigError(
+            f"{folder} is in use by process {holder or '(unknown)'}: wait until it ends, or give another --run.out"
+        ) from None
+    try:
+        path.write_text(f"{os.getpid()} {socket.gethostname()}")
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps a file that is open; there the release removes it
+            path.unlink()
+        lock.release()
 
 
-def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Any]:
-    """What a number needs beside it: command, versions, hardware, data."""
+def environment(command: str, device: torch.device, data: str, digest: str) -> dict[str, Plain]:
+    """The provenance of a result: command, versions, hardware, data."""
     import timm
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -105,7 +93,7 @@ def environment(command: str, device: torch.device, data: str, digest: str) -> d
 
 
 def git_hash() -> str | None:
-    """The commit of this package's source, "+" behind it where files were changed; None for an installed copy."""
+    """The commit of this package's source, with a "+" if files were changed since; None for an installed copy."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return None
@@ -125,29 +113,29 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_facts(folder: Path, config: Any, facts: Mapping[str, Any]) -> None:
-    """`config.yaml`, that `--config` reads again, and `env.json`."""
+def write_facts(folder: Path, config: Settings, facts: Mapping[str, Plain]) -> None:
+    """Write `config.yaml`, which `--config` reads, and `env.json`."""
     import yaml
 
-    settings = json.loads(json.dumps(asdict(config))) | {"resume": False}  # tuples as lists
+    settings = plain(config) | {"resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
     write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
 
 
-def changed_settings(folder: Path, config: Any) -> list[str]:
-    """How `config` differs from the one that the run in `folder` was started with."""
+def changed_settings(folder: Path, config: Settings) -> list[str]:
+    """Differences between `config` and the settings that the run in `folder` was started with, a line each."""
     import yaml
 
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text()) or {}), _flat(json.loads(json.dumps(asdict(config))))
+    before, now = _flat(yaml.safe_load(path.read_text()) or {}), flat(config)
     keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 
 
-def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: Mapping[str, Any], next_: str) -> None:
-    """`summary.md`: what came out, the exact command, and what to try next."""
+def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str) -> None:
+    """`summary.md`: the results, the exact command, and a command to try next."""
     last = rows[-1] if rows else {}
     shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
     lines = [
@@ -155,8 +143,8 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
         "",
         f"    {facts['command']}",
         "",
-        f"{facts['data']} (sha256 {facts['digest'][:12]}); {last.get('seconds', 0) / 60:.1f} minutes on "
-        f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] > 1)}; torch {facts['torch']}, "
+        f"{facts['data']} (sha256 {facts['digest']:.12}); {last.get('seconds', 0) / 60:.1f} minutes on "
+        f"{facts['hardware']}, {facts['processes']} process{'es' * (facts['processes'] != 1)}; torch {facts['torch']}, "
         f"timm {facts['timm']}, vit2dpe {facts['vit2dpe']} ({facts['git'] or 'installed'})."
         + (f" Images used: {facts['images']}." if "images" in facts else ""),
         "",
@@ -171,16 +159,17 @@ def write_summary(folder: Path, title: str, rows: list[dict[str, Any]], facts: M
 
 
 def printable(text: object) -> str:
-    """Text that any terminal takes: bytes of a path that are no UTF-8 are escaped."""
+    """Text for any terminal: bytes of a path that are no UTF-8 are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Plain], prefix: str = "") -> dict[str, Plain]:
+    """{"a": {"b": 1}} as {"a.b": 1}"""
+    flat: dict[str, Plain] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return flat
 
 
-def _short(value: Any) -> str:
+def _short(value: float | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,56 +13,61 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.spec import ModelSpec
 from ..seeding import derive_seed
+from ..spec import Plain
 from .devices import pick_device, precision
 from .distributed import World, local_device, process_group
 from .engine import fit
 from .initial_weights import load_weights
+from .log import Row
+from .pretrain_settings import PretrainConfig
 from .run_folder import changed_settings, environment, printable, run_folder, write_facts, write_summary
-from .settings import check_numbers
+from .settings import TrainConfig, check_numbers
 from .task import Task
+from .text_settings import TextTrainConfig
+
+Trainable = TrainConfig | PretrainConfig | TextTrainConfig
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training command under way.
+class TrainSession:
+    """A running training command.
 
     Args:
-        config: its settings: `run`, `optim`, `resume`, `init` and what else it has.
+        config: its settings.
         command: what was typed, for the record.
         device: of this process.
         world: the processes that train together.
-        folder: the run folder, held for this command.
+        folder: the run folder, locked for this command.
     """
 
-    config: Any
+    config: Trainable
     command: str
     device: torch.device
     world: World
     folder: Path
 
     def say(self, text: str) -> None:
-        """A line, once for all processes."""
+        """Print a line, once for all processes."""
         if self.world.first:
             print(printable(text), flush=True)
 
-    def model(self, spec: ModelSpec, initialize: Callable[[nn.Module], object] | None = None) -> Any:
+    def build_model(self, spec: ModelSpec, initialize: Callable[[nn.Module], None]) -> nn.Module:
         """The model with its first weights: drawn by the seed, then those of `--init`, unless a run is resumed."""
         torch.manual_seed(derive_seed(self.config.run.seed, "init"))
         model = spec.build()
-        if initialize is not None:
-            initialize(model)
+        initialize(model)
         if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
             self.say(f"{self.config.init}: {load_weights(model, self.config.init)}")
         return model
 
-    def record(self, data: str, digest: str, **more: Any) -> dict[str, Any]:
-        """What a number needs beside it, and `more`; config.yaml and env.json are written."""
-        facts = environment(self.command, self.device, data, digest) | more
+    def record(self, data: str, digest: str, more: Mapping[str, Plain]) -> dict[str, Plain]:
+        """Command, versions, hardware and data, and `more`; config.yaml and env.json are written."""
+        facts = environment(self.command, self.device, data, digest) | dict(more)
         if self.world.first:
             write_facts(self.folder, self.config, facts)
         return facts
 
-    def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[dict[str, Any]]:
+    def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[Row]:
         """`engine.fit` with these settings; returns its rows."""
         return fit(
             model,
@@ -78,14 +82,16 @@ class Training:
             stop_after=stop_after,
         )
 
-    def finish(self, title: str, rows: list[dict[str, Any]], facts: Any, result: str, following: str) -> None:
-        """Write `summary.md`, and say what came out and what to try next."""
-        write_summary(self.folder, title, rows, facts, following)
-        self.say(f"{result}; summary {self.folder / 'summary.md'}")
-        self.say(f"next     {following}")
+    def finish(
+        self, title: str, rows: list[Row], facts: Mapping[str, Plain], results: Sequence[str], next_command: str
+    ) -> None:
+        """Write `summary.md`; print the results and what to try next."""
+        write_summary(self.folder, title, rows, facts, next_command)
+        for line in [*results[:-1], f"{results[-1]}; summary {self.folder / 'summary.md'}", f"next     {next_command}"]:
+            self.say(line)
 
 
-def check_run(config: Any) -> None:
+def check_run(config: Trainable) -> None:
     """What any training can be refused for before data are read: numbers, device, precision, first weights.
 
     Raises:
@@ -98,15 +104,15 @@ def check_run(config: Any) -> None:
 
 
 @contextmanager
-def training(config: Any, command: str) -> Iterator[Training]:
-    """Join the processes, take the run folder, and say what should be known before anything is read."""
+def train_session(config: Trainable, command: str) -> Iterator[TrainSession]:
+    """Join the processes, lock the run folder, and print what should be known before anything is read."""
     device = pick_device(local_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with process_group(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
-        under_way = Training(config, command, device, world, folder)
+        session = TrainSession(config, command, device, world, folder)
         if config.run.device == "auto" and device.type == "cpu":
-            under_way.say("note: no GPU was found: training on the CPU")
+            session.say("note: no GPU was found: training on the CPU")
         for change in changed_settings(folder, config) if config.resume and world.first else []:
-            under_way.say(f"note: {change}")
-        yield under_way
+            session.say(f"note: {change}")
+        yield session

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..data.settings import AugmentConfig, DataConfig
 from ..errors import ConfigError
+from ..spec import Settings
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """How weights are updated.
 
     Args:
@@ -49,7 +50,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Where and how a training runs.
 
     Args:
@@ -84,7 +85,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """What is trained.
 
     Args:
@@ -120,7 +121,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Train a classifier of images with any encoding.
 
     Settings left at null take the preset of the data.

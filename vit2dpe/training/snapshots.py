@@ -1,26 +1,29 @@
-"""A training on disk: weights, what the optimizer remembers, where it is; it goes on from there to the same bits."""
+"""Checkpoints of a training: weights, the optimizer's state, progress. A resumed training gives the same bits."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.spec import ModelSpec
+from ..spec import Plain
 from .checkpoint import read_meta, read_tensors, write_checkpoint
 from .distributed import World, full_tensor, shard_like
 from .optimizer import load_optimizer, optimizer_state
 
+Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[str, Tree]"
+
 
 @dataclass
-class State:
-    """Where a training is: what its checkpoint says beside the tensors."""
+class TrainingState:
+    """Progress of a training: what its checkpoint holds beside tensors."""
 
     epoch: int = 0  # epochs that are finished and evaluated
     step: int = 0  # updates
@@ -36,7 +39,7 @@ class State:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Writes `last/` and `best/` of a run, and takes up what `last/` holds.
+    """Writes `last/` and `best/` of a run, and restores a training from `last/`.
 
     Args:
         folder: of the run.
@@ -55,25 +58,25 @@ class Snapshots:
     scaler: torch.amp.GradScaler
     world: World
 
-    def save(self, name: str, state: State, about: Mapping[str, Any]) -> None:
-        """Write `folder/name`. Its `model` are the weights that are evaluated: the averaged ones, where there are.
+    def save(self, name: str, state: TrainingState, about: Mapping[str, Plain]) -> None:
+        """Write `folder/name`. Its `model` are the weights that are evaluated: the averaged ones, if they are kept.
 
         Args:
             name: last, which a training can go on from, or best.
-            state: where the training is.
-            about: what else a reader should know, JSON values.
+            state: its progress.
+            about: further metadata.
         """
         if self.spec is None:
             return
         files = {"model": _tensors(self.model if self.averaged is None else self.averaged)}
-        where: dict[str, Any] = {}
+        progress: dict[str, Plain] = {}
         if name == "last":
             if self.averaged is not None:
                 files["raw"] = _tensors(self.model)
             files["optimizer"] = {}
-            where = asdict(state)
-            where["optimizer"] = flatten(optimizer_state(self.model, self.optimizer), files["optimizer"])
-            where["scaler"] = self.scaler.state_dict()
+            progress = asdict(state)
+            progress["optimizer"] = flatten(optimizer_state(self.model, self.optimizer), files["optimizer"])
+            progress["scaler"] = self.scaler.state_dict()
         if self.world.first:
             write_checkpoint(
                 self.folder / name,
@@ -81,19 +84,23 @@ class Snapshots:
                 files,
                 grid=getattr(self.model, "train_grid", None),
                 weights="trained" if self.averaged is None else "averaged",
-                state=where,
+                state=progress,
                 **about,
             )
 
-    def load(self, digest: str | None) -> State:
-        """Take up the state of `last`, on any number of processes.
+    def load(self, digest: str | None) -> TrainingState:
+        """Restore weights and optimizer from `last`, on any number of processes.
+
+        Args:
+            digest: of the data; None: the task has none.
 
         Raises:
             CheckpointError: if it is of another model, of other data, or holds no state of a training.
         """
         folder = self.folder / "last"
         meta = read_meta(folder)
-        if self.spec is not None and (meta["model"], meta["arguments"]) != (self.spec.kind, _json(self.spec.arguments)):
+        arguments = None if self.spec is None else json.loads(json.dumps(self.spec.arguments))  # tuples as lists
+        if self.spec is not None and (meta["model"], meta["arguments"]) != (self.spec.kind, arguments):
             raise CheckpointError(
                 f"{folder} is a run of another model, {meta['model']} {meta['arguments']}; this one is "
                 f"{self.spec.kind} {self.spec.arguments}: give another --run.out, or "
@@ -116,11 +123,11 @@ class Snapshots:
         moments = unflatten(state.pop("optimizer"), read_tensors(folder, meta, "optimizer"))
         load_optimizer(self.model, self.optimizer, moments)
         self.scaler.load_state_dict(state.pop("scaler"))
-        return State(**state)
+        return TrainingState(**state)
 
 
-def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nest of dicts, lists and numbers as JSON, its tensors moved to `tensors` under names that the JSON holds."""
+def flatten(tree: Tree, tensors: dict[str, Tensor], name: str = "") -> Plain:
+    """Nested dicts, lists and numbers as JSON; tensors are moved to `tensors` under names that the JSON refers to."""
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {"tensor": name}
@@ -134,7 +141,7 @@ def flatten(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nest that `flatten` took apart."""
+    """The inverse of `flatten`."""
     if not isinstance(node, dict):
         return node
     if "tensor" in node:
@@ -153,9 +160,5 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     other = sorted(name for name in own.keys() ^ tensors.keys() if not name.endswith("_extra_state"))
     if other:
         raise CheckpointError(f"the checkpoint has other parameters: {other[:5]}")
-    # In the model's order, the same on every rank: cutting a tensor up is a conversation between ranks.
+    # In the model's order, the same on every rank: distributing a tensor is a collective.
     model.load_state_dict({name: shard_like(tensors[name], own[name]) for name in own if name in tensors})
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))

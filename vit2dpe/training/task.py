@@ -1,6 +1,6 @@
-"""What the training loop is told about a problem: its batches, its loss, its evaluation. The loop knows nothing else.
+"""Interface between the training loop and a problem: batches, loss, evaluation.
 
-Classes of this shape, one file each, are image classification, masked images, language modelling and others.
+Image classification, masked images, language modelling and others implement it, one file each in `tasks/`.
 """
 
 from __future__ import annotations
@@ -8,34 +8,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..seeding import generator
+from ..spec import Plain
 from .distributed import World
 
-Batch = Any  # a tensor, or dicts, lists and tuples of tensors whose first dimension is the sample's
+Batch = dict[str, Tensor]  # what the tasks of this library make; the first dimension is the sample's
+B = TypeVar("B")  # any other kind: a tensor, or dicts, lists and tuples that hold tensors
 
 
-class Task(Protocol):
-    """A problem that `engine.fit` can train. Subclass it, and the methods with a body are yours."""
+class Task(Protocol[B]):
+    """A problem that `engine.fit` can train. Subclass it to inherit the methods that have a body."""
 
     steps_per_epoch: int
     best: tuple[str, str] | None  # the number of `evaluate` that decides best/, and "max" or "min"
     unit: str = "items"  # what `count` counts; names the column of the throughput
 
-    def batch(self, epoch: int, step: int) -> Batch:
+    def batch(self, epoch: int, step: int) -> B:
         """This rank's share of step `step` of epoch `epoch`, on its device.
 
-        A pure function of (seed, epoch, step, rank): every random draw comes from `keys.generator`, so that a resumed
-        run asks for the step it is at and skips nothing. Draws that belong to a sample are made for the whole batch
-        and cut to the rank's share, so that two processes train as one does.
+        A pure function of (seed, epoch, step, rank): every random draw comes from `seeding.generator`, so that a
+        resumed run starts at any step without replaying earlier ones. Draws that belong to a sample are made for the
+        whole batch and cut to the rank's share, so that two processes train as one does.
         """
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    def loss(self, model: nn.Module, batch: B) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The mean loss of a batch, and further numbers to average over the epoch. `model` may be wrapped."""
         ...
 
@@ -43,35 +45,45 @@ class Task(Protocol):
         """Numbers such as test_top1 and test_loss: the same on every rank, every sample counted once."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What a reader of the checkpoint must know (classes, mean, std, digest of the data): JSON values."""
+    def describe(self) -> Mapping[str, Plain]:
+        """Metadata of the checkpoint (classes, mean, std, digest of the data)."""
         ...
 
     def close(self) -> None:
-        """Let go of processes and files; called when a training ends, however it ends. Most tasks hold none."""
+        """Release processes and files; called when a training ends, however it ends. Most tasks hold none."""
         return
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: B) -> int:
         """How many items the loss is the mean of; the first dimension of the first tensor, if not overridden."""
         return len(tensors_of(batch)[0])
 
 
-def describe_data(task: str, data: Any, **more: Any) -> dict[str, Any]:
-    """What every task says of itself and its data, and `more`."""
+class Dataset(Protocol):
+    """Data that a task trains on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+def describe_data(task: str, data: Dataset, **more: Plain) -> dict[str, Plain]:
+    """Metadata that all tasks have in common, and `more`."""
     return dict(task=task, data=data.name, digest=data.digest) | more
 
 
 def count_steps(count: int, batch_size: int, world: World) -> int:
     """How many steps an epoch over `count` items has.
 
-    A rest smaller than the number of processes would leave one with nothing to do: it is left out.
+    A remainder smaller than the number of processes would leave one without any item: it is left out.
     """
-    whole, rest = divmod(count, batch_size)
-    return whole + (rest >= world.size or (rest > 0 and whole == 0))
+    full, rest = divmod(count, batch_size)
+    return full + (rest >= world.size or (rest > 0 and full == 0))
 
 
 def batch_indices(count: int, batch_size: int, seed: int, epoch: int, step: int) -> Tensor:
-    """The numbers of a step's items, of all ranks: each item once an epoch, in an order drawn anew for each."""
+    """The indices of a step's items, of all ranks: each item once an epoch, in an order drawn anew for each."""
     return _order(count, seed, epoch)[step * batch_size : (step + 1) * batch_size]
 
 
@@ -80,20 +92,22 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, epoch, "order"))
 
 
-def tensors_of(tree: Batch) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    nodes = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return [tensor for node in nodes for tensor in tensors_of(node)]
 
 
-def split_batch(tree: Batch, parts: int) -> list[Batch]:
-    """A batch cut along the first dimension into at most `parts` parts, whatever is no tensor in each of them."""
+def split_batch(batch: B, parts: int) -> list[B]:
+    """A batch cut along the first dimension into at most `parts` parts; what is no tensor goes into each of them."""
     if parts == 1:
-        return [tree]
-    size = math.ceil(len(tensors_of(tree)[0]) / parts)
+        return [batch]
+    count = len(tensors_of(batch)[0])
+    size = math.ceil(count / parts)
 
-    def cut(node: Batch, start: int) -> Batch:
+    def cut(node: Any, start: int) -> Any:
         if isinstance(node, Tensor):
             return node[start : start + size]
         if isinstance(node, Mapping):
@@ -102,4 +116,4 @@ def split_batch(tree: Batch, parts: int) -> list[Batch]:
             return type(node)(cut(value, start) for value in node)
         return node
 
-    return [cut(tree, start) for start in range(0, len(tensors_of(tree)[0]), size)]
+    return [cut(batch, start) for start in range(0, count, size)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..data.text_settings import TextDataConfig
+from ..spec import Settings
 from .settings import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class TextModelConfig:
+class TextModelConfig(Settings):
     """What is trained.
 
     Args:
@@ -42,7 +43,7 @@ _RUN = RunConfig(out="runs/text")
 
 
 @dataclass(frozen=True)
-class TextTrainConfig:
+class TextTrainConfig(Settings):
     """Train a language model on plain text, a translator on pairs of sentences, or a classifier of lines.
 
     Args:
@@ -75,7 +76,7 @@ class TextTrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Let a trained language model write, or a translator translate.
 
     Args:

@@ -1,14 +1,14 @@
-"""One update of the weights: forward and backward over the parts of a batch, clipping, optimizer, average."""
+"""One update of the weights: forward and backward over the parts of a batch, clipping, optimizer, running average."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainingError
 from ..seeding import derive_seed
@@ -16,14 +16,14 @@ from .devices import pick_device, precision
 from .distributed import World, full_tensor, parallelize, sum_over_ranks, unsynchronized
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
-from .task import Batch, Task, split_batch
+from .task import B, Task, split_batch
 
 
 class StepResult(NamedTuple):
-    """What came of a batch.
+    """Numbers of one update.
 
     Args:
-        numbers: train_loss, and what else the task says: means over the items of all ranks.
+        numbers: train_loss, and those that the task adds: means over the items of all ranks.
         norm: of the gradient, before it is clipped.
         items: how many items, over all ranks.
         finite: whether loss and gradient were; if not, no step was taken. In float16 whether the loss was: a gradient
@@ -36,10 +36,10 @@ class StepResult(NamedTuple):
     finite: bool
 
 
-class Updater:
-    """A model on its device, wrapped and compiled as told, and all that changes its weights."""
+class Updater(Generic[B]):
+    """Model (on its device, wrapped and compiled), optimizer, schedule, gradient scaler and running average."""
 
-    def __init__(self, model: nn.Module, task: Task, optim: OptimConfig, run: RunConfig, world: World) -> None:
+    def __init__(self, model: nn.Module, task: Task[B], optim: OptimConfig, run: RunConfig, world: World) -> None:
         self.task, self.optim, self.run, self.world = task, optim, run, world
         self.device = pick_device(run.device)
         self.autocast = precision(run.precision, self.device)
@@ -59,7 +59,7 @@ class Updater:
 
     @property
     def averaged(self) -> nn.Module | None:
-        """The model of averaged weights, where there is one."""
+        """The model of averaged weights, if they are kept."""
         return None if self.ema is None else self.ema.module
 
     @property
@@ -67,7 +67,7 @@ class Updater:
         """The schedule's; with layer decay that of the last layers, the others have less."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def step(self, batch: Batch, epoch: int, step: int, done: int) -> StepResult:
+    def step(self, batch: B, epoch: int, step: int, done: int) -> StepResult:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
 
         Args:
@@ -86,15 +86,17 @@ class Updater:
         items = sum(counts)
         if self.world.size > 1:
             items = int(sum_over_ranks([items], self.world, self.device)[0])
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor] = {}
         try:
             for i, (part, n) in enumerate(zip(parts, counts, strict=True)):
-                with unsynchronized(self.net, i + 1 < len(parts)), self._precision():
+                last = i + 1 == len(parts) or self.world.size == 1
+                with nullcontext() if last else unsynchronized(self.net), self._precision():
                     loss, more = self.task.loss(self.forward, part)
                     share = n / items  # the mean over all ranks and parts; wrappers average over ranks
                     self.scaler.scale(loss * (share * self.world.size)).backward()
                 for name, value in {"train_loss": loss, **more}.items():
-                    sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach().float() * share
+                    mean = torch.as_tensor(value).detach().float() * share
+                    sums[name] = sums[name] + mean if name in sums else mean
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of memory at epoch {epoch}, step {step} with {counts[0]} {self.task.unit} at a time: try "
@@ -114,11 +116,13 @@ class Updater:
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
         return StepResult(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
 
-    def _precision(self):
+    def _precision(self) -> nullcontext[None] | torch.autocast:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
-def enable_checkpointing(model: Any) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass, by timm's `set_grad_checkpointing`."""
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
         raise ConfigError(f"{type(model).__name__} cannot compute its blocks again: leave run.grad_checkpointing out")
-    model.set_grad_checkpointing(True)
+    switch(True)

@@ -1,4 +1,4 @@
-"""What the text models share: embedding, places, blocks, on the attention of the vision models.
+"""The base of the text models: embedding, places, blocks, on the attention of the vision models.
 
 A line is a grid of one axis. Places count tokens that are not padding, from 0 on, so that a padded batch, on whichever
 side, is the unpadded one. The line they live on is at least as long as the context the model was built for: the extent
@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D width, V vocabulary. `valid` is boolean (B, N), Fal
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,22 @@ from torch import Tensor, nn
 from ...attention import masks
 from ...attention.cache import KVCache
 from ...attention.functional import materialize_shared_bias
-from ...encodings import Dims, PositionEncoding, build, split_shared_and_per_block
+from ...encodings import (
+    Dims,
+    PositionEncoding,
+    build,
+    encoding_parameters,
+    modules_outside_encodings,
+    split_shared_and_per_block,
+)
 from ...errors import ConfigError
 from ...positions import Positions, checkable
-from ..layers import block_inputs, norm_of, run_block
+from ..layers import block_inputs, norm_factory, run_block
 from .block import Memory, TextBlock, signal_of
 
 
 class Encoded(NamedTuple):
-    """What an encoder hands to a decoder: (B, S, D), where those tokens are, and which of them are padding."""
+    """An encoder's output (B, S, D) for a decoder, where those tokens are, and which of them are padding (False)."""
 
     tokens: Tensor
     at: Positions
@@ -39,11 +46,21 @@ class Encoded(NamedTuple):
         return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
 
 
+class SequenceOptions(TypedDict, total=False):
+    """Further arguments of `TextModel.forward_features`, which says what they are."""
+
+    types: Tensor | None
+    segments: Tensor | None
+    cache: KVCache | None
+    memory: Encoded | None
+    length: int | None
+
+
 class TextModel(nn.Module):
-    """Embedding, encoding, blocks, norm: what the text models share.
+    """Base class of the text models: embedding, encoding, blocks, norm.
 
     Args:
-        position: the encoding, a word such as "rope" or "sincos+alibi", or an instance.
+        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance.
         vocab_size: V.
         context: tokens the model is trained on; tables have this length, and policies measure other lengths against
             it.
@@ -108,7 +125,7 @@ class TextModel(nn.Module):
         self.embed_scale, self.grad_checkpointing = embed_scale, False
         self.train_grid = (context,)
         dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-        make_norm = norm_of(norm, norm_eps)
+        make_norm = norm_factory(norm, norm_eps)
         self.embed = nn.Embedding(vocab_size, embed_dim)
         self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
         self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
@@ -187,7 +204,8 @@ class TextModel(nn.Module):
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             layer = None if cache is None or recompute else cache.layer(i)
             x = run_block(block, x, signal, at, mask, recompute=recompute, keys=keys, cache=layer, memory=read)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
     def places(
         self,
@@ -227,26 +245,25 @@ class TextModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of the encodings' parameters."""
-        inside = [(name, part) for name, part in self.named_modules() if isinstance(part, PositionEncoding)]
-        return {f"{owner}.{name}" for owner, part in inside for name, _ in part.named_parameters()}
+        return encoding_parameters(self)
 
     def init_weights(self) -> None:
         """GPT-2's: normal 0.02, zero biases, maps that end in the residual sum divided by √(2 depth)."""
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not (own and name.startswith(own)):
+        for name, module in modules_outside_encodings(self):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.endswith(("proj", "fc2"))
                 nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
-        x = self.embed(tokens)
+        x: Tensor = self.embed(tokens)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if self.type_embed is None:
             return x
-        return x + self.type_embed(torch.zeros_like(tokens) if types is None else types)
+        typed: Tensor = x + self.type_embed(torch.zeros_like(tokens) if types is None else types)
+        return typed
 
     def _read(self, memory: Encoded, at: Positions) -> Memory:
         """The memory with its mask, and the Signal between the two sequences where there is one."""
@@ -277,14 +294,14 @@ def pad(sequences: list[Tensor], value: int = 0, left: bool = False) -> tuple[Te
     return torch.stack(ids), torch.stack(valid)
 
 
-def _cross_position(word: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
-    if word is None:
+def _cross_position(spec: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
+    if spec is None:
         return None
     if not cross:
-        raise ConfigError(f"cross_position={word!r} is for models with cross-attention: Seq2Seq, or cross=True")
-    encoding = build(word, dims)
+        raise ConfigError(f"cross_position={spec!r} is for models with cross-attention: Seq2Seq, or cross=True")
+    encoding = build(spec, dims)
     if "token" in encoding.gives:
         raise ConfigError(
-            f"cross_position={word!r} adds to tokens; between two sequences only a rotation or a bias can"
+            f"cross_position={spec!r} adds to tokens; between two sequences only a rotation or a bias can"
         )
     return encoding

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from ...data.augment import erase, mix, resized_crop, shift_and_flip
 from ...data.datasets import Images, normalize
 from ...data.loader import Feed, stream
-from ...data.rand_augment import AUGMENTATIONS, rand, trivial
+from ...data.rand_augment import rand, trivial
 from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
 from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
-from ...spec import parse_size, parse_terms
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
@@ -62,7 +61,7 @@ class ImageTask(Task):
 
     def __post_init__(self) -> None:
         train = self.data.train.resized(self.train_size)
-        sizes = [parse_size(size) for size in (self.augment.train_sizes or "").split(",") if size]
+        sizes = list(self.augment.train_sizes or ())
         feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
         best = (f"{next(iter(self.data.held_out))}_top1", "max")
         for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
@@ -105,7 +104,7 @@ class ImageTask(Task):
             images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
         else:
             images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
-        (name, options), *_ = parse_terms(augment.policy, "policy", AUGMENTATIONS)
+        name, options = augment.policy
         if name != "none":
             apply = trivial if name == "trivial" else rand
             images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
@@ -136,9 +135,9 @@ class ImageTask(Task):
         return found
 
     def describe(self) -> dict[str, Any]:
-        data = self.data
-        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
-        return describe_data("classification", data, **facts, train_size=list(self.train_size))
+        data, size = self.data, list(self.train_size)
+        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std), train_size=size)
+        return describe_data("classification", data) | facts
 
 
 def evaluation_batches(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...data.text import IGNORE, TextData
 from ...errors import DataError
+from ...modes import evaluating
 from ...seeding import generator
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, describe_data
@@ -104,10 +105,8 @@ def evaluate_text(
     model: nn.Module, batches: Iterator[dict[str, Tensor]], device: torch.device | str = "cpu", last: int | None = None
 ) -> tuple[float, int]:
     """(mean loss in nats a token, tokens) of a model in evaluation mode; `last`: of the last so many of a sequence."""
-    was_training = model.training
-    model.eval()
     total, n = 0.0, 0
-    try:
+    with evaluating(model):
         for batch in batches:
             labels = batch["labels"].to(device)
             logits = model(batch["tokens"].to(device))
@@ -115,8 +114,6 @@ def evaluate_text(
                 logits, labels = logits[:, -last:], labels[:, -last:]
             total += float(token_loss(logits, labels, reduction="sum"))
             n += int((labels != IGNORE).sum())
-    finally:
-        model.train(was_training)
     if n == 0:
         raise DataError("no tokens to evaluate: the text is shorter than one sequence")
     return total / n, n

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...modes import evaluating
 from ...seeding import generator
 from ..distributed import sum_over_ranks
 from ..task import Batch, Task
@@ -55,11 +56,8 @@ class MaskedTask(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The loss on held-out images, behind the same masks every time."""
-        was = model.training
-        model.eval()
-        found = {f"{split}_loss": self._loss(model, split) for split in self.images.data.held_out}
-        model.train(was)
-        return found
+        with evaluating(model):
+            return {f"{split}_loss": self._loss(model, split) for split in self.images.data.held_out}
 
     def _loss(self, model: nn.Module, split: str) -> float:
         task = self.images

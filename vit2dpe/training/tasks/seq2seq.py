@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...data.pairs import Pair
 from ...data.text import IGNORE
 from ...models.text.model import pad
+from ...modes import evaluating
 from ..distributed import World, sum_over_ranks
 from ..task import Batch
 from .language import token_loss
@@ -55,9 +56,8 @@ def evaluate_pairs(
     mine = pairs[world.share(len(pairs))]
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(len(pairs) / world.size) / batch_size)
-    was_training, total, n = model.training, 0.0, 0
-    model.eval()
-    try:
+    total, n = 0.0, 0
+    with evaluating(model):
         for i in range(batches):
             part = mine[World(i, batches).share(len(mine))]
             batch = decoding_batch(part or pairs[:1], start, padding)
@@ -65,7 +65,5 @@ def evaluate_pairs(
             loss = float(decoding_loss(model, batch, reduction="sum"))
             if part:
                 total, n = total + loss, n + count_labels(batch)
-    finally:
-        model.train(was_training)
     total, tokens = sum_over_ranks([total, n], world, torch.device(device))
     return dict(val_loss=total / tokens, val_perplexity=math.exp(min(total / tokens, 700.0)))

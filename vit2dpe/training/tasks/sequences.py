@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...modes import evaluating
 from ...seeding import generator
 from ..distributed import ALONE, World
 from ..task import Batch, Task
@@ -76,14 +77,10 @@ def answers(
 ) -> dict[str, float]:
     """{"exact": sequences right, "top1": tokens right, both in percent, "loss": nats, "n": sequences}, on sequences of
     their own key."""
-    was_training = model.training
-    model.eval()
     tokens = torch.randint(symbols, (n, length), generator=generator("test", name, length))
     labels = SEQUENCES[name](tokens).to(device)
-    try:
+    with evaluating(model):
         logits = model(tokens.to(device))
-    finally:
-        model.train(was_training)
     right = logits.argmax(-1) == labels
     return dict(
         exact=100 * float(right.all(1).float().mean()),

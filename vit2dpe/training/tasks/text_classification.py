@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...data.labelled_text import Lines
 from ...models.text.model import pad
+from ...modes import evaluating
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
@@ -54,9 +55,8 @@ class LineTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         lines = sorted(self.data.val, key=lambda line: len(line[0]))
         cuts = [slice(i, i + self.batch_size) for i in range(0, len(lines), self.batch_size)]
-        was_training, right, loss = model.training, 0.0, 0.0
-        model.eval()
-        try:
+        right, loss = 0.0, 0.0
+        with evaluating(model):
             for cut in cuts:
                 part = lines[cut][self.world.share(len(lines[cut]))]
                 batch = self._batch(part or lines[:1])  # sharded models meet in each forward pass
@@ -64,8 +64,6 @@ class LineTask(Task):
                 if part:
                     right += float((logits.argmax(-1) == batch["labels"]).sum())
                     loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-        finally:
-            model.train(was_training)
         right, loss = sum_over_ranks([right, loss], self.world, torch.device(self.device))
         return dict(val_top1=100 * right / len(lines), val_loss=loss / len(lines))
 

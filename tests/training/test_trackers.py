@@ -1,0 +1,70 @@
+"""TensorBoard's and W&B's own readers find the numbers of metrics.csv in what a run writes for them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tests.training.test_train import MICRO, at
+from vit2dpe.errors import ConfigError
+from vit2dpe.training.log import read_table
+from vit2dpe.training.objectives.images import train
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = train(at(MICRO, tmp_path, tensorboard=True))
+    train(replace(at(MICRO, tmp_path, tensorboard=True), resume=True, optim=replace(MICRO.optim, epochs=3)))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    rows = read_table(out / "metrics.csv")
+    assert {"train_loss", "test_top1", "test_top5", "lr", "images_per_s"} <= set(events.Tags()["scalars"])
+    for name in ("train_loss", "test_top1", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [row["step"] for row in rows] == [2, 4, 6], "a resumed run goes on"
+        assert [value for _, value in found] == pytest.approx([row[name] for row in rows], rel=1e-6)
+
+
+def records(content):
+    """Of a .wandb file: LevelDB's log format behind seven bytes; 32 KiB blocks, (crc, length, type) before a piece."""
+    at, piece, whole = 7, b"", 1
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # the rest of a block is too short for another piece
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        piece += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (whole, 4):  # 2 and 3 are the first and a middle piece of several
+            yield piece
+            piece = b""
+
+
+def test_wandb_keeps_what_was_logged(tmp_path, monkeypatch):
+    """Offline: nothing leaves the machine; the file that would be sent later is read back."""
+    from wandb.proto import wandb_internal_pb2
+
+    for name, value in dict(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_CONSOLE="off").items():
+        monkeypatch.setenv(name, value)
+    out = train(at(MICRO, tmp_path / "a run: 1", wandb="micro"))
+    (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    assert path.name == "run-a_run_1.wandb"
+    logged, told = [], {}
+    for data in records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            logged.append((int(items["step"]), float(items["train_loss"])))
+        if record.HasField("run"):
+            told |= {item.key: item.value_json for item in record.run.config.update}
+    assert logged == [(row["step"], pytest.approx(row["train_loss"])) for row in read_table(out / "metrics.csv")]
+    assert json.loads(told["optim"])["batch_size"] == 32
+
+
+@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, setting, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ConfigError, match=rf"run\.{setting} needs it installed.*vit2dpe\[tracking\]"):
+        train(at(MICRO, tmp_path, **{setting: "x"}))

@@ -1,0 +1,174 @@
+"""The length study: train on sequences of one length, measure at others: perplexity of text, answers to sequences.
+
+On one axis what `sizes` does on two: a length N is the size (1, N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data.text import SHAKESPEARE, TextData, load_text
+from ..data.text_settings import TextDataConfig
+from ..models.spec import ModelSpec
+from ..resolution.apply import policies_of, use_policy
+from ..training.devices import pick_device
+from ..training.task import Task
+from ..training.tasks.language import LanguageTask, token_loss, windows
+from ..training.tasks.sequences import SequenceTask, answers
+from . import trials
+from .plan import Plan, Trial
+from .rows import Row
+
+STEPS = 100  # updates of an epoch
+LAST = 64  # tokens at the end of a window that are measured by themselves too
+SYMBOLS = 10  # of the sequence tasks
+
+
+class Score(NamedTuple):
+    """Of a model at one length: nats and percent a token, over n tokens (sequences: over n sequences)."""
+
+    loss: float
+    top1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class OverLengths:
+    """A `Measure` of one-dimensional models, abstract in its data and its metric."""
+
+    plan: Plan
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return dict(tables="learned tables start at N(0, 0.02), truncated")
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        return {}
+
+    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
+        return {}
+
+    def digest(self) -> str:
+        return trials.digest_of(
+            ([length for _, length in self.plan.sizes], self.plan.config.policies, self.plan.config.temperatures)
+        )
+
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[Row]:
+        plan, train_length = self.plan, self.plan.train_size[1]
+        lengths = [length for _, length in plan.sizes]
+        policies = trials.policies_for(plan, model)
+        if max(lengths) <= train_length:
+            policies = policies_of(model)[:1]  # up to the training length a policy changes nothing
+        for policy in policies:
+            for temperature in plan.config.temperatures:
+                for length in lengths:
+                    with use_policy(model, policy, temperature=temperature):
+                        measured = list(self.scores(model, trial, length))
+                    for mode, metric, value, score in measured:
+                        yield Row(
+                            encoding=trial.encoding,
+                            policy=policy,
+                            temperature=temperature,
+                            mode=mode,
+                            seed=trial.seed,
+                            train_height=1,
+                            train_width=train_length,
+                            height=1,
+                            width=length,
+                            metric=metric,
+                            value=value,
+                            **score._asdict(),
+                        )
+
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
+        """(mode, metric, value, score) of each row at a length."""
+        raise NotImplementedError(f"{type(self).__name__} has no metric")
+
+
+@dataclass(frozen=True)
+class Perplexity(OverLengths):
+    """exp(mean loss) of a language model, over all tokens of a window and over its last ones."""
+
+    text: TextData
+
+    @classmethod
+    def load(cls, plan: Plan) -> Perplexity:
+        """Read the text that --root names, or download Shakespeare."""
+        config = plan.config
+        longest = max(length for _, length in (plan.train_size, *plan.sizes))
+        limit = 20 * longest if config.smoke else None
+        source = TextDataConfig(path=config.data.root, context=longest, limit=limit, **SHAKESPEARE)
+        text = load_text(source, option="--root")
+        if config.data.limit_test and not config.smoke:
+            text = text._replace(val=text.val[: max(config.data.limit_test, longest) + 1])
+        return cls(plan, text)
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return self.text.name, self.text.digest
+
+    def model_spec(self, trial: Trial) -> ModelSpec:
+        return self.plan.model_spec(trial, self.text.tokenizer.size)
+
+    def task(self, seed: int) -> Task:
+        config = self.plan.config
+        device, batch_size = pick_device(config.run.device), config.optim.batch_size
+        return LanguageTask(self.text, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
+
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
+        device = next(model.parameters()).device
+        for part, score in text_scores(model, self.text.val, length, device).items():
+            mode = part if len(self.plan.depths) == 1 else f"{part}, depth {trial.depth}"
+            yield mode, "perplexity", math.exp(score.loss), score
+
+
+@dataclass(frozen=True)
+class ExactAnswers(OverLengths):
+    """Percent of sequences that are copied, reversed or sorted without an error."""
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return self.plan.config.task, ""
+
+    def model_spec(self, trial: Trial) -> ModelSpec:
+        return self.plan.model_spec(trial, SYMBOLS)
+
+    def task(self, seed: int) -> Task:
+        config = self.plan.config
+        device, batch_size = pick_device(config.run.device), config.optim.batch_size
+        return SequenceTask(config.task, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
+
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
+        device = next(model.parameters()).device
+        found = answers(model, self.plan.config.task, length, device=device)
+        score = Score(found["loss"], found["top1"], int(found["n"]))
+        yield f"depth {trial.depth}", "exact", found["exact"], score
+
+
+@torch.no_grad()
+def text_scores(model: nn.Module, text: Tensor, length: int, device: torch.device | str = "cpu") -> dict[str, Score]:
+    """{"all tokens": ..., "last 64 tokens": ...} of windows of a length.
+
+    The mean over a long window hides what happens at its end: most of its tokens look back no further than in training.
+    """
+    model.eval()
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # of loss, right tokens and tokens
+    for batch in windows(text, length):
+        logits, labels = model(batch["tokens"].to(device)), batch["labels"].to(device)  # (B, length, V), (B, length)
+        for i, last in enumerate((length, LAST)):
+            part, wanted = logits[:, -last:], labels[:, -last:]
+            right = (part.argmax(-1) == wanted).sum()
+            sums[i] += torch.tensor([float(token_loss(part, wanted, "sum")), float(right), wanted.numel()])
+    names = ("all tokens", f"last {LAST} tokens")
+    return {
+        name: Score(loss / n, 100 * right / n, int(n))
+        for name, (loss, right, n) in zip(names, sums.tolist(), strict=True)
+    }

@@ -1,0 +1,123 @@
+"""The resolution study: train on images of one size, measure at others, by `vit2dpe.resolution.sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..data.datasets import Images, load
+from ..models.spec import ModelSpec
+from ..resolution.apply import policies_of
+from ..resolution.sweep import MODES, sweep
+from ..spec import Size
+from ..training.devices import pick_device
+from ..training.initial_weights import load_weights
+from ..training.task import Task
+from ..training.tasks.classification import ImageTask, evaluation_batches
+from . import trials
+from .plan import Plan, Trial
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class OverSizes:
+    """Top-1 accuracy over image sizes; the `Measure` of task images."""
+
+    plan: Plan
+    data: Images
+
+    @classmethod
+    def load(cls, plan: Plan) -> OverSizes:
+        """Read the images and print what is noteworthy about them."""
+        config = plan.config
+        data = load(config.data)
+        for note in data.notes:
+            print(f"note: {note}")
+        counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
+        print(f"{counts}; results in {config.run.out}")
+        return cls(plan, data)
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return self.plan.config.data.name, self.data.digest
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return dict(images=self.data.used)
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        return self.data.unreadable
+
+    def model_spec(self, trial: Trial) -> ModelSpec:
+        return self.plan.model_spec(trial, len(self.data.classes), len(self.data.mean))
+
+    def task(self, seed: int) -> Task:
+        config = self.plan.config
+        return ImageTask(
+            self.data,
+            self.plan.train_size,
+            config.optim.batch_size,
+            seed=seed,
+            device=pick_device(config.run.device),
+            augment=config.augment,
+            workers=config.data.workers,
+        )
+
+    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
+        return dict(classes=list(self.data.classes), mean=list(self.data.mean), std=list(self.data.std))
+
+    def digest(self) -> str:
+        plan, config = self.plan, self.plan.config
+        measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
+        return trials.digest_of((*measured, config.finetune) if config.finetune else measured)
+
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
+        plan = self.plan
+        rows = self._sweep(model, trial, plan.sizes, trials.policies_for(plan, model))
+        if plan.config.finetune:
+            for size in plan.sizes:
+                rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
+        return rows
+
+    def _sweep(self, model: nn.Module, trial: Trial, sizes: Sequence[Size], policies: Sequence[str]) -> list[Row]:
+        plan = self.plan
+        measured = sweep(
+            model,
+            _TestBatches(self.data),
+            sizes,
+            policies,
+            modes=plan.config.modes,
+            temperatures=plan.config.temperatures,
+            train_size=plan.train_size,
+        )
+        return [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
+
+    def _finetuned(self, trial: Trial, trained: Path, size: Size) -> list[Row]:
+        """The trained model after `finetune` epochs at another size, as a row of policy "finetuned".
+
+        A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours
+        differs: all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
+        """
+        config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
+        at_size = OverSizes(replace(self.plan, config=config, train_size=size), self.data)
+        model = trials.build(at_size.model_spec(trial), trial.seed)
+        load_weights(model, trained)
+        optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
+        trials.train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
+        rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
+        height, width = self.plan.train_size
+        return [replace(row, policy="finetuned", train_height=height, train_width=width) for row in rows]
+
+
+class _TestBatches:
+    """Test batches at native size, iterated as often as the sweep has rows."""
+
+    def __init__(self, data: Images) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return evaluation_batches(self.data)

@@ -1,0 +1,175 @@
+"""`vit2dpe train`: a classifier of images. What masked images share with it stands here too."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...data.datasets import Images, check_data, load, write_unreadable
+from ...data.rand_augment import AUGMENTATIONS
+from ...data.settings import AugmentConfig
+from ...encodings import parse
+from ...errors import ConfigError, unknown
+from ...models.spec import ModelSpec
+from ...models.timm_api import TimmViT
+from ...spec import Size
+from ..distributed import World, parallelize
+from ..initial_weights import INITS, initialize, jitter_positions
+from ..log import Row
+from ..optimizer import make_optimizer, make_schedule
+from ..pretrain_settings import PretrainConfig
+from ..session import TrainSession, check_run
+from ..settings import ModelConfig, TrainConfig, model_arguments, resolve
+from ..tasks.classification import ImageTask
+from .base import Objective, Prepared, run
+
+
+def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
+    """Train a classifier of images; arguments, result and errors are those of `objectives.base.run`."""
+    return run(ImageClassification(config), command)
+
+
+class ImageClassification(Objective[TrainConfig]):
+    """Classes of images, by any image model."""
+
+    def check(self, config: TrainConfig) -> TrainConfig:
+        return check(config)
+
+    def prepare(self, session: TrainSession) -> Prepared:
+        config = self.config
+        data, size = read_images(config, session)
+        spec = model_spec(config.model, size, len(data.mean), len(data.classes))
+        task = image_task(config, config.augment, data, size, session.device, session.world)
+        return Prepared(
+            spec,
+            task,
+            data.name,
+            data.digest,
+            f"; {len(data.train)} training and {len(data.test)} test images of {size[0]}x{size[1]}, "
+            f"{len(data.classes)} classes",
+            f"{spec.arguments.get('position', '')} on {data.name}",
+            next_command(config, session.folder, size),
+            partial(best_accuracy, by=str(task.best[0]) if task.best else "test_top1"),
+            dict(images=data.used),
+        )
+
+    def initialize(self, model: nn.Module) -> None:
+        initialize(model, self.config.model.init)
+
+    def adapt(self, model: nn.Module) -> None:
+        if self.config.model.jitter:
+            jitter_positions(model, self.config.model.jitter)
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """The settings with every preset filled in, after refusing all that can be refused before data are read."""
+    check_data(config.data)
+    config = resolve(config)
+    check_run(config)
+    if config.model.position is not None:
+        parse(config.model.position)
+    if config.model.init not in INITS:
+        raise unknown("init", config.model.init, INITS)
+    check_augment(config.augment)
+    with torch.device("meta"):
+        model = model_spec(config.model, likely_size(config), 3, 10).build()
+    if config.model.jitter:
+        jitter_positions(model, config.model.jitter)
+    for size in config.augment.train_sizes or ():
+        if isinstance(model, TimmViT):
+            model.patch_embed.grid(*size)
+    make_schedule(make_optimizer(model, config.optim), config.optim, 1)
+    parallelize(model, config.run.parallel, World())
+    return config
+
+
+def check_augment(augment: AugmentConfig) -> None:
+    for name in ("label_smoothing", "erase"):
+        if not 0 <= getattr(augment, name) < 1 + (name == "erase"):
+            raise ConfigError(f"augment.{name} must be in [0, 1{')]'[name == 'erase']}, got {getattr(augment, name)}")
+    if augment.crop is not None and not 0 < augment.crop <= 1:
+        raise ConfigError(f"augment.crop is the smallest share of the area that is kept, in (0, 1], got {augment.crop}")
+    if augment.crop is not None and augment.shift:
+        raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
+    if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
+        raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
+    name, options = augment.policy
+    if name not in AUGMENTATIONS:
+        raise unknown("policy", name, AUGMENTATIONS)
+    for option in options:
+        if name != "rand" or option not in ("ops", "magnitude"):
+            raise unknown(f"option of {name}", option, ("ops", "magnitude") if name == "rand" else ("(it takes none)",))
+    ops, magnitude = options.get("ops", 1), options.get("magnitude", 0)
+    if not (isinstance(ops, int) and ops > 0 and isinstance(magnitude, int | float) and 0 <= magnitude <= 30):
+        raise ConfigError(
+            f"augment.policy is none, trivial or rand(ops=2, magnitude=9) with 0 to 30, got {augment.policy}"
+        )
+
+
+def likely_size(config: TrainConfig | PretrainConfig) -> Size:
+    """The size of training images as far as it is known before they are read; only checks depend on it."""
+    return config.data.size or config.data.source_size or ((8, 8) if config.data.name == "digits" else (32, 32))
+
+
+def read_images(config: TrainConfig | PretrainConfig, session: TrainSession) -> tuple[Images, Size]:
+    """The data, and the size of training images; prints what was odd about them and lists files that were left out."""
+    data = load(config.data, config.run.seed)
+    for note in data.notes:
+        session.say(f"note: {note}")
+    if session.world.first:
+        write_unreadable(session.folder, data.unreadable)
+    return data, config.data.size or data.native
+
+
+def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> ModelSpec:
+    """The model that the settings name, for images of this size, channels and classes."""
+    arguments = model_arguments(model, patch="patch_size", pool="global_pool", class_token="class_token")
+    arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
+    if model.pool is not None and model.class_token is None:
+        arguments["class_token"] = model.pool == "token"
+    if model.name is None:
+        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | model.options)
+    if _takes_size(model.name):
+        arguments["img_size"] = list(size)
+    return ModelSpec("timm", dict(model_name=model.name) | arguments | model.options)
+
+
+def _takes_size(name: str) -> bool:
+    """Whether a model of timm's registry is built for one size of images."""
+    import timm
+
+    if name.startswith("vit2dpe_") or not timm.is_model(name):
+        return True
+    config = timm.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
+def image_task(
+    config: TrainConfig | PretrainConfig,
+    augment: AugmentConfig,
+    data: Images,
+    size: Size,
+    device: torch.device,
+    world: World,
+) -> ImageTask:
+    """Batches of images as the settings say."""
+    batch, seed, workers = config.optim.batch_size, config.run.seed, config.data.workers
+    return ImageTask(data, size, batch, seed=seed, device=device, augment=augment, world=world, workers=workers)
+
+
+def best_accuracy(rows: list[Row], by: str) -> list[str]:
+    best = max(rows, key=lambda row: row[by])  # the first of equals, as best/ is
+    return [f"test top-1 {rows[-1]['test_top1']:.2f}%, of best/ (by {by}) {best['test_top1']:.2f}%"]
+
+
+def next_command(config: TrainConfig, folder: Path, size: Size) -> str:
+    """A short finetune at half as much again: the cheapest way to see how the encoding extrapolates."""
+    patch = config.model.patch or 16
+    larger = "x".join(str(max(patch, round(side * 1.5 / patch) * patch)) for side in size)
+    words = ["vit2dpe", "train", "--config", str(folder / "config.yaml"), "--init", str(folder), "--data.size", larger]
+    words += ["--optim.epochs", "5", "--optim.warmup_epochs", "1", "--optim.lr", f"{config.optim.lr / 10:g}"]
+    return shlex.join([*words, "--run.out", f"{folder}-{larger}"])

@@ -1,0 +1,218 @@
+"""`vit2dpe text train`: language models (causal, masked, spans), translators, and classifiers of lines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...data.labelled_text import load_lines
+from ...data.pairs import Pairs, load_pairs
+from ...data.text import load_text
+from ...data.tokenizers import Tokenizer, from_json
+from ...encodings import parse
+from ...errors import CheckpointError, ConfigError, unknown
+from ...files import write_atomically
+from ...models.spec import ModelSpec
+from ...models.text.seq2seq import Seq2Seq
+from ...models.text.translate import translate
+from ..checkpoint import load_run, read_meta
+from ..log import Row
+from ..session import TrainSession, check_run
+from ..settings import model_arguments
+from ..task import Task
+from ..tasks.language import LanguageTask
+from ..tasks.span_corruption import SpanCorruption, SpanTask
+from ..tasks.text_classification import LineTask
+from ..tasks.translation import TranslationTask, bleu
+from ..text_settings import TextTrainConfig, smoke
+from .base import Objective, Prepared, run
+
+SENTINELS = 100
+
+
+def train_text(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
+    """Train a model of text by `config.objective`; arguments, result and errors are those of `objectives.base.run`."""
+    return run(Text(config), command)
+
+
+class Text(Objective[TextTrainConfig]):
+    """Tokens, by any objective in `OBJECTIVES`."""
+
+    def check(self, config: TextTrainConfig) -> TextTrainConfig:
+        return check(config)
+
+    def prepare(self, session: TrainSession) -> Prepared:
+        return OBJECTIVES[self.config.objective](self.config, session)
+
+
+def check(config: TextTrainConfig) -> TextTrainConfig:
+    """The settings, after refusing all that can be refused before data are read."""
+    if config.objective not in OBJECTIVES:
+        raise unknown("objective", config.objective, OBJECTIVES)
+    if not 0 <= config.smoothing < 1 or config.beams < 1:
+        raise ConfigError(
+            f"smoothing must be in [0, 1) and beams at least 1, got {config.smoothing} and {config.beams}"
+        )
+    if config.smoothing and config.objective not in ("translate", "classify"):
+        raise ConfigError(f"smoothing is for objective translate or classify, not {config.objective}")
+    if config.objective == "translate":
+        bleu(["is it there?"], ["is it there?"])  # sacrebleu, before hours of training
+    if config.steps_per_epoch < 1 or config.data.context < 1:
+        raise ConfigError(
+            f"steps_per_epoch and data.context must be at least 1, got {config.steps_per_epoch} and "
+            f"{config.data.context}"
+        )
+    if config.smoke:
+        config = smoke(config)
+    check_run(config)
+    parse(config.model.position)
+    with torch.device("meta"):
+        model_spec(config, 2).build()
+    return config
+
+
+def model_spec(config: TextTrainConfig, tokens: int, classes: int = 2, own_mask: bool = True) -> ModelSpec:
+    """The model that the settings name, for a tokenizer of so many tokens.
+
+    Args:
+        own_mask: whether an encoder keeps an embedding for the mask token, as pretraining needs it.
+    """
+    model, objective = config.model, config.objective
+    arguments = model_arguments(model, norm="norm", mlp="mlp", bias="bias", dropout="drop_rate")
+    arguments |= dict(context=config.data.context, attn_drop_rate=model.dropout)
+    if objective in ("translate", "spans"):
+        size = tokens + (2 + SENTINELS if objective == "spans" else 0)
+        arguments |= dict(source_vocab=size, target_vocab=size, shared=True)
+        return ModelSpec("Seq2Seq", arguments | model.options)
+    arguments |= dict(vocab_size=tokens + (objective != "causal" and own_mask))  # the last one is the mask token
+    if objective == "masked":
+        arguments |= dict(pool="", masked_lm=True)
+    if objective == "classify":
+        arguments |= dict(pool="mean", num_classes=classes)
+    return ModelSpec("TextDecoder" if objective == "causal" else "TextEncoder", arguments | model.options)
+
+
+def _language(config: TextTrainConfig, session: TrainSession) -> Prepared:
+    data = load_text(config.data)
+    size, context, seed = data.tokenizer.size, config.data.context, config.run.seed
+    steps, batch = config.steps_per_epoch, config.optim.batch_size
+    task: Task
+    if config.objective == "spans":
+        collate = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS)
+        task = SpanTask(data, collate, context, batch, steps, seed=seed, device=session.device, world=session.world)
+    else:
+        mask = size if config.objective == "masked" else None
+        task = LanguageTask(data, context, batch, steps, mask, seed=seed, device=session.device, world=session.world)
+    amount = f"{len(data.train):,} training and {len(data.val):,} validation tokens, {size} kinds"
+    example = _excerpt(data.tokenizer, data.val)
+    return _prepared(config, session, model_spec(config, size), task, data.name, data.digest, amount, example)
+
+
+def _translation(config: TextTrainConfig, session: TrainSession) -> Prepared:
+    data = load_pairs(config.data)
+    batch, seed = config.optim.batch_size, config.run.seed
+    task = TranslationTask(data, batch, config.smoothing, seed=seed, device=session.device, world=session.world)
+    left = f" ({data.left_out} longer ones left out)" if data.left_out else ""
+    amount = f"{len(data.train):,} training pairs{left}, {len(data.val):,} of validation, {data.tokenizer.size} tokens"
+    spec, example = model_spec(config, data.tokenizer.size), data.test[0][0]
+    return _prepared(config, session, spec, task, data.name, data.digest, amount, example, data)
+
+
+def _classes(config: TextTrainConfig, session: TrainSession) -> Prepared:
+    known, size = tokenizer_of_run(config.init)
+    data = load_lines(config.data, known)
+    batch, seed = config.optim.batch_size, config.run.seed
+    task = LineTask(data, batch, config.smoothing, seed=seed, device=session.device, world=session.world)
+    amount = f"{len(data.train):,} training and {len(data.val):,} validation lines, {len(data.classes)} classes"
+    own_mask = known is None or size > data.tokenizer.size
+    spec, example = model_spec(config, data.tokenizer.size, len(data.classes), own_mask), data.val[0][0]
+    excerpt = _excerpt(data.tokenizer, example)
+    return _prepared(config, session, spec, task, data.name, data.digest, amount, excerpt)
+
+
+OBJECTIVES: dict[str, Callable[[TextTrainConfig, TrainSession], Prepared]] = {
+    "causal": _language,
+    "masked": _language,
+    "spans": _language,
+    "translate": _translation,
+    "classify": _classes,
+}
+
+
+def _prepared(
+    config: TextTrainConfig,
+    session: TrainSession,
+    spec: ModelSpec,
+    task: Task,
+    name: str,
+    digest: str,
+    amount: str,
+    example: str,
+    pairs: Pairs | None = None,
+) -> Prepared:
+    title, following = f"{config.model.position} on {name}", next_command(config, session.folder, example)
+    return Prepared(spec, task, name, digest, f"; {amount}", title, following, partial(results, config, session, pairs))
+
+
+def _excerpt(tokenizer: Tokenizer, tokens: Tensor) -> str:
+    """The start of the longest of some lines: a text that this tokenizer knows."""
+    return max(tokenizer.decode(tokens[:80].tolist()).split("\n"), key=len)[:24]
+
+
+def tokenizer_of_run(init: str | None) -> tuple[Tokenizer | None, int]:
+    """The tokenizer of the run that is started from and the rows of its embedding; None and 0 without a run."""
+    folders = [] if init is None else [Path(init).expanduser() / "last", Path(init).expanduser()]
+    folder = next((f for f in folders if (f / "model.json").is_file()), None)
+    if folder is None:
+        return None, 0
+    about = read_meta(folder)
+    if "tokenizer" not in about:
+        raise CheckpointError(f"{init} holds a {about['model']} without a tokenizer: --init takes a run of text")
+    return from_json(about["tokenizer"]), int(about["arguments"].get("vocab_size", 0))
+
+
+def results(config: TextTrainConfig, session: TrainSession, pairs: Pairs | None, rows: list[Row]) -> list[str]:
+    """Loss, accuracy of a classifier, BLEU of a translator."""
+    best = min((row["val_loss"] for row in rows), default=float("nan"))
+    unit = "line" if config.objective == "classify" else "token"
+    lines = [f"validation loss {rows[-1]['val_loss']:.4f} nats a {unit} (best {best:.4f})"]
+    if config.objective == "classify":
+        lines += [f"right {rows[-1]['val_top1']:.1f}% (best {max(row['val_top1'] for row in rows):.1f}%)"]
+    if pairs is not None:
+        lines += [translate_test_set(config, session, pairs)]
+    return lines
+
+
+def translate_test_set(config: TextTrainConfig, session: TrainSession, pairs: Pairs) -> str:
+    """Translate the test set with the best weights; write translations.txt and bleu.json, return a line about them."""
+    model = load_run(session.folder, session.device, which="best")
+    if not isinstance(model, Seq2Seq):
+        raise CheckpointError(f"{session.folder} holds a {type(model).__name__}, not the Seq2Seq that was trained")
+    sources, references = zip(*pairs.test, strict=True)
+    written = translate(model, pairs.tokenizer, sources, beams=config.beams)
+    score = bleu(written, references)
+    write_atomically(session.folder / "translations.txt", "".join(f"{line}\n" for line in written).encode())
+    facts = dict(bleu=score.bleu, signature=score.signature, set=config.data.test, n=len(written), beams=config.beams)
+    write_atomically(session.folder / "bleu.json", json.dumps(facts, indent=1).encode())
+    return f"BLEU {score.bleu:.2f} on {len(written)} sentences of {config.data.test} ({score.signature})"
+
+
+def next_command(config: TextTrainConfig, folder: Path, example: str) -> str:
+    """The command to try next."""
+    run = str(folder)
+    if config.objective in ("causal", "translate"):
+        return shlex.join(["vit2dpe", "text", "sample", "--run", run, "--prompt", example])
+    if config.objective == "spans":
+        other = "rope" if config.model.position == "t5" else "t5"
+        more = ["--config", f"{run}/config.yaml", "--model.position", other, "--run.out", f"{run}_{other}"]
+        return shlex.join(["vit2dpe", "text", "train", *more])
+    if config.objective == "masked":
+        more = ["--objective", "classify", "--data.path", "labelled.tsv", "--run.out", f"{run}_classes", "--init", run]
+        return shlex.join(["vit2dpe", "text", "train", *more])
+    return shlex.join(["vit2dpe", "show", "--attention", "--text", example, "--run", run])
