@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from vit2dpe.errors import ConfigError
 from vit2dpe.interop.timm.arguments import exact_ratio
-from vit2dpe.interop.timm.convert import from_timm
+from vit2dpe.interop.transformers.convert import from_transformers
 from vit2dpe.models import MAE, ViT
-from vit2dpe.models.mae_names import from_transformers
+from vit2dpe.models.mae_names import from_transformers as mae_state
 
 VITMAE, DINOV3 = NAMES = ("transformers_vitmae", "transformers_dinov3")
 SMALL = dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=16)
@@ -66,7 +65,7 @@ def _vitmae(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
             decoder_depth=config.decoder_num_hidden_layers, decoder_num_heads=config.decoder_num_attention_heads,
             decoder_mlp_ratio=exact_ratio(config.decoder_intermediate_size, config.decoder_hidden_size),
         )  # fmt: skip
-        state = from_transformers(peer.state_dict())
+        state = mae_state(peer.state_dict())
         if position == "none":
             state = {name: value for name, value in state.items() if "pos_embed" not in name}
         model.load_state_dict(state)
@@ -86,50 +85,11 @@ def _dinov3(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    # In timm's spelling, which ours reads; its rotation takes halves of a head, as transformers' does.
-    of_timm = timm.create_model(
-        "vit_small_patch16_dinov3_qkvb", img_size=config.image_size, patch_size=config.patch_size, num_classes=0,
-        embed_dim=config.hidden_size, depth=config.num_hidden_layers, num_heads=config.num_attention_heads,
-        mlp_ratio=exact_ratio(config.intermediate_size, config.hidden_size), swiglu_mlp=gated, swiglu_align_to=1,
-    )  # fmt: skip
-    of_timm.load_state_dict(_dinov3_state(peer.state_dict(), gated))
     return {
         "peer": _Hidden(peer),
-        "ours": _Features(from_timm(of_timm)),
-        "limit": _Features(from_timm(of_timm, position="none")),
+        "ours": _Features(from_transformers(peer)),
+        "limit": _Features(from_transformers(peer, "none")),
     }
-
-
-_BLOCK = {
-    "norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj", "mlp.up_proj": "mlp.fc1",
-    "mlp.down_proj": "mlp.fc2", "layer_scale1.lambda1": "gamma_1", "layer_scale2.lambda1": "gamma_2",
-}  # fmt: skip
-_REST = {
-    "embeddings.cls_token": "cls_token", "embeddings.register_tokens": "reg_token",
-    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias", "norm.weight": "norm.weight", "norm.bias": "norm.bias",
-}  # fmt: skip
-
-
-def _dinov3_state(state: dict[str, Tensor], gated: bool) -> dict[str, Tensor]:
-    """transformers' names under timm's."""
-    block = _BLOCK | ({"mlp.up_proj": "mlp.fc1_x", "mlp.gate_proj": "mlp.fc1_g"} if gated else {})
-    found = {new: state[old] for old, new in _REST.items()}
-    for name, value in state.items():
-        if not name.startswith("model.layer."):
-            continue
-        number, _, part = name.removeprefix("model.layer.").partition(".")
-        owner, _, last = part.rpartition(".")
-        to = f"blocks.{number}"
-        if part in block:
-            found[f"{to}.{block[part]}"] = value
-        elif owner in block:
-            found[f"{to}.{block[owner]}.{last}"] = value
-        elif part == "attention.q_proj.weight":
-            found[f"{to}.attn.qkv.weight"] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-        elif part in ("attention.q_proj.bias", "attention.v_proj.bias"):
-            found[f"{to}.attn.{owner[-6]}_bias"] = value
-    return found
 
 
 class _Theirs(nn.Module):

@@ -19,6 +19,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for decoded images and downloads, of this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("VIT2DPE_CACHE", str(folder))
+    return folder
+
+
 # Of tests marked `one_of_each_kind`, which take seconds for each encoding: these by default, `-m slow` for the others.
 KINDS = {"none", "learned", "relative", "alibi", "rope_mixed", "sincos+rope_mixed"}
 

@@ -207,7 +207,7 @@ def survives_copies(make: Make, dims: Dims) -> None:
 def compiles_whole(make: Make, dims: Dims) -> None:
     """torch.compile traces it without a break."""
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid).with_prefix(1)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(lambda where: tensors(encoding(where)), fullgraph=True, backend="aot_eager")
     expected = tensors(encoding(at))
     for name, tensor in compiled(at).items():

@@ -14,11 +14,6 @@ from vit2dpe.data.datasets import load_images
 from vit2dpe.errors import ConfigError, DataError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("VIT2DPE_CACHE", str(tmp_path / "cache"))
-
-
 def png(value, size=(6, 4)):
     data = io.BytesIO()
     Image.new("RGB", size, (value, 0, 0)).save(data, "PNG")

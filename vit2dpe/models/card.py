@@ -1,7 +1,7 @@
 """Model cards: what a model is, as the Hugging Face hub reads it and timm pushes it.
 
-A card is the dict that `timm.models.push_to_hf_hub` takes as `model_card`; `save_card` writes the same text, by timm's
-own writer, into a README.md. What nobody said stands in it as "not stated", never left out.
+A card is the dict that `timm.models.push_to_hf_hub` takes as `model_card`; `save_card` writes the text that timm makes
+of it into a README.md. What was not given stands in it as "not stated", never left out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import csv
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, NotRequired, TypedDict
 
-from timm.models._hub import generate_readme
+from timm.models import get_model_args
 from torch import nn
 
-from ..encodings import PositionEncoding, Sum
+from ..encodings import encodings_of
 from ..errors import ConfigError
+from .timm_api import TimmModel, pretrained_cfg_of
 
 UNKNOWN = "not stated"
 HOLDS = 5.0  # points of accuracy that a size may cost and still be one that the model holds up at
@@ -26,17 +27,40 @@ CITATIONS = {
     "Swin": "@article{liu2021swin, title={Swin Transformer: Hierarchical Vision Transformer using Shifted Windows}, "
     "author={Liu, Ze and others}, journal={arXiv:2103.14030}, year={2021}}",
 }
+Results = str | Path | Iterable[Mapping[str, str | float | None]]  # rows of a sweep, or the path of their csv
+
+
+class Card(TypedDict):
+    """What timm's `push_to_hf_hub` reads of `model_card`."""
+
+    tags: list[str]
+    license: str
+    description: str
+    details: dict[str, str | list[str]]
+    usage: str
+    comparison: NotRequired[str]
+    citation: NotRequired[str]
+
+
+class Measured(NamedTuple):
+    """A row of a sweep: top-1 in percent of n images of a size, under a policy (and length temperature)."""
+
+    mode: str
+    policy: str
+    size: tuple[int, int]
+    top1: float
+    n: int
 
 
 def card(
-    model: Any,
-    results: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    model: TimmModel,
+    results: Results | None = None,
     *,
     recipe: str = UNKNOWN,
     data: str = UNKNOWN,
     license: str = "other",
     description: str = "",
-) -> dict[str, Any]:
+) -> Card:
     """What timm's `push_to_hf_hub` takes as `model_card`.
 
     Args:
@@ -50,39 +74,46 @@ def card(
     Raises:
         ConfigError: for results that are no rows of a sweep.
     """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    name = cfg.get("architecture") or type(model).__name__
+    kind, cfg = type(model).__name__, pretrained_cfg_of(model)
     patch, grid = model.patch_embed.patch_size, model.train_grid
     size = (grid[0] * patch[0], grid[1] * patch[1])
     rows = _rows(results)
-    details: dict[str, Any] = {
-        "Model type": f"image classification and features, {type(model).__name__} (`{name}`)",
-        "Positional encoding": encoding_of(model),
-        "Training size": f"{_spell(size)} pixels, {grid[0]}x{grid[1]} patches of {patch[0]}x{patch[1]}",
-        "Other sizes": "any height and width that the patch divides",
-        "Holds up at": _holds(rows, size),
-        "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
-        "Classes": model.num_classes,
-        "Normalisation": f"mean {list(cfg.get('mean', []))}, std {list(cfg.get('std', []))}" if cfg else UNKNOWN,
-        "Data": data,
-        "Recipe": recipe,
-        "Software": f"vit2dpe {version('vit2dpe')}",
-    }
-    found: dict[str, Any] = dict(
+    made = Card(
         tags=["image-classification", "timm", "vit2dpe", "positional-encoding"],
         license=license,
-        description=description or f"A {type(model).__name__} whose positional encoding is {encoding_of(model)}.",
-        details=details,
+        description=description or f"A {kind} whose positional encoding is {encoding_of(model)}.",
+        details={
+            "Model type": f"image classification and features, {kind} (`{_name(model)}`)",
+            "Positional encoding": encoding_of(model),
+            "Training size": f"{_spell(size)} pixels, {grid[0]}x{grid[1]} patches of {patch[0]}x{patch[1]}",
+            "Other sizes": "any height and width that the patch divides",
+            "Holds up at": _holds(rows, size),
+            "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
+            "Classes": str(model.num_classes),
+            "Normalisation": f"mean {[*cfg.get('mean', ())]}, std {[*cfg.get('std', ())]}" if cfg else UNKNOWN,
+            "Data": data,
+            "Recipe": recipe,
+            "Software": f"vit2dpe {version('vit2dpe')}",
+        },
         usage=USAGE.format(height=size[0], width=size[1]),
     )
     if rows:
-        found["comparison"] = _table(rows)
-    if citation := CITATIONS.get(type(model).__name__):
-        found["citation"] = citation
-    return found
+        made["comparison"] = _table(rows)
+    if kind in CITATIONS:
+        made["citation"] = CITATIONS[kind]
+    return made
 
 
-def save_card(model: Any, path: str | Path, results: Any = None, **said: Any) -> Path:
+def save_card(
+    model: TimmModel,
+    path: str | Path,
+    results: Results | None = None,
+    *,
+    recipe: str = UNKNOWN,
+    data: str = UNKNOWN,
+    license: str = "other",
+    description: str = "",
+) -> Path:
     """Write the model's card (arguments as for `card`): into README.md of a folder, or into a file named *.md.
 
     Beside `timm.models.save_for_hf(model, folder)` it makes the folder a complete entry of the hub;
@@ -91,18 +122,16 @@ def save_card(model: Any, path: str | Path, results: Any = None, **said: Any) ->
     path = Path(path)
     path = path if path.suffix == ".md" else path / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    text = generate_readme(card(model, results, **said), cfg.get("architecture") or type(model).__name__)
-    path.write_text(text, encoding="utf-8")
+    made = card(model, results, recipe=recipe, data=data, license=license, description=description)
+    path.write_text(_readme(made, _name(model)), encoding="utf-8")
     return path
 
 
 def encoding_of(model: nn.Module) -> str:
-    """The word that the model was built with; where it was built by hand, the classes of its encodings."""
-    word = (getattr(model, "_model_args", None) or {}).get("position")
-    inside = [m for m in model.modules() if isinstance(m, PositionEncoding) and m.gives and not isinstance(m, Sum)]
-    classes = list(dict.fromkeys(f"`{type(m).__name__}`" for m in inside)) or ["none"]
-    return f"`{word}` ({', '.join(classes)})" if isinstance(word, str) else ", ".join(classes)
+    """The spec that the model was built with; where it was built by hand, the classes of its encodings."""
+    spec = get_model_args(model).get("position")
+    classes = list(dict.fromkeys(f"`{type(encoding).__name__}`" for encoding in encodings_of(model))) or ["none"]
+    return f"`{spec}` ({', '.join(classes)})" if isinstance(spec, str) else ", ".join(classes)
 
 
 USAGE = """
@@ -119,52 +148,74 @@ with vit2dpe.use_policy(model, "default"):  # or "interpolate", ...: what its en
 """
 
 
-def _rows(results: Any) -> list[dict[str, Any]]:
+def _readme(made: Card, name: str) -> str:
+    """The text that `push_to_hf_hub` makes of a card (timm writes it to the hub alone); a test compares the two."""
+    lines = ["---", "tags:", *(f"- {tag}" for tag in made["tags"]), "pipeline_tag: image-classification"]
+    lines += ["library_name: timm", f"license: {made['license']}", "---", f"# Model card for {name}"]
+    lines += ["", made["description"], "", "## Model Details"]
+    for key, value in made["details"].items():
+        listed = (
+            [f"- **{key}:** {value}"] if isinstance(value, str) else [f"- **{key}:**", *(f"  - {v}" for v in value)]
+        )
+        lines += listed
+    lines += ["", "## Model Usage", made["usage"]]
+    if "comparison" in made:
+        lines += ["", "## Model Comparison", made["comparison"]]
+    if "citation" in made:
+        lines += ["", "## Citation", "```bibtex", made["citation"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _name(model: nn.Module) -> str:
+    return pretrained_cfg_of(model).get("architecture") or type(model).__name__
+
+
+def _rows(results: Results | None) -> list[Measured]:
     if results is None:
         return []
     if isinstance(results, str | Path):
         with Path(results).open(newline="") as file:
             results = list(csv.DictReader(file))
-    rows = [dict(row) for row in results]
+    rows = [{key: str(value) for key, value in row.items()} for row in results]
     needed = {"policy", "temperature", "mode", "train_height", "train_width", "height", "width", "top1", "n"}
     if missing := needed - set(rows[0] if rows else ()):
         raise ConfigError(f"results must be rows of sweep, they lack {', '.join(sorted(missing))}")
     if len(several := {(row.get("encoding"), row.get("seed")) for row in rows}) > 1:
         raise ConfigError(f"results must be those of this model alone, they are of {len(several)} models")
-    return [row | {key: float(row[key]) for key in needed - {"policy", "temperature", "mode"}} for row in rows]
+    measured = []
+    for row in rows:
+        policy = row["policy"] + ("" if row["temperature"] == "none" else f", {row['temperature']}")
+        size = (int(float(row["height"])), int(float(row["width"])))
+        measured.append(Measured(row["mode"], policy, size, float(row["top1"]), int(float(row["n"]))))
+    return measured
 
 
-def _holds(rows: list[dict[str, Any]], train: tuple[int, int]) -> str | list[str]:
+def _holds(rows: list[Measured], train: tuple[int, int]) -> str | list[str]:
     """The sizes, mode by mode, at which its best policy loses at most `HOLDS` points."""
     if not rows:
         return "not measured; `vit2dpe evaluate` measures it"
-    said = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        best: dict[tuple[int, int], dict[str, Any]] = {}
-        for row in (row for row in rows if row["mode"] == mode):
-            at = (int(row["height"]), int(row["width"]))
-            best[at] = max(best.get(at, row), row, key=lambda r: r["top1"])
+    lines = []
+    for mode in dict.fromkeys(row.mode for row in rows):
+        best: dict[tuple[int, int], Measured] = {}
+        for row in (row for row in rows if row.mode == mode):
+            best[row.size] = max(best.get(row.size, row), row, key=lambda r: r.top1)
         if train not in best:
-            said.append(f"{mode}: not known, there is no result at the training size")
+            lines.append(f"{mode}: not known, there is no result at the training size")
             continue
-        good = [f"{_spell(at)} ({_way(r)})" for at, r in best.items() if r["top1"] >= best[train]["top1"] - HOLDS]
-        said.append(f"{mode}: {', '.join(good)}; within {HOLDS:g} points of {best[train]['top1']:.1f}% top-1")
-    return said
+        good = [f"{_spell(size)} ({r.policy})" for size, r in best.items() if r.top1 >= best[train].top1 - HOLDS]
+        lines.append(f"{mode}: {', '.join(good)}; within {HOLDS:g} points of {best[train].top1:.1f}% top-1")
+    return lines
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    sizes = sorted({(int(r["height"]), int(r["width"])) for r in rows}, key=lambda s: (s[0] * s[1], s))
+def _table(rows: list[Measured]) -> str:
+    sizes = sorted({row.size for row in rows}, key=lambda size: (size[0] * size[1], size))
     lines: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in rows:
-        lines.setdefault((row["mode"], _way(row)), {})[int(row["height"]), int(row["width"])] = row["top1"]
+        lines.setdefault((row.mode, row.policy), {})[row.size] = row.top1
     head = ["mode", "policy", *map(_spell, sizes)]
     body = [[*key, *(f"{at[s]:.1f}" if s in at else "" for s in sizes)] for key, at in lines.items()]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
-    return f"\nTop-1 in percent of {int(rows[0]['n']):,} images, over their size in pixels.\n\n{text}"
-
-
-def _way(row: Mapping[str, Any]) -> str:
-    return row["policy"] + ("" if row["temperature"] == "none" else f", {row['temperature']}")
+    return f"\nTop-1 in percent of {rows[0].n:,} images, over their size in pixels.\n\n{text}"
 
 
 def _spell(size: tuple[int, int]) -> str:

@@ -32,19 +32,21 @@ class DistilledViT(ViT):
                 "a distilled ViT pools by 'token' and has no registers: its heads read the first two tokens"
             )
         like = self.head.weight if isinstance(self.head, nn.Linear) else self.patch_embed.proj.weight
-        place: dict[str, Any] = dict(device=like.device, dtype=like.dtype)
         self.num_prefix_tokens += 1
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, **place))
-        self.head_dist = _linear(self.embed_dim, self.num_classes, **place)
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim, device=like.device, dtype=like.dtype))
+        self.head_dist = self.new_head(self.num_classes)
         self.distilled_training = False
         self.init_weights(needs_reset=False)
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
-        return {"cls_token": self.cls_token, "dist_token": self.dist_token}  # type: ignore[dict-item]
+        return super().prefix_tokens() | {"dist_token": self.dist_token}
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+    def forward_head(  # type: ignore[override]  # as in timm: both logits in distilled training
+        self, x: Tensor, pre_logits: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 2 + N, D) -> (B, classes); the mean of both tokens with `pre_logits`."""
-        first, second = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
+        first: Tensor = self.head_drop(x[:, 0])
+        second: Tensor = self.head_drop(x[:, 1])
         if pre_logits:
             return (first + second) / 2
         first, second = self.head(first), self.head_dist(second)
@@ -56,7 +58,7 @@ class DistilledViT(ViT):
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"dist_token"}
 
-    def get_classifier(self) -> Any:
+    def get_classifier(self) -> tuple[nn.Module, ...]:
         """Both heads."""
         return self.head, self.head_dist
 
@@ -66,9 +68,4 @@ class DistilledViT(ViT):
                 f"the heads of a distilled ViT read its first two tokens, got global_pool={global_pool!r}"
             )
         super().reset_classifier(num_classes)
-        like = self.patch_embed.proj.weight
-        self.head_dist = _linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
-
-
-def _linear(width: int, classes: int, **place: Any) -> nn.Module:
-    return nn.Linear(width, classes, **place) if classes > 0 else nn.Identity()
+        self.head_dist = self.new_head(num_classes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
         dim: D.
         img_size: (height, width) that is expected where `any_size` is off.
         bias: whether the map has a bias.
-        norm: makes a norm after the map, for a width.
+        norm: factory `width -> norm layer` of a norm after the map.
         any_size: whether images of other sizes are taken.
         pad: fill images up to a multiple of the patch with zeros, below and on the right.
     """
@@ -47,7 +47,7 @@ class PatchEmbed(nn.Module):
         in_chans: int,
         dim: int,
         *,
-        img_size: tuple[int, int] | None = None,
+        img_size: tuple[int, int],
         bias: bool = True,
         norm: Callable[[int], nn.Module] | None = None,
         any_size: bool = True,
@@ -127,22 +127,36 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
-class LayerScale(ScaleOnly):
+class LayerScale(ScaleOnly):  # type: ignore[misc]  # timm's types are not read, so its classes are Any
     """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation.
 
     A block asks for the sum where no path is dropped; a forward hook then sees the sum.
     """
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
+        out: Tensor = super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
+        return out
 
 
 def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
     """x + drop_path(scale(branch)): the end of a residual branch."""
     idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
-    if isinstance(scale, LayerScale) and idle:
-        return scale(branch, onto=x)
-    return x + drop_path(scale(branch))
+    out: Tensor = scale(branch, onto=x) if isinstance(scale, LayerScale) and idle else x + drop_path(scale(branch))
+    return out
+
+
+class BlockArguments(TypedDict, total=False):
+    """Arguments of `Block` that a model hands on, under timm's names."""
+
+    mlp_ratio: float
+    mlp_layer: str
+    act_layer: str
+    qkv_bias: bool | str
+    qk_norm: bool
+    proj_bias: bool
+    scale_attn_norm: bool
+    scale_mlp_norm: bool
+    init_values: float | None
 
 
 class Block(nn.Module):
@@ -155,16 +169,15 @@ class Block(nn.Module):
         dim, heads: width D and number of heads H.
         mlp_ratio: hidden width of the MLP over D.
         mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
-            what makes an MLP, called as (D, hidden, bias=, drop=).
+            a factory, called as (D, hidden, bias=, drop=).
         act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
-        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or what makes a norm for a
-            width.
-        qkv_bias, qk_norm, proj_bias: see `Attention`; `proj_bias` is the MLP's too.
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or a factory
+            `width -> norm layer`.
+        qkv_bias, qk_norm, proj_bias, kv_heads, qk, scale: see `Attention`; `proj_bias` is the MLP's too.
         scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
         position: an encoding of the block's own.
         init_values: what LayerScale starts from; None: no LayerScale.
         attn_drop, proj_drop, drop_path: rates in training.
-        **attention: further arguments of `Attention`.
     """
 
     def __init__(
@@ -182,12 +195,14 @@ class Block(nn.Module):
         proj_bias: bool = True,
         scale_attn_norm: bool = False,
         scale_mlp_norm: bool = False,
+        kv_heads: int | None = None,
+        qk: str = "dot",
+        scale: float | None = None,
         position: PositionEncoding | None = None,
         init_values: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        **attention: Any,
     ) -> None:
         super().__init__()
         norm = norm_layer if callable(norm_layer) else norm_factory(norm_layer, norm_eps)
@@ -203,14 +218,16 @@ class Block(nn.Module):
             position=position,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
-            **attention,
+            kv_heads=kv_heads,
+            qk=qk,
+            scale=scale,
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm(dim)
-        inner = dict(norm_layer=norm) if scale_mlp_norm else {}
-        make = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
-        self.mlp = make(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner)
+        inner_norm = dict(norm_layer=norm) if scale_mlp_norm else {}
+        make_mlp = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
+        self.mlp = make_mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner_norm)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -256,25 +273,25 @@ MLPS: dict[str, Callable[..., nn.Module]] = {  # the gated ones: arXiv 2002.0520
 }
 
 
-def norm_factory(word: str, eps: float) -> Callable[[int], nn.Module]:
-    """What makes a norm for a width."""
-    if word not in NORMS:
-        raise unknown("norm_layer", word, NORMS)
-    return partial(NORMS[word], eps=eps)
+def norm_factory(name: str, eps: float) -> Callable[[int], nn.Module]:
+    """Returns a factory `width -> norm layer`."""
+    if name not in NORMS:
+        raise unknown("norm_layer", name, NORMS)
+    return partial(NORMS[name], eps=eps)
 
 
-def mlp_factory(word: str, act: str = "gelu") -> Callable[..., nn.Module]:
-    """What makes an MLP for a width and a hidden width; the gated ones have their own activation.
+def mlp_factory(name: str, act: str = "gelu") -> Callable[..., nn.Module]:
+    """Returns a factory `(width, hidden width, bias=, drop=) -> MLP`; the gated ones have their own activation.
 
     The name of an activation is the plain MLP with it.
     """
-    if word in ACTS:
-        word, act = "mlp", word
-    if word not in MLPS:
-        raise unknown("mlp_layer", word, [*MLPS, *ACTS])
+    if name in ACTS:
+        name, act = "mlp", name
+    if name not in MLPS:
+        raise unknown("mlp_layer", name, [*MLPS, *ACTS])
     if act not in ACTS:
         raise unknown("act_layer", act, ACTS)
-    return partial(Mlp, act_layer=ACTS[act]) if word == "mlp" else MLPS[word]
+    return partial(Mlp, act_layer=ACTS[act]) if name == "mlp" else MLPS[name]
 
 
 def add_token(x: Tensor, signal: Signal) -> Tensor:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -29,31 +28,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.dispatch import materialize_shared_bias
-from ..encodings import (
-    Dims,
-    PositionEncoding,
-    encoding_parameters,
-    modules_outside_encodings,
-    named_encodings,
-    split_shared_and_per_block,
-)
+from ..encodings import Dims, PositionEncoding, modules_outside_encodings, named_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
 from .layers import Block, add_token, keep_tokens
-from .mae_weights import convert_state_dict
+from .mae_names import State
+from .mae_weights import from_original
+from .masked import MaskedModel, Reconstruction, keep_count
 from .vit import ViT
+from .weights import Rest, resize_tables
+
+__all__ = ["MAE", "keep_count"]
 
 
-class Reconstruction(NamedTuple):
-    """Images (B, C, H, W) in the scale of the input, and which pixels were hidden, (B, 1, H, W) boolean."""
-
-    original: Tensor
-    painted: Tensor  # the prediction everywhere
-    pasted: Tensor  # the prediction where pixels were hidden, the original elsewhere
-    hidden: Tensor
-
-
-class MAE(nn.Module):
+class MAE(MaskedModel):
     """Masked autoencoder around a `ViT`.
 
     Args:
@@ -66,6 +54,8 @@ class MAE(nn.Module):
     Raises:
         ConfigError: for an encoder with parts that masking leaves without use or gradient, or sizes that do not fit.
     """
+
+    encoder: ViT
 
     def __init__(
         self,
@@ -101,7 +91,7 @@ class MAE(nn.Module):
             self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
         self.init_weights(encoder=False)
         self.to(dtype=like.dtype)
-        self.register_load_state_dict_pre_hook(convert_state_dict)
+        nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The grid that a table of either half is learned on: the whole one."""
@@ -144,23 +134,6 @@ class MAE(nn.Module):
         """What is hidden one by one, counted along both axes: here patches."""
         return self.encoder.patch_embed.grid(height, width)
 
-    def choose(
-        self,
-        images: Tensor,
-        mask_ratio: float = 0.75,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Which patches are kept, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
-        batch, n = images.shape[0], math.prod(self.encoder.patch_embed.grid(*images.shape[-2:]))
-        if noise is None:
-            device = images.device if generator is None else generator.device
-            noise = torch.rand(batch, n, generator=generator, device=device)
-        if noise.shape != (batch, n):
-            raise ValueError(f"noise must be (B, N) = {(batch, n)}, one value for each patch, got {tuple(noise.shape)}")
-        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
-        return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
-
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
         """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
         prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
@@ -175,7 +148,8 @@ class MAE(nn.Module):
                 x = checkpoint(block, x, signal, at, use_reentrant=False)
             else:
                 x = block(x, signal, at)
-        return self.decoder_pred(self.decoder_norm(x))[:, prefix:]
+        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
+        return pixels[:, prefix:]
 
     def target(self, images: Tensor) -> Tensor:
         """(B, N, p q C) float32 pixels that the prediction is compared with."""
@@ -196,13 +170,19 @@ class MAE(nn.Module):
         return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_ratio: float = 0.75, **draw: Any) -> Reconstruction:
-        """What the model paints, as images; `draw` is `noise` or `generator`.
+    def reconstruct(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """The prediction as images.
 
         With `norm_pix` the prediction is brought back with the mean and variance of the very patch that was hidden:
         such a picture knows more than the model does, and must say so.
         """
-        _, pixels, mask = self(images, mask_ratio, **draw)
+        _, pixels, mask = self(images, mask_ratio, noise, generator)
         size, pixels = images.shape[-2:], pixels.float()
         if self.norm_pix:
             mean, std = _statistics(self.patchify(images.float()))
@@ -211,7 +191,7 @@ class MAE(nn.Module):
         p, q = self.encoder.patch_embed.patch_size
         hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]
         hidden = hidden.repeat_interleave(p, 2).repeat_interleave(q, 3)
-        return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
+        return Reconstruction.of(images, painted, hidden)
 
     def init_weights(self, encoder: bool = True) -> None:
         """Draw as the original does: Xavier for linear maps and patches, zero biases, tokens from N(0, 0.02²).
@@ -230,10 +210,6 @@ class MAE(nn.Module):
                 if token is not None:
                     nn.init.normal_(token, std=0.02)
 
-    @property
-    def train_grid(self) -> tuple[int, int]:
-        return self.encoder.train_grid
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another size the model's own, tables of both halves resized."""
         self.encoder.set_input_size(img_size)
@@ -243,21 +219,13 @@ class MAE(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-        self.encoder.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Full names of tokens, tables and frequencies."""
-        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return {"mask_token"} | encoding_parameters(self) | encoder
+        super().set_grad_checkpointing(enable)
 
 
-def keep_count(n: int, ratio: float) -> int:
-    """How many of n patches are kept: the floor of n (1 - ratio), at least 1, at most n - 1."""
-    if not 0 < ratio < 1:
-        raise ConfigError(f"mask_ratio must be above 0 and below 1, got {ratio}")
-    if n < 2:
-        raise ConfigError("an image of one patch cannot be masked: use a smaller patch or a larger image")
-    return min(max(math.floor(n * (1 - ratio) + 1e-6), 1), n - 1)  # 20 x (1 - 0.9) is 1.9999999999999996
+def convert_state_dict(module: MAE, state_dict: State, prefix: str, *_: Rest) -> None:
+    """Load pre-hook of MAE, in place: other people's files and names, and tables of another grid."""
+    from_original(state_dict, prefix, module.decoder_position, module.train_grid)
+    resize_tables(module, module.train_extent, state_dict, prefix)
 
 
 def _statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +239,7 @@ def _refuse(encoder: ViT, norm_pix: bool) -> None:
             f"MAE needs an encoder that can leave patches out, a vit2dpe.ViT, got {type(encoder).__name__}; windows "
             "cannot: use SimMIM for Swin, from_timm for a timm model"
         )
-    strange = {
+    refused = {
         "a classifier gets no gradient (build it with num_classes=0)": encoder.num_classes > 0,
         "attention pooling gets no gradient (global_pool='map')": encoder.attn_pool is not None,
         "the decoder reads normalised tokens (build it with fc_norm=False)": isinstance(encoder.norm, nn.Identity),
@@ -280,6 +248,6 @@ def _refuse(encoder: ViT, norm_pix: bool) -> None:
         "norm_pix needs more than one value in a patch": norm_pix
         and math.prod(encoder.patch_embed.patch_size) * encoder.in_chans < 2,
     }
-    found = [why for why, there in strange.items() if there]
-    if found:
-        raise ConfigError(f"this encoder cannot be pretrained by MAE: {'; '.join(found)}")
+    reasons = [reason for reason, applies in refused.items() if applies]
+    if reasons:
+        raise ConfigError(f"this encoder cannot be pretrained by MAE: {'; '.join(reasons)}")

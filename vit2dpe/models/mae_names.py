@@ -1,4 +1,7 @@
-"""Names of MAE checkpoints in transformers, under the original's names."""
+"""Names of MAE checkpoints: those of transformers under the original's, and the encoder's share of either.
+
+The tables name parts as theirs -> ours; `interop/transformers/mae.py` reads them the other way.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # a state_dict
 BLOCK = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
@@ -17,8 +20,6 @@ BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-
-
 REST = {
     "vit.embeddings.cls_token": "cls_token",
     "vit.embeddings.position_embeddings": "pos_embed",
@@ -30,11 +31,7 @@ REST = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
-
-
 LISTS = {"vit.layers": "blocks", "decoder.decoder_layers": "decoder_blocks"}
-
-
 # Files written before transformers 5 spell a block otherwise.
 _OLDER = {
     "vit.encoder.layer.": "vit.layers.",
@@ -47,6 +44,11 @@ _OLDER = {
 }
 
 
+def is_transformers(state: State) -> bool:
+    """Whether these are the names of transformers' ViTMAEForPreTraining."""
+    return any(name.startswith("vit.embeddings.") for name in state)
+
+
 def from_transformers(state: State) -> State:
     """`ViTMAEForPreTraining.state_dict()` under the original's names; q, k and v become one `qkv`.
 
@@ -54,26 +56,39 @@ def from_transformers(state: State) -> State:
         CheckpointError: for a name that is not one of that model's.
     """
     state = {_newer(name): value for name, value in state.items()}
-    found: State = {}
+    renamed: State = {}
     for name, value in state.items():
         owner, _, last = name.rpartition(".")
         block = re.fullmatch(r"(vit\.layers|decoder\.decoder_layers)\.(\d+)\.(.+)", owner)
-        inside = f"{LISTS[block[1]]}.{block[2]}" if block else ""
+        ours = f"{LISTS[block[1]]}.{block[2]}" if block else ""
         part = block[3] if block else ""
         if name in REST:
-            found[REST[name]] = value
+            renamed[REST[name]] = value
         elif owner in REST:
-            found[f"{REST[owner]}.{last}"] = value
+            renamed[f"{REST[owner]}.{last}"] = value
         elif part in BLOCK:
-            found[f"{inside}.{BLOCK[part]}.{last}"] = value
+            renamed[f"{ours}.{BLOCK[part]}.{last}"] = value
         elif part == "attention.q_proj":
-            found[f"{inside}.attn.qkv.{last}"] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            renamed[f"{ours}.attn.qkv.{last}"] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
         elif part not in ("attention.k_proj", "attention.v_proj"):
             raise CheckpointError(f"{name} is not a name of transformers' ViTMAEForPreTraining")
-    return found
+    return renamed
 
 
 def _newer(name: str) -> str:
     for older, newer in _OLDER.items():
         name = name.replace(older, newer)
     return name
+
+
+def encoder_of(state: State) -> State:
+    """The encoder of a masked autoencoder, of ours, the original or transformers, under plain names; else as it is.
+
+    Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`.
+    """
+    if is_transformers(state):
+        state = from_transformers(state)
+    if "mask_token" not in state and not any(name.startswith("decoder_") for name in state):
+        return state
+    ours = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    return ours or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}

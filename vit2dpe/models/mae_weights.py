@@ -11,31 +11,27 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..encodings import LearnedTable, PositionEncoding
 from ..errors import CheckpointError
-from . import weights
-from .mae_names import State, from_transformers
+from .mae_names import State, from_transformers, is_transformers
+from .weights import check_formula, is_formula, rewrite, unwrapped
 
 _FLAT = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.)")
 
 
-class _Decoder(Protocol):
-    """What of a masked autoencoder decides where a stored table goes."""
+def from_original(state_dict: State, prefix: str, decoder_position: PositionEncoding, grid: tuple[int, int]) -> None:
+    """Bring other people's files and names of a masked autoencoder to ours, in place.
 
-    decoder_position: PositionEncoding
-    train_grid: tuple[int, int]
-
-
-def convert_state_dict(module: _Decoder, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load pre-hook of MAE: files and names of others, and tables of another grid, brought to ours in place."""
+    Args:
+        prefix: of the model's names in `state_dict`.
+        decoder_position, grid: the model's, which decide where a stored table of the decoder goes.
+    """
     if not prefix:
-        state = weights.unwrapped(state_dict)
-        theirs = any(name.startswith("vit.embeddings.") for name in state)
-        weights.rewrite(state_dict, from_transformers(state) if theirs else state)
+        state = unwrapped(state_dict)
+        rewrite(state_dict, from_transformers(state) if is_transformers(state) else state)
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     flat = [name for name in names if _FLAT.match(name)]
     if flat and not any(name.startswith("decoder_") for name in names):
@@ -47,16 +43,14 @@ def convert_state_dict(module: _Decoder, state_dict: dict[str, Any], prefix: str
         state_dict[f"{prefix}encoder.{name}"] = state_dict.pop(prefix + name)
     table = state_dict.pop(f"{prefix}decoder_pos_embed", None)
     if table is not None:
-        name = "decoder_position"
-        for key, value in _place(table, module.decoder_position, module.train_grid, name).items():
+        for key, value in _decoder_table(table, decoder_position, grid).items():
             state_dict[prefix + key] = value
-    weights.resize_tables(module, state_dict, prefix)  # type: ignore[arg-type]
 
 
-def _place(flat: Tensor, position: PositionEncoding, grid: tuple[int, int], owner: str) -> State:
-    """What a flat table (1, prefix + N, D) is in our encoding: its parameter, or nothing for a formula that agrees."""
-    if weights.is_formula(position):
-        weights.check_formula(position, grid, flat, "decoder_pos_embed")
+def _decoder_table(flat: Tensor, position: PositionEncoding, grid: tuple[int, int]) -> State:
+    """The parameter of our encoding for a flat table (1, prefix + N, D); nothing for a formula that agrees with it."""
+    if is_formula(position):
+        check_formula(position, grid, flat, "decoder_pos_embed")
         return {}
     tables = [name for name, part in position.named_modules() if isinstance(part, LearnedTable)]
     rows = flat.shape[1] - math.prod(grid)
@@ -67,8 +61,5 @@ def _place(flat: Tensor, position: PositionEncoding, grid: tuple[int, int], owne
         )
     if rows and bool(flat[:, :rows].any()):
         raise CheckpointError("decoder_pos_embed moves the class token, which has no place here and no row in a table")
-    name = ".".join(part for part in (owner, tables[0], "pos_embed") if part)
+    name = ".".join(part for part in ("decoder_position", tables[0], "pos_embed") if part)
     return {name: flat[:, rows:].unflatten(1, grid)}
-
-
-# transformers ----------------------------------------------------------------------------------------------------

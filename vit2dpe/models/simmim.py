@@ -14,21 +14,21 @@ Legend: B batch, C channels, N patches, U units, (u, v) unit rows and columns, (
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..encodings import encoding_parameters
 from ..errors import ConfigError
 from ..positions import Positions
-from .mae import Reconstruction, keep_count
+from .masked import MaskedModel, Reconstruction
+from .swin.model import Swin
 from .timm_api import pair
+from .vit import ViT
 
 
-class SimMIM(nn.Module):
-    """Masked image modelling around an encoder whose `forward_features` takes `token_filter`: a ViT or a Swin.
+class SimMIM(MaskedModel):
+    """Masked image modelling around an encoder whose `forward_features` takes a `token_filter`: a ViT or a Swin.
 
     Args:
         encoder: without classifier (num_classes=0). It is not altered.
@@ -40,8 +40,9 @@ class SimMIM(nn.Module):
     """
 
     norm_pix = False
+    masked = "(B, U)", "unit"
 
-    def __init__(self, encoder: Any, *, mask_unit: int | tuple[int, int] = 32) -> None:
+    def __init__(self, encoder: ViT | Swin, *, mask_unit: int | tuple[int, int] = 32) -> None:
         super().__init__()
         if encoder.num_classes > 0:
             raise ConfigError("a classifier gets no gradient here: build the encoder with num_classes=0")
@@ -79,7 +80,7 @@ class SimMIM(nn.Module):
             prediction: (B, C, H, W).
             mask: (B, U), 0 kept, 1 hidden.
         """
-        mask = self.choose(images, mask_ratio, noise, generator)
+        _, mask = self.choose(images, mask_ratio, noise, generator)
         hidden = self.spread(mask, images, self.encoder.patch_embed.patch_size).flatten(1)[..., None]  # (B, N, 1)
 
         def mask_tokens(tokens: Tensor, at: Positions) -> tuple[Tensor, Positions]:
@@ -91,12 +92,12 @@ class SimMIM(nn.Module):
         return error.sum() / (pixels.sum() * images.shape[1]), prediction, mask
 
     def paint(self, features: Tensor, images: Tensor) -> Tensor:
-        """What `forward_features` gives -> (B, C, H, W)."""
+        """The output of the encoder's `forward_features` -> (B, C, H, W)."""
         if features.ndim == 3:
             prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
             features = features[:, prefix:].unflatten(1, extent)
         r, s = self.reduction
-        painted = rearrange(self.decoder(features.movedim(-1, 1)), "b (c r s) h w -> b c (h r) (w s)", r=r, s=s)
+        painted: Tensor = rearrange(self.decoder(features.movedim(-1, 1)), "b (c r s) h w -> b c (h r) (w s)", r=r, s=s)
         return painted[..., : images.shape[-2], : images.shape[-1]]  # a grid of odd size was filled up in merging
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -106,48 +107,25 @@ class SimMIM(nn.Module):
             raise ConfigError(f"the image must be a multiple of the mask unit {u}x{v}, got {height}x{width}")
         return height // u, width // v
 
-    def choose(
+    def spread(self, mask: Tensor, images: Tensor, cell: tuple[int, int]) -> Tensor:
+        """(B, U) -> (B, H / rows, W / columns) boolean, for cells of so many pixels."""
+        units = mask.bool().unflatten(1, self.mask_grid(*images.shape[-2:]))
+        (u, v), (rows, columns) = self.mask_unit, cell
+        pixels: Tensor = units.repeat_interleave(u // rows, 1).repeat_interleave(v // columns, 2)
+        return pixels
+
+    @torch.no_grad()
+    def reconstruct(
         self,
         images: Tensor,
         mask_ratio: float = 0.6,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The mask (B, U), 0 kept, 1 hidden."""
-        batch, n = images.shape[0], math.prod(self.mask_grid(*images.shape[-2:]))
-        if noise is None:
-            device = images.device if generator is None else generator.device
-            noise = torch.rand(batch, n, generator=generator, device=device)
-        if noise.shape != (batch, n):
-            raise ValueError(f"noise must be (B, U) = {(batch, n)}, one value for each unit, got {tuple(noise.shape)}")
-        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
-        return torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
-
-    def spread(self, mask: Tensor, images: Tensor, cell: tuple[int, int]) -> Tensor:
-        """(B, U) -> (B, H / rows, W / columns) boolean, for cells of so many pixels."""
-        units = mask.bool().unflatten(1, self.mask_grid(*images.shape[-2:]))
-        (u, v), (rows, columns) = self.mask_unit, cell
-        return units.repeat_interleave(u // rows, 1).repeat_interleave(v // columns, 2)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_ratio: float = 0.6, **draw: Any) -> Reconstruction:
-        """What the model paints, as images; `draw` is `noise` or `generator`."""
-        _, painted, mask = self(images, mask_ratio, **draw)
-        hidden = self.spread(mask, images, (1, 1))[:, None]
-        return Reconstruction(images, painted.float(), torch.where(hidden, painted.float(), images.float()), hidden)
+    ) -> Reconstruction:
+        """The prediction as images."""
+        _, painted, mask = self(images, mask_ratio, noise, generator)
+        return Reconstruction.of(images, painted.float(), self.spread(mask, images, (1, 1))[:, None])
 
     def init_weights(self) -> None:
         """The encoder keeps what it drew, as in the original; the token is drawn anew."""
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-
-    @property
-    def train_grid(self) -> tuple[int, int]:
-        return self.encoder.train_grid
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.encoder.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Full names of tokens, tables and frequencies."""
-        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return {"mask_token"} | encoding_parameters(self) | encoder

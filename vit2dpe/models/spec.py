@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import timm
 from torch import nn
 
 from ..errors import ConfigError, unknown
 from .mae import MAE
 from .simmim import SimMIM
+from .swin.model import Swin
+from .text.heads import TextDecoder, TextEncoder
+from .text.seq2seq import Seq2Seq
 from .vit import ViT
 
-MODELS = {  # name in a checkpoint -> what is called with its arguments, "module:name" within the package
-    "ViT": "models.vit:ViT",
-    "Swin": "models.swin.model:Swin",
-    "MAE": "models.spec:build_mae",
-    "SimMIM": "models.spec:build_simmim",
-    "timm": "models.spec:timm_model",
-    "TextEncoder": "models.text.heads:TextEncoder",
-    "TextDecoder": "models.text.heads:TextDecoder",
-    "Seq2Seq": "models.text.seq2seq:Seq2Seq",
-}
+Arguments = dict[str, Any]  # of a constructor, by name, as JSON holds them
 
 
 class ModelSpec(NamedTuple):
     """How to build a model: a name in `MODELS`, and arguments that JSON can hold."""
 
     kind: str
-    arguments: dict[str, Any]
+    arguments: Arguments
 
     def build(self) -> nn.Module:
         if self.kind not in MODELS:
             raise unknown("model class", self.kind, MODELS)
-        module, _, name = MODELS[self.kind].partition(":")
-        make = getattr(importlib.import_module(f"vit2dpe.{module}"), name)
+        make = MODELS[self.kind]
         known = inspect.signature(make).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             for argument in self.arguments:
@@ -46,26 +40,37 @@ class ModelSpec(NamedTuple):
 
 def timm_model(model_name: str, **arguments: Any) -> nn.Module:
     """Any model of timm's registry, ours included."""
-    import timm
-
     if not timm.is_model(model_name):
         raise unknown("model", model_name, timm.list_models())
     try:
-        return timm.create_model(model_name, **arguments)
+        model: nn.Module = timm.create_model(model_name, **arguments)
     except (TypeError, AssertionError) as error:
         raise ConfigError(f"timm's {model_name} does not take these arguments {arguments}: {error}") from error
+    return model
 
 
-def build_mae(encoder: dict[str, Any], **decoder: Any) -> MAE:
-    """What a checkpoint of kind "MAE" says: the encoder's arguments, and the decoder's."""
+def build_mae(encoder: Arguments, **decoder: Any) -> MAE:
+    """A masked autoencoder of the encoder's arguments and the decoder's."""
     return MAE(_encoder(encoder), **decoder)
 
 
-def build_simmim(encoder: dict[str, Any], mask_unit: int) -> SimMIM:
-    """What a checkpoint of kind "SimMIM" says."""
+def build_simmim(encoder: Arguments, mask_unit: int) -> SimMIM:
+    """A SimMIM around an encoder of these arguments."""
     return SimMIM(_encoder(encoder), mask_unit=mask_unit)
 
 
-def _encoder(arguments: dict[str, Any]) -> Any:
-    """A ViT of these arguments, or a named model of timm's registry."""
+def _encoder(arguments: Arguments) -> Any:
+    """A ViT of these arguments, or a named model of timm's registry; MAE and SimMIM refuse what is none of ours."""
     return timm_model(**arguments) if "model_name" in arguments else ViT(**arguments)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {  # name in a checkpoint -> factory
+    "ViT": ViT,
+    "Swin": Swin,
+    "MAE": build_mae,
+    "SimMIM": build_simmim,
+    "timm": timm_model,
+    "TextEncoder": TextEncoder,
+    "TextDecoder": TextDecoder,
+    "Seq2Seq": Seq2Seq,
+}

@@ -1,15 +1,20 @@
-"""What timm's tools and users do with a timm model, for those made of `patch_embed`, `position`, `blocks`, `head`.
+"""timm's interface of our models: features, classifier, sizes, optimizer groups, initialisation.
 
 Signatures are timm's (`timm/models/vision_transformer.py`); what a model computes is in its own file.
+
+    TimmModel   what ViT and Swin share
+    TimmViT     the rest of it for a ViT; that of a Swin is in `swin/timm_api.py`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, TypedDict
 
 import torch
-from timm.models._features import feature_take_indices
+
+# timm's public names read its record of a model (get_model_args, get_model_traits); none writes it.
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,31 +22,128 @@ from ..encodings import PositionEncoding, encoding_parameters, modules_outside_e
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .card import save_card
 from .layers import PatchEmbed
 
 POOLS = ("token", "avg", "map", "")
+ImageSize = int | Sequence[int]  # a side, or (height, width)
+Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]  # of layer decay: regular expressions, and order
 
 
-class TimmViT(nn.Module):
-    """Features, classifier, optimizer groups and sizes, as timm's tools ask for them."""
+class PretrainedCfg(TypedDict, total=False):
+    """What is read of timm's record of a model, its `pretrained_cfg`."""
+
+    architecture: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class FeatureInfo(TypedDict):
+    """What timm's `FeatureInfo` reads of a stage: where its output is, its width, pixels a token stands for."""
+
+    module: str
+    num_chs: int
+    reduction: int
+
+
+class TimmModel(nn.Module):
+    """What ViT and Swin share: places, classifier, optimizer groups, initialisation, another size."""
 
     patch_embed: PatchEmbed
     position: PositionEncoding
-    blocks: nn.ModuleList
     norm: nn.Module
-    fc_norm: nn.Module
     head: nn.Module
+    feature_info: list[FeatureInfo]
+    train_grid: tuple[int, int]
+    in_chans: int
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    num_prefix_tokens: int
+    global_pool: str
+    pretrained_cfg: PretrainedCfg
+
+    def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
+        """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
+        return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
+
+    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
+        """The extent that an encoding of this model was trained on."""
+        return self.train_grid
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of tokens, of the encodings' parameters, and of the factors of cosine attention."""
+        factors = {name for name, _ in self.named_parameters() if name.endswith(".logit_scale")}
+        return encoding_parameters(self) | factors
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Truncated normal 0.02 for linear maps with zero biases, as timm does; encodings draw their own.
+
+        With `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
+        """
+        for name, module in modules_outside_encodings(self):
+            if needs_reset and name and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def change_patch(self, size: tuple[int, int], patch_size: ImageSize | None) -> tuple[int, int]:
+        """The grid of an image of this size in these patches (None: the model's), which become the model's.
+
+        Raises:
+            ConfigError: if the patch does not divide the size; the model is then as it was.
+        """
+        embed, before = self.patch_embed, self.patch_embed.patch_size
+        embed.patch_size = before if patch_size is None else pair(patch_size)
+        try:
+            grid = embed.grid(*size)
+        finally:
+            patch, embed.patch_size = embed.patch_size, before
+        if patch != before:
+            embed.resample(patch)
+            for level in self.feature_info:
+                level["reduction"] = level["reduction"] * max(patch) // max(before)
+        return grid
+
+    def resize_encodings(self) -> None:
+        """Resize tables for good to the extents that the model now names."""
+        for encoding in named_encodings(self).values():
+            encoding.set_grid(self.train_extent(encoding))
+
+    def record_size(self, patch_size: ImageSize | None, window_size: Sequence[tuple[int, int]] | None = None) -> None:
+        """Bring timm's record of the model's size up to date, for its data config and for saving."""
+        patch = None if patch_size is None else self.patch_embed.patch_size
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch, window_size=window_size)
+
+
+class Step(Protocol):
+    """A step between timm's parameters and ours, which changes a state_dict in place."""
+
+    def into(self, state: dict[str, Tensor]) -> None: ...
+
+    def back(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Source(Protocol):
+    """Where a model came from: the steps from timm's parameters to ours, in order."""
+
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
+class TimmViT(TimmModel):
+    """timm's interface of a ViT: one stage of blocks, leading tokens, pooling by the model."""
+
+    timm_recipe: Source | None = None  # set by `from_timm`, read by `to_timm`
+    blocks: nn.ModuleList
+    fc_norm: nn.Module
     attn_pool: nn.Module | None
     cls_token: nn.Parameter | None
     reg_token: nn.Parameter | None
-    train_grid: tuple[int, int]
-    num_classes: int
-    num_prefix_tokens: int
     embed_dim: int
-    global_pool: str
     grad_checkpointing: bool
-    save_card = save_card
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
@@ -54,20 +156,22 @@ class TimmViT(nn.Module):
 
     def run_block(self, block: nn.Module, x: Tensor, signal: Signal, at: Positions) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, signal, at, use_reentrant=False)
-        return block(x, signal, at)
+            x = checkpoint(block, x, signal, at, use_reentrant=False)
+        else:
+            x = block(x, signal, at)
+        return x
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-    ) -> Any:
+    ) -> Intermediates | tuple[Tensor, Intermediates] | dict[str, Tensor | list[Tensor]]:
         """Outputs of chosen blocks beside the final features.
 
         Args:
@@ -85,32 +189,32 @@ class TimmViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = take_indices(len(self.blocks), indices)
         grid = self.patch_embed.grid(x.shape[-2], x.shape[-1])
         x, signal, at = self.embed(x)
-        found = []
+        outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self.run_block(block, x, signal, at)
             if i in take:
-                found.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in found]
-        patches = [y[:, self.num_prefix_tokens :] for y in found]
+                outputs.append(self.norm(x) if norm else x)
+        prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
+        patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, rows, columns)
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            result: dict[str, Any] = {"image_intermediates": patches}
+            result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             return result if intermediates_only else result | {"image_features": self.norm(x)}
-        listed: list[Any] = list(zip(patches, prefix, strict=True)) if with_prefix else patches
+        listed: Intermediates = list(zip(patches, prefix, strict=True)) if with_prefix else patches
         return listed if intermediates_only else (self.norm(x), listed)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last one asked for, and norm and head if wanted; returns the kept indices."""
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -120,15 +224,7 @@ class TimmViT(nn.Module):
             self.num_classes, self.global_pool, self.head = 0, "", nn.Identity()
         return take
 
-    def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
-        return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
-
-    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
-        """The extent that an encoding of this model was trained on."""
-        return self.train_grid
-
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -141,19 +237,21 @@ class TimmViT(nn.Module):
                 self.attn_pool = None
             self.global_pool = global_pool
             # Where the norm stands follows from the first pooling; a model built from timm's record must agree.
-            _record("update_model_args", self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+            update_model_args(self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
+        self.head = self.new_head(num_classes)
+
+    def new_head(self, num_classes: int) -> nn.Module:
+        """A linear classifier where the patch embedding is, in its dtype; nothing for no classes."""
+        if num_classes <= 0:
+            return nn.Identity()
         like = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
-            if num_classes > 0
-            else nn.Identity()
-        )
+        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
+    def set_input_size(self, img_size: ImageSize | None = None, patch_size: ImageSize | None = None) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
 
         Not needed to run another size.
@@ -166,18 +264,15 @@ class TimmViT(nn.Module):
         if img_size is None and patch_size is None:
             return
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
-        self.train_grid = change_patch(self, size, patch_size)
+        self.train_grid = self.change_patch(size, patch_size)
         self.patch_embed.img_size = size
-        for encoding in named_encodings(self).values():
-            encoding.set_grid(self.train_grid)
-        patch = None if patch_size is None else self.patch_embed.patch_size
-        _record("update_model_input_size", self, size, patch_size=patch)
+        self.resize_encodings()
+        self.record_size(patch_size)
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of tokens, tables and frequencies."""
-        return {"cls_token", "reg_token"} | encoding_parameters(self)
+        return {"cls_token", "reg_token"} | super().no_weight_decay()
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Layer-decay groups: stem, blocks, the rest; a block's own encoding is in its block."""
         return dict(
             stem=r"^cls_token|^reg_token|^dist_token|^patch_embed|^position|^norm_pre",
@@ -185,48 +280,38 @@ class TimmViT(nn.Module):
         )
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Truncated normal 0.02 for linear maps with zero biases, as timm does; encodings draw their own.
-
-        With `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
-        """
-        for name, module in modules_outside_encodings(self):
-            if needs_reset and name and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """As `TimmModel`'s; leading tokens from N(0, 1e-6²), as in timm."""
+        super().init_weights(mode, needs_reset)
         for name in ("cls_token", "reg_token", "dist_token"):
             if (token := getattr(self, name, None)) is not None:
                 nn.init.normal_(token, std=1e-6)
 
 
-def change_patch(model: Any, size: Any, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
-    """The grid of an image of this size in these patches (None: the model's), which become the model's.
+Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
+
+
+def pretrained_cfg_of(model: nn.Module) -> PretrainedCfg:
+    """timm's record of a model; empty where there is none."""
+    cfg: PretrainedCfg | None = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, dict) else {}
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The chosen of `count` layers, counted from 0, and the last of them.
+
+    Args:
+        indices: the last n layers, a list of layers (negative from the end), or None for all.
 
     Raises:
-        ConfigError: if the patch does not divide the size; the model is then as it was.
+        ConfigError: for a layer that the model has not.
     """
-    embed, before = model.patch_embed, model.patch_embed.patch_size
-    embed.patch_size = before if patch_size is None else pair(patch_size)
-    try:
-        grid = embed.grid(*size)
-    finally:
-        patch, embed.patch_size = embed.patch_size, before
-    if patch != before:
-        embed.resample(patch)
-        for level in model.feature_info:
-            level["reduction"] = level["reduction"] * max(patch) // max(before)
-    return grid
-
-
-def _record(what: str, *args: Any, **kwargs: Any) -> None:
-    """Bring timm's record of a model up to date (for its data config and for saving), where this timm keeps one."""
-    try:
-        from timm.models import _input
-    except ImportError:
-        return
-    getattr(_input, what)(*args, **kwargs)
+    if isinstance(indices, int):
+        chosen = list(range(count - indices, count))
+    else:
+        chosen = list(range(count)) if indices is None else [i + count if i < 0 else i for i in indices]
+    if not chosen or not 0 <= min(chosen) <= max(chosen) < count:
+        raise ConfigError(f"layers are numbered from 0 to {count - 1}, or -{count} to -1: got {indices}")
+    return chosen, max(chosen)
 
 
 def check_pool(global_pool: str, class_token: bool) -> None:
@@ -236,5 +321,5 @@ def check_pool(global_pool: str, class_token: bool) -> None:
         raise ConfigError("global_pool='token' needs class_token=True; use 'avg' to pool over patches")
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
+def pair(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from typing import Any
+from typing import Unpack
 
 import torch
 from timm.layers import AttentionPoolLatent
@@ -20,8 +20,19 @@ from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import ACTS, Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, add_token, norm_factory
-from .timm_api import TimmViT, check_pool, pair
+from .card import save_card
+from .layers import (
+    ACTS,
+    Block,
+    BlockArguments,
+    PatchDrop,
+    PatchEmbed,
+    PostNormBlock,
+    TokenFilter,
+    add_token,
+    norm_factory,
+)
+from .timm_api import FeatureInfo, TimmViT, check_pool, pair
 from .weights import convert_state_dict
 
 
@@ -29,28 +40,27 @@ class ViT(TimmViT):
     """Vision transformer.
 
     Args:
-        position: the encoding, a word such as "rope" or "sincos+alibi", or an instance.
+        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance.
         block_position: a further encoding that every block owns; its token term is added before every block.
         img_size: the training size in pixels, H or (H, W): tables are learned on its grid, and policies measure
             other sizes against it. Images of any other size run too.
         patch_size: P or (rows, columns).
+        dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
+        dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "map" (attention pooling) or ""
             (all tokens to the head).
         pool_include_prefix: whether "avg" and "map" see leading tokens too.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
         norm_layer, norm_eps: of all norms, see `Block`.
-        embed_norm: a norm in the patch embedding.
-        pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
         post_norm: norms after attention and MLP instead of before (`PostNormBlock`).
-        final_norm: whether there is a norm after the blocks.
-        fc_norm: that norm after pooling instead of before; default as timm: with "avg".
-        drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
-        dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
-        dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
+        pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
+        fc_norm: the final norm after pooling instead of before; default as timm: with "avg".
+        final_norm: whether there is a final norm.
+        in_chans, num_classes, embed_dim, depth, num_heads, embed_norm, drop_rate and the other rates, and in `block`
+            mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm, init_values
+            (LayerScale): as in timm.
         device, dtype: where the parameters are made, and of which type.
-        block: further arguments of `Block`, under timm's names: mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm,
-            proj_bias, scale_attn_norm, scale_mlp_norm, init_values (LayerScale).
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.
@@ -91,13 +101,12 @@ class ViT(TimmViT):
         dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **block: Any,
+        **block: Unpack[BlockArguments],
     ) -> None:
         super().__init__()
-        mine, theirs = (set(inspect.signature(kind).parameters) for kind in (ViT, Block))
         for name in block:
-            if name not in theirs:
-                known = (mine | theirs) - {"block", "attention", "dim", "heads"}
+            if name not in BlockArguments.__annotations__:
+                known = {*inspect.signature(ViT).parameters, *BlockArguments.__annotations__} - {"block"}
                 raise unknown(f"argument of {type(self).__name__}", name, sorted(known), ArgumentError)
         check_pool(global_pool, class_token)
         if embed_dim % num_heads:
@@ -160,19 +169,22 @@ class ViT(TimmViT):
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
-            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.patch_size[0])
+            FeatureInfo(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.patch_size[0])
             for i in range(depth)
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
-        self.register_load_state_dict_pre_hook(convert_state_dict)
+        nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
+
+    save_card = save_card
 
     def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`."""
         x, signal, at = self.embed(images, token_filter)
         for block in self.blocks:
             x = self.run_block(block, x, signal, at)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
     def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are.

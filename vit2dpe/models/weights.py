@@ -13,53 +13,38 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
 
 import timm
 from torch import Tensor, nn
 
-from ..encodings import LearnedTable, MixedRoPE, PositionEncoding, Sum
+from ..encodings import LearnedTable, MixedRoPE, PositionEncoding, Sum, named_encodings
 from ..errors import CheckpointError
 from ..positions import Positions
-
-if TYPE_CHECKING:
-    from .timm_api import TimmViT
+from .mae_names import State, encoder_of
+from .timm_api import TimmViT, pretrained_cfg_of
 
 log = logging.getLogger(__name__)
+Rest = dict[str, str] | bool | list[str]  # what torch hands a load pre-hook besides, of no use here
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmViT) -> dict[str, Any]:
-    """What timm calls before a strict load: unwraps, and brings names, layouts and sizes to the model's."""
+def checkpoint_filter_fn(state_dict: State, model: TimmViT) -> State:
+    """Unwraps a checkpoint and brings names, layouts and sizes to the model's; timm calls it before a strict load."""
     state = unwrapped(state_dict)
     convert_state_dict(model, state, "")
     return state
 
 
-def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
     """The tensors by name, of a file that may keep them under "model" or the like, "module." in front of each name."""
     for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
+        inner = state_dict.get(wrapper)
+        if isinstance(inner, Mapping):
+            state_dict = inner
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
 
-def encoder_of(state: dict[str, Any]) -> dict[str, Any]:
-    """The encoder of a masked autoencoder, of ours, the original or transformers, under plain names; else as it is.
-
-    Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`.
-    """
-    if any(name.startswith("vit.embeddings.") for name in state):
-        from .mae_names import from_transformers
-
-        state = from_transformers(state)
-    if "mask_token" not in state and not any(name.startswith("decoder_") for name in state):
-        return state
-    mine = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    return mine or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}
-
-
-def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
     """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this page knows.
 
     rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
@@ -67,15 +52,14 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
     Raises:
         CheckpointError: for weights that are missing or too many, by name.
     """
-    state: Any = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
-    mine = theirs.state_dict()
-    state = encoder_of(unwrapped(state))
-    if "freqs" in state and "rope.freqs" in mine:
-        state["rope.freqs"] = state.pop("freqs").reshape(mine["rope.freqs"].shape)
+    stored = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
+    wanted, state = theirs.state_dict(), encoder_of(unwrapped(stored))
+    if "freqs" in state and "rope.freqs" in wanted:
+        state["rope.freqs"] = state.pop("freqs").reshape(wanted["rope.freqs"].shape)
         state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
-    translate = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
-    state = state if translate is None else translate(state, theirs)
-    missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
+    state = state if timm_filter is None else timm_filter(state, theirs)
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
         raise CheckpointError(
@@ -85,28 +69,27 @@ def read_weights(theirs: Any, weights: str | os.PathLike[str] | Mapping[str, Any
     theirs.load_state_dict(state)
 
 
-def convert_state_dict(module: TimmViT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load pre-hook of ViT: rewrites files of others, timm's `pos_embed` and `rope.freqs`, tables of another grid, in
-    place.
+def convert_state_dict(module: TimmViT, state_dict: State, prefix: str, *_: Rest) -> None:
+    """Load pre-hook of ViT, in place: other people's files, timm's `pos_embed` and `rope.freqs`, tables of other grids.
 
-    A file of a masked autoencoder, the whole of it, gives its encoder.
+    Of the file of a masked autoencoder the encoder is taken.
     """
     if not prefix:
         rewrite(state_dict, encoder_of(unwrapped(state_dict)))
     _split_frequencies(module, state_dict, prefix)
     _fold_flat_table(module, state_dict, prefix)
     _drop_formula(module, state_dict, prefix)
-    resize_tables(module, state_dict, prefix)
+    resize_tables(module, module.train_extent, state_dict, prefix)
 
 
-def rewrite(state_dict: dict[str, Any], state: dict[str, Any]) -> None:
-    """Put `state` in place of what is there, where it is something else."""
+def rewrite(state_dict: State, state: State) -> None:
+    """Replace the contents of `state_dict` by `state`, where names differ."""
     if state.keys() != state_dict.keys():
         state_dict.clear()
         state_dict.update(state)
 
 
-def _split_frequencies(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _split_frequencies(module: TimmViT, state_dict: State, prefix: str) -> None:
     """`rope.freqs` (2, depth, H, Dh/2) of timm, or `freqs` (2, depth, H Dh/2) of rope-vit, to the blocks' `rope_mixed`.
 
     Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` say nothing more.
@@ -135,7 +118,7 @@ def _split_frequencies(module: TimmViT, state_dict: dict[str, Any], prefix: str)
             state_dict.pop(prefix + name, None)
 
 
-def _fold_flat_table(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _fold_flat_table(module: TimmViT, state_dict: State, prefix: str) -> None:
     flat = state_dict.get(prefix + "pos_embed")
     tables = [name for name, part in module.position.named_modules() if isinstance(part, LearnedTable)]
     if flat is None or flat.ndim != 3 or not tables:
@@ -166,7 +149,7 @@ def _fold_flat_table(module: TimmViT, state_dict: dict[str, Any], prefix: str) -
         start += token.shape[1]
 
 
-def _drop_formula(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
+def _drop_formula(module: TimmViT, state_dict: State, prefix: str) -> None:
     """A stored table that the model's formula gives anyway, such as MAE's frozen sin-cos, is compared and left out."""
     flat = state_dict.get(prefix + "pos_embed")
     if flat is not None and flat.ndim == 3 and is_formula(module.position):
@@ -197,51 +180,46 @@ def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tenso
         )
 
 
-def resize_tables(module: TimmViT, state_dict: dict[str, Any], prefix: str) -> None:
-    """Resize tables that were learned on another grid, by the encoding's own rule; equal shapes keep their bits."""
-    for owner, part in module.named_modules():
-        if not isinstance(part, PositionEncoding) or isinstance(part, Sum):
+def resize_tables(
+    model: nn.Module, train_extent: Callable[[PositionEncoding], tuple[int, ...]], state_dict: State, prefix: str
+) -> None:
+    """Resize tables that were learned on another grid, by the encoding's own rule; equal shapes keep their bits.
+
+    Args:
+        train_extent: the extent that an encoding of this model is trained on.
+    """
+    for owner, encoding in named_encodings(model).items():
+        if isinstance(encoding, Sum):
             continue
-        mine = dict(part.named_parameters())
-        keys = {name: f"{prefix}{owner}.{name}" for name in mine}
-        found = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
-        if all(value.shape == mine[name].shape for name, value in found.items()):
+        wanted = dict(encoding.named_parameters())
+        keys = {name: f"{prefix}{owner}.{name}" for name in wanted}
+        stored = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if all(value.shape == wanted[name].shape for name, value in stored.items()):
             continue
-        if any(value.ndim != mine[name].ndim for name, value in found.items()):
+        if any(value.ndim != wanted[name].ndim for name, value in stored.items()):
             continue  # another encoding: the strict load says so
-        fitted = copy.deepcopy(part).to(device="cpu") if not _on_meta(part) else _materialised(part)
-        for name, value in found.items():
-            _set(fitted, name, value)
-        fitted.set_grid(module.train_extent(part))
-        for name, value in fitted.named_parameters():
-            if value.shape == mine[name].shape and name in found and found[name].shape != value.shape:
-                log.info("%s resized from %s to %s", keys[name], tuple(found[name].shape), tuple(value.shape))
+        resized, on_meta = copy.deepcopy(encoding), any(p.is_meta for p in encoding.parameters())
+        resized = resized.to_empty(device="cpu") if on_meta else resized.to(device="cpu")
+        for name, value in stored.items():
+            _set_parameter(resized, name, value)
+        resized.set_grid(train_extent(encoding))
+        for name, value in resized.named_parameters():
+            if value.shape == wanted[name].shape and name in stored and stored[name].shape != value.shape:
+                log.info("%s resized from %s to %s", keys[name], tuple(stored[name].shape), tuple(value.shape))
                 state_dict[keys[name]] = value.detach()
 
 
-def _set(part: nn.Module, name: str, value: Tensor) -> None:
-    *path, last = name.split(".")
-    target: Any = part
-    for step in path:
-        target = target[int(step)] if step.isdigit() else getattr(target, step)
-    if isinstance(target, nn.ParameterList):
-        target[int(last)] = nn.Parameter(value.float(), requires_grad=False)
-    else:
-        setattr(target, last, nn.Parameter(value.float() if value.dtype.itemsize < 4 else value, requires_grad=False))
-
-
-def _on_meta(part: nn.Module) -> bool:
-    return any(p.is_meta for p in part.parameters())
-
-
-def _materialised(part: PositionEncoding) -> PositionEncoding:
-    return copy.deepcopy(part).to_empty(device="cpu")
+def _set_parameter(encoding: PositionEncoding, name: str, value: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    module = encoding.get_submodule(owner)
+    in_list = isinstance(module, nn.ParameterList)
+    value = value.float() if in_list or value.dtype.itemsize < 4 else value
+    module.register_parameter(last, nn.Parameter(value, requires_grad=False))
 
 
 def _configured_grid(module: TimmViT) -> list[tuple[int, int]]:
     """The grid of the size in `pretrained_cfg`, where timm put one."""
-    cfg = getattr(module, "pretrained_cfg", None) or {}
-    size = cfg.get("input_size") if isinstance(cfg, dict) else None
+    size = pretrained_cfg_of(module).get("input_size")
     if not size:
         return []
     rows, cols = module.patch_embed.patch_size

@@ -5,54 +5,54 @@ Legend: B batch, N tokens, prefix included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.observe import attention, rollout
+from ..data.datasets import normalize
+from ..data.image_cache import Unreadable, decode
 from ..errors import ConfigError, DataError
+from ..models import ViT
+from ..models.timm_api import PretrainedCfg, pretrained_cfg_of
+from .figures import HEADS, choose_blocks, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLOCKS, HEADS = 4, 3  # at most so many are drawn, of those a model has
+Channels = float | Sequence[float]  # one value, or one a channel
 
 
-def draw(model: Any, image: Tensor, *, mean: Any = 0.0, std: Any = 1.0) -> Figure:
+def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0) -> Figure:
     """A figure with a row for each of up to four blocks: the mean over heads, then up to three heads.
 
     The query is the class token where there is one, else the patch in the centre, marked by a circle. A scale serves
     one panel, from 0 to the largest weight, which the title names; prefix keys are left out of the picture.
 
     Args:
-        model: a `ViT`, in the mode it is to be seen in.
+        model: a `ViT`, in the mode to be drawn.
         image: (1, C, height, width), normalised as the model was trained.
         mean, std: of that normalisation, for showing the picture itself.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
     grid, prefix = model.patch_embed.grid(*image.shape[-2:]), model.num_prefix_tokens
     tokens = prefix + grid[0] * grid[1]
-    with torch.no_grad(), attention(model) as maps:
+    with torch.no_grad(), attention(model) as every:
         model(image)
-    found = {name: one for name, one in maps.items() if one.shape[-2:] == (tokens, tokens)}
-    if not found:
+    maps = {name: one for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # each (1, H, N, N)
+    if not maps:
         raise ConfigError(f"no attention of this {type(model).__name__} is over all {tokens} tokens of the image")
     place = (grid[0] // 2, grid[1] // 2)
     query = 0 if model.cls_token is not None else prefix + place[0] * grid[1] + place[1]
 
-    names = list(found)
-    step = max(1, len(names) - 1) / max(1, min(BLOCKS, len(names)) - 1)
-    chosen = list(dict.fromkeys(names[round(i * step)] for i in range(min(BLOCKS, len(names)))))
-    heads = min(HEADS, max(one.shape[1] for one in found.values()))
+    chosen = choose_blocks(list(maps))
+    heads = min(HEADS, max(one.shape[1] for one in maps.values()))
     side = 2.1 / max(image.shape[-2:])
     high, wide = side * image.shape[-2] + 0.35, side * image.shape[-1] + 0.25
     columns, rows = max(2, heads + 1), len(chosen) + 1
-    figure = Figure(figsize=(columns * wide, rows * high + 0.3), layout="constrained")
+    figure = new_figure(columns * wide, rows * high + 0.3, "constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
@@ -60,12 +60,12 @@ def draw(model: Any, image: Tensor, *, mean: Any = 0.0, std: Any = 1.0) -> Figur
     picture = picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
     axes[0][0].imshow(picture.permute(1, 2, 0).numpy())
     axes[0][0].set_title("image", fontsize=9)
-    seen = [("rollout", axes[0][1], rollout(list(found.values()))[0, query])]
+    panels = [("rollout", axes[0][1], rollout(list(maps.values()))[0, query])]
     for name, row in zip(chosen, axes[1:], strict=True):
-        one = found[name][0, :, query]
-        seen.append((f"{name}: mean", row[0], one.mean(dim=0)))
-        seen += [(f"head {i}", ax, head) for i, (ax, head) in enumerate(zip(row[1:], one, strict=False))]
-    for title, ax, values in seen:
+        one = maps[name][0, :, query]  # (H, N)
+        panels.append((f"{name}: mean", row[0], one.mean(dim=0)))
+        panels += [(f"head {i}", ax, head) for i, (ax, head) in enumerate(zip(row[1:], one, strict=False))]
+    for title, ax, values in panels:
         values = values[prefix:].view(grid)
         ax.imshow(values.numpy(), vmin=0.0, cmap="viridis", extent=(0, image.shape[-1], image.shape[-2], 0))
         ax.set_title(f"{title}, to {float(values.max()):.2g}", fontsize=9)
@@ -77,7 +77,7 @@ def draw(model: Any, image: Tensor, *, mean: Any = 0.0, std: Any = 1.0) -> Figur
     return figure
 
 
-def save(model: Any, file: str | Path, out: str | Path, size: tuple[int, int] | None = None) -> Path:
+def save(model: nn.Module, file: str | Path, out: str | Path, size: tuple[int, int] | None = None) -> Path:
     """Draw a model's attention to an image file into `out`, whose ending says the format.
 
     Args:
@@ -89,29 +89,20 @@ def save(model: Any, file: str | Path, out: str | Path, size: tuple[int, int] | 
         ConfigError: for any other model.
         DataError: if the file cannot be read.
     """
-    from ..data.datasets import normalize
-    from ..data.image_cache import Unreadable, decode
-    from ..models import ViT
-
-    cfg = getattr(model, "about", None) or getattr(model, "pretrained_cfg", None) or {}
-    seen = getattr(model, "encoder", model)
-    if not isinstance(seen, ViT):
+    cfg: PretrainedCfg = getattr(model, "about", None) or pretrained_cfg_of(model)
+    vit = getattr(model, "encoder", model)
+    if not isinstance(vit, ViT):
         hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
         raise ConfigError(
             f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{hint}"
         )
-    model = seen
-    size = size or model.patch_embed.img_size
-    channels = model.in_chans
-    mean, std = (tuple(cfg.get(name) or [0.5] * channels) for name in ("mean", "std"))
+    size = size or vit.patch_embed.img_size
+    channels = vit.in_chans
+    mean, std = (tuple(values or [0.5] * channels) for values in (cfg.get("mean"), cfg.get("std")))
     try:
         pixels, _ = decode(file, size)
-    except Unreadable as error:  # it tells how a data set does without it; here there is no other image
+    except Unreadable as error:  # its own message says how a data set does without the image
         raise DataError(f"cannot read the image {file}: {error.reason}") from None
     image = torch.from_numpy(pixels.copy()).movedim(-1, -3)[None] / 255
     image = image.mean(dim=1, keepdim=True) if channels == 1 else image
-    figure = draw(model.eval(), normalize(image, mean, std), mean=mean, std=std)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    return out
+    return save_figure(draw(vit.eval(), normalize(image, mean, std), mean=mean, std=std), out, dpi=120)

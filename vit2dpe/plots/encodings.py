@@ -1,4 +1,4 @@
-"""Pictures of encodings: what each asks of attention, seen from one token.
+"""Pictures of encodings: their effect on attention, for one query.
 
     token      cosine similarity of the vector in the centre, and of that in a corner, with the vectors everywhere
     rotation   mean over pairs of channels of cos(angle(q) - angle(k)), the query in the centre, for each head
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from textwrap import fill, shorten
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,15 @@ from ..encodings import ENCODINGS, Dims, PositionEncoding, parse
 from ..errors import ConfigError
 from ..positions import Positions
 from ..signal import Signal
+from .figures import HEADS, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-HEADS = 3  # that are drawn, of those an encoding has
 HIDDEN = -1e4  # a bias below it hides the key: it is drawn grey and is no part of the scale
 KINDS = {"similarity": "cosine similarity", "kernel": "mean cosine", "bias": "bias on the logits"}
-QUERY: dict[str, Any] = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "markeredgecolor": "black"}
 
 
 class Panel(NamedTuple):
@@ -48,28 +48,28 @@ class Panel(NamedTuple):
 
 
 def draw(
-    words: Sequence[str], grid: tuple[int, ...] = (14, 14), *, width: int = 192, heads: int = 3, seed: int = 0
+    specs: Sequence[str], grid: tuple[int, ...] = (14, 14), *, width: int = 192, heads: int = 3, seed: int = 0
 ) -> Figure:
-    """A figure with a row for each encoding and for each part of a sum: images, or curves on a line.
+    """A figure with a row for each encoding and for each term of a sum: images, or curves on a line.
 
     Args:
-        words: encodings as `build` reads them; "all": every name, with the reason where one refuses the grid.
+        specs: encodings as `build` reads them; "all": every name, with the reason where one refuses the grid.
         grid: two sizes (an image, rows before columns) or one (a text).
         width, heads, seed: of the model that the encodings are built for; learned ones are drawn as initialised.
 
     Raises:
-        ConfigError: for no words, an unknown one, or sizes that cannot be drawn; without matplotlib.
+        ConfigError: for no specs, an unknown one, or sizes that cannot be drawn; without matplotlib.
     """
     if len(grid) not in (1, 2):
         raise ConfigError(f"a picture has one or two axes: got grid={tuple(grid)}")
     dims = Dims(width, heads, tuple(grid))
     rows: list[tuple[str, list[Panel]]] = []
-    for word in [words] if isinstance(words, str) else words:
-        for name in ENCODINGS if word == "all" else [word]:
+    for spec in [specs] if isinstance(specs, str) else specs:
+        for name in ENCODINGS if spec == "all" else [spec]:
             try:
                 rows += _rows(name, dims, seed)
             except ConfigError as error:
-                if word != "all":
+                if spec != "all":
                     raise
                 rows.append((name, [Panel("text", fill(shorten(f"refused: {error}", 140), 75))]))
     if not rows:
@@ -77,29 +77,34 @@ def draw(
     return _figure(rows, dims.grid)
 
 
-def save(words: Sequence[str], grid: tuple[int, ...], path: str | Path, **options: Any) -> Path:
-    """Draw into a file whose ending says the format (.png, .svg, .pdf); options as for `draw`."""
-    path, figure = Path(path), draw(words, grid, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+def save(
+    specs: Sequence[str],
+    grid: tuple[int, ...],
+    path: str | Path,
+    *,
+    width: int = 192,
+    heads: int = 3,
+    seed: int = 0,
+) -> Path:
+    """Draw into a file whose ending says the format (.png, .svg, .pdf); arguments as for `draw`."""
+    return save_figure(draw(specs, grid, width=width, heads=heads, seed=seed), path)
 
 
-def _rows(word: str, dims: Dims, seed: int) -> Iterator[tuple[str, list[Panel]]]:
+def _rows(spec: str, dims: Dims, seed: int) -> Iterator[tuple[str, list[Panel]]]:
     """(title, panels) of each part of a sum, then of what several parts give together."""
-    signals, given, note = list[Signal](), list[str](), ""
-    for name, options in parse(word):
+    signals, fields, note = list[Signal](), list[str](), ""
+    for name, options in parse(spec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            part = ENCODINGS[name](dims, **options).eval()
-        signals.append(from_centre(part, dims.grid))
-        given += part.gives
-        learned = " (at initialisation)" if any(True for _ in part.parameters()) else ""
+            encoding = ENCODINGS[name](dims, **options).eval()
+        signals.append(from_centre(encoding, dims.grid))
+        fields += encoding.gives
+        learned = " (at initialisation)" if any(True for _ in encoding.parameters()) else ""
         note = note or learned
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
-        yield (f"{name}({listed})" if listed else name) + learned, panels(part.gives, signals[-1], dims.grid)
-    if several := frozenset(field for field in given if given.count(field) > 1):
-        yield f"{word}, summed{note}", panels(several, reduce(Signal.plus, signals), dims.grid)
+        yield (f"{name}({listed})" if listed else name) + learned, panels(encoding.gives, signals[-1], dims.grid)
+    if several := frozenset(field for field in fields if fields.count(field) > 1):
+        yield f"{spec}, summed{note}", panels(several, reduce(Signal.plus, signals), dims.grid)
 
 
 @torch.no_grad()
@@ -114,17 +119,17 @@ def from_centre(encoding: PositionEncoding, grid: tuple[int, ...]) -> Signal:
 def panels(gives: frozenset[str], signal: Signal, grid: tuple[int, ...]) -> list[Panel]:
     """Similarities, kernels, biases of one encoding; a text if it gives nothing."""
     centre, corner = tuple(size // 2 for size in grid), (0,) * len(grid)
-    seen = []
+    drawn = []
     if "token" in gives and signal.token is not None:
         token = signal.token[0].view(*grid, -1)
         for query, where in ((centre, "the centre"), (corner, "a corner" if len(grid) > 1 else "the start")):
-            seen.append(Panel("similarity", f"token, from {where}", similarity(token, query), query))
+            drawn.append(Panel("similarity", f"token, from {where}", similarity(token, query), query))
     for field, kind, measure in (("rotation", "kernel", kernel), ("bias", "bias", bias)):
         every = measure(signal) if field in gives else torch.empty(0)
         for head, values in enumerate(every[:HEADS]):
             which = f"head {head}" if len(every) > 1 else "every head"
-            seen.append(Panel(kind, f"{field}, {which}", values.view(grid), centre))
-    return seen or [Panel("text", "gives nothing: attention sees a set of tokens, in no order")]
+            drawn.append(Panel(kind, f"{field}, {which}", values.view(grid), centre))
+    return drawn or [Panel("text", "gives nothing: attention sees a set of tokens, in no order")]
 
 
 def similarity(token: Tensor, query: tuple[int, ...]) -> Tensor:
@@ -148,17 +153,13 @@ def bias(signal: Signal) -> Tensor:
 
 def _figure(rows: list[tuple[str, list[Panel]]], grid: tuple[int, ...]) -> Figure:
     """Rows of panels; all sizes are inches, so that a panel looks the same in any figure."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
     cell = 2.2 / max(grid)
     width, height = (2.4, 1.5) if len(grid) == 1 else (max(cell * grid[1], 1.9), max(cell * grid[0], 0.6))
     between, bar = (0.8, 0.0) if len(grid) == 1 else (0.6, 0.75)
     left, above, below = 0.75, 0.55, 0.55
     wide = max(left + len(row) * (width + between) + bar * len({p.kind for p in row}) for _, row in rows)
     tall = [0.8 if row[0].kind == "text" else above + height + below for _, row in rows]
-    figure = Figure(figsize=(max(wide, 5.0), sum(tall)))
+    figure = new_figure(max(wide, 5.0), sum(tall))
     inch_x, inch_y = 1 / figure.get_size_inches()
     scales = {kind: _scale(kind, [p for _, row in rows for p in row if p.kind == kind]) for kind in KINDS}
     top = sum(tall)
@@ -177,7 +178,7 @@ def _figure(rows: list[tuple[str, list[Panel]]], grid: tuple[int, ...]) -> Figur
     return figure
 
 
-def _scale(kind: str, panels: list[Panel]) -> Any:
+def _scale(kind: str, panels: list[Panel]) -> Normalize:
     """The scale of all panels of a kind: similarities up to 1, the others centred at 0."""
     from matplotlib.colors import Normalize
 
@@ -188,7 +189,7 @@ def _scale(kind: str, panels: list[Panel]) -> Any:
     return Normalize(-most, most)
 
 
-def _paint(ax: Axes, panel: Panel, scale: Any, last: bool) -> None:
+def _paint(ax: Axes, panel: Panel, scale: Normalize, last: bool) -> None:
     hidden = panel.values.isnan()
     low, high = panel.values[~hidden].add(0.0).aminmax()  # for what the common scale leaves pale; never -0
     note = ", grey: hidden" * bool(hidden.any())
@@ -196,12 +197,12 @@ def _paint(ax: Axes, panel: Panel, scale: Any, last: bool) -> None:
     (_curve if panel.values.ndim == 1 else _image)(ax, panel, scale, last)
 
 
-def _image(ax: Axes, panel: Panel, scale: Any, last: bool) -> None:
+def _image(ax: Axes, panel: Panel, scale: Normalize, last: bool) -> None:
     ax.set_facecolor("0.8")  # shows through where keys are hidden
     colours = "viridis" if panel.kind == "similarity" else "RdBu_r"
     image = ax.imshow(panel.values.numpy(), norm=scale, cmap=colours, origin="upper")
     row, column = panel.query
-    ax.plot(column, row, **QUERY)
+    _mark(ax, column, row)
     ax.set(xlabel="column", ylabel="row", anchor="NW")
     ax.locator_params(integer=True)
     if last:
@@ -209,10 +210,15 @@ def _image(ax: Axes, panel: Panel, scale: Any, last: bool) -> None:
         ax.figure.colorbar(image, ax.inset_axes((1 + bar, 0, bar, 1)), label=KINDS[panel.kind])
 
 
-def _curve(ax: Axes, panel: Panel, scale: Any, last: bool) -> None:
+def _curve(ax: Axes, panel: Panel, scale: Normalize, last: bool) -> None:
     (query,) = panel.query
     ax.axhline(0, color="0.8", linewidth=0.8)
     ax.plot(panel.values.numpy())
-    ax.plot(query, panel.values[query], **QUERY)
-    ax.set(xlabel="place", ylabel=KINDS[panel.kind], ylim=(1.08 * scale.vmin, 1.08 * scale.vmax))
+    _mark(ax, query, float(panel.values[query]))
+    ax.set(xlabel="place", ylabel=KINDS[panel.kind], ylim=(1.08 * (scale.vmin or 0.0), 1.08 * (scale.vmax or 0.0)))
     ax.locator_params(axis="x", integer=True)
+
+
+def _mark(ax: Axes, x: float, y: float) -> None:
+    """A circle at the query."""
+    ax.plot(x, y, "o", markersize=6, markerfacecolor="white", markeredgecolor="black")

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..models.masked import MaskedModel
 from ..modes import evaluating
+from .figures import new_figure, save_figure
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 LEAK = "uses the target's patch mean and variance"
@@ -25,7 +27,13 @@ GREY = 0.5
 
 
 def draw(
-    model: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], mask_ratio: float = 0.75, **how: Any
+    model: MaskedModel,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask_ratio: float = 0.75,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Figure:
     """A figure with four pictures an image.
 
@@ -34,25 +42,21 @@ def draw(
         images: (B, C, H, W), normalised as the model wants them.
         mean, std: that they were normalised with, a value a channel.
         mask_ratio: the part that is hidden.
-        how: `noise` or `generator`, as for the model.
+        noise, generator: of the masks, as for the model.
 
     Raises:
         ConfigError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
     device = next(model.parameters()).device
     with evaluating(model):
-        seen = model.reconstruct(images.to(device), mask_ratio, **how)
-    original, painted, pasted = (_pixels(x, mean, std) for x in (seen.original, seen.painted, seen.pasted))
-    masked = torch.where(seen.hidden.cpu(), GREY, original)
+        shown = model.reconstruct(images.to(device), mask_ratio, noise, generator)
+    original, painted, pasted = (_pixels(x, mean, std) for x in (shown.original, shown.painted, shown.pasted))
+    masked = torch.where(shown.hidden.cpu(), GREY, original)
     note = "\n" + fill(LEAK, 26) if model.norm_pix else ""
     titles = ("original", f"masked ({mask_ratio:.0%})", f"reconstruction{note}", f"pasted{note}")
     rows, (height, width) = len(images), images.shape[-2:]
     wide, tall = 2.2, 2.2 * height / width
-    figure = Figure(figsize=(4 * wide, rows * tall + 0.5), layout="constrained")
+    figure = new_figure(4 * wide, rows * tall + 0.5, "constrained")
     axes = figure.subplots(rows, 4, squeeze=False)
     for row, pictures in enumerate(zip(original, masked, painted, pasted, strict=True)):
         for col, picture in enumerate(pictures):
@@ -64,12 +68,18 @@ def draw(
     return figure
 
 
-def save(path: str | Path, *args: Any, **kwargs: Any) -> Path:
+def save(
+    path: str | Path,
+    model: MaskedModel,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask_ratio: float = 0.75,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Path:
     """Draw into a file whose ending says the format; arguments as for `draw`."""
-    path, figure = Path(path), draw(*args, **kwargs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(draw(model, images, mean, std, mask_ratio, noise, generator), path)
 
 
 def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -79,6 +89,6 @@ def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
 
 
-def _shown(picture: Tensor) -> Any:
+def _shown(picture: Tensor) -> np.ndarray:
     """(C, H, W) as matplotlib takes it: colour for three channels, else their mean in grey."""
     return (picture.movedim(0, -1) if len(picture) == 3 else picture.mean(dim=0)).numpy()

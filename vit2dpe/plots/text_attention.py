@@ -5,16 +5,21 @@ Legend: N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.observe import attention
+from ..data.pairs import Encoder
+from ..data.tokenizers import Subwords, Tokenizer, from_json
 from ..errors import CheckpointError, ConfigError
-from .attention import BLOCKS, HEADS
+from ..models.text.model import TextModel
+from ..models.text.seq2seq import Seq2Seq
+from ..models.text.translate import translate
+from .figures import HEADS, choose_blocks, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,16 +38,10 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
         maps: (1, H, queries, keys) by the name of the attention.
         queries, keys: names of the tokens.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
-    names = list(maps)
-    step = max(1, len(names) - 1) / max(1, min(BLOCKS, len(names)) - 1)
-    chosen = list(dict.fromkeys(names[round(i * step)] for i in range(min(BLOCKS, len(names)))))
+    chosen = choose_blocks(list(maps))
     columns = 1 + min(HEADS, max(one.shape[1] for one in maps.values()))
     wide, high = (max(2.4, 0.13 * len(tokens) + 1.0) for tokens in (keys, queries))
-    figure = Figure(figsize=(columns * wide, len(chosen) * (high + 0.3) + 0.4), layout="constrained")
+    figure = new_figure(columns * wide, len(chosen) * (high + 0.3) + 0.4, "constrained")
     for name, row in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
         one = maps[name][0]
         panels = [(f"{name}: mean", one.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(one))]
@@ -57,7 +56,7 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
     return figure
 
 
-def figure_of(model: Any, text: str) -> Figure:
+def figure_of(model: nn.Module, text: str) -> Figure:
     """Self-attention of a `TextEncoder` or `TextDecoder` to a text; of a translator, cross-attention of what it writes.
 
     Args:
@@ -67,13 +66,7 @@ def figure_of(model: Any, text: str) -> Figure:
         CheckpointError: if the model is none of text.
         ConfigError: if the text has no tokens or too many to be named.
     """
-    from ..data.pairs import Encoder
-    from ..data.tokenizers import Subwords, from_json
-    from ..models.text.model import TextModel
-    from ..models.text.seq2seq import Seq2Seq
-    from ..models.text.translate import translate
-
-    about: dict[str, Any] = getattr(model, "about", {})
+    about: Mapping[str, Any] = getattr(model, "about", {})
     if "tokenizer" not in about or not isinstance(model, Seq2Seq | TextModel):
         raise CheckpointError(f"--text is for a run of `vit2dpe text train`; this one holds a {type(model).__name__}")
     tokenizer = from_json(about["tokenizer"])
@@ -96,17 +89,13 @@ def figure_of(model: Any, text: str) -> Figure:
     return draw(across, _names(tokenizer, target.tolist()), _names(tokenizer, source.tolist()), title)
 
 
-def _names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     if not 0 < len(ids) <= LONGEST:
         raise ConfigError(f"a text of 1 to {LONGEST} tokens can be drawn with their names, this one has {len(ids)}")
     inner = getattr(tokenizer, "inner", None)
     return [tokenizer.decode([i]) or (inner.id_to_token(i) if inner is not None else str(i)) for i in ids]
 
 
-def save(model: Any, text: str, out: str | Path) -> Path:
+def save(model: nn.Module, text: str, out: str | Path) -> Path:
     """Draw a model's attention to a text into `out`, whose ending says the format."""
-    figure = figure_of(model, text)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    return out
+    return save_figure(figure_of(model, text), out, dpi=120)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
 from ..errors import ConfigError
+from ..signal import Signal
 from .masks import attention_mask, floats
 from .places import Places, dims_of, one, places_of, table_dtype
 
@@ -40,7 +42,7 @@ class Attached:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._undo: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
 
     def detach(self) -> None:
         """Leave the module as it was, without its encodings."""
@@ -60,7 +62,7 @@ class Attached:
             self._undo += [lambda: delattr(module, "position"), lambda: delattr(module, "places")]
         self._undo.append(module.register_forward_pre_hook(_before, with_kwargs=True).remove)
 
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+    def _set(self, module: nn.Module, name: str, value: bool | tuple[int, ...]) -> None:
         before = getattr(module, name, None)
         self._undo.append(lambda: delattr(module, name) if before is None else setattr(module, name, before))
         setattr(module, name, value)
@@ -104,7 +106,9 @@ def attach(
             f"{type(module).__name__}"
         )
     alone = isinstance(module, LAYERS)
-    layers: list[nn.Module] = [module] if alone else list(module.layers)  # type: ignore[arg-type]
+    layers: list[nn.Module] = [module]
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        layers = list(module.layers)
     for owner in (module, *layers):
         if hasattr(owner, "position"):
             raise ConfigError(f"this {type(owner).__name__} has positions already: detach them first")
@@ -137,26 +141,28 @@ def attach(
     return done
 
 
-def _before(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _before(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[tuple[Tensor], dict[str, Tensor | bool]] | None:
     """Hook before a stock module: token terms into its input, bias terms into its mask."""
-    if not hasattr(module, "position"):
+    position, places = getattr(module, "position", None), getattr(module, "places", None)
+    if not isinstance(places, Places) or position is None:
         return None  # a hook is all that it takes to keep a layer off the fast path
     call = next(call for kind, call in CALLS.items() if isinstance(module, kind))
-    given = dict(zip(call.names, args, strict=False)) | kwargs
-    first, places = call.names[0], module.places
-    x = given.pop(first)
-    signal = module.position(places.of(x))
-    mask = given.get(call.mask)
+    arguments = dict(zip(call.names, args, strict=False)) | kwargs
+    x, mask, padding = arguments.pop(call.names[0]), arguments.get(call.mask), arguments.get(call.padding)
+    signal: Signal = position(places.of(x))
     if signal.bias:
-        if mask is None and given.get(call.causal):
+        if mask is None and arguments.get(call.causal):
             raise ConfigError(f"{call.causal}=True is a hint, not a mask: give the causal mask as {call.mask} too")
         batch = 1 if x.ndim == 2 else x.shape[0 if places.batch_first else 1]
         bias = attention_mask(signal, batch, x.dtype)
         mask = bias if mask is None else bias + floats(mask, x.dtype)
-        if given.get(call.padding) is not None:
-            given[call.padding] = floats(given[call.padding], x.dtype)
+        if padding is not None:
+            arguments[call.padding] = floats(padding, x.dtype)
+    handed_on: dict[str, Tensor | bool] = {**arguments}
     if mask is not None:
         # The stock modules compare a mask with the causal one and drop it where they are equal, and with it the
         # gradient of a table that starts at zero.
-        given |= {call.mask: mask, call.causal: False}
-    return (places.plus(x, signal),), given
+        handed_on |= {call.mask: mask, call.causal: False}
+    return (places.plus(x, signal),), handed_on

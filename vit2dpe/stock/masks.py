@@ -71,6 +71,8 @@ def _may_take_fast_path(layer: nn.Module) -> bool:
     ):
         return False
     attn = layer.self_attn
+    # torch has no public name for whether a module has hooks, and a layer with one does not take the fast path.
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
-    plain = attn.batch_first and attn.num_heads % 2 == 0 and attn.in_proj_bias is not None and attn._qkv_same_embed_dim
-    return bool(plain and layer.activation_relu_or_gelu and layer.norm1.eps == layer.norm2.eps and not hooked)
+    packed = attn.in_proj_weight is not None and attn.in_proj_bias is not None
+    plain = packed and attn.batch_first and attn.num_heads % 2 == 0 and layer.norm1.eps == layer.norm2.eps
+    return bool(plain and layer.activation_relu_or_gelu and not hooked)

@@ -130,7 +130,8 @@ def _after(first: Callable[[Positions], Any], second: Callable[[Positions], Any]
 
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from ..models import ViT
-    from ..models.weights import checkpoint_filter_fn, encoder_of, unwrapped
+    from ..models.mae_names import encoder_of
+    from ..models.weights import checkpoint_filter_fn, unwrapped
 
     state = unwrapped(state)
     if not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on

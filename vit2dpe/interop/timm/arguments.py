@@ -1,19 +1,26 @@
-"""What a timm ViT is made of, as arguments of ours: sizes, norms, MLP, attention; what ours cannot be told is refused.
+"""The constructor arguments of our ViT for a timm ViT: sizes, norms, MLP, attention; what ours lacks is refused.
 
-It serves all families of `read.py`, which name their parts alike.
+Serves all families of `read.py`, which name their parts alike.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, RmsNorm, SwiGLU
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, RmsNorm, SwiGLU
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from ...errors import ConfigError
+from ...models.spec import Arguments
+
+TimmViT: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
 
 
-def arguments_of(theirs: Any) -> dict[str, Any]:
+def arguments_of(theirs: TimmViT) -> Arguments:
     """Constructor arguments of a ViT of the same sizes and parts, beside the position.
 
     Raises:
@@ -23,7 +30,7 @@ def arguments_of(theirs: Any) -> dict[str, Any]:
     block, dim = theirs.blocks[0], theirs.embed_dim
     attn, mlp, norm = block.attn, block.mlp, block.norm1
     hidden = (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
-    found: dict[str, Any] = dict(
+    arguments: Arguments = dict(
         img_size=tuple(theirs.patch_embed.img_size),
         patch_size=tuple(theirs.patch_embed.patch_size),
         in_chans=theirs.patch_embed.proj.in_channels,
@@ -61,25 +68,25 @@ def arguments_of(theirs: Any) -> dict[str, Any]:
     )
     if theirs.global_pool == "map":
         pool = theirs.attn_pool
-        found |= dict(
+        arguments |= dict(
             attn_pool_num_heads=pool.num_heads, attn_pool_mlp_ratio=exact_ratio(pool.mlp.fc1.out_features, dim)
         )
-    return found
+    return arguments
 
 
 _NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}
 _ACTS = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
-def _refuse(theirs: Any) -> None:
-    """Refuse what a model of ours cannot be told to have."""
+def _refuse(theirs: TimmViT) -> None:
+    """Refuse parts that a model of ours cannot have."""
     block = theirs.blocks[0]
     kinds = {type(part).__name__ for part in theirs.blocks}
     if len(kinds) > 1 or not hasattr(block, "attn") or not hasattr(block, "mlp"):
         raise ConfigError(f"blocks of another kind ({', '.join(sorted(kinds))}), which are not covered")
     attn, mlp, embed = block.attn, block.mlp, theirs.patch_embed
     norms = [m for m in theirs.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm | RmsNorm)]
-    strange = {
+    refused = {
         "a patch embedding that is not one convolution": type(embed).__name__ != "PatchEmbed",
         "an image padded to the patch": getattr(embed, "dynamic_img_pad", False),
         f"blocks of another kind ({type(block).__name__})": type(block).__name__ not in _BLOCKS,
@@ -100,36 +107,36 @@ def _refuse(theirs: Any) -> None:
         and not (type(theirs.attn_pool) is AttentionPoolLatent and theirs.attn_pool.mlp is not None),
         "a classifier of another kind": type(theirs.head) not in (nn.Linear, nn.Identity),
     }
-    found = [what for what, there in strange.items() if there]
-    if found:
-        raise ConfigError(f"it has {'; '.join(found)}, which is not covered")
+    reasons = [part for part, present in refused.items() if present]
+    if reasons:
+        raise ConfigError(f"it has {'; '.join(reasons)}, which is not covered")
 
 
 _BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "RelPosBlock", "ResPostRelPosBlock")
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention")
 
 
-def tokens_of(theirs: Any) -> tuple[tuple[str, int], ...]:
+def tokens_of(theirs: TimmViT) -> tuple[tuple[str, int], ...]:
     """Its leading tokens, in order, each with how many there are."""
     tokens = [("cls_token", theirs.cls_token), ("reg_token", getattr(theirs, "reg_token", None))]
     return tuple((name, token.shape[1]) for name, token in tokens if token is not None)
 
 
-def _is_identity(owner: Any, name: str) -> bool:
+def _is_identity(owner: nn.Module, name: str) -> bool:
     return isinstance(getattr(owner, name, nn.Identity()), nn.Identity)
 
 
-def _gamma(block: Any) -> bool:
+def _gamma(block: EvaBlock) -> bool:
     return getattr(block, "gamma_1", None) is not None
 
 
-def _qv(attn: Any) -> bool:
+def _qv(attn: Attention) -> bool:
     if getattr(attn, "qkv", None) is not None:
         return getattr(attn, "q_bias", None) is not None
     return attn.q_proj.bias is not None
 
 
-def _mlp(mlp: Any) -> str:
+def _mlp(mlp: Mlp | SwiGLU | GluMlp) -> str:
     if type(mlp) is Mlp:
         return "mlp"
     if type(mlp) is SwiGLU:
@@ -137,7 +144,7 @@ def _mlp(mlp: Any) -> str:
     return "swiglu_packed" if type(mlp) is GluMlp and not mlp.gate_last and _act(mlp) == "SiLU" else ""
 
 
-def _act(mlp: Any) -> str:
+def _act(mlp: Mlp | SwiGLU | GluMlp) -> str:
     act = mlp.act
     return type(act).__name__ + (" tanh" if getattr(act, "approximate", "none") == "tanh" else "")
 

@@ -6,6 +6,8 @@ and how each is read, is in `read.py`; the steps between their parameters and ou
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -16,14 +18,14 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import CheckpointError, ConfigError
+from ...models.mae_names import State
 from ...models.swin.model import Swin
 from ...models.swin.weights import to_timm_swin
-from ...models.timm_api import pair
+from ...models.timm_api import pair, pretrained_cfg_of
 from ...models.vit import ViT
 from ...models.weights import read_weights
 from ...resolution.apply import set_policy
 from .read import Recipe, read
-from .steps import State
 from .swin import from_timm_swin
 from .write import native_steps
 
@@ -36,7 +38,7 @@ def from_timm(
     img_size: int | tuple[int, int] | None = None,
     patch_size: int | tuple[int, int] | None = None,
     *,
-    weights: Any = None,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> ViT | Swin:
     """Our model with the weights of a timm model.
@@ -45,9 +47,9 @@ def from_timm(
         model: a timm name, or a timm model.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
             kept either way, and the rows that a table adds to leading tokens stay with them.
-        policy: what the result does at sizes it was not trained at, from now on (`set_policy`), measured from the size
-            the weights come with; for a Swin also what its windows do, "scale" or "keep+resize". Default: what its
-            family does: EVA-02 interpolates, tables are resized, rope-vit extrapolates, windows are kept.
+        policy: of sizes it was not trained at, from now on (`set_policy`), measured from the size the weights come
+            with; for a Swin also of its windows, "scale" or "keep+resize". Default: its family's: EVA-02 interpolates,
+            tables are resized, rope-vit extrapolates, windows are kept.
         pretrained: for a name: load timm's weights, with timm's loader.
         img_size: make another size in pixels the model's own: tables are resized for good.
         patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
@@ -62,9 +64,9 @@ def from_timm(
         CheckpointError: for `weights` that do not fit the name.
     """
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
-        given = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
-        raise ConfigError(f"{given} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
-    theirs: Any = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
+        extra = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
+        raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
+    theirs = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
     if weights is not None:
         read_weights(theirs, weights)
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
@@ -74,18 +76,16 @@ def from_timm(
         swin.set_input_size(img_size, patch_size)
         return swin
     recipe = read(theirs)
-    sizes = {
-        name: pair(size) for name, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
-    }
+    sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
     ours = recipe.model(recipe.position if position is None else position, **recipe.arguments | sizes)
     _load(ours, theirs, recipe, keep_position=position is None)
-    ours.pretrained_cfg = theirs.pretrained_cfg
+    ours.pretrained_cfg = pretrained_cfg_of(theirs)
     if position is None:
-        ours.timm_recipe = recipe  # type: ignore[assignment]
-    wanted = policy or (recipe.policy if position is None else None)
-    if wanted is not None:
-        set_policy(ours, wanted, train=recipe.grid)
-    like = theirs.patch_embed.proj.weight
+        ours.timm_recipe = recipe
+    chosen = policy or (recipe.policy if position is None else None)
+    if chosen is not None:
+        set_policy(ours, chosen, train=recipe.grid)
+    like = theirs.get_parameter("patch_embed.proj.weight")
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
@@ -124,8 +124,7 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
         return to_timm_swin(model)
     if not isinstance(model, ViT):
         raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
-    recipe: Recipe | None = getattr(model, "timm_recipe", None)
-    steps = native_steps(model) if recipe is None else recipe.steps
+    steps = native_steps(model) if model.timm_recipe is None else model.timm_recipe.steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):
         step.back(state)

@@ -1,7 +1,7 @@
-"""timm's model families, read: what a model of ours needs to compute the same as one of theirs.
+"""Reads timm's model families: the class, encoding and arguments of our model that computes the same as one of theirs.
 
 `FAMILIES` is the list of what is covered, by timm's class. A reader takes a timm model and returns a `Recipe`, or
-refuses with what the model has that ours has not. A new family is a reader and a line. What families have in common,
+refuses, naming the part that ours lacks. A new family is a reader and a line. What families have in common,
 their blocks and sizes, is read in `arguments.py`; here it is about places.
 """
 
@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from timm.layers import RotaryEmbeddingMixed
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import nn
 
 from ...errors import ConfigError
 from ...models.deit import DistilledViT
+from ...models.spec import Arguments
+from ...models.timm_api import Step, pretrained_cfg_of
 from ...models.vit import ViT
 from .arguments import arguments_of, tokens_of
-from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder, Step, columns_first, halves
+from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder, columns_first, halves
 
 
 @dataclass(frozen=True)
@@ -26,22 +33,22 @@ class Recipe:
 
     Args:
         model: our class.
-        position: the word of its encoding.
+        position: the spec of its encoding.
         arguments: of the constructor, beside the position.
         steps: from their parameters to ours, in order.
-        policy: what it does at other sizes, where that is not what its encodings do by themselves.
+        policy: of other sizes, where it is not the encodings' default.
         grid: (h, w) of its patches, which the policy scales to.
     """
 
     model: Callable[..., ViT]
     position: str
-    arguments: dict[str, Any]
+    arguments: Arguments
     steps: tuple[Step, ...]
     grid: tuple[int, int]
     policy: str | None = None
 
 
-def vision_transformer(theirs: Any) -> Recipe:
+def vision_transformer(theirs: VisionTransformer) -> Recipe:
     """`VisionTransformer`: ViT, DeiT, CLIP, SigLIP, DINOv2, FlexiViT, BEiT-3, MAE."""
     arguments = arguments_of(theirs)
     tokens = () if theirs.no_embed_class else tokens_of(theirs)
@@ -51,7 +58,7 @@ def vision_transformer(theirs: Any) -> Recipe:
     return Recipe(ViT, "learned", arguments, (FlatTable("position.pos_embed", grid, tokens),), grid)
 
 
-def distilled(theirs: Any) -> Recipe:
+def distilled(theirs: VisionTransformerDistilled) -> Recipe:
     """`VisionTransformerDistilled`: DeiT with a distillation token."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
     del arguments["reg_tokens"]
@@ -59,28 +66,28 @@ def distilled(theirs: Any) -> Recipe:
     return Recipe(DistilledViT, "learned", arguments, (table,), grid)
 
 
-def eva(theirs: Any) -> Recipe:
+def eva(theirs: Eva) -> Recipe:
     """`Eva`: EVA, EVA-02, rope-vit, DINOv3, Perception Encoder, timm's own ViTs with rotary encodings."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
     width = theirs.embed_dim // arguments["num_heads"]
-    word, order, policy = ("none", None, None) if theirs.rope is None else _rotary(theirs, grid, width)
+    spec, order, policy = ("none", None, None) if theirs.rope is None else _rotary(theirs, grid, width)
     steps: list[Step] = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma")]
     if theirs.blocks[0].attn.qkv is None:
         steps.append(Fuse())
     if order is not None:
         steps.append(Reorder(arguments["num_heads"], order))
-    shared = word != "none" and not isinstance(theirs.rope, RotaryEmbeddingMixed)
+    shared = spec != "none" and not isinstance(theirs.rope, RotaryEmbeddingMixed)
     if theirs.pos_embed is not None:
         owner = "position.terms.0.pos_embed" if shared else "position.pos_embed"
         steps.append(FlatTable(owner, grid, () if theirs.no_embed_class else tokens_of(theirs)))
-        word = "learned" if word == "none" else f"learned+{word}"
+        spec = "learned" if spec == "none" else f"learned+{spec}"
     if isinstance(theirs.rope, RotaryEmbeddingMixed):
         steps.append(Frequencies(xy=theirs.rope.grid_indexing == "xy"))
-    return Recipe(ViT, word, arguments, tuple(steps), grid, policy)
+    return Recipe(ViT, spec, arguments, tuple(steps), grid, policy)
 
 
-def _rotary(theirs: Any, grid: tuple[int, int], width: int) -> tuple[str, tuple[int, ...] | None, str | None]:
-    """The word of a rotary encoding, the order of channels that makes it ours, and its policy."""
+def _rotary(theirs: Eva, grid: tuple[int, int], width: int) -> tuple[str, tuple[int, ...] | None, str | None]:
+    """The spec of a rotary encoding, the order of channels that makes it ours, and its policy."""
     rope, kind = theirs.rope, type(theirs.rope).__name__
     xy = rope.grid_indexing == "xy"
     if kind == "RotaryEmbeddingMixed":
@@ -93,8 +100,8 @@ def _rotary(theirs: Any, grid: tuple[int, int], width: int) -> tuple[str, tuple[
         if rope.normalize_coords != "separate" or rope.grid_offset or rope.min_period or rope.max_period:
             raise ConfigError("a DINOv3 rotary encoding with coordinates or periods of another kind is not covered")
         rescale, jitter, shift = rope.rescale_coords or 1.0, rope.jitter_coords or 1.0, rope.shift_coords or 0.0
-        word = f"rope_dinov3(base={rope.temperature}, rescale={rescale}, jitter={jitter}, shift={shift})"
-        return word, order, None
+        spec = f"rope_dinov3(base={rope.temperature}, rescale={rescale}, jitter={jitter}, shift={shift})"
+        return spec, order, None
     if kind != "RotaryEmbeddingCat" or rope.in_pixels or rope.aug_active or rope.grid_type != "index":
         raise ConfigError(f"a rotary encoding of another kind ({kind}) is not covered")
     options = [f"base={rope.temperature}"]
@@ -110,18 +117,18 @@ def _rotary(theirs: Any, grid: tuple[int, int], width: int) -> tuple[str, tuple[
     return f"rope({', '.join(options)})", order, f"interpolate(align={'one' if rope.grid_offset else 'corner'})"
 
 
-def beit(theirs: Any) -> Recipe:
+def beit(theirs: Beit) -> Recipe:
     """`Beit`: BEiT, BEiT v2; a bias table of each block or of all, which class tokens have entries in."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
     steps: list[Step] = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma")]
     own = theirs.blocks[0].attn.relative_position_bias_table is not None
     if own and theirs.rel_pos_bias is not None:
         raise ConfigError("bias tables of each block beside one of all blocks are not covered")
-    words = []
+    specs = []
     if theirs.pos_embed is not None:
-        words.append("learned")
+        specs.append("learned")
     if own or theirs.rel_pos_bias is not None:
-        words.append(f"relative(prefix=true, resize=geometric{'' if own else ', shared=true'})")
+        specs.append(f"relative(prefix=true, resize=geometric{'' if own else ', shared=true'})")
     if theirs.rel_pos_bias is not None:
         ours = "position.terms.1." if theirs.pos_embed is not None else "position."
         steps.append(BiasTable("rel_pos_bias.", ours, grid, True))
@@ -130,10 +137,10 @@ def beit(theirs: Any) -> Recipe:
     if theirs.pos_embed is not None:
         owner = "position.terms.0.pos_embed" if theirs.rel_pos_bias is not None else "position.pos_embed"
         steps.append(FlatTable(owner, grid, tokens_of(theirs)))
-    return Recipe(ViT, "+".join(words) or "none", arguments, tuple(steps), grid)
+    return Recipe(ViT, "+".join(specs) or "none", arguments, tuple(steps), grid)
 
 
-def relpos(theirs: Any) -> Recipe:
+def relpos(theirs: VisionTransformerRelPos) -> Recipe:
     """`VisionTransformerRelPos`: a table over offsets or a network of their logarithms, of each block or of all."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
     shared = theirs.shared_rel_pos is not None
@@ -154,7 +161,7 @@ def relpos(theirs: Any) -> Recipe:
     return Recipe(ViT, f"logcpb({', '.join(options)})", arguments, steps, grid)
 
 
-FAMILIES: dict[str, Callable[[Any], Recipe]] = {
+FAMILIES: dict[str, Callable[[nn.Module], Recipe]] = {
     "VisionTransformer": vision_transformer,
     "VisionTransformerDistilled": distilled,
     "Eva": eva,
@@ -163,7 +170,7 @@ FAMILIES: dict[str, Callable[[Any], Recipe]] = {
 }
 
 
-def read(theirs: Any) -> Recipe:
+def read(theirs: nn.Module) -> Recipe:
     """The recipe of a timm model.
 
     Raises:
@@ -175,5 +182,5 @@ def read(theirs: Any) -> Recipe:
     try:
         return FAMILIES[family](theirs)
     except ConfigError as error:
-        name = (getattr(theirs, "pretrained_cfg", None) or {}).get("architecture") or family
+        name = pretrained_cfg_of(theirs).get("architecture") or family
         raise ConfigError(f"{name}: {error}") from None

@@ -1,27 +1,19 @@
 """Steps between timm's parameters and ours, each with its way back.
 
-A step changes a state_dict in place: `into` takes timm's names and layouts to ours, `back` ours to timm's. What it
-needs to know of the model is in its fields, or in the shape of the tensors at hand.
+A step changes a state_dict in place: `into` takes timm's names and layouts to ours, `back` ours to timm's. It
+reads sizes from its fields and from the shapes of tensors.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-
-State = dict[str, Tensor]
-
-
-class Step(Protocol):
-    def into(self, state: State) -> None: ...
-
-    def back(self, state: State) -> None: ...
+from ...models.mae_names import State
 
 
 @dataclass(frozen=True)
@@ -134,10 +126,10 @@ class FlatTable:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What encodings add to tokens, as a flat `pos_embed` (1, rows + h w, D): the way out alone.
+    """The token terms of encodings as a flat `pos_embed` (1, rows + h w, D): the way out alone.
 
     Args:
-        names: of what the encodings have learned, which goes into the table.
+        names: parameters of the encodings, which the table replaces.
         table: of the training grid.
     """
 

@@ -11,20 +11,26 @@ size; ours shifts where there are several, as timm's does after `set_input_size`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from ...errors import ConfigError
+from ...models.spec import Arguments
 from ...models.swin.model import Swin
-from ...models.swin.stage import Word
+from ...models.swin.stage import Spec
+from ...models.timm_api import pretrained_cfg_of
+
+TimmSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 
 
-def from_timm_swin(model: nn.Module, position: Word | None = None, **kwargs: Any) -> Swin:
+def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
     """Our Swin with the weights of a timm Swin.
 
     Args:
-        model: a timm `SwinTransformer` or `SwinTransformerV2`.
+        theirs: a timm `SwinTransformer` or `SwinTransformerV2`.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
             kept either way.
         kwargs: further arguments of `Swin`: `window_policy`, `padding`, drop rates.
@@ -32,28 +38,26 @@ def from_timm_swin(model: nn.Module, position: Word | None = None, **kwargs: Any
     Raises:
         ConfigError: for a family or a part that is not covered.
     """
-    theirs: Any = model
     v2 = _refuse(theirs)
-    shape = _shape(theirs, v2)
-    ours = Swin(position or ("logcpb" if v2 else "relative"), **{**shape, **kwargs})
+    ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks stay behind; what ours has besides is drawn anew.
         state = {name: value for name, value in state.items() if "bias_table" not in name and "cpb_mlp" not in name}
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name}
     ours.load_state_dict(state)
-    ours.pretrained_cfg = getattr(theirs, "pretrained_cfg", {})  # type: ignore[assignment]
+    ours.pretrained_cfg = pretrained_cfg_of(theirs)
     like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
-def _shape(theirs: Any, v2: bool) -> dict[str, Any]:
+def _arguments(theirs: TimmSwin, v2: bool) -> Arguments:
     """Constructor arguments of a Swin of these sizes and parts."""
     first = [stage.blocks[0] for stage in theirs.layers]
     widths = [block.mlp.fc1.in_features for block in first]
     if widths != [theirs.embed_dim * 2**i for i in range(len(widths))]:
         raise ConfigError(f"the width must double from stage to stage, got {widths}")
-    shape = dict(
+    arguments: Arguments = dict(
         img_size=tuple(theirs.patch_embed.img_size),
         patch_size=tuple(theirs.patch_embed.patch_size),
         in_chans=theirs.patch_embed.proj.in_channels,
@@ -68,31 +72,28 @@ def _shape(theirs: Any, v2: bool) -> dict[str, Any]:
         drop_path_rate=0.0,
     )
     if v2:
-        shape |= dict(qk="cosine", post_norm=True)
-        shape |= dict(pretrained_window_sizes=[tuple(block.attn.pretrained_window_size) for block in first])
-    return shape
+        arguments |= dict(qk="cosine", post_norm=True)
+        arguments |= dict(pretrained_window_sizes=[tuple(block.attn.pretrained_window_size) for block in first])
+    return arguments
 
 
-def _refuse(theirs: Any) -> bool:
-    """Whether it is a V2."""
-    from timm.models.swin_transformer import SwinTransformer
-    from timm.models.swin_transformer_v2 import SwinTransformerV2
-
+def _refuse(theirs: TimmSwin) -> bool:
+    """Refuse parts that our Swin cannot have; whether it is a V2."""
     name = type(theirs).__name__
     if type(theirs) not in (SwinTransformer, SwinTransformerV2):
         raise ConfigError(f"{name} is not covered; covered: timm's SwinTransformer and SwinTransformerV2")
     blocks = [block for stage in theirs.layers for block in stage.blocks]
     norms = [theirs.norm, theirs.patch_embed.norm, *(block.norm1 for block in blocks)]
-    strange = {
+    refused = {
         "windows of a stage's whole grid that are shifted (always_partition)": any(b.always_partition for b in blocks),
         "heads of another width than dim / heads": any(b.attn.qkv.out_features != 3 * b.dim for b in blocks),
         "a norm that is not LayerNorm with eps 1e-5": any(type(n) is not nn.LayerNorm or n.eps != 1e-5 for n in norms),
         "an activation that is not GELU": not all(_gelu(block.mlp.act) for block in blocks),
         "no classifier head": not hasattr(theirs, "head"),
     }
-    found = [what for what, there in strange.items() if there]
-    if found:
-        raise ConfigError(f"this {name} has {', '.join(found)}, which is not covered")
+    reasons = [part for part, present in refused.items() if present]
+    if reasons:
+        raise ConfigError(f"this {name} has {', '.join(reasons)}, which is not covered")
     return type(theirs) is SwinTransformerV2
 
 

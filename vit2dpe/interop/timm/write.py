@@ -1,21 +1,22 @@
 """A ViT that did not come from timm, written for timm's model of the same function: the steps, from its encodings.
 
 timm has vectors added to tokens (`VisionTransformer`), rotations beside them (`Eva`), and relative biases without them
-(`VisionTransformerRelPos`). What else we have is refused, with what timm lacks.
+(`VisionTransformerRelPos`). Everything else is refused, naming what timm lacks.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...encodings import AxialRoPE, LogCPB, PositionEncoding, RelativeBias, Sum, terms
 from ...errors import ConfigError
+from ...models.layers import Block
+from ...models.timm_api import Step
 from ...models.vit import ViT
 from ...positions import Positions
-from .steps import BiasTable, Evaluated, Frequencies, Rename, Reorder, Step, halves
+from ...signal import Signal
+from .steps import BiasTable, Evaluated, Frequencies, Rename, Reorder, halves
 
 
 def native_steps(model: ViT) -> tuple[Step, ...]:
@@ -25,38 +26,47 @@ def native_steps(model: ViT) -> tuple[Step, ...]:
         ConfigError: where timm has no such model, with the reason.
     """
     shared = [part for part in terms(model.position) if part.gives]
-    own: Any = model.blocks[0].attn.position  # type: ignore[union-attr]
-    mine = [] if own is None else [part for part in terms(own) if part.gives]
+    block = _first_block(model)
+    position = block.attn.position
+    own = [part for part in terms(position) if part.gives] if isinstance(position, PositionEncoding) else []
     tokens, rest = [part for part in shared if part.gives == {"token"}], [p for p in shared if p.gives != {"token"}]
-    words = [type(part).__name__ for part in (*rest, *mine)]
+    kinds = [type(part).__name__ for part in (*rest, *own)]
     steps: list[Step] = []
     if tokens:
         steps.append(Evaluated(tuple(_names(model, tokens)), token_table(model, tokens)))
-    if not words:
+    if not kinds:
         return tuple(steps)
-    if len(words) == 1 and words[0] in ("RelativeBias", "LogCPB"):
-        return _relpos(model, (*rest, *mine)[0], bool(tokens))
+    if len(kinds) == 1 and kinds[0] in ("RelativeBias", "LogCPB"):
+        return _relpos(model, (*rest, *own)[0], bool(tokens))
     steps = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma"), *steps]
     plain = all(set(part.steps) == {1.0} and part.start == 0 for part in rest if isinstance(part, AxialRoPE))
-    if words == ["AxialRoPE"] and plain:
+    if kinds == ["AxialRoPE"] and plain:
         return tuple(steps)
-    if words == ["CentredRoPE"]:
-        heads = int(model.blocks[0].attn.heads)  # type: ignore[union-attr, arg-type]
-        return (*steps, Reorder(heads, halves(model.embed_dim // heads)))
-    if words == ["MixedRoPE"]:
+    if kinds == ["CentredRoPE"]:
+        return (*steps, Reorder(block.attn.heads, halves(model.embed_dim // block.attn.heads)))
+    if kinds == ["MixedRoPE"]:
         return (*steps, Frequencies())
     raise ConfigError(
-        f"timm has no ViT with {' + '.join(words)}; it has vectors added to tokens, rotary encodings with or without "
+        f"timm has no ViT with {' + '.join(kinds)}; it has vectors added to tokens, rotary encodings with or without "
         "them, and relative biases without them: keep such a model in its own names (state_dict), which vit2dpe loads"
     )
 
 
+def _first_block(model: ViT) -> Block:
+    block = model.blocks[0]
+    if not isinstance(block, Block):
+        raise ConfigError(f"timm has no ViT with blocks like {type(block).__name__}")
+    return block
+
+
 def token_table(model: ViT, tokens: list[PositionEncoding]) -> Tensor:
-    """(1, prefix + N, D) what these encodings add to tokens on the training grid; zeros for leading tokens."""
+    """(1, prefix + N, D) sum of these token terms on the training grid; zeros for leading tokens."""
     at = Positions.grid(model.train_grid, model.patch_embed.proj.weight.device).with_prefix(model.num_prefix_tokens)
     with torch.no_grad():
-        added: Any = (tokens[0] if len(tokens) == 1 else Sum(tokens))(at).token
-    return added.to(model.patch_embed.proj.weight.dtype)
+        signal: Signal = (tokens[0] if len(tokens) == 1 else Sum(tokens))(at)
+    if signal.token is None:
+        raise ConfigError("these encodings add no vectors to tokens")
+    return signal.token.to(model.patch_embed.proj.weight.dtype)
 
 
 def _names(model: ViT, parts: list[PositionEncoding]) -> list[str]:
@@ -66,7 +76,7 @@ def _names(model: ViT, parts: list[PositionEncoding]) -> list[str]:
 
 def _relpos(model: ViT, part: PositionEncoding, tokens: bool) -> tuple[Step, ...]:
     """For `VisionTransformerRelPos`, which has a bias for each offset and nothing else."""
-    block: Any = model.blocks[0]
+    block = _first_block(model)
     lacks = {
         "a table of vectors beside it": tokens,
         "registers or a distillation token": model.num_prefix_tokens > int(model.cls_token is not None),
@@ -81,10 +91,10 @@ def _relpos(model: ViT, part: PositionEncoding, tokens: bool) -> tuple[Step, ...
         and part.form == "swin"
         and part.grid != tuple(model.train_grid),
     }
-    found = [what for what, there in lacks.items() if there]
-    if found:
+    missing = [part for part, present in lacks.items() if present]
+    if missing:
         raise ConfigError(
-            f"timm's ViT with a relative bias (VisionTransformerRelPos) has no {' and no '.join(found)}: keep such a "
+            f"timm's ViT with a relative bias (VisionTransformerRelPos) has no {' and no '.join(missing)}: keep such a "
             "model in its own names (state_dict), which vit2dpe loads"
         )
     theirs, ours = ("attn.rel_pos", "attn.position") if part.per_block else ("shared_rel_pos", "position")

@@ -35,7 +35,7 @@ def bert(config: Config, w: Weights) -> Converted:
         state |= w.linear("masked_head.dense", "cls.predictions.transform.dense")
         state |= w.linear("masked_head.norm", "cls.predictions.transform.LayerNorm")
     w.finish()
-    return (
+    return Converted(
         TextEncoder,
         dict(
             position="learned",

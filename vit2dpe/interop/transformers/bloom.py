@@ -29,7 +29,7 @@ def bloom(config: Config, w: Weights) -> Converted:
         state |= w.linears(ours, theirs, BLOCK)
     head = w.head("lm_head.weight", embedding)
     w.finish()
-    return (
+    return Converted(
         TextDecoder,
         dict(
             position="alibi",

@@ -1,8 +1,8 @@
-"""Text models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, T5.
+"""Models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, T5, DINOv3.
 
-A converter, one file for each family, reads a config and a state dict and says which of our models it is, with which
-arguments and weights. What a model has that ours has not is refused by name; so is a weight that would be left over.
-Nothing of `transformers` is imported.
+A converter, one file for each family, turns a config and a state dict into one of our models, its arguments and its
+weights. Parts that ours lacks are refused by name, and so is a weight that would be left over. Nothing of
+`transformers` is imported. Masked autoencoders (`mae.py`) need no converter: `MAE.load_state_dict` takes their names.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load_file
-from torch import nn
 
 from ...errors import CheckpointError, unknown
-from ...models.text.heads import TextDecoder, TextEncoder
-from ...models.text.seq2seq import Seq2Seq
+from ...models.mae_names import State
 from .bert import bert
 from .bloom import bloom
+from .dinov3 import dinov3
 from .gpt2 import gpt2
-from .llama import interleaved, llama
+from .llama import llama
 from .t5 import t5
-from .weights import Config, Converted, State, Weights
+from .weights import Config, Converted, OurModel, Weights, interleaved
 
 __all__ = ["FAMILIES", "from_transformers", "interleaved"]
 
 FAMILIES: dict[str, Callable[[Config, Weights], Converted]] = {
     "bert": bert,
+    "dinov3_vit": dinov3,
     "gpt2": gpt2,
     "bloom": bloom,
     "llama": llama,
@@ -35,9 +36,22 @@ FAMILIES: dict[str, Callable[[Config, Weights], Converted]] = {
 }
 
 
+class TheirConfig(Protocol):
+    def to_dict(self) -> Config: ...
+
+
+class TheirModel(Protocol):
+    """What is used of a model of `transformers`."""
+
+    @property
+    def config(self) -> TheirConfig: ...
+
+    def state_dict(self) -> State: ...
+
+
 def from_transformers(
-    source: nn.Module | str | Path, position: str | None = None, *, plain_rope: bool = False
-) -> TextEncoder | TextDecoder | Seq2Seq:
+    source: TheirModel | str | Path, position: str | None = None, *, plain_rope: bool = False
+) -> OurModel:
     """Our model with the weights of theirs, in evaluation mode.
 
     Args:
@@ -47,28 +61,29 @@ def from_transformers(
             `use_policy(model, "yarn", temperature="yarn")` or whichever policy it was scaled by.
 
     Returns:
-        a `TextEncoder` (BERT, without its pooler; with pool="" and the masked head where it has one), a `TextDecoder`
-        or a `Seq2Seq`.
+        a `TextEncoder` (BERT, without its pooler; with pool="" and the masked head where it has one), a `TextDecoder`,
+        a `Seq2Seq`, or a `ViT` without classifier (DINOv3).
 
     Raises:
         ConfigError: for a family or a setting that is not covered.
         CheckpointError: for weights that are missing or left over.
     """
-    if isinstance(source, nn.Module):
-        config, state = source.config.to_dict(), dict(source.state_dict())  # type: ignore[operator, union-attr]
-    else:
+    if isinstance(source, str | Path):
         config, state = _read(Path(source).expanduser())
+    else:
+        config, state = source.config.to_dict(), dict(source.state_dict())
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise unknown("family", str(family), FAMILIES)
     if family == "llama":
         config = config | {"plain_rope": plain_rope}
-    kind, arguments, found = FAMILIES[family](config, Weights(state))
+    converted = FAMILIES[family](config, Weights(state))
+    arguments, weights = converted.arguments, converted.state
     if position is not None:
         arguments["position"] = position
-        found = {name: value for name, value in found.items() if "position." not in name}
-    model = kind(**arguments).eval()
-    missing, unexpected = model.load_state_dict(found, strict=False)
+        weights = {name: value for name, value in weights.items() if "position." not in name}
+    model = converted.model(**arguments).eval()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if position is None or "position." not in name] + list(unexpected)
     if wrong:
         raise CheckpointError(f"weights without a counterpart: {', '.join(wrong[:5])}")

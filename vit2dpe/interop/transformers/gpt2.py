@@ -20,13 +20,13 @@ def gpt2(config: Config, w: Weights) -> Converted:
     for i in range(config["n_layer"]):
         ours, theirs = f"blocks.{i}.", f"h.{i}."
         state |= w.linears(ours, theirs, {"norm1": "ln_1", "norm2": "ln_2"})
-        for mine, other in (("attn.qkv", "attn.c_attn"), ("attn.proj", "attn.c_proj"), ("mlp.fc1", "mlp.c_fc"),
+        for to, source in (("attn.qkv", "attn.c_attn"), ("attn.proj", "attn.c_proj"), ("mlp.fc1", "mlp.c_fc"),
                             ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
-            state[f"{ours}{mine}.weight"] = w.take(f"{theirs}{other}.weight").t().contiguous()
-            state[f"{ours}{mine}.bias"] = w.take(f"{theirs}{other}.bias")
+            state[f"{ours}{to}.weight"] = w.take(f"{theirs}{source}.weight").t().contiguous()
+            state[f"{ours}{to}.bias"] = w.take(f"{theirs}{source}.bias")
     head = w.head("lm_head.weight", embedding)
     w.finish()
-    return (
+    return Converted(
         TextDecoder,
         dict(
             position="learned",

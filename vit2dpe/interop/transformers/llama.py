@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...errors import ConfigError
 from ...models.text.heads import TextDecoder
-from .weights import Config, Converted, Weights, demand, with_head
+from .weights import Config, Converted, Weights, demand, interleaved, with_head
 
 # Maps of a block that change their names alone: ours -> theirs.
 MAPS = {
@@ -43,7 +42,7 @@ def llama(config: Config, w: Weights) -> Converted:
     head = w.head("lm_head.weight", embedding)
     w.finish()
     before = rope.get("original_max_position_embeddings") if scaled else None
-    return (
+    return Converted(
         TextDecoder,
         dict(
             position=f"rope(base={float(rope['rope_theta'])})",
@@ -62,8 +61,3 @@ def llama(config: Config, w: Weights) -> Converted:
         ),
         with_head(state, head),
     )
-
-
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of q or k, head by head: (i, i + Dh/2) of each head to (2i, 2i+1)."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

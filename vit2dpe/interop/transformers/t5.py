@@ -40,13 +40,13 @@ def t5(config: Config, w: Weights) -> Converted:
     head = w.head("lm_head.weight", embedding)
     w.finish()
     buckets, reach = config["relative_attention_num_buckets"], config["relative_attention_max_distance"]
-    word = f"t5(buckets={buckets}, max_distance={reach}, bidirectional="
+    spec = f"t5(buckets={buckets}, max_distance={reach}, bidirectional="
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    return (
+    return Converted(
         Seq2Seq,
         dict(
-            position=f"{word}true)",
-            decoder_position=f"{word}false)",
+            position=f"{spec}true)",
+            decoder_position=f"{spec}false)",
             source_vocab=config["vocab_size"],
             target_vocab=config["vocab_size"],
             shared=True,

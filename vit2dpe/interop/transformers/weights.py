@@ -1,17 +1,31 @@
-"""Weights by name, each taken once, so that what is left over is known; and what a config may not ask for."""
+"""Weights by name, each taken once, so that leftovers are known; settings that ours does not cover are refused."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
+from ...models.mae_names import State
+from ...models.spec import Arguments
+from ...models.text.heads import TextDecoder, TextEncoder
+from ...models.text.seq2seq import Seq2Seq
+from ...models.vit import ViT
 
-Config = dict[str, Any]
-State = dict[str, Tensor]
-Converted = tuple[type, Config, State]  # our model, its arguments, its weights
+Config = Arguments  # of a model of transformers, as its config.json holds it
+
+
+OurModel = TextEncoder | TextDecoder | Seq2Seq | ViT
+
+
+class Converted(NamedTuple):
+    """One of our models, the arguments it is built with, and its weights."""
+
+    model: type[OurModel]
+    arguments: Arguments
+    state: State
 
 
 class Weights:
@@ -31,10 +45,10 @@ class Weights:
 
     def linears(self, ours: str, theirs: str, names: dict[str, str], bias: bool = True) -> State:
         """Several maps, each under its own name: `names` is ours -> theirs, behind the prefixes."""
-        found: State = {}
-        for mine, other in names.items():
-            found |= self.linear(ours + mine, theirs + other, bias)
-        return found
+        state: State = {}
+        for to, source in names.items():
+            state |= self.linear(ours + to, theirs + source, bias)
+        return state
 
     def joined(self, ours: str, theirs: list[str], bias: bool = True) -> State:
         """Several maps of one input as one: rows below rows."""
@@ -48,17 +62,22 @@ class Weights:
         return self
 
     def drop(self, *names: str) -> None:
-        """What ours does not need."""
+        """Leave out what ours does not need: names that start or end with one of these."""
         self.left = {n: v for n, v in self.left.items() if not n.startswith(names) and not n.endswith(names)}
 
     def head(self, name: str, embedding: Tensor) -> Tensor | None:
         """The matrix of the head, or None where there is none or it is the embedding's."""
-        found = self.left.pop(name, None)
-        return None if found is None or torch.equal(found, embedding) else found
+        matrix = self.left.pop(name, None)
+        return None if matrix is None or torch.equal(matrix, embedding) else matrix
 
     def finish(self) -> None:
         if self.left:
             raise CheckpointError(f"weights that ours has no place for: {', '.join(list(self.left)[:5])}")
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k, head by head: (i, i + Dh/2) of each head to (2i, 2i+1)."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def with_head(state: State, head: Tensor | None, prefix: str = "") -> State:
@@ -66,7 +85,7 @@ def with_head(state: State, head: Tensor | None, prefix: str = "") -> State:
     return state if head is None else state | {f"{prefix}head.weight": head}
 
 
-def demand(config: Config, **wanted: Any) -> None:
+def demand(config: Config, **wanted: str | bool | float) -> None:
     """Refuse what our model would compute differently."""
     for name, value in wanted.items():
         if config.get(name, value) != value and config[name] is not None:

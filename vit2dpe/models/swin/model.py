@@ -28,19 +28,19 @@ from torch import Tensor, nn
 from ...encodings import Dims
 from ...errors import ConfigError, unknown
 from ...positions import Positions
+from ..card import save_card
 from ..layers import PatchEmbed, TokenFilter, add_token
-from ..timm_api import pair
-from .stage import SwinStage, Word, tokens_of
-from .timm_api import TimmSwin, check_pool, per_stage
+from ..timm_api import FeatureInfo, pair
+from .stage import Places, Spec, SwinStage, tokens_of
+from .timm_api import TimmSwin, WindowSize, check_pool, per_stage
 from .weights import convert_state_dict
-from .windows import Size
 
 
 class Swin(TimmSwin):
     """Hierarchical transformer of shifted windows.
 
     Args:
-        position: the encoding, a word such as "relative", "logcpb" or "sincos+rope_mixed", or a function from Dims
+        position: the encoding, a spec such as "relative", "logcpb" or "sincos+rope_mixed", or a function from Dims
             (width, heads and window of a stage, number of the block) to an encoding. Terms that give tokens are added
             after the patch embedding; the others are made for each stage, or each block where they are `per_block`,
             see the places within a window, and must be `relative`, because every window looks the same to them.
@@ -71,7 +71,7 @@ class Swin(TimmSwin):
 
     def __init__(
         self,
-        position: Word = "relative",
+        position: Spec = "relative",
         *,
         window_policy: str = "keep",
         padding: str = "mask",
@@ -83,8 +83,8 @@ class Swin(TimmSwin):
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int | Size | Sequence[int | Size] = 7,
-        pretrained_window_sizes: int | Size | Sequence[int | Size] = 0,
+        window_size: WindowSize = 7,
+        pretrained_window_sizes: WindowSize = 0,
         qk: str = "dot",
         post_norm: bool = False,
         mlp_ratio: float | Sequence[float] = 4.0,
@@ -155,13 +155,16 @@ class Swin(TimmSwin):
             )
         self.head_hidden_size = self.head.num_features
         self.window_policy = window_policy
+        patch = self.patch_embed.patch_size
         self.feature_info = [
-            dict(module=f"layers.{i}", num_chs=embed_dim * 2**i, reduction=max(self.patch_embed.patch_size) * 2**i)
+            FeatureInfo(module=f"layers.{i}", num_chs=embed_dim * 2**i, reduction=max(patch) * 2**i)
             for i in range(len(depths))
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
-        self.register_load_state_dict_pre_hook(convert_state_dict)
+        nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
+
+    save_card = save_card
 
     def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added, after `token_filter`."""
@@ -171,14 +174,17 @@ class Swin(TimmSwin):
 
     def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
-        x, places = self.embed(images, token_filter), {}  # type: ignore[var-annotated]
+        x = self.embed(images, token_filter)
+        places: Places = {}
         for stage in self.layers:
             x = stage(x, places)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H, W, D) -> (B, classes); the pooled features with `pre_logits`."""
-        return self.head(x, pre_logits=pre_logits)
+        out: Tensor = self.head(x, pre_logits=pre_logits)
+        return out
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
@@ -186,4 +192,5 @@ class Swin(TimmSwin):
 
 def to_grid(x: Tensor, at: Positions) -> Tensor:
     """(B, N, D) -> (B, H, W, D)"""
-    return x.unflatten(1, at.extent)
+    grid: Tensor = x.unflatten(1, at.extent)
+    return grid

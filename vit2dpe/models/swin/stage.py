@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
+from typing import TypedDict, Unpack
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -24,8 +25,18 @@ from ...positions import Positions
 from ...signal import Dense, LowRank, Signal
 from .windows import Size, Windows, cut
 
-Word = str | Callable[[Dims], PositionEncoding]
+Spec = str | Callable[[Dims], PositionEncoding]
 Places = dict[tuple[Size, torch.device], Positions]
+
+
+class SwinBlockArguments(TypedDict):
+    """Arguments of `SwinBlock` that are the same in all blocks of a stage."""
+
+    mlp_ratio: float
+    qk: str
+    qkv_bias: bool
+    proj_drop: float
+    attn_drop: float
 
 
 class SwinStage(nn.Module):
@@ -33,7 +44,7 @@ class SwinStage(nn.Module):
 
     def __init__(
         self,
-        position: Word,
+        position: Spec,
         dim: int,
         heads: int,
         grid: Size,
@@ -46,7 +57,7 @@ class SwinStage(nn.Module):
         padding: str,
         post_norm: bool,
         drop_path: Sequence[float],
-        **kwargs,
+        **block_arguments: Unpack[SwinBlockArguments],
     ) -> None:
         super().__init__()
         self.train_grid, self.masked = grid, padding == "mask"
@@ -63,7 +74,7 @@ class SwinStage(nn.Module):
                 position=in_windows(position, Dims(dim, heads, self.trained_window, block, depth)),
                 post_norm=post_norm,
                 drop_path=rate,
-                **kwargs,
+                **block_arguments,
             )
             for block, rate in zip(blocks, drop_path, strict=True)
         )
@@ -71,9 +82,9 @@ class SwinStage(nn.Module):
     def start_as_identity(self) -> None:
         """Norms behind attention and MLP start at 0, as in Swin V2."""
         for block in self.blocks:
-            if block.post_norm:
-                nn.init.zeros_(block.norm1.weight)  # type: ignore[arg-type, union-attr]
-                nn.init.zeros_(block.norm2.weight)  # type: ignore[arg-type, union-attr]
+            if isinstance(block, SwinBlock) and block.post_norm:
+                nn.init.zeros_(block.norm1.weight)
+                nn.init.zeros_(block.norm2.weight)
 
     def window_at(self, grid: Size) -> Size:
         """(h, w) of a window where the stage has this grid."""
@@ -93,7 +104,7 @@ class SwinStage(nn.Module):
         """(B, H, W, D) -> (B, H', W', D')
 
         Args:
-            places: of windows that earlier stages of this forward had; this one's are added.
+            places: cache of window positions, shared by the stages of one forward pass; updated in place.
         """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
@@ -129,7 +140,8 @@ class PatchMerging(nn.Module):
         x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         # Columns before rows, alone in the project: the order in which the original stacks the four.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+        out: Tensor = self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+        return out
 
 
 class SwinBlock(nn.Module):
@@ -145,16 +157,20 @@ class SwinBlock(nn.Module):
         *,
         position: PositionEncoding,
         post_norm: bool,
-        mlp_ratio: float,
         drop_path: float,
+        mlp_ratio: float,
+        qk: str,
+        qkv_bias: bool,
         proj_drop: float,
-        **kwargs,
+        attn_drop: float,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(dim)
         own = position if position.gives else None
-        self.attn = WindowAttention(dim, heads, position=own, proj_drop=proj_drop, **kwargs)
+        self.attn = WindowAttention(
+            dim, heads, position=own, qk=qk, qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop
+        )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
@@ -166,9 +182,11 @@ class SwinBlock(nn.Module):
             signal = in_full(signal.plus(self.attn.position(at)))
         if self.post_norm:
             x = x + self.drop_path1(self.norm1(self.attn(x, signal, windows)))
-            return x + self.drop_path2(self.norm2(self.mlp(x)))
-        x = x + self.drop_path1(self.attn(self.norm1(x), signal, windows))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+            x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        else:
+            x = x + self.drop_path1(self.attn(self.norm1(x), signal, windows))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
 
 
 class WindowAttention(Attention):
@@ -186,7 +204,8 @@ class WindowAttention(Attention):
         ]
         rows = [part.transpose(1, 2).flatten(2) for part in found]
         out = torch.cat(rows) if len(rows) > 1 else rows[0]
-        return self.proj_drop(self.proj(windows.join(out, images)))
+        projected: Tensor = self.proj_drop(self.proj(windows.join(out, images)))
+        return projected
 
 
 def _places(window: Size, device: torch.device, known: Places | None) -> Positions:
@@ -207,17 +226,17 @@ def _within(window: Size, grid: Size) -> Size:
 
 
 def in_full(signal: Signal) -> Signal:
-    """Bias terms that are looked up, looked up once for all windows."""
+    """Materializes bias tables once for all windows."""
     bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
     return signal._replace(bias=bias)
 
 
-def tokens_of(position: Word, dims: Dims) -> PositionEncoding:
+def tokens_of(position: Spec, dims: Dims) -> PositionEncoding:
     """The terms that are added to tokens."""
     return _sum([term for term in _terms(position, dims) if term.gives == {"token"}])
 
 
-def in_windows(position: Word, dims: Dims) -> PositionEncoding:
+def in_windows(position: Spec, dims: Dims) -> PositionEncoding:
     """The terms that act within windows: those of a block, or where `dims` names none, those that blocks share."""
     found = [term for term in _terms(position, dims) if term.gives != {"token"}]
     for term in found:
@@ -236,7 +255,7 @@ def in_windows(position: Word, dims: Dims) -> PositionEncoding:
     return _sum([term for term in found if term.per_block == (dims.block is not None)])
 
 
-def _terms(position: Word, dims: Dims) -> list[PositionEncoding]:
+def _terms(position: Spec, dims: Dims) -> list[PositionEncoding]:
     if isinstance(position, PositionEncoding) or not (isinstance(position, str) or callable(position)):
         raise ConfigError(
             "a Swin builds its encodings for each stage and block, whose heads and windows differ: position must be a "

@@ -1,4 +1,4 @@
-"""What timm's tools and users do with a timm Swin; what a Swin computes is in `swin.py`.
+"""timm's interface of a Swin: sizes and windows, features, classifier, groups; what a Swin computes is in `model.py`.
 
 Signatures are timm's (`timm/models/swin_transformer.py`), except that a window changes only as `window_policy` or
 `window_size` says.
@@ -7,38 +7,25 @@ Signatures are timm's (`timm/models/swin_transformer.py`), except that a window 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
-from ...positions import Positions
-from ..card import save_card
-from ..layers import PatchEmbed
-from ..timm_api import change_patch, pair
+from ..timm_api import Groups, ImageSize, TimmModel, pair, take_indices
+from .stage import Places, SwinStage
+from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
-Size = tuple[int, int]
+WindowSize = int | Size | Sequence[int | Size]
 
 
-class TimmSwin(nn.Module):
-    """Features, classifier, optimizer groups, sizes and windows, as timm's tools ask for them."""
+class TimmSwin(TimmModel):
+    """timm's interface of a Swin: stages of blocks, windows, pooling by the head."""
 
-    patch_embed: PatchEmbed
-    position: PositionEncoding
     layers: nn.Sequential
-    norm: nn.Module
-    head: Any
-    feature_info: list[dict[str, Any]]
-    train_grid: Size
-    num_classes: int
-    num_features: int
-    head_hidden_size: int
-    global_pool: str
-    save_card = save_card
+    head: ClassifierHead
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, H, W, D) at the input of the first stage."""
@@ -47,46 +34,47 @@ class TimmSwin(nn.Module):
     # Windows and sizes ------------------------------------------------------------------------------------------
 
     @property
+    def stages(self) -> tuple[SwinStage, ...]:
+        """`layers`, typed: torch declares what is in an nn.Sequential as modules."""
+        return tuple(self.layers)  # type: ignore[arg-type]
+
+    @property
     def window_policy(self) -> str:
         """What windows do at another size: "keep" or "scale"."""
-        return self.layers[0].window_policy  # type: ignore[return-value]
+        return self.stages[0].window_policy
 
     @window_policy.setter
     def window_policy(self, policy: str) -> None:
         if policy not in ("keep", "scale"):
             raise unknown("window_policy", policy, ("keep", "scale"))
-        for stage in self.layers:
-            stage.window_policy = policy  # type: ignore[assignment]
+        for stage in self.stages:
+            stage.window_policy = policy
 
     @property
     def window_sizes(self) -> tuple[Size, ...]:
         """(h, w) of each stage at the training size."""
-        return tuple(stage.window for stage in self.layers)  # type: ignore[misc]
+        return tuple(stage.window for stage in self.stages)
 
-    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, Size]]:
+    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each part with places of its own: the encoding that leads it, where its encodings are, their extent.
 
         Tokens live on the grid; what acts within windows lives on the window of its stage.
         """
-        stages = [(stage.position, stage, stage.trained_window) for stage in self.layers]
-        return [(self.position, self.position, self.train_grid), *stages]  # type: ignore[list-item]
+        stages = [(stage.position, stage, stage.trained_window) for stage in self.stages]
+        return [(self.position, self.position, self.train_grid), *stages]
 
-    def train_extent(self, encoding: PositionEncoding) -> Size:
+    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
         for _, part, extent in self.position_groups():
             if any(module is encoding for module in part.modules()):
                 return extent
         raise ValueError(f"{type(encoding).__name__} is no encoding of this model")
 
-    def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Where the tokens of an image of this size are: what `position` is called with."""
-        return Positions.grid(self.patch_embed.grid(height, width), device)
-
     def set_input_size(
         self,
-        img_size: int | Sequence[int] | None = None,
-        patch_size: Any = None,
-        window_size: int | Size | Sequence[int | Size] | None = None,
+        img_size: ImageSize | None = None,
+        patch_size: ImageSize | None = None,
+        window_size: WindowSize | None = None,
         window_ratio: int | Sequence[int] | None = None,
     ) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
@@ -100,36 +88,29 @@ class TimmSwin(nn.Module):
         """
         count = len(self.layers)
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
-        self.train_grid = grid = change_patch(self, size, patch_size)
+        self.train_grid = grid = self.change_patch(size, patch_size)
         self.patch_embed.img_size = size
-        given = None if window_size is None else per_stage(window_size, count)
-        if given is None and window_ratio is not None:
+        windows = None if window_size is None else per_stage(window_size, count)
+        if windows is None and window_ratio is not None:
             ratios = [window_ratio] * count if isinstance(window_ratio, int) else list(window_ratio)
-            given = [(max(1, grid[0] // ratio), max(1, grid[1] // ratio)) for ratio in ratios]
-        for i, stage in enumerate(self.layers):
+            windows = [(max(1, grid[0] // ratio), max(1, grid[1] // ratio)) for ratio in ratios]
+        for i, stage in enumerate(self.stages):
             grid = grid if i == 0 else (-(-grid[0] // 2), -(-grid[1] // 2))
-            stage.resize(grid, stage.window_at(grid) if given is None else given[i])  # type: ignore[operator]
-        for module in self.modules():
-            if isinstance(module, PositionEncoding):
-                module.set_grid(self.train_extent(module))
-        try:  # timm's record of the size, for its data config and for saving
-            from timm.models._input import update_model_input_size
-        except ImportError:
-            return
-        patch = None if patch_size is None else self.patch_embed.patch_size
-        update_model_input_size(self, size, patch_size=patch, window_size=self.window_sizes)
+            stage.resize(grid, stage.window_at(grid) if windows is None else windows[i])
+        self.resize_encodings()
+        self.record_size(patch_size, self.window_sizes)
 
     # Features and head ------------------------------------------------------------------------------------------
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Outputs of chosen stages beside the final features.
 
         Args:
@@ -146,22 +127,24 @@ class TimmSwin(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
         count = len(self.layers)
-        take, last = feature_take_indices(count, indices)
-        x, found, places = self.embed(x), [], {}  # type: ignore[var-annotated]
-        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+        take, last = take_indices(count, indices)
+        x = self.embed(x)
+        outputs: list[Tensor] = []
+        places: Places = {}
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x, places)
             if i in take:
                 y = self.norm(x) if norm and i == count - 1 else x
-                found.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+                outputs.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
-            return found
-        return (x if stop_early and last < count - 1 else self.norm(x)), found
+            return outputs
+        return (x if stop_early and last < count - 1 else self.norm(x)), outputs
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last one asked for; norm and head go with the last stage. Returns kept indices."""
-        take, last = feature_take_indices(len(self.layers), indices)
+        take, last = take_indices(len(self.layers), indices)
         shorter = last < len(self.layers) - 1
         if prune_norm or shorter:
             self.norm = nn.Identity()
@@ -173,7 +156,8 @@ class TimmSwin(nn.Module):
         return take
 
     def get_classifier(self) -> nn.Module:
-        return self.head.fc
+        classifier: nn.Module = self.head.fc
+        return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head of `num_classes` (0: none), and another pooling if named."""
@@ -190,44 +174,25 @@ class TimmSwin(nn.Module):
     # Training -----------------------------------------------------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.layers:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
-    def no_weight_decay(self) -> set[str]:
-        """Full names of tables, networks and frequencies of encodings, and of the factors of cosine attention."""
-        found = {name for name, _ in self.named_parameters() if name.endswith(".logit_scale")}
-        for owner, part in self.named_modules():
-            if isinstance(part, PositionEncoding):
-                found |= {f"{owner}.{name}" for name, _ in part.named_parameters()}
-        return found
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Layer-decay groups: stem, blocks stage by stage, the rest; an encoding is with its block, or its stage."""
-        fine = [
+        if coarse:
+            return dict(stem=r"^patch_embed|^position", blocks=r"^layers\.(\d+)")
+        fine: list[tuple[str, tuple[int, ...] | None]] = [
             (r"^layers\.(\d+)\.(?:downsample|position)", (0,)),
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
             (r"^norm", (99999,)),
         ]
-        return dict(stem=r"^patch_embed|^position", blocks=r"^layers\.(\d+)" if coarse else fine)
+        return dict(stem=r"^patch_embed|^position", blocks=fine)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Truncated normal 0.02 for linear maps with zero biases, as timm does; encodings draw their own.
-
-        Norms after attention and MLP start at 0 (Swin V2), so that every block starts as the identity. With
-        `needs_reset` every submodule draws its parameters anew first, as after a build on the meta device.
-        """
-        own = tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, PositionEncoding))
-        for name, module in self.named_modules():
-            if name.startswith(own) or not name:
-                continue
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for stage in self.layers:
-            stage.start_as_identity()  # type: ignore[operator]
+        """As `TimmModel`'s; norms after attention and MLP start at 0 (Swin V2): a block starts as the identity."""
+        super().init_weights(mode, needs_reset)
+        for stage in self.stages:
+            stage.start_as_identity()
 
 
 def check_pool(global_pool: str) -> None:
@@ -235,12 +200,11 @@ def check_pool(global_pool: str) -> None:
         raise unknown("global_pool", global_pool, POOLS)
 
 
-def per_stage(size: int | Size | Sequence[int | Size], stages: int, least: int = 1) -> list[Size]:
+def per_stage(size: WindowSize, stages: int, least: int = 1) -> list[Size]:
     """(h, w) for each stage, of a side, (h, w), or one of either for each stage; two numbers are (h, w)."""
-    if isinstance(size, int) or (len(size) == 2 and all(isinstance(side, int) for side in size)):
-        sizes = [pair(size)] * stages  # type: ignore[arg-type]
-    else:
-        sizes = [pair(one) for one in size]
+    listed = [size, size] if isinstance(size, int) else list(size)
+    sides = [side for side in listed if isinstance(side, int)]
+    sizes = [pair(sides)] * stages if len(sides) == len(listed) == 2 else [pair(one) for one in listed]
     if len(sizes) != stages or any(side < least for one in sizes for side in one):
         raise ConfigError(
             f"windows are a side, (h, w), or one for each of {stages} stages, at least {least}; got {size}"

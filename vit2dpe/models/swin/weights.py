@@ -12,32 +12,28 @@ goes into and for nothing else. Ours say theirs, and are resized by the encoding
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...encodings import LogCPB, PositionEncoding, RelativeBias
+from ...encodings import LogCPB, RelativeBias, named_encodings
 from ...errors import CheckpointError, ConfigError
-from ..weights import resize_tables
-
-if TYPE_CHECKING:
-    from .timm_api import TimmSwin
+from ..mae_names import State
+from ..weights import Rest, resize_tables, unwrapped
+from .stage import SwinBlock, WindowAttention
+from .timm_api import TimmSwin
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "k_bias")
 TABLE, NETWORK = "relative_position_bias_table", "cpb_mlp"
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: TimmSwin) -> dict[str, Any]:
-    """What timm calls before a strict load: unwraps, and brings names and layouts to the model's."""
-    for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+def checkpoint_filter_fn(state_dict: State, model: TimmSwin) -> State:
+    """Unwraps a checkpoint and brings names and layouts to the model's; timm calls it before a strict load."""
+    state = unwrapped(state_dict)
     convert_state_dict(model, state, "")
     return state
 
 
-def convert_state_dict(module: TimmSwin, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def convert_state_dict(module: TimmSwin, state_dict: State, prefix: str, *_: Rest) -> None:
     """Load pre-hook of Swin: rewrites names and layouts in place."""
     mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     for name in mine:
@@ -48,11 +44,11 @@ def convert_state_dict(module: TimmSwin, state_dict: dict[str, Any], prefix: str
     elif "layers.0.downsample.reduction.weight" in mine:
         mine = _from_original(mine)
     mine = _into_encodings(module, mine)
-    resize_tables(module, mine, "")  # type: ignore[arg-type]
+    resize_tables(module, module.train_extent, mine, "")
     state_dict.update({prefix + name: value for name, value in mine.items()})
 
 
-def to_timm_swin(model: TimmSwin) -> dict[str, Tensor]:
+def to_timm_swin(model: TimmSwin) -> State:
     """The state of a Swin under timm's names, for `SwinTransformer` or `SwinTransformerV2` of the same sizes.
 
     A `logcpb` that was trained on other windows than the model's needs timm's `pretrained_window_sizes`.
@@ -60,9 +56,9 @@ def to_timm_swin(model: TimmSwin) -> dict[str, Tensor]:
     Raises:
         ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) or `logcpb` (V2) in each block.
     """
-    state: dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
-    for owner, part in model.named_modules():
-        if not isinstance(part, PositionEncoding) or not part.gives:
+    state: State = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
+    for owner, part in named_encodings(model).items():
+        if not part.gives:
             continue
         if not (owner.endswith(".attn.position") and isinstance(part, RelativeBias | LogCPB)):
             raise _no_such_swin(f"{owner} is a {type(part).__name__}")
@@ -71,15 +67,17 @@ def to_timm_swin(model: TimmSwin) -> dict[str, Tensor]:
             value = state.pop(name)
             value = value.flatten(1).t().contiguous() if name.endswith(TABLE) else value
             state[name.replace(".attn.position.", ".attn.")] = value
-    for owner, block in model.named_modules():
-        if owner.endswith(".attn") and block.position is None:
+    for owner, attention in model.named_modules():
+        if isinstance(attention, WindowAttention) and attention.position is None:
             raise _no_such_swin(f"{owner} has no encoding of its own")
     return state
 
 
 def _check_kind(model: TimmSwin, owner: str, part: RelativeBias | LogCPB) -> None:
     """timm's V1 is a table and q·k, its V2 a network of 512 hidden units, cosine attention and norms behind."""
-    block: Any = model.get_submodule(owner.removesuffix(".attn.position"))
+    block = model.get_submodule(owner.removesuffix(".attn.position"))
+    if not isinstance(block, SwinBlock):
+        raise _no_such_swin(f"{owner} is not in a block of a Swin")
     v2 = block.attn.logit_scale is not None
     if block.post_norm != v2 or isinstance(part, LogCPB) != v2:
         came = f"{'logcpb' if isinstance(part, LogCPB) else 'relative'} with qk={'cosine' if v2 else 'dot'}"
@@ -100,7 +98,7 @@ def _no_such_swin(why: str) -> ConfigError:
     )
 
 
-def _from_original(state: dict[str, Any]) -> dict[str, Any]:
+def _from_original(state: State) -> State:
     def later(name: str) -> str:
         name = re.sub(r"^layers\.(\d+)\.downsample", lambda at: f"layers.{int(at[1]) + 1}.downsample", name)
         return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
@@ -108,9 +106,9 @@ def _from_original(state: dict[str, Any]) -> dict[str, Any]:
     return {later(name): value for name, value in state.items()}
 
 
-def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
+def _from_torchvision(state: State) -> State:
     """features.0 is the patch embedding; then stages and mergings take turns."""
-    named: dict[str, Any] = {}
+    named: State = {}
     for name, value in state.items():
         name = re.sub(r"^features\.0\.0\.", "patch_embed.proj.", name)
         name = re.sub(r"^features\.0\.2\.", "patch_embed.norm.", name)
@@ -126,33 +124,28 @@ def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _into_encodings(module: TimmSwin, state: dict[str, Any]) -> dict[str, Any]:
+def _into_encodings(module: TimmSwin, state: State) -> State:
     """Tables and networks of `attn` go to the encoding in it that has such; a flat table gets its window."""
-    found: dict[str, Any] = {}
+    moved: State = {}
     for name, value in state.items():
         foreign = re.match(rf"(.*\.attn)\.({TABLE}|{NETWORK}.*)$", name)
-        kind = RelativeBias if foreign and foreign[2] == TABLE else LogCPB
-        owner = _owner(module, foreign[1], kind) if foreign else None
-        if foreign is None or owner is None:
-            found[name] = value
+        if foreign is None:
+            moved[name] = value
             continue
-        where, encoding = owner
-        if foreign[2] == TABLE and value.ndim == 2:
+        kind = RelativeBias if foreign[2] == TABLE else LogCPB
+        owners = [
+            (owner, encoding)
+            for owner, encoding in named_encodings(module).items()
+            if f"{owner}.".startswith(f"{foreign[1]}.position.") and isinstance(encoding, kind)
+        ]
+        if len(owners) != 1:
+            moved[name] = value
+            continue
+        ((owner, encoding),) = owners
+        if isinstance(encoding, RelativeBias) and value.ndim == 2:
             value = _unflatten(name, value, encoding)
-        found[f"{where}.{foreign[2]}"] = value
-    return found
-
-
-def _owner(module: TimmSwin, attn: str, kind: type[PositionEncoding]) -> tuple[str, Any] | None:
-    try:
-        position = module.get_submodule(f"{attn}.position")
-    except AttributeError:
-        return None
-    inside: list[tuple[str, nn.Module]] = [(n, part) for n, part in position.named_modules() if isinstance(part, kind)]
-    if len(inside) != 1:
-        return None
-    name, part = inside[0]
-    return f"{attn}.position.{name}".rstrip("."), part
+        moved[f"{owner}.{foreign[2]}"] = value
+    return moved
 
 
 def _unflatten(name: str, table: Tensor, encoding: RelativeBias) -> Tensor:

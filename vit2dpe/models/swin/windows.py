@@ -50,19 +50,23 @@ class Windows(NamedTuple):
         """(B, H, W, D) -> (W·B, N, D), the images of a window beside each other."""
         if self.order is None:
             cells = x.unflatten(2, (-1, self.window[1])).unflatten(1, (-1, self.window[0]))  # (B, r, h, c, w, D)
-            return cells.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 2)
+            windows: Tensor = cells.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 2)
+            return windows
         tokens = x.flatten(1, 2)
         if self.zero_row:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        return tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, math.prod(self.window)))
+        chosen: Tensor = tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, math.prod(self.window)))
+        return chosen
 
     def join(self, y: Tensor, images: int) -> Tensor:
         """(W·B, N, D) -> (B, H, W, D): `split` undone, filled-up places dropped."""
         if self.back is None:
             counts = self.grid[0] // self.window[0], self.grid[1] // self.window[1]
             cells = y.unflatten(1, self.window).unflatten(0, (*counts, images))  # (r, c, B, h, w, D)
-            return cells.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
-        return y.flatten(0, 1).index_select(0, self.back).unflatten(0, (images, *self.grid))
+            x: Tensor = cells.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
+        else:
+            x = y.flatten(0, 1).index_select(0, self.back).unflatten(0, (images, *self.grid))
+        return x
 
 
 def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, device: torch.device) -> Windows:

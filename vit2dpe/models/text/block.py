@@ -5,6 +5,7 @@ Legend: B batch, N tokens, S tokens of the memory, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..layers import Block, add_token, mlp_factory, norm_factory
 
 
 class Memory(NamedTuple):
-    """What cross-attention reads: an encoder's output (B, S, D) and the mask of what may be read, if any is padding.
+    """Input of cross-attention: an encoder's output (B, S, D) and the mask of what may be read, if any is padding.
 
     The Signal is that between the decoder's places and the encoder's; empty unless `cross_position` is named.
     """
@@ -36,7 +37,7 @@ class TextBlock(Block):
         norm: a name in `layers.NORMS`, with `eps`; the same for queries and keys where `qk_norm` is on.
         mlp: "gelu", "gelu_tanh", "relu", or gated: "swiglu", "geglu", "geglu_tanh"; see `layers.mlp_factory`.
         hidden: channels inside the MLP.
-        post_norm: norm after each residual sum (BERT, the first transformer) instead of before each part.
+        post_norm: norm after each residual sum (BERT, the first transformer) instead of before each branch.
         cross: whether there is cross-attention, between attention and MLP.
         bias: whether linear maps have biases (norms keep theirs).
         **block: further arguments of `layers.Block`.
@@ -101,13 +102,15 @@ class TextBlock(Block):
             )
         return self._sum(x, self.norm2, self.drop_path2, lambda y: self.ls2(self.mlp(y)))
 
-    def _sum(self, x: Tensor, norm: nn.Module, drop_path: nn.Module, part: Any) -> Tensor:
-        return norm(x + drop_path(part(x))) if self.post_norm else x + drop_path(part(norm(x)))
+    def _sum(self, x: Tensor, norm: nn.Module, drop_path: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor = norm(x + drop_path(branch(x))) if self.post_norm else x + drop_path(branch(norm(x)))
+        return out
 
 
 def signal_of(position: nn.Module, at: Positions, keys: Positions | None) -> Signal:
     """The Signal of new tokens at `at` among keys at `keys`: rotations of the new ones alone, a bias to all keys."""
-    signal = position(at)
+    signal: Signal = position(at)
     if keys is None or keys is at or not isinstance(position, PositionEncoding) or "bias" not in position.gives:
         return signal
-    return signal._replace(bias=position(at, keys).bias)
+    among: Signal = position(at, keys)
+    return signal._replace(bias=among.bias)

@@ -9,7 +9,8 @@ Legend: B batch, N tokens, D width, V vocabulary. `valid` is boolean (B, N), Fal
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
 from ..layers import norm_factory
-from .model import Encoded, TextModel
+from .model import Encoded, SequenceOptions, TextModel
 
 POOLS = ("cls", "mean", "max", "")
 
@@ -30,7 +31,7 @@ class TextEncoder(TextModel):
         pool: how a sequence becomes one vector: "cls" (its first token), "mean" or "max" over tokens that are not
             padding, or "" (every token by itself).
         num_classes: classes of a linear head on the pooled vector, or on each token with pool="" (0: no head).
-        masked_lm: a head that says which token stood there (BERT's: linear, GELU, norm, the embedding's own matrix).
+        masked_lm: a head that predicts the hidden token (BERT's: linear, GELU, norm, the embedding's own matrix).
         **model: see `TextModel`.
     """
 
@@ -50,17 +51,19 @@ class TextEncoder(TextModel):
         super().__init__(position, **model)
         self.pool_name, self.num_classes = pool, num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.masked_head = MaskedHead(self.embed_dim, self.vocab_size, model) if masked_lm else None
+        norm = norm_factory(model.get("norm", "layer"), model.get("norm_eps", 1e-5))
+        self.masked_head = MaskedHead(self.embed_dim, self.vocab_size, norm) if masked_lm else None
         self.init_weights()
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None, **more: Any) -> Tensor:
+    def forward(self, tokens: Tensor, valid: Tensor | None = None, **more: Unpack[SequenceOptions]) -> Tensor:
         """(B, N) -> (B, D) or (B, classes); (B, N, D | classes | V) with pool=""."""
         if self.pool_name and more.get("segments") is not None:
             raise ConfigError("a packed batch has many documents in a row: take forward_features, or pool=''")
         x = self.forward_features(tokens, valid, **more)
-        if self.masked_head is not None:
-            return self.masked_head(x, self.embed.weight)
-        return self.head(self.pool(x, valid))
+        out: Tensor = (
+            self.head(self.pool(x, valid)) if self.masked_head is None else self.masked_head(x, self.embed.weight)
+        )
+        return out
 
     def pool(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, D); padding never counts."""
@@ -74,17 +77,17 @@ class TextEncoder(TextModel):
         return x.masked_fill(~keep[..., None], 0.0).sum(dim=1) / keep.sum(dim=1, keepdim=True).clamp(min=1)
 
     def encode(self, tokens: Tensor, valid: Tensor | None = None) -> Encoded:
-        """What a decoder reads."""
+        """The output that a decoder reads."""
         return Encoded(self.forward_features(tokens, valid), self.places(tokens, valid), valid)
 
 
 class MaskedHead(nn.Module):
     """BERT's: logits = norm(gelu(W x + b)) Eᵀ + c, with the embedding E."""
 
-    def __init__(self, dim: int, vocab_size: int, model: dict[str, Any]) -> None:
+    def __init__(self, dim: int, vocab_size: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.norm = norm_factory(model.get("norm", "layer"), model.get("norm_eps", 1e-5))(dim)
+        self.norm = norm(dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class TextDecoder(TextModel):
         self.head = None if tied else nn.Linear(self.embed_dim, self.vocab_size, bias=False)
         self.init_weights()
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None, **more: Any) -> Tensor:
+    def forward(self, tokens: Tensor, valid: Tensor | None = None, **more: Unpack[SequenceOptions]) -> Tensor:
         """(B, N) -> (B, N, V): logits of the token after each."""
         return self.forward_head(self.forward_features(tokens, valid, **more))
 

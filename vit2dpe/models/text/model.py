@@ -1,4 +1,4 @@
-"""What the text models share: embedding, places, blocks, on the attention of the vision models.
+"""The base of the text models: embedding, places, blocks, on the attention of the vision models.
 
 A line is a grid of one axis. Places count tokens that are not padding, from 0 on, so that a padded batch, on whichever
 side, is the unpadded one. The line they live on is at least as long as the context the model was built for: the extent
@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D width, V vocabulary. `valid` is boolean (B, N), Fal
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from .block import Memory, TextBlock, signal_of
 
 
 class Encoded(NamedTuple):
-    """What an encoder hands to a decoder: (B, S, D), where those tokens are, and which of them are padding."""
+    """An encoder's output (B, S, D) for a decoder, where those tokens are, and which of them are padding (False)."""
 
     tokens: Tensor
     at: Positions
@@ -47,11 +47,21 @@ class Encoded(NamedTuple):
         return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
 
 
+class SequenceOptions(TypedDict, total=False):
+    """Further arguments of `TextModel.forward_features`, which says what they are."""
+
+    types: Tensor | None
+    segments: Tensor | None
+    cache: KVCache | None
+    memory: Encoded | None
+    length: int | None
+
+
 class TextModel(nn.Module):
-    """Embedding, encoding, blocks, norm: what the text models share.
+    """Base class of the text models: embedding, encoding, blocks, norm.
 
     Args:
-        position: the encoding, a word such as "rope" or "sincos+alibi", or an instance.
+        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance.
         vocab_size: V.
         context: tokens the model is trained on; tables have this length, and policies measure other lengths against
             it.
@@ -197,7 +207,8 @@ class TextModel(nn.Module):
                 x = checkpoint(block, x, signal, at, mask, keys=keys, memory=read, use_reentrant=False)
             else:
                 x = block(x, signal, at, mask, keys=keys, cache=layer, memory=read)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
     def places(
         self,
@@ -245,16 +256,17 @@ class TextModel(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.endswith(("proj", "fc2"))
                 nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
-        x = self.embed(tokens)
+        x: Tensor = self.embed(tokens)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if self.type_embed is None:
             return x
-        return x + self.type_embed(torch.zeros_like(tokens) if types is None else types)
+        typed: Tensor = x + self.type_embed(torch.zeros_like(tokens) if types is None else types)
+        return typed
 
     def _read(self, memory: Encoded, at: Positions) -> Memory:
         """The memory with its mask, and the Signal between the two sequences where there is one."""
@@ -285,14 +297,14 @@ def pad(sequences: list[Tensor], value: int = 0, left: bool = False) -> tuple[Te
     return torch.stack(ids), torch.stack(valid)
 
 
-def _cross_position(word: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
-    if word is None:
+def _cross_position(spec: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
+    if spec is None:
         return None
     if not cross:
-        raise ConfigError(f"cross_position={word!r} is for models with cross-attention: Seq2Seq, or cross=True")
-    encoding = build(word, dims)
+        raise ConfigError(f"cross_position={spec!r} is for models with cross-attention: Seq2Seq, or cross=True")
+    encoding = build(spec, dims)
     if "token" in encoding.gives:
         raise ConfigError(
-            f"cross_position={word!r} adds to tokens; between two sequences only a rotation or a bias can"
+            f"cross_position={spec!r} adds to tokens; between two sequences only a rotation or a bias can"
         )
     return encoding

@@ -73,7 +73,8 @@ class Seq2Seq(nn.Module):
         target_valid: Tensor | None = None,
     ) -> Tensor:
         """(B, S), (B, N) -> (B, N, V): logits of the token after each of the target."""
-        return self.decoder(target, target_valid, memory=self.encode(source, source_valid))
+        logits: Tensor = self.decoder(target, target_valid, memory=self.encode(source, source_valid))
+        return logits
 
     def no_weight_decay(self) -> set[str]:
         parts = {"encoder": self.encoder, "decoder": self.decoder}

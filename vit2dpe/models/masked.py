@@ -1,0 +1,94 @@
+"""What masked image models share: drawing masks, pictures of what is painted, and what they hand on to their encoder.
+
+Legend: B batch, C channels, N patches or units that are hidden one by one, K kept.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import encoding_parameters
+from ..errors import ConfigError
+from .swin.model import Swin
+from .vit import ViT
+
+
+class Reconstruction(NamedTuple):
+    """Images (B, C, H, W) in the scale of the input, and which pixels were hidden, (B, 1, H, W) boolean."""
+
+    original: Tensor
+    painted: Tensor  # the prediction everywhere
+    pasted: Tensor  # the prediction where pixels were hidden, the original elsewhere
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, painted: Tensor, hidden: Tensor) -> Reconstruction:
+        return cls(images, painted, torch.where(hidden, painted, images.float()), hidden)
+
+
+class MaskedModel(nn.Module):
+    """Base class of `MAE` and `SimMIM`: an encoder, and a learned token at what is hidden."""
+
+    encoder: ViT | Swin
+    mask_token: nn.Parameter
+    norm_pix: bool
+    masked = "(B, N)", "patch"  # the shape of a mask, and what one of its entries hides
+
+    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+        """What is hidden one by one, counted along both axes of an image."""
+        raise TypeError(f"{type(self).__name__} must say what it hides")
+
+    def choose(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is kept, (B, K) in the order of its noise, and the mask (B, N), 0 kept, 1 hidden."""
+        batch, n = images.shape[0], math.prod(self.mask_grid(images.shape[-2], images.shape[-1]))
+        if noise is None:
+            device = images.device if generator is None else generator.device
+            noise = torch.rand(batch, n, generator=generator, device=device)
+        if noise.shape != (batch, n):
+            shape, one = self.masked
+            raise ValueError(
+                f"noise must be {shape} = {(batch, n)}, one value for each {one}, got {tuple(noise.shape)}"
+            )
+        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
+        return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """The prediction as images."""
+        raise TypeError(f"{type(self).__name__} must say how it paints")
+
+    @property
+    def train_grid(self) -> tuple[int, int]:
+        return self.encoder.train_grid
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of tokens, tables and frequencies."""
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | encoding_parameters(self) | encoder
+
+
+def keep_count(n: int, ratio: float) -> int:
+    """How many of n patches are kept: the floor of n (1 - ratio), at least 1, at most n - 1."""
+    if not 0 < ratio < 1:
+        raise ConfigError(f"mask_ratio must be above 0 and below 1, got {ratio}")
+    if n < 2:
+        raise ConfigError("an image of one patch cannot be masked: use a smaller patch or a larger image")
+    return min(max(math.floor(n * (1 - ratio) + 1e-6), 1), n - 1)  # 20 x (1 - 0.9) is 1.9999999999999996

@@ -1,0 +1,42 @@
+"""matplotlib, imported when a picture is asked for: a new figure, a file of it, and which blocks are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLOCKS, HEADS = 4, 3  # at most so many are drawn, of those a model has
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
+    """An empty figure of width x height inches.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: float | None = None) -> Path:
+    """Write a figure into a file whose ending says the format (.png, .svg, .pdf), its folder made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi="figure" if dpi is None else dpi)
+    return path
+
+
+def choose_blocks(names: Sequence[str]) -> list[str]:
+    """Up to `BLOCKS` of the blocks, evenly spaced, the first and the last among them."""
+    count = min(BLOCKS, len(names))
+    step = max(1, len(names) - 1) / max(1, count - 1)
+    return list(dict.fromkeys(names[round(i * step)] for i in range(count)))
