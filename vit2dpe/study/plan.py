@@ -17,9 +17,9 @@ from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
 from ..spec import Numbers, Size, Sizes, Words, parse_terms
 from ..training.devices import pick_device, precision
+from ..training.objectives.images import check_augment
 from ..training.settings import OptimConfig, check_numbers, model_arguments
 from ..training.tasks.sequences import SEQUENCES
-from ..training.train import check_augment
 from .settings import StudyConfig, resolve
 
 TASKS = ("images", "text", *SEQUENCES)
