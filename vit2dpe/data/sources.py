@@ -24,7 +24,6 @@ from .folders import LAYOUT, list_folders
 from .image_cache import Reasons, check_size, find_unreadable, first_readable, load_files
 from .splits import FileSplit, Split
 
-WHERE = "folder needs to know where: --root"
 TOLERATED = 0.01, 10  # of the files of a split: more than this share and more than this number is no accident
 
 
@@ -110,9 +109,10 @@ def folder(
         alone: whether train may be the only split.
         unreadable: as in `load_images`. To skip files of what stays on disk, all are decoded once beforehand.
     """
+    if root is None and tar:
+        raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
     if root is None:
-        needs, layout = ("tar needs to know where: --data.root", archives.LAYOUT) if tar else (WHERE, LAYOUT)
-        raise DataError(f"{needs} <root>; {layout}")
+        raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
     check_size(source_size)
     if tar:
         root = archives.unpack(root, alone=alone)

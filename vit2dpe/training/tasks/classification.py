@@ -26,7 +26,7 @@ PLAIN = AugmentConfig(label_smoothing=0.0)
 
 
 @dataclass(frozen=True)
-class ImageTask(Task):
+class ImageTask(Task[Batch]):
     """Classification of images.
 
     Args:

@@ -20,7 +20,7 @@ from ..task import Batch, Task, describe_data
 
 
 @dataclass(frozen=True)
-class LanguageTask(Task):
+class LanguageTask(Task[Batch]):
     """Language modelling on one long text: random sequences for training, all of the validation text to measure.
 
     Args:

@@ -18,7 +18,7 @@ from .classification import ImageTask, evaluation_batches
 
 
 @dataclass(frozen=True)
-class MaskedTask(Task):
+class MaskedTask(Task[Batch]):
     """Reconstruction of hidden patches, for a `MAE`.
 
     Args:

@@ -31,7 +31,7 @@ SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class SequenceTask(Task):
+class SequenceTask(Task[Batch]):
     """Batches of random numbers below `symbols` and their answers.
 
     Args:

@@ -98,7 +98,7 @@ def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tenso
 
 
 @dataclass(frozen=True)
-class SpanTask(Task):
+class SpanTask(Task[Batch]):
     """Span corruption on one long text: random sequences for training, the validation text with spans that stay.
 
     Args:

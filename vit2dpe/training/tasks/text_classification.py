@@ -18,7 +18,7 @@ from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 
 @dataclass(frozen=True)
-class LineTask(Task):
+class LineTask(Task[Batch]):
     """Each training line once an epoch, in an order drawn anew.
 
     Args:

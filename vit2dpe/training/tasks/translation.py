@@ -21,7 +21,7 @@ from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
 
 
 @dataclass(frozen=True)
-class TranslationTask(Task):
+class TranslationTask(Task[Batch]):
     """Each training pair once an epoch, in an order drawn anew; validation loss without smoothing.
 
     Args:
