@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..positions import Positions
-from .masked import MaskedModel, Reconstruction
+from .masked import MaskedModel
 from .swin.model import Swin
 from .timm_api import pair
 from .vit import ViT
@@ -41,6 +41,7 @@ class SimMIM(MaskedModel):
 
     norm_pix = False
     masked = "(B, U)", "unit"
+    mask_ratio = 0.6
 
     def __init__(self, encoder: ViT | Swin, *, mask_unit: int | tuple[int, int] = 32) -> None:
         super().__init__()
@@ -114,17 +115,8 @@ class SimMIM(MaskedModel):
         pixels: Tensor = units.repeat_interleave(u // rows, 1).repeat_interleave(v // columns, 2)
         return pixels
 
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,
-        mask_ratio: float = 0.6,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """The prediction as images."""
-        _, painted, mask = self(images, mask_ratio, noise, generator)
-        return Reconstruction.of(images, painted.float(), self.spread(mask, images, (1, 1))[:, None])
+    def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction, self.spread(mask, images, (1, 1))[:, None]
 
     def init_weights(self) -> None:
         """The encoder keeps what it drew, as in the original; the token is drawn anew."""

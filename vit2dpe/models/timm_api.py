@@ -126,17 +126,10 @@ class Step(Protocol):
     def back(self, state: dict[str, Tensor]) -> None: ...
 
 
-class Source(Protocol):
-    """Where a model came from: the steps from timm's parameters to ours, in order."""
-
-    @property
-    def steps(self) -> Sequence[Step]: ...
-
-
 class TimmViT(TimmModel):
     """timm's interface of a ViT: one stage of blocks, leading tokens, pooling by the model."""
 
-    timm_recipe: Source | None = None  # set by `from_timm`, read by `to_timm`
+    timm_steps: Sequence[Step] | None = None  # set by `from_timm`, read by `to_timm`
     blocks: nn.ModuleList
     fc_norm: nn.Module
     attn_pool: nn.Module | None
@@ -147,7 +140,7 @@ class TimmViT(TimmModel):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
-        raise TypeError(f"{type(self).__name__} must say how it embeds images")
+        raise TypeError(f"{type(self).__name__} must define embed")
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
@@ -179,7 +172,7 @@ class TimmViT(TimmModel):
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.
-            stop_early: run no block after the last one asked for.
+            stop_early: run no block after the last chosen one.
             output_fmt: "NCHW", (B, D, rows, columns), or "NLC", (B, N, D).
             intermediates_only: leave the final features out.
             output_dict: a dict `image_intermediates`, `image_intermediates_prefix`, `image_features`.
@@ -213,7 +206,7 @@ class TimmViT(TimmModel):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one asked for, and norm and head if wanted; returns the kept indices."""
+        """Drop the blocks after the last chosen one, and norm and head if wanted; returns the kept indices."""
         take, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:

@@ -49,7 +49,7 @@ class ViT(TimmViT):
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "map" (attention pooling) or ""
             (all tokens to the head).
-        pool_include_prefix: whether "avg" and "map" see leading tokens too.
+        pool_include_prefix: whether "avg" and "map" include leading tokens.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
         norm_layer, norm_eps: of all norms, see `Block`.

@@ -38,7 +38,7 @@ CALLS = {kind: Call.of(kind) for kind in (*STACKS, *LAYERS)}
 
 
 class Attached:
-    """What `attach` did; `detach`, or the end of a `with` block, undoes it."""
+    """Handle of `attach`; `detach`, or the end of a `with` block, undoes it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -81,7 +81,7 @@ def attach(
     Args:
         module: an `nn.TransformerEncoder`, `nn.TransformerDecoder`, `nn.Transformer` (both of its stacks, each with
             an encoding of its own on the same grid) or one of their layers. It is changed in place; its call is not.
-        encoding: a word such as "relative" or "sincos+alibi", or an instance. What is `per_block` (a table for each
+        encoding: a spec such as "relative" or "sincos+alibi", or an instance. What is `per_block` (a table for each
             layer) lives in `layers.i.position`, the rest in `position`; both learn, move and save with the module.
         grid: the grid that tables are learned on: a length, or (rows, columns). `use_policy` scales to it.
         prefix: leading tokens that have no place, such as a class token.

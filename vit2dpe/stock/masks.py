@@ -54,9 +54,9 @@ def check(module: nn.Module) -> None:
     """
     if not torch.backends.mha.get_fastpath_enabled():
         return
-    found = [name or "the layer itself" for name, layer in module.named_modules() if _may_take_fast_path(layer)]
-    if found:
-        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    layers = [name or "the layer itself" for name, layer in module.named_modules() if _may_take_fast_path(layer)]
+    if layers:
+        some = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
         raise ConfigError(
             f"in eval() without gradients torch reads a float mask as a boolean one in {some} (pytorch issue 118628): "
             "use stock.attach, stock.RotaryEncoderLayer, or torch.backends.mha.set_fastpath_enabled(False)"

@@ -59,8 +59,8 @@ class TokenPosition(nn.Module):
     """x -> x + the token term of an encoding, in the layout of the stock module that x is for.
 
     Args:
-        encoding: a word or an instance that gives token terms and nothing else.
-        like: the stock module: `batch_first`, and the width a word is built for, are read from it.
+        encoding: a spec or an instance that gives token terms and nothing else.
+        like: the stock module: `batch_first`, and the width a spec is built for, are read from it.
         grid, prefix: as for `attach`.
 
     Shape: (N, L, E), (L, N, E) or (L, E), whichever `like` takes.
@@ -92,21 +92,21 @@ def add_position(
 
 def set_grid(module: nn.Module, grid: int | tuple[int, ...]) -> None:
     """Name the grid of the inputs to come, for everything in `module` that has places; tables are not altered."""
-    found = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), Places)]
-    if not found:
+    named = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), Places)]
+    if not named:
         raise ConfigError(f"nothing in this {type(module).__name__} has places: attach an encoding first")
-    for places in found:
+    for places in named:
         places.grid = _sizes(grid)
 
 
 def _attention_of(module: nn.Module) -> nn.MultiheadAttention:
     """The stock attention whose sizes and layout speak for all in `module`."""
-    found = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    if not found:
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    if not attentions:
         raise ConfigError(f"{type(module).__name__} has no nn.MultiheadAttention to read batch_first and sizes from")
-    if len({(part.batch_first, part.embed_dim) for part in found}) > 1:
+    if len({(part.batch_first, part.embed_dim) for part in attentions}) > 1:
         raise ConfigError(f"the attentions of this {type(module).__name__} differ in batch_first or width")
-    return found[0]
+    return attentions[0]
 
 
 def places_of(module: nn.Module, grid: int | tuple[int, ...], prefix: int) -> Places:
@@ -119,7 +119,7 @@ def dims_of(module: nn.Module, places: Places, depth: int = 1) -> Dims:
 
 
 def one(encoding: str | PositionEncoding, dims: Dims) -> PositionEncoding:
-    """The encoding a word spells; of an instance a copy, so that copies of a layer share nothing."""
+    """The encoding of a spec; a copy of an instance, so that copies of a layer share nothing."""
     return build(encoding, dims) if isinstance(encoding, str) else copy.deepcopy(encoding)
 
 

@@ -19,7 +19,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
 
     Args:
         args, kwargs: those of `nn.TransformerEncoderLayer`.
-        position: a word or an instance.
+        position: a spec or an instance.
         grid, prefix: as for `attach`.
 
     The parameters, their names and the order in which they are drawn are the stock layer's, and so its state_dict
@@ -78,7 +78,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
     def _masks(
         self, x: Tensor, signal: Signal, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> tuple[Signal, Tensor | None]:
-        """Stock masks as ours: booleans that say who may attend, and float ones, which may be biases, as terms."""
+        """Stock masks as ours: a boolean one, True where attention is allowed, and float ones as bias terms."""
         n, length, allowed = x.shape[0], x.shape[1], None
         if mask is None and is_causal:
             allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()

@@ -81,7 +81,7 @@ def from_timm(
     _load(ours, theirs, recipe, keep_position=position is None)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
     if position is None:
-        ours.timm_recipe = recipe
+        ours.timm_steps = recipe.steps
     chosen = policy or (recipe.policy if position is None else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)
@@ -124,7 +124,7 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
         return to_timm_swin(model)
     if not isinstance(model, ViT):
         raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
-    steps = native_steps(model) if model.timm_recipe is None else model.timm_recipe.steps
+    steps = native_steps(model) if model.timm_steps is None else model.timm_steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):
         step.back(state)

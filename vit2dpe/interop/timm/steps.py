@@ -137,7 +137,7 @@ class Evaluated:
     table: Tensor
 
     def into(self, state: State) -> None:
-        raise ConfigError("a flat table does not say which encodings it was made from")
+        raise ConfigError("a flat table does not determine which encodings it was made from")
 
     def back(self, state: State) -> None:
         for name in self.names:

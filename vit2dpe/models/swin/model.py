@@ -7,7 +7,7 @@ weights go both ways. Sources: Swin, arXiv 2103.14030; Swin V2, arXiv 2111.09883
     x = x + norm1(WindowAttention(x));  x = x + norm2(MLP(x))           V2, `post_norm=True`, `qk="cosine"`
 
 How ours differs: the encoding is an argument; any height and width is taken at run time, filled up to whole windows
-whose filled-up places are masked; what a window does at another size is said by `window_policy` and never changes by
+whose filled-up places are masked; the window at another size follows `window_policy` and never changes by
 itself; the mask of shifted windows is a test of places (`windows.py`) and boolean.
 
 Limits: a program of torch.export with dynamic height and width serves the sizes at which every stage has several
@@ -43,7 +43,7 @@ class Swin(TimmSwin):
         position: the encoding, a spec such as "relative", "logcpb" or "sincos+rope_mixed", or a function from Dims
             (width, heads and window of a stage, number of the block) to an encoding. Terms that give tokens are added
             after the patch embedding; the others are made for each stage, or each block where they are `per_block`,
-            see the places within a window, and must be `relative`, because every window looks the same to them.
+            get the places within a window, and must be `relative`, because every window has the same places.
         window_policy: what a window does at another size than the training size. "keep": it keeps its side, the grid
             is filled up to whole windows. "scale": its sides grow and shrink with the grid (rounded down, at least 1),
             and the encodings do what they do at another extent: tables are resized (`relative(resize=...)`), networks

@@ -1,4 +1,4 @@
-"""Writing text with a `TextDecoder`: greedy, sampled, or by beam; a `Seq2Seq` hands its decoder and a memory.
+"""Writing text with a `TextDecoder`: greedy, sampled, or by beam; of a `Seq2Seq`, its decoder with a memory.
 
 Legend: B batch, N tokens of the prompt, V vocabulary, K beams.
 """

@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
 
 
 class SequenceOptions(TypedDict, total=False):
-    """Further arguments of `TextModel.forward_features`, which says what they are."""
+    """Further arguments of `TextModel.forward_features`; see there."""
 
     types: Tensor | None
     segments: Tensor | None
@@ -233,12 +233,12 @@ class TextModel(nn.Module):
                 )
             return Positions(places.float()[..., None], (line,))
         line = max(self.context, n if cache is None else cache.length, length or 0)
-        seen = 0 if cache is None else cache.size
+        cached = 0 if cache is None else cache.size
         before = None if cache is None else cache.valid
         if valid is None and before is None:
-            return Positions.sequence(n, seen, line, device)
+            return Positions.sequence(n, cached, line, device)
         new = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        count = seen if before is None else before.sum(dim=1, keepdim=True)
+        count = cached if before is None else before.sum(dim=1, keepdim=True)
         # Padding stands where the token before it stands, or at 0: inside the line, and never attended to.
         places = (count + new.cumsum(dim=1) - 1).clamp(min=0)
         return Positions(places.float()[..., None], (line,))
