@@ -18,8 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
 from .attention.functional import rotate
 from .encodings import Dims, NoPosition, PositionEncoding, build
@@ -272,10 +271,16 @@ class _Float64(TorchDispatchMode):
     """Within it everything is computed in float64, whatever the code casts to: a reference that shares no rounding."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs or {}))
-        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        return func(*map(_double, args), **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+def _double(value):  # tensors, dtypes, and sequences of them are changed; any other argument is not
+    """An argument of an operation in float64."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_double, value))
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def randomise(module: nn.Module) -> nn.Module:
