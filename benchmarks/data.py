@@ -15,7 +15,7 @@ import torch
 
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
-from vit2dpe.spec import parse_size
+from vit2dpe.spec import parse_size, parse_term
 from vit2dpe.training.run_folder import processor
 from vit2dpe.training.tasks.classification import ImageTask
 
@@ -24,7 +24,7 @@ AUGMENTATIONS = {
     "shift and flip": AugmentConfig(4, True),
     "resized crop and flip": AugmentConfig(0, True, 0.25),
     "shift, flip, RandAugment(2, 9), erasing, mixup, cutmix": AugmentConfig(
-        4, True, policy="rand(ops=2, magnitude=9)", erase=0.25, mixup=0.8, cutmix=1.0
+        4, True, policy=parse_term("rand(ops=2, magnitude=9)"), erase=0.25, mixup=0.8, cutmix=1.0
     ),
 }
 

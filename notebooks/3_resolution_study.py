@@ -42,7 +42,7 @@ for ax, size in zip(axes, ((12, 12), (16, 16), (24, 32), (32, 32), (48, 48)), st
 
 names = ["none", "learned", "sincos", "rope"]
 sizes, temperatures = "12,16,24,24x32,32,48", "none,log"
-config = StudyConfig(
+config = StudyConfig.of(
     encodings=",".join(names), sizes=sizes, temperatures=temperatures, modes="scale", epochs=8, limit_test=180, jobs=1
 )
 with redirect_stdout(StringIO()), redirect_stderr(StringIO()):

@@ -121,7 +121,9 @@ print("MAE, loss    ", f"{mae(images)[0].item():.2f}")
 
 # %%
 os.chdir(tempfile.mkdtemp())  # a study leaves files
-config = StudyConfig(encodings="none,rings,rope", sizes="16,24,32,48", modes="scale", epochs=8, limit_test=180, jobs=1)
+config = StudyConfig.of(
+    encodings="none,rings,rope", sizes="16,24,32,48", modes="scale", epochs=8, limit_test=180, jobs=1
+)
 with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
     picture = study(config, command="from a notebook")
 report.draw(read_rows(picture.parent / "results.csv"))

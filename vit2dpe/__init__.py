@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._register import register_with_timm
-
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 _HOME = {
     "Positions": "positions",

@@ -1,6 +1,6 @@
-"""Every random draw has a key, (seed, epoch, step, rank, purpose), and can be made again without those before it.
+"""Seeds derived from a key, (seed, epoch, step, rank, purpose), for every random draw.
 
-So resuming needs no generator's state, and no number of workers changes a draw.
+A draw is repeated without those before it: resuming needs no generator's state, and the number of workers is free.
 """
 
 from __future__ import annotations

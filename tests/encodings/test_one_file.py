@@ -89,7 +89,7 @@ def test_it_runs_in_a_vit_alone_and_with_others(kings, word):
 
 def test_it_runs_in_the_study(kings, tmp_path):
     """Trained, measured at other sizes under its two policies, saved and loaded again by its word."""
-    config = StudyConfig(
+    config = StudyConfig.of(
         encodings="none,kings", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1, heads=2,
         batch_size=32, smoke=True, out=str(tmp_path / "out"),
     )  # fmt: skip

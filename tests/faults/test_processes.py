@@ -264,11 +264,11 @@ def test_a_killed_run_lets_go_of_its_folder_whatever_its_workers_do(tmp_path):
 
 @fault("F61")
 def test_an_interrupted_study(tmp_path, monkeypatch):
-    micro = StudyConfig(
+    micro = dict(
         encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
-    study_module.study(replace(micro, out=str(tmp_path / "whole")))
+    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "whole")))
     real = trials.fit
 
     def dies(*args, folder, **kwargs):
@@ -278,14 +278,14 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trials, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
-        study_module.study(replace(micro, out=str(tmp_path / "cut")))
+        study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
         trials, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
-    study_module.study(replace(micro, out=str(tmp_path / "cut")))
+    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1
     assert (tmp_path / "cut/results.csv").read_bytes() == (tmp_path / "whole/results.csv").read_bytes()
 

@@ -241,7 +241,7 @@ def test_evaluation_counts_and_lists_them(broken, tmp_path, capsys):
         evaluate_model(EvaluateConfig(**run))
     capsys.readouterr()
     rows = evaluate_model(EvaluateConfig(**run, unreadable="skip"))
-    assert [row["n"] for row in rows] == [5]
+    assert [row.n for row in rows] == [5]
     assert "images: 5 used of 6" in capsys.readouterr().out
     assert json.loads((tmp_path / "e/unreadable.jsonl").read_text())["file"] == "val/a/0.png"
 
@@ -259,14 +259,14 @@ def test_an_evaluation_with_a_limit_decodes_no_more_than_it_takes(broken, tmp_pa
     tried = []
     monkeypatch.setattr(images, "decode", lambda path, size: (tried.append(path), decode(path, size))[1])
     rows = evaluate_model(EvaluateConfig(**run, limit=4, out=str(tmp_path / "e")))
-    assert [row["n"] for row in rows] == [4], "two of each class: the limit is of what can be read"
+    assert [row.n for row in rows] == [4], "two of each class: the limit is of what can be read"
     assert len(set(tried)) == len(tried) in (4, 5)
     assert "images: 4 used of 43" in capsys.readouterr().out
     tried.clear()
     rows = evaluate_model(EvaluateConfig(**run, limit=5, out=str(tmp_path / "f")))
     listed = [json.loads(line)["file"] for line in (tmp_path / "f/unreadable.jsonl").read_text().splitlines()]
     assert listed == ["val/a/0.png"], "the third of its class was tried, and another file of another class taken"
-    assert [row["n"] for row in rows] == [5]
+    assert [row.n for row in rows] == [5]
     assert len(set(tried)) == len(tried) == 6
     with pytest.raises(ConfigError, match="at least 1 image, got 0"):
         evaluate_model(EvaluateConfig(**run, limit=0, out=str(tmp_path / "g")))
@@ -318,7 +318,7 @@ def test_evaluation_of_tar_files_counts_and_lists_them_too(broken, tmp_path, cap
     run = dict(model="test_resnet(num_classes=2)", untrained=True, sizes="64", out=str(tmp_path / "e"))
     rows = evaluate_model(EvaluateConfig(data="tar", root=str(tmp_path / "tars"), unreadable="skip", **run))
     said = capsys.readouterr().out
-    assert [row["n"] for row in rows] == [5]
+    assert [row.n for row in rows] == [5]
     assert "images: 5 used of 6" in said
     assert "left out: 1 of 6" in said
     assert len((tmp_path / "e/unreadable.jsonl").read_text().splitlines()) == len(BAD)

@@ -85,8 +85,8 @@ def test_a_limit_is_balanced_and_said(folder, tmp_path, capsys):
 
 
 def test_a_run_of_a_study_keeps_its_numbers(tmp_path):
-    study(StudyConfig(encodings="rope", smoke=True, sizes="16,24", modes="scale", width=16, depth=1, heads=2,
-                      out=str(tmp_path / "study")))  # fmt: skip
+    micro = dict(encodings="rope", smoke=True, sizes="16,24", modes="scale", width=16, depth=1, heads=2)
+    study(StudyConfig.of(micro, out=str(tmp_path / "study")))
     (trial,) = (tmp_path / "study" / "cells").iterdir()
     rows = run(tmp_path, model=str(trial), data="digits", sizes="16,24", limit=40)
     measured = read_csv(tmp_path / "study" / "results.csv")

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.study.lives_or_dies import lives_or_dies
 from tests.study.test_study import MICRO
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.study.jobs import count, each
+from vit2dpe.study.settings import StudyConfig
 from vit2dpe.study.study import study
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_how_many_at_a_time(monkeypatch):
 
 
 def test_a_study_of_several_processes_gives_the_numbers_of_one(tmp_path):
-    small = replace(MICRO, encodings="none,relative", sizes="16", modes="scale", threads=1)
+    small = dict(MICRO, encodings="none,relative", sizes="16", modes="scale", threads=1)
     for jobs in (1, 2):
-        study(replace(small, jobs=jobs, out=str(tmp_path / str(jobs))))
+        study(StudyConfig.of(small, jobs=jobs, out=str(tmp_path / str(jobs))))
     assert (tmp_path / "1/results.csv").read_bytes() == (tmp_path / "2/results.csv").read_bytes()

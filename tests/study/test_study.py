@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from vit2dpe.study import trials
 from vit2dpe.study.settings import StudyConfig, resolve
 from vit2dpe.study.study import COLUMNS, check, study
 
-MICRO = StudyConfig(
+MICRO = dict(
     encodings="none,rope,sincos+relative", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1,
     heads=2, batch_size=32, jobs=1,
 )  # fmt: skip
@@ -30,7 +29,7 @@ MICRO = StudyConfig(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    study(replace(MICRO, out=str(out), seeds=2), command="vit2dpe study --micro")
+    study(StudyConfig.of(MICRO, out=str(out), seeds=2), command="vit2dpe study --micro")
     return out
 
 
@@ -81,26 +80,26 @@ def test_a_trained_model_loads_again_and_gives_the_same_logits(finished, word):
 def test_a_finished_trial_is_not_trained_again(finished, monkeypatch, capsys):
     before = (finished / "results.csv").read_bytes()
     monkeypatch.setattr(trials, "fit", None)  # training would fail
-    study(replace(MICRO, out=str(finished), seeds=2), command="again")
+    study(StudyConfig.of(MICRO, out=str(finished), seeds=2), command="again")
     assert (finished / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 6
 
 
 def test_other_sizes_measure_a_trained_model_without_training_it(finished, monkeypatch, tmp_path):
     monkeypatch.setattr(trials, "fit", None)
-    study(replace(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
+    study(StudyConfig.of(MICRO, out=str(finished), encodings="rope", sizes="20"), command="again")
     assert {r["height"] for r in read_csv(finished / "results.csv")} == {"20.0"}
 
 
 def test_a_changed_setting_trains_anew(finished, monkeypatch):
     monkeypatch.setattr(trials, "fit", None)
     with pytest.raises(TypeError):
-        study(replace(MICRO, out=str(finished), lr=0.5), command="again")
+        study(StudyConfig.of(MICRO, out=str(finished), lr=0.5), command="again")
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     for name in ("a", "b"):
-        study(replace(MICRO, out=str(tmp_path / name), encodings="rope_mixed"))
+        study(StudyConfig.of(MICRO, out=str(tmp_path / name), encodings="rope_mixed"))
     assert (tmp_path / "a/results.csv").read_bytes() == (tmp_path / "b/results.csv").read_bytes()
 
 
@@ -134,7 +133,7 @@ def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeyp
         return real(*args, progress=spy, **kwargs)
 
     monkeypatch.setattr(trials, "fit", watched)
-    study(replace(MICRO, out=str(tmp_path), encodings="none"))
+    study(StudyConfig.of(MICRO, out=str(tmp_path), encodings="none"))
     assert seen[0], "the picture is there from the first progress report on"
 
 
@@ -156,7 +155,7 @@ def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeyp
         (["--epochs", "many"], "epochs"),
         (["--seeds", "0"], "one seed"),
         (["--arch", "swim"], "did you mean 'swin'"),
-        (["--arch", "swin", "--stages", "2,many"], "stages are numbers of blocks"),
+        (["--arch", "swin", "--stages", "2,many"], "stages: whole numbers above 0"),
         (["--arch", "swin", "--encodings", "rope,none,lookhere(view=0)"], "0 < view <= 360"),
         (["--encodigs", "rope"], "did you mean --encodings"),
         (["--precision", "float8"], "precision"),
@@ -189,17 +188,17 @@ def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
     assert main(["study", "--config", "recipes/study_digits.yaml"]) == 0
     assert main(["study", "--config", "recipes/study_cifar10.yaml", "--flip=false"]) == 0
     (cpu, command), (digits, _), (gpu, _) = seen
-    assert (cpu.limit_train, cpu.width, cpu.quick) == (500, 96, True)
+    assert (cpu.data.limit_train, cpu.model.width, cpu.quick) == (500, 96, True)
     assert "--limit-train 500" in command
-    assert resolve(digits) == resolve(replace(StudyConfig(), out=digits.out)), "the recipe states the defaults"
-    assert gpu.flip is False
+    assert digits == StudyConfig.of(out=digits.run.out) == resolve(digits), "the recipe states the defaults"
+    assert gpu.augment.flip is False
     for config, _ in seen:
         check(config)
 
 
 def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
-    swin = replace(MICRO, arch="swin", stages="1,1", patch=2, window=4, encodings="relative,alibi", modes="scale")
-    study(replace(swin, out=str(tmp_path)))
+    swin = dict(MICRO, arch="swin", stages="1,1", patch=2, window=4, encodings="relative,alibi", modes="scale")
+    study(StudyConfig.of(swin, out=str(tmp_path)))
     rows = read_csv(tmp_path / "results.csv")
     assert {r["policy"] for r in rows if r["encoding"] == "relative"} == {"keep+resize", "scale+resize"}
     assert {r["policy"] for r in rows if r["encoding"] == "alibi"} == {
@@ -210,18 +209,18 @@ def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
 
 
 def test_all_means_every_name():
-    assert check(StudyConfig(encodings="all")).encodings == tuple(ENCODINGS)
+    assert check(StudyConfig.of(encodings="all")).encodings == tuple(ENCODINGS)
 
 
 def test_smoke_is_small_whatever_the_recipe_says():
-    small = resolve(StudyConfig(smoke=True, batch_size=256, seeds=5, epochs=100, limit_train=5000))
-    assert (small.batch_size, small.limit_train, small.seeds, small.epochs) == (16, 32, 1, 1)
+    small = resolve(StudyConfig.of(smoke=True, batch_size=256, seeds=5, epochs=100, limit_train=5000))
+    assert (small.optim.batch_size, small.data.limit_train, small.seeds, small.optim.epochs) == (16, 32, 1, 1)
 
 
 def test_quick_fills_only_what_was_not_said():
-    quick = resolve(StudyConfig(quick=True, epochs=3))
-    assert quick.epochs == 3
-    assert len(split_words(quick.encodings)) == 3
+    quick = StudyConfig.of(quick=True, epochs=3)
+    assert quick.optim.epochs == 3
+    assert len(quick.encodings) == 3
 
 
 def test_words_keep_their_commas_inside_parentheses():
@@ -269,7 +268,7 @@ def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypa
         return real(model, task, *args, **kwargs)
 
     monkeypatch.setattr(trials, "fit", spy)
-    config = StudyConfig(
+    config = StudyConfig.of(
         encodings="learned", train_size="8x12", sizes="8,8x12,16", modes="scale", policies="default", finetune=1,
         epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,
         out=str(tmp_path),

@@ -11,7 +11,7 @@ from vit2dpe import load_run, use_policy
 from vit2dpe.cli import main
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.study.lengths import text_scores
-from vit2dpe.study.settings import DEFAULT_ENCODINGS, TEXT_ENCODINGS, StudyConfig, resolve
+from vit2dpe.study.settings import StudyConfig, resolve
 from vit2dpe.study.study import COLUMNS
 from vit2dpe.training.tasks.sequences import SEQUENCES, SequenceTask, answers
 
@@ -104,10 +104,17 @@ def test_a_sequence_task_over_depth(tmp_path, capsys):
 
 
 def test_the_presets_are_those_of_the_task():
-    config = resolve(StudyConfig(task="text"))
-    assert (config.encodings, config.train_length, config.lengths) == (TEXT_ENCODINGS, 256, "256,512,1024,2048")
-    assert resolve(StudyConfig(task="reverse")).encodings == "sincos,learned,none"
-    assert resolve(StudyConfig()).encodings == DEFAULT_ENCODINGS
+    config = StudyConfig.of(task="text")
+    assert (config.encodings[3:6], config.train_length, config.lengths) == (
+        ("t5", "alibi", "fire"),
+        256,
+        (256, 512, 1024, 2048),
+    )
+    assert StudyConfig.of(task="reverse").encodings == ("sincos", "learned", "none")
+    config = StudyConfig.of()
+    assert (config.encodings[3], config.data.size, config.optim.epochs) == ("relative", (16, 16), 40)
+    assert StudyConfig.of(data="cifar10").optim.lr == 1e-3
+    assert resolve(StudyConfig()) == config, "what is null is the preset's"
 
 
 def test_validation_can_be_cut(text, tmp_path, capsys):
@@ -145,7 +152,7 @@ def test_answers_are_right():
     [
         (["--task", "txt"], "did you mean 'text'"),
         (["--task", "text", "--root", "no.txt"], "there is no text at no.txt: give another --root"),
-        (["--task", "reverse", "--depths", "one"], "--depths are whole numbers"),
+        (["--task", "reverse", "--depths", "one"], "depths: whole numbers above 0"),
         (["--task", "sort", "--encodings", "rop"], "did you mean 'rope'"),
         (["--task", "text", "--sizes", "16,24", "--flip", "false"], "task text has no use for sizes, flip"),
         (["--task", "copy", "--root", "text.txt"], "task copy has no use for root"),

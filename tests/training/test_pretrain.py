@@ -22,8 +22,7 @@ from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.plots.reconstruction import LEAK, draw
 from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.probe import features, knn_probe, linear_probe, probe
-from vit2dpe.study.probe_settings import ProbeConfig
-from vit2dpe.study.settings import EvaluateConfig
+from vit2dpe.study.settings import EvaluateConfig, ProbeConfig
 from vit2dpe.training.checkpoint import save_model
 from vit2dpe.training.distributed import World
 from vit2dpe.training.initial_weights import load_weights

@@ -56,7 +56,7 @@ COMMANDS = {
     "probe": Command(
         "what the frozen features of a run are worth: linear classifier, nearest neighbours",
         "study.probe:probe",
-        "study.probe_settings:ProbeConfig",
+        "study.settings:ProbeConfig",
     ),
     "evaluate": Command(
         "measure any timm model, or a trained one, at other sizes",

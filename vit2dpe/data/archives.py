@@ -1,4 +1,4 @@
-"""Images from one tar a split, and from Hugging Face's datasets."""
+"""Reads images from one tar file a split, and from datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,10 +24,10 @@ LAYOUT = "expected <root>/train.tar and <root>/val.tar (or test; .tar.gz, .tgz t
 
 
 def unpack(root: Path, *, alone: bool = False) -> Path:
-    """Class folders made from `root/train.tar` and `root/val.tar`, in the cache, once for each state of the files.
+    """Unpack `root/train.tar` and `root/val.tar` into class folders in the cache, once for each state of the files.
 
     A member's class is the folder that it lies in (the one above, where that is called images, as in Tiny-ImageNet).
-    Names are only ever used as names: no member is written outside, links and devices are left out.
+    Only the last parts of a member's path are used: none is written outside; links and devices are left out.
 
     Args:
         alone: whether train may be the only split.
@@ -34,13 +35,13 @@ def unpack(root: Path, *, alone: bool = False) -> Path:
     Raises:
         DataError: for a missing or damaged archive.
     """
-    found = {split: path for split in SPLITS for end in ENDINGS if (path := root / f"{split}{end}").is_file()}
-    if "train" not in found or (len(found) < 2 and not alone):
+    archives = {split: path for split in SPLITS for end in ENDINGS if (path := root / f"{split}{end}").is_file()}
+    if "train" not in archives or (len(archives) < 2 and not alone):
         raise DataError(
-            f"{root} holds {', '.join(p.name for p in found.values()) or 'no archive of a split'}; {LAYOUT}; with "
+            f"{root} holds {', '.join(p.name for p in archives.values()) or 'no archive of a split'}; {LAYOUT}; with "
             "train alone --data.val_fraction 0.1 holds out a tenth of it"
         )
-    stats = [(split, path.stat()) for split, path in found.items()]
+    stats = [(split, path.stat()) for split, path in archives.items()]
     key = repr([str(root.resolve()), *((split, s.st_size, s.st_mtime_ns) for split, s in stats)])
     target = cache_dir() / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     if target.is_dir():
@@ -48,7 +49,7 @@ def unpack(root: Path, *, alone: bool = False) -> Path:
     making = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(making, ignore_errors=True)
     try:
-        for split, path in found.items():
+        for split, path in archives.items():
             _unpack_one(path, making / split)
         making.replace(target)
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -71,10 +72,10 @@ def _unpack_one(path: Path, into: Path) -> None:
                 raise DataError(f"{path}: {member.name} is in no class folder; {LAYOUT}")
             place = into / folders[-1] / f"{number:08d}-{name.name}"
             place.parent.mkdir(parents=True, exist_ok=True)
-            content: Any = archive.extractfile(member)
-            with place.open("wb") as file:
-                shutil.copyfileobj(content, file)
-            images += 1
+            if (content := archive.extractfile(member)) is not None:
+                with content, place.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+                images += 1
     if not images:
         raise DataError(f"{path} holds no image; {LAYOUT}")
 
@@ -82,7 +83,7 @@ def _unpack_one(path: Path, into: Path) -> None:
 def from_hub(
     name: str, size: tuple[int, int] | None
 ) -> tuple[tuple[str, ...], tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
-    """A dataset of Hugging Face's by name: classes, (images, labels) of train and of the held-out split, notes.
+    """A dataset of the Hugging Face hub: classes, (images, labels) of train and of the held-out split, notes.
 
     Its first column of images and its first of class labels are used; validation is preferred to test.
 
@@ -110,7 +111,9 @@ def from_hub(
     return classes, parts[0], parts[1], [f"{name}: {held_out} is the held-out split"]
 
 
-def _decoded(rows: Any, image: str, label: str, name: str, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+def _decoded(
+    rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str, size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for number, row in enumerate(rows):
         try:

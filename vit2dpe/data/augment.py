@@ -1,7 +1,7 @@
-"""Random augmentation of a batch, each sample drawn for itself; torchvision's v2 draws once for a whole batch.
+"""Random augmentation of a batch, with draws of its own for each sample; torchvision's v2 draws once for a batch.
 
-Draws come from a generator on the CPU, so that a seed gives the same ones on every device. `of` and `part` say that
-`images` are that part of a batch of `of`: the draws are those of the whole batch, whichever process makes them.
+Draws come from a generator on the CPU, so that a seed gives the same ones on every device. `images` are the slice
+`part` of a batch of `of` samples; draws are made for the whole batch, so that they do not depend on the rank.
 
 Legend: B batch, C channels, H rows, W columns.
 """
@@ -65,9 +65,12 @@ def draw_boxes(
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Boxes, Tensor]:
-    """A random rectangle a sample, of a share of the area and a ratio width / height (log-uniform) between bounds.
+    """A random rectangle a sample: share of the area (uniform) and ratio width / height (log-uniform) between bounds.
 
-    The first of ten draws that fits the image is taken, as torchvision does; which samples had one is told too.
+    As in torchvision the first of ten draws that fits the image is used.
+
+    Returns:
+        the boxes, and whether a draw fitted, (B,) bool.
     """
     h, w = size
     share = torch.empty(batch, 10).uniform_(*area, generator=generator) * h * w
@@ -102,10 +105,10 @@ def resized_crop(
     """
     b, _, h, w = images.shape
     of = b if of is None else of
-    box, found = draw_boxes(of, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
-    whole = Boxes(*(torch.tensor(float(v)) for v in (0, 0, h, w)))
+    box, fits = draw_boxes(of, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
+    everything = Boxes(*(torch.tensor(float(v)) for v in (0, 0, h, w)))
     top, left, height, width = (
-        torch.where(found, a, b)[part, None].to(images.device) for a, b in zip(box, whole, strict=True)
+        torch.where(fits, a, b)[part, None].to(images.device) for a, b in zip(box, everything, strict=True)
     )
     along = [(torch.arange(side, device=images.device) + 0.5) / side for side in size]
     if flip:
@@ -131,8 +134,8 @@ def erase(
     """
     b, _, h, w = images.shape
     of = b if of is None else of
-    box, found = draw_boxes(of, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
-    chosen = found & (torch.rand(of, generator=generator) < probability)
+    box, fits = draw_boxes(of, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    chosen = fits & (torch.rand(of, generator=generator) < probability)
     inside = _inside(Boxes(*(side[part] for side in box)), (h, w)) & chosen[part, None, None]
     return images.masked_fill(inside[:, None].to(images.device), 0)
 
@@ -150,13 +153,14 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), drawn for each sample; both: a coin decides for each.
 
-    A sample's partner is its mirror image in the order of `images`; so a rank mixes its own share, and with mixing two
-    processes do not train bit for bit as one does. Any batch size is fine, unlike timm's.
+    Sample i is mixed with sample B - 1 - i; so a rank mixes within its own share, and with mixing two processes do not
+    train bit for bit as one does. Unlike timm's, the batch size may be odd. timm's `Mixup` draws from numpy's global
+    generator.
 
     Args:
         images: (B, C, H, W).
         labels: (B,) int64.
-        mixup, cutmix: α of Beta(α, α) that the mixing weight comes from; 0: not done.
+        mixup, cutmix: α of the weight's distribution Beta(α, α); 0: none.
 
     Returns:
         the images, and targets (B, classes) float32.
@@ -174,7 +178,7 @@ def mix(
     top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()
     bottom, right = (at[0] * h + half_h).clamp(max=h).floor(), (at[1] * w + half_w).clamp(max=w).floor()
     inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]
-    # The box is cut off at the edges: its label counts for the area that is left.
+    # The box is clipped at the edges: labels are weighted by the area that is left.
     keep = torch.where(cut_, 1 - inside.flatten(1).double().mean(1), keep).float()
     partner = images.flip(0)
     blended = torch.lerp(partner, images, torch.where(cut_, 1.0, keep).to(images.dtype)[:, None, None, None])

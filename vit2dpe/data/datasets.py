@@ -1,4 +1,4 @@
-"""Labelled images: what is known about them, and how a batch becomes an input. Where they come from: `sources`.
+"""Image datasets: loading with subsets, validation split and statistics; normalisation. `sources` reads the files.
 
 Legend: N images, B batch, C channels, H rows, W columns.
 """
@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
 from .settings import DataConfig
 from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
@@ -26,7 +25,7 @@ from .splits import FileSplit, Split, digest_of, resize
 
 @dataclass(frozen=True)
 class Images:
-    """A data set, in memory or on disk.
+    """An image dataset, in memory or on disk.
 
     Args:
         name: its source.
@@ -34,8 +33,8 @@ class Images:
         train, test: the two splits, of one image size.
         mean, std: of every channel over the pixels of `train`, for images in [0, 1].
         digest: sha256 of all splits: equal digests, equal data.
-        notes: what a person should be told about the data.
-        val: what `val_fraction` held out of training: early stopping and `best/` go by it, never by `test`.
+        notes: remarks on the data for the user, a line each.
+        val: the part of training that `val_fraction` held out; if there is one, it decides early stopping and `best/`.
         total: how many images the source has in `train`, and in `test`, used or not.
         unreadable: the files that were left out because they cannot be read, with the reason.
     """
@@ -59,7 +58,7 @@ class Images:
 
     @property
     def held_out(self) -> dict[str, Split | FileSplit]:
-        """What is evaluated, by name; the first decides which weights are best."""
+        """The splits that are evaluated, by name; the first decides which weights are best."""
         return ({} if self.val is None else {"val": self.val}) | {"test": self.test}
 
     @property
@@ -82,7 +81,7 @@ def load_images(
     cache: str = "memory",
     unreadable: str = "error",
 ) -> Images:
-    """Load a data set.
+    """Load an image dataset.
 
     Args:
         name: a key of `SOURCES`.
@@ -91,7 +90,7 @@ def load_images(
         limit_train, limit_test: keep a balanced part of this many images (`LabelledDataset.subsample`).
         val_fraction: hold out this part of every class of the training images, drawn by `seed`, as `Images.val`;
             where a `folder` has no held-out split, as `Images.test`.
-        cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`stream.py`);
+        cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`loader`);
             auto: memory where it is large enough.
         unreadable: error: a file that cannot be read stops the load; skip: it is left out of its split, counted and
             listed with the reason (`Images.unreadable`). More than ten of a split that are more than 1% of it, and a
@@ -103,39 +102,35 @@ def load_images(
     """
     check_source(name, cache=cache, unreadable=unreadable)
     kind, _, what = name.partition(":")
-    at, source = what or root, SOURCES[kind]
+    where, source = what or root, SOURCES[kind]
     if kind in FOLDERS:
-        more: dict[str, Any] = dict(cache=cache, alone=val_fraction > 0, unreadable=unreadable)
-        source = partial(source, **more)
-    classes, train, test, notes, lost = source(Path(at).expanduser() if at else None, source_size)
+        source = partial(source, cache=cache, alone=val_fraction > 0, unreadable=unreadable)
+    classes, train, test, notes, lost = source(Path(where).expanduser() if where else None, source_size)
     total = dict(train=len(train) + len(lost[0])) | ({} if test is None else dict(test=len(test) + len(lost[1])))
-    notes = [
-        *notes,
-        *(
-            f"images of {of} that cannot be read, left out: {len(w)} of {total[of]}"
-            for of, w in zip(total, lost, strict=False)
-            if w
-        ),
-    ]
+    for split, reasons in zip(total, lost, strict=False):
+        if reasons:
+            notes.append(f"images of {split} that cannot be read, left out: {len(reasons)} of {total[split]}")
     train = train if limit_train is None else train.subsample(limit_train)
     val: Split | FileSplit | None = None
     if val_fraction:
         train, val = train.hold_out(val_fraction, seed)
-        said = f"validation: {len(val)} images, {val_fraction:g} of every class of train, by seed {seed}"
-        notes = [*notes, f"{said}; there is no other held-out split" if test is None else said]
+        note = f"validation: {len(val)} images, {val_fraction:g} of every class of train, by seed {seed}"
+        notes.append(f"{note}; there is no other held-out split" if test is None else note)
     if test is None:
-        test, val = cast(Split, val), None
+        if val is None:
+            raise DataError(f"{name} has no held-out split: data.val_fraction makes one of the training images")
+        test, val = val, None
     test = test if limit_test is None else test.subsample(limit_test)
-    with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        digest = beside.submit(digest_of, *(split for split in (train, test, val) if split is not None))
+    with ThreadPoolExecutor(1) as thread:  # hashing releases the interpreter's lock
+        digest = thread.submit(digest_of, *(split for split in (train, test, val) if split is not None))
         mean, std = _statistics(train.sample())
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
-            notes = [*notes, f"same image in train and test: {leaked}"]
+            notes.append(f"same image in train and test: {leaked}")
     return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, lost[0] | lost[1])
 
 
 def load(data: DataConfig, seed: int = 0) -> Images:
-    """`load_images` as these settings say."""
+    """`load_images` with these settings."""
     return load_images(
         data.name,
         data.root,
@@ -150,7 +145,7 @@ def load(data: DataConfig, seed: int = 0) -> Images:
 
 
 def write_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
-    """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. No file where there is none."""
+    """Write `folder/unreadable.jsonl`: the files that were left out, with the reason. Without any, no file."""
     if not unreadable:
         (folder / "unreadable.jsonl").unlink(missing_ok=True)  # of an earlier run there
     else:
@@ -161,7 +156,7 @@ def write_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
 def check_source(
     name: str, root: str | os.PathLike[str] | None = None, cache: str = "auto", unreadable: str = "error"
 ) -> None:
-    """Refuse a source that does not exist, or cannot be kept or read as it is told, without reading any."""
+    """Refuse, without reading any data, an unknown source and settings that it does not take."""
     kind, colon, what = name.partition(":")
     if kind not in SOURCES or (kind == "hf") != bool(what):
         raise unknown("data source", name, [*(s for s in SOURCES if s != "hf"), "hf:<name>"])

@@ -1,4 +1,4 @@
-"""One image file to RGB: strict. What cannot be read whole is refused and named, never guessed at."""
+"""Reads one image file as RGB, strictly: a file that cannot be read completely is refused by name, never guessed at."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 DECODER = 1  # part of every cache key: raise it when the same file decodes to other pixels
 
-# What the system says of itself and not of a file: too many open ones, no memory, a disk that is silent, no right.
-_WORDS = ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT", "EACCES", "EPERM")
-PASSING = {getattr(errno, word) for word in _WORDS if hasattr(errno, word)}  # not every system has all
+# Errors of the system rather than of a file: too many open files, no memory, a disk that fails, no permission.
+_NAMES = ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT", "EACCES", "EPERM")
+PASSING = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}  # not every system has all
 
 _ORIENTATION = 0x0112  # EXIF tag
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -74,7 +74,7 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.nd
 
 
 def as_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
-    """An opened image as `decode` gives it."""
+    """`decode` for an opened image."""
     rgb, kinds = _to_rgb(image)
     if size is not None:
         rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
@@ -103,7 +103,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _check_png(path: str | Path) -> None:
-    """Pillow decodes a PNG without looking at its checksums or its end."""
+    """Verify checksums and the end of a PNG, which Pillow does not when it decodes."""
     data = Path(path).read_bytes()
     Image.open(io.BytesIO(data), formats=("PNG",)).verify()
     if _PNG_END not in data:

@@ -1,6 +1,6 @@
-"""Class folders: which images they hold, and what about them cannot be.
+"""Lists the image files of class folders; reads no image.
 
-Nothing is guessed: a missing split, an empty class or a class that only one split has is an error that says where.
+Nothing is guessed: a missing split, an empty class or a class that only one split has is an error that names it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Listing = dict[str, list[str]]
 
 
 def list_folders(root: Path, *, alone: bool = False) -> tuple[Listing, Listing, list[str]]:
-    """For train and the held-out split, the images of each class as names relative to root; and what to tell people.
+    """For train and the held-out split, the images of each class as names relative to root; and notes for the user.
 
     Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
 
@@ -43,25 +43,28 @@ def list_folders(root: Path, *, alone: bool = False) -> tuple[Listing, Listing, 
     if len(splits) == 3:
         notes.append(f"{root} has both val and test: val is used")
     train = _by_class(root, "train", notes)
-    annotated = (root / held_out / ANNOTATIONS).is_file() and (root / held_out / "images").is_dir()
-    test = _by_annotation(root, held_out, notes) if annotated else _by_class(root, held_out, notes)
+    test = _by_annotation(root, held_out, notes) if _annotated(root / held_out) else _by_class(root, held_out, notes)
     _match(root, train, held_out, test)
     return train, test, notes
 
 
 def list_held_out(root: Path) -> tuple[Path, Listing, list[str]]:
-    """The images of each class that there are to measure on: of `root/val` or `root/test`, else of `root` itself.
+    """The images of each class to evaluate on: of `root/val` or `root/test`, else of `root` itself.
 
     Returns:
-        the folder that the names are relative to, the names by class, and what to tell people.
+        the folder that the names are relative to, the names by class, and notes for the user.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; expected class folders, <folder>/<class>/<image>")
     held_out = next((root / split for split in ("val", "test") if (root / split).is_dir()), root).resolve()
     notes: list[str] = []
-    annotated = (held_out / ANNOTATIONS).is_file() and (held_out / "images").is_dir()
-    read = _by_annotation if annotated else _by_class
+    read = _by_annotation if _annotated(held_out) else _by_class
     return held_out.parent, dict(sorted(read(held_out.parent, held_out.name, notes).items())), notes
+
+
+def _annotated(split: Path) -> bool:
+    """Whether a split has Tiny-ImageNet's layout."""
+    return (split / ANNOTATIONS).is_file() and (split / "images").is_dir()
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -88,7 +91,7 @@ def _images_in(root: Path, folder: str, notes: list[str]) -> list[str]:
     return images
 
 
-def _by_class(root: Path, split: str, notes: list[str]) -> dict[str, list[str]]:
+def _by_class(root: Path, split: str, notes: list[str]) -> Listing:
     listing = {}
     for entry in _visible(root / split):
         if entry.is_dir():
@@ -102,10 +105,10 @@ def _by_class(root: Path, split: str, notes: list[str]) -> dict[str, list[str]]:
     return listing
 
 
-def _by_annotation(root: Path, split: str, notes: list[str]) -> dict[str, list[str]]:
+def _by_annotation(root: Path, split: str, notes: list[str]) -> Listing:
     """Tiny-ImageNet's val: lines of file name, class, box; separated by tabs."""
     annotations = root / split / ANNOTATIONS
-    listing: dict[str, list[str]] = {}
+    listing: Listing = {}
     for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
         file, _, rest = line.partition("\t")
         if not rest:
@@ -118,7 +121,7 @@ def _by_annotation(root: Path, split: str, notes: list[str]) -> dict[str, list[s
     return listing
 
 
-def _match(root: Path, train: dict[str, list[str]], held_out: str, test: dict[str, list[str]]) -> None:
+def _match(root: Path, train: Listing, held_out: str, test: Listing) -> None:
     _two_or_more(root, train)
     strangers, missing = sorted(set(test) - set(train)), sorted(set(train) - set(test))
     if strangers:
@@ -133,7 +136,7 @@ def _match(root: Path, train: dict[str, list[str]], held_out: str, test: dict[st
         )
 
 
-def _two_or_more(root: Path, train: dict[str, list[str]]) -> dict[str, list[str]]:
+def _two_or_more(root: Path, train: Listing) -> Listing:
     if len(train) < 2:
         raise DataError(f"{root / 'train'} has one class ({', '.join(train)}): there must be two or more; {LAYOUT}")
     return train

@@ -1,7 +1,7 @@
-"""Image files to one uint8 tensor, and a cache of what was decoded.
+"""Reads image files into one uint8 tensor, through a cache of decoded images.
 
-A file that cannot be read whole stops the load and is named. Where that is asked for it is left out instead, counted
-and listed with its reason; no other image ever takes its place.
+A file that cannot be read completely stops the load and is named. With `skip` it is left out instead, counted and
+listed with its reason; it is never replaced by another image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -25,18 +25,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TrainingError
 from ..files import cache_dir, write_atomically
 from .decode import DECODER, Unreadable, as_rgb, decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 Size = tuple[int, int]
-Reasons = dict[int, str]  # what is wrong with a file, by its number
+Reasons = dict[int, str]  # why a file is unreadable, by its index
 
 
 class Decoded(NamedTuple):
-    """Images uint8 (N, 3, H, W) of the files that could be read, in their order; how many were converted in which way;
-    and what is wrong with the others."""
+    """Decoded files.
+
+    Args:
+        images: uint8 (N, 3, H, W) of the readable files, in their order.
+        counts: number of images by kind of conversion.
+        unreadable: the reasons for the other files.
+    """
 
     images: Tensor
     counts: dict[str, int]
@@ -46,7 +51,7 @@ class Decoded(NamedTuple):
 def load_files(
     root: Path, names: Sequence[str], size: Size | None = None, *, skip: bool = False
 ) -> tuple[Tensor, list[str], Reasons]:
-    """Decode files, or take them from the cache if none has changed since.
+    """Decode files, or read them from the cache if none has changed since.
 
     Args:
         root: the folder that `names` are relative to.
@@ -55,46 +60,45 @@ def load_files(
         skip: leave out files that cannot be read.
 
     Returns:
-        images uint8 (N, 3, H, W) in the order of `names`, what there is to say about them, and what is wrong with
-        those that were left out.
+        images uint8 (N, 3, H, W) in the order of `names`, notes for the user, and the reasons for those that were left
+        out.
 
     Raises:
         Unreadable: for a file that cannot be read, unless `skip`.
         DataError: for two sizes where `size` is None, and if no file can be read.
-        ConfigError: for a size that is none.
+        ConfigError: for a size that is not positive.
     """
     check_size(size)
     try:
         cache = cache_dir() / f"{fingerprint(root, names, size, skip)}.safetensors"
     except RuntimeError as error:  # no home folder
         return _noted(decode_all(root, names, size, skip), f"decoded images are not cached: {error}")
-    found = _read_cache(cache)
-    if found is not None:
-        for number, reason in found.unreadable.items() if not skip else ():
-            raise Unreadable(root / names[number], reason)
-        return _noted(found)
+    cached = _read_cache(cache)
+    if cached is not None:
+        for index, reason in cached.unreadable.items() if not skip else ():
+            raise Unreadable(root / names[index], reason)
+        return _noted(cached)
     decoded = decode_all(root, names, size, skip)
     return _noted(decoded, _write_cache(cache, decoded))
 
 
 def find_unreadable(root: Path, names: Sequence[str], size: Size | None = None) -> Reasons:
-    """What is wrong with those of the files that cannot be read. Every one is decoded for it, once: the answer is kept
-    in the cache until a file changes.
+    """The reasons for files that cannot be read. All files are decoded for it, once: the result is cached until one
+    changes.
 
     Raises:
-        ConfigError: for a size that is none.
+        ConfigError: for a size that is not positive.
     """
     check_size(size)
     try:
-        kept = cache_dir() / f"{fingerprint(root, names, size, skip=True)}.unreadable.json"
+        cache = cache_dir() / f"{fingerprint(root, names, size, skip=True)}.unreadable.json"
     except RuntimeError:  # no home folder
-        return _each(root, names, size, lambda *_: None, skip=True)[1]
+        return _decode_each(root, names, size, lambda *_: None, skip=True)[1]
     with suppress(OSError, ValueError, AttributeError):
-        return {int(number): str(reason) for number, reason in json.loads(kept.read_text()).items()}
-    reasons = _each(root, names, size, lambda *_: None, skip=True)[1]
-    with suppress(OSError):  # a full disk is no reason to stop
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(reasons).encode())
+        return {int(index): str(reason) for index, reason in json.loads(cache.read_text()).items()}
+    reasons = _decode_each(root, names, size, lambda *_: None, skip=True)[1]
+    with suppress(TrainingError):  # a full disk does not stop the load
+        write_atomically(cache, json.dumps(reasons).encode())
     return reasons
 
 
@@ -104,7 +108,7 @@ def check_size(size: Size | None) -> None:
 
 
 def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> str:
-    """A key that changes with any file, with `size` and with the decoder; reads no file's content.
+    """A cache key that changes with any file, with `size` and with the decoder; reads no file's content.
 
     The time of the last change of the inode (ctime) is part of it: unpacking another archive over the same folder can
     restore names, sizes and modification times, and would otherwise serve the old pixels.
@@ -157,18 +161,18 @@ def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool =
             )
         planes[index] = image.transpose(2, 0, 1)
 
-    counts, reasons = _each(root, names, size, keep, skip)
+    counts, reasons = _decode_each(root, names, size, keep, skip)
     kept = [index for index in range(len(names)) if index not in reasons]
-    for place, index in enumerate(kept):
-        if place < index:  # moved up within the tensor: another one would be as large again
-            planes[place] = planes[index]
+    for target, index in enumerate(kept):
+        if target < index:  # within the tensor: another one would be as large again
+            planes[target] = planes[index]
     return Decoded(images[: len(kept)], counts, reasons)
 
 
-def _each(
-    root: Path, names: Sequence[str], size: Size | None, keep: Callable[[int, np.ndarray], Any], skip: bool
+def _decode_each(
+    root: Path, names: Sequence[str], size: Size | None, keep: Callable[[int, np.ndarray], None], skip: bool
 ) -> tuple[dict[str, int], Reasons]:
-    """Every file decoded and handed to `keep`; the conversions, and what is wrong with those that cannot be read."""
+    """Call `keep(index, pixels)` for every readable file. Returns counts of conversions, and reasons for the others."""
 
     def part(start: int, length: int = 256) -> tuple[Counter[str], Reasons]:
         counts: Counter[str] = Counter()
@@ -187,7 +191,7 @@ def _each(
 
     counts: Counter[str] = Counter()
     reasons: Reasons = {}
-    # Threads: Pillow lets go of the interpreter while it decodes, and the results need no copy between processes.
+    # Threads: Pillow releases the interpreter's lock while it decodes, and results need no copy between processes.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for more, wrong in pool.map(part, range(0, len(names), 256)):
             counts += more
@@ -196,7 +200,7 @@ def _each(
 
 
 def _read_cache(path: Path) -> Decoded | None:
-    """What was written there; None where there is nothing, or anything but what was written."""
+    """The cached images; None if there are none, or the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             images, facts = file.get_tensor("images"), file.metadata()
@@ -210,7 +214,7 @@ def _read_cache(path: Path) -> Decoded | None:
 
 
 def _write_cache(path: Path, decoded: Decoded) -> str:
-    """Write under another name, then rename: a reader sees all of it or nothing. A full disk is no reason to stop."""
+    """Write under another name, then rename; returns a note. A full disk does not stop the load."""
     images, counts = decoded.images, json.dumps(decoded.counts)
     unreadable = json.dumps(decoded.unreadable) if decoded.unreadable else ""
     facts = dict(counts=counts, check=_check(images, counts + unreadable))

@@ -1,4 +1,4 @@
-"""Classes of short texts: lines of a label, a tab and a text, and a `TextEncoder` that tells the label."""
+"""Reads a file of labelled lines, label<TAB>text, for text classification."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from .text import decode_utf8
 from .text_settings import TextDataConfig
 from .tokenizers import Tokenizer, make_tokenizer
 
 
 class Lines(NamedTuple):
-    """Texts as token ids, (N,) each, with the number of their class."""
+    """Texts as token ids, (N,) each, with the index of their class."""
 
     name: str
     classes: list[str]
@@ -30,7 +31,7 @@ def load_lines(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> Li
 
     Args:
         config: `path`; texts are cut after `context` tokens.
-        tokenizer: of the model that is started from; default: the one that the settings name.
+        tokenizer: of the model that is started from; default: that of the settings.
 
     Raises:
         DataError: if the file is missing, a line has no tab or no text, or there are fewer than two labels.
@@ -41,33 +42,27 @@ def load_lines(config: TextDataConfig, tokenizer: Tokenizer | None = None) -> Li
     if not path.is_file():
         raise DataError(f"there is no file {path}: give another --data.path")
     raw = path.read_bytes()
-    try:
-        whole = raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}): convert it") from None
-    found: dict[str, list[str]] = {}
-    for number, line in enumerate(whole.removesuffix("\n").split("\n"), start=1):
+    texts: dict[str, list[str]] = {}
+    for number, line in enumerate(decode_utf8(raw, path).removesuffix("\n").split("\n"), start=1):
         label, tab, text = line.partition("\t")
         if not (label and tab and text):
             raise DataError(f"{path}, line {number}: a label, a tab and a text are needed, got {line[:40]!r}")
-        found.setdefault(label, []).append(text)
-    classes = sorted(found)
-    cuts = {label: round(len(texts) * (1 - config.val_share)) for label, texts in found.items()}
-    few = [label for label in classes if not 0 < cuts[label] < len(found[label])]
+        texts.setdefault(label, []).append(text)
+    classes = sorted(texts)
+    cuts = {label: round(len(texts[label]) * (1 - config.val_share)) for label in classes}
+    few = [label for label in classes if not 0 < cuts[label] < len(texts[label])]
     if len(classes) < 2 or few:
         raise DataError(
             f"{path}: two labels are needed, with lines for training and validation; too few: {few or classes}"
         )
     if tokenizer is None:
-        texts = [
-            text for label in classes for text in found[label][: None if config.tokenizer == "chars" else cuts[label]]
-        ]
-        tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab)
-
-    def encoded(part: dict[str, list[str]]) -> list[tuple[Tensor, int]]:
-        rows = [(tokenizer.encode(text), i) for i, label in enumerate(classes) for text in part[label]]
-        return [(torch.tensor(ids[: config.context]), label) for ids, label in rows]
-
-    train = encoded({label: found[label][: cuts[label]] for label in classes})
-    val = encoded({label: found[label][cuts[label] :] for label in classes})
+        ends = dict.fromkeys(classes) if config.tokenizer == "chars" else cuts
+        learned_from = [text for label in classes for text in texts[label][: ends[label]]]
+        tokenizer = make_tokenizer(config.tokenizer, learned_from, config.vocab)
+    train: list[tuple[Tensor, int]] = []
+    val: list[tuple[Tensor, int]] = []
+    for index, label in enumerate(classes):
+        rows = [(torch.tensor(tokenizer.encode(text)[: config.context]), index) for text in texts[label]]
+        train += rows[: cuts[label]]
+        val += rows[cuts[label] :]
     return Lines(path.stem, classes, train, val, tokenizer, hashlib.sha256(raw).hexdigest())

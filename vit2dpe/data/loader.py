@@ -32,6 +32,7 @@ def default_workers() -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+@dataclass(eq=False)
 class Feed:
     """Training batches of a split, `feed(epoch, step)`; the following ones are decoded in the meantime.
 
@@ -42,16 +43,12 @@ class Feed:
         workers: processes that decode; 0: this one does. None: `default_workers`.
     """
 
-    def __init__(
-        self,
-        split: Split | FileSplit,
-        plan: Callable[[int, int], Tensor],
-        steps: Callable[[], int],
-        workers: int | None,
-    ) -> None:
-        self.split, self.plan, self.steps, self.workers = split, plan, steps, workers
-        self.batches: Iterator[Tensor] = iter(())
-        self.next: tuple[int, int] | None = None
+    split: Split | FileSplit
+    plan: Callable[[int, int], Tensor]
+    steps: Callable[[], int]
+    workers: int | None
+    batches: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
+    next: tuple[int, int] | None = field(default=None, init=False)
 
     def __call__(self, epoch: int, step: int) -> Tensor:
         """uint8 (B, C, H, W)"""

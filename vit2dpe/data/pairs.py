@@ -1,18 +1,20 @@
-"""Pairs of lines for translation: loading, splitting and encoding."""
+"""Reads pairs of files with a sentence a line, for translation."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, unknown
+from .text import decode_utf8
 from .text_settings import TextDataConfig
-from .tokenizers import Subwords, from_json, make_tokenizer
+from .tokenizers import Description, Subwords, from_json, make_tokenizer
 
 Pair = tuple[Tensor, Tensor]  # token ids of a source and of its target, each with its end
 
@@ -47,7 +49,11 @@ def load_pairs(config: TextDataConfig) -> Pairs:
     sha = hashlib.sha256()
     splits: list[list[tuple[str, str]]] = []
     for split in ("train", "val", config.test):
-        sides = [_lines(folder, f"{split}.{language}", sha) for language in (config.source, config.target)]
+        sides = []
+        for language in (config.source, config.target):
+            path, raw = _read(folder, f"{split}.{language}")
+            sha.update(raw)
+            sides.append(decode_utf8(raw, path).removesuffix("\n").split("\n"))
         if len(sides[0]) != len(sides[1]) or not sides[0]:
             raise DataError(
                 f"{folder}: {split} has {len(sides[0])} lines of {config.source} and {len(sides[1])} of "
@@ -63,11 +69,11 @@ def load_pairs(config: TextDataConfig) -> Pairs:
         )
     encode = Encoder(tokenizer)
     train, val = ([(encode(a), encode(b)) for a, b in split] for split in splits[:2])
-    fit = [pair for pair in train if max(map(len, pair)) <= config.context]
-    if not fit:
+    short = [pair for pair in train if max(map(len, pair)) <= config.context]
+    if not short:
         raise DataError(f"none of {len(train)} training pairs fits into data.context = {config.context} tokens")
     name = f"{folder.name} {config.source}-{config.target}"
-    return Pairs(name, fit, val, splits[2], tokenizer, sha.hexdigest(), len(train) - len(fit))
+    return Pairs(name, short, val, splits[2], tokenizer, sha.hexdigest(), len(train) - len(short))
 
 
 class Encoder:
@@ -81,21 +87,17 @@ class Encoder:
         return torch.tensor([*self.tokenizer.encode(text), self.stop])
 
 
-def load_pair_tokenizer(about: dict[str, Any]) -> Subwords:
-    """The tokenizer of a run of translation."""
-    found = from_json(about["tokenizer"])
-    if not isinstance(found, Subwords):
-        raise unknown("tokenizer of a translation", type(found).__name__, ["Subwords"])
-    return found
+def load_pair_tokenizer(about: Mapping[str, Description]) -> Subwords:
+    """The tokenizer in the metadata of a translation run."""
+    tokenizer = from_json(about["tokenizer"])
+    if not isinstance(tokenizer, Subwords):
+        raise unknown("tokenizer of a translation", type(tokenizer).__name__, ["Subwords"])
+    return tokenizer
 
 
-def _lines(folder: Path, name: str, sha: Any) -> list[str]:
+def _read(folder: Path, name: str) -> tuple[Path, bytes]:
+    """The path of a file or of its .gz, and its content."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            sha.update(raw)
-            try:
-                return raw.decode().removesuffix("\n").split("\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path} is not UTF-8 ({error}): convert it") from None
+            return path, gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     raise DataError(f"there is neither {folder / name} nor {name}.gz: give another --data.pairs")

@@ -1,9 +1,9 @@
-"""TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) on a batch, each sample with draws of its own.
+"""TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) on a batch, drawn for each sample by itself.
 
 The operations, their ranges and the 31 steps are torchvision's (`TrivialAugmentWide`, `RandAugment`), nearest pixel,
-black outside. A batch is split by operation, and each operation takes its samples at once, every one with its own
-strength; torchvision's functions take one strength for all. timm's posterize with Pillow 13 raises at 0 bits: ours
-keeps at least 2.
+black outside. A batch is split by operation, and each operation runs once on its samples, with a strength for each;
+torchvision's functions have one strength for all. timm's posterize with Pillow 13 raises at 0 bits: ours keeps at
+least 2.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Operation = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W), strengths (B,)
 STEPS = 31
 AUGMENTATIONS = ("none", "trivial", "rand")
 
@@ -60,7 +61,7 @@ def _one(images: Tensor, step: Tensor, generator: torch.Generator, of: int, part
 
 
 def strengths(name: str, level: Tensor, size: tuple[int, int], wide: bool) -> Tensor:
-    """What an operation is told at a level in [0, 1]: radians' tangent, pixels, degrees, factors or bits."""
+    """The strength of an operation at a level in [0, 1]: tangent of an angle, pixels, degrees, factors or bits."""
     if name in ("translate_x", "translate_y"):
         side = size[1] if name == "translate_x" else size[0]
         return (level * (32.0 if wide else 150 / 331 * side)).trunc()
@@ -73,11 +74,11 @@ def strengths(name: str, level: Tensor, size: tuple[int, int], wide: bool) -> Te
 
 
 def affine(images: Tensor, matrix: Tensor, about: tuple[float, float]) -> Tensor:
-    """Each output pixel p takes the input at matrix (p - about) + about, the nearest; black outside.
+    """Output pixel p = the input pixel nearest to matrix (p - about) + about; black outside.
 
     Args:
         matrix: (B, 2, 3), on (x, y, 1) in pixels.
-        about: (x, y) that stays in place, in pixel coordinates with centres at integers.
+        about: (x, y) of the fixed point, in pixel coordinates with centres at integers.
     """
     h, w = images.shape[-2:]
     y, x = torch.meshgrid(*(torch.arange(side, device=images.device) for side in (h, w)), indexing="ij")
@@ -93,20 +94,9 @@ def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
     return torch.stack([torch.stack([like * 0 + value for value in row], -1) for row in rows], -2)
 
 
-def _shear_x(images: Tensor, s: Tensor) -> Tensor:
-    return affine(images, _matrix([[1, s, 0], [0, 1, 0]], s), (-0.5, -0.5))
-
-
-def _shear_y(images: Tensor, s: Tensor) -> Tensor:
-    return affine(images, _matrix([[1, 0, 0], [s, 1, 0]], s), (-0.5, -0.5))
-
-
-def _translate_x(images: Tensor, s: Tensor) -> Tensor:
-    return affine(images, _matrix([[1, 0, -s], [0, 1, 0]], s), (0, 0))
-
-
-def _translate_y(images: Tensor, s: Tensor) -> Tensor:
-    return affine(images, _matrix([[1, 0, 0], [0, 1, -s]], s), (0, 0))
+def _linear(rows: Callable[[Tensor], list[list[Tensor | float]]], about: float) -> Operation:
+    """The operation whose matrix is `rows(strength)`, about (about, about)."""
+    return lambda images, s: affine(images, _matrix(rows(s), s), (about, about))
 
 
 def _rotate(images: Tensor, s: Tensor) -> Tensor:
@@ -162,25 +152,25 @@ def _solarize(images: Tensor, s: Tensor) -> Tensor:
     return torch.where(images >= s.view(-1, 1, 1, 1), 255 - images, images)
 
 
-def _autocontrast(images: Tensor, s: Tensor) -> Tensor:
-    from torchvision.transforms.v2.functional import autocontrast
+def _torchvision(name: str) -> Operation:
+    """An operation of torchvision's that has no strength."""
 
-    return autocontrast(images)
+    def operation(images: Tensor, s: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional
 
+        return getattr(functional, name)(images)
 
-def _equalize(images: Tensor, s: Tensor) -> Tensor:
-    from torchvision.transforms.v2.functional import equalize
-
-    return equalize(images)
-
-
-def _identity(images: Tensor, s: Tensor) -> Tensor:
-    return images
+    return operation
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
-    identity=_identity, shear_x=_shear_x, shear_y=_shear_y, translate_x=_translate_x, translate_y=_translate_y,
+OPERATIONS: dict[str, Operation] = dict(
+    identity=lambda images, s: images,
+    shear_x=_linear(lambda s: [[1, s, 0], [0, 1, 0]], -0.5),
+    shear_y=_linear(lambda s: [[1, 0, 0], [s, 1, 0]], -0.5),
+    translate_x=_linear(lambda s: [[1, 0, -s], [0, 1, 0]], 0),
+    translate_y=_linear(lambda s: [[1, 0, 0], [0, 1, -s]], 0),
     rotate=_rotate, brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
-    posterize=_posterize, solarize=_solarize, autocontrast=_autocontrast, equalize=_equalize,
+    posterize=_posterize, solarize=_solarize, autocontrast=_torchvision("autocontrast"),
+    equalize=_torchvision("equalize"),
 )  # fmt: skip
 UNSIGNED = ("identity", "posterize", "solarize", "autocontrast", "equalize")

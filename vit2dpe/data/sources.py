@@ -1,4 +1,4 @@
-"""Where images come from: each source reads one kind of layout and says what it found.
+"""Sources of images: each reads the files of one kind of layout, or a dataset of another library.
 
 Legend: N images, C channels, H rows, W columns.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from .splits import FileSplit, Split
 TOLERATED = 0.01, 10  # of the files of a split: more than this share and more than this number is no accident
 
 
-class Found(NamedTuple):
-    """What a source has.
+class SourceData(NamedTuple):
+    """The data of a source.
 
     Args:
         classes: class names; a label is an index into them.
         train, test: the two splits, of one image size; test may be missing.
-        notes: what a person should be told.
+        notes: remarks for the user, a line each.
         unreadable: the files of train and of test that were left out, with the reason.
     """
 
@@ -42,10 +43,10 @@ class Found(NamedTuple):
     unreadable: tuple[dict[str, str], dict[str, str]] = ({}, {})
 
 
-Source = Callable[..., Found]  # of root and source_size
+Source = Callable[..., SourceData]  # of root and source_size
 
 
-def digits(root: Path | None, source_size: tuple[int, int] | None) -> Found:
+def digits(root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
     """scikit-learn's 1,797 handwritten digits, 8x8, one channel; a fixed stratified split, 1,437 and 360."""
     if root or source_size:
         raise ConfigError("digits come with scikit-learn, 8x8: leave out root and source_size")
@@ -59,23 +60,14 @@ def digits(root: Path | None, source_size: tuple[int, int] | None) -> Found:
     labels = torch.from_numpy(data.target).long()
     parts = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=labels)
     train, test = (Split(images[part], labels[part]) for part in parts)
-    return Found(tuple(str(name) for name in data.target_names), train, test, [])
+    return SourceData(tuple(str(name) for name in data.target_names), train, test, [])
 
 
-def cifar10(root: Path | None, source_size: tuple[int, int] | None) -> Found:
-    """CIFAR-10 through torchvision, downloaded into `root` (None: the cache folder) unless it is there already.
+def cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
+    """CIFAR10 or CIFAR100 of torchvision, downloaded into `root` (None: the cache folder) unless it is there already.
 
     Its batches are pickles; torchvision compares each with its known checksum before it is opened.
     """
-    return _cifar("CIFAR10", root, source_size)
-
-
-def cifar100(root: Path | None, source_size: tuple[int, int] | None) -> Found:
-    """CIFAR-100, as `cifar10`."""
-    return _cifar("CIFAR100", root, source_size)
-
-
-def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> Found:
     if source_size:
         raise ConfigError(f"{name.lower()} is 32x32: leave out source_size")
     try:
@@ -93,7 +85,7 @@ def _cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) ->
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (train, test)
     ]
-    return Found(tuple(train.classes), splits[0], splits[1], [])
+    return SourceData(tuple(train.classes), splits[0], splits[1], [])
 
 
 def folder(
@@ -103,7 +95,7 @@ def folder(
     cache: str = "memory",
     alone: bool = False,
     unreadable: str = "error",
-) -> Found:
+) -> SourceData:
     """Class folders: `root/train/<class>/*`, and `root/val` or `root/test` likewise (val, where there are both).
 
     Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
@@ -112,7 +104,7 @@ def folder(
     Args:
         cache: as in `load_images`.
         alone: whether train may be the only split.
-        unreadable: as in `load_images`. What stays on disk is decoded once beforehand to know which files it is.
+        unreadable: as in `load_images`. To skip files of what stays on disk, all are decoded once beforehand.
     """
     if root is None:
         raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
@@ -126,17 +118,17 @@ def folder(
     labels, cut, skip = torch.tensor(numbers), sum(map(len, train.values())), unreadable == "skip"
     splits: list[Split | FileSplit]
     if cache != "memory" and (large := _too_large(root, names, source_size, cache, skip)):
-        size, said = large
+        size, more = large
         wrong = find_unreadable(root, names, source_size) if skip else {}
         parts = readable(wrong, names, labels, cut)
         named = np.array([os.fsencode(name) for name in names])
         splits = [FileSplit(root, named[part], labels[part], source_size, size, size) for part in parts]
     else:
-        images, said, wrong = load_files(root, names, source_size, skip=skip)
+        images, more, wrong = load_files(root, names, source_size, skip=skip)
         parts = readable(wrong, names, labels, cut)
         splits = [Split(images[: len(parts[0])], labels[parts[0]]), Split(images[len(parts[0]) :], labels[parts[1]])]
     reasons = [{names[i]: wrong[i] for i in sorted(wrong) if (i < cut) == first} for first in (True, False)]
-    return Found(tuple(train), splits[0], splits[1] if test else None, [*notes, *said], (reasons[0], reasons[1]))
+    return SourceData(tuple(train), splits[0], splits[1] if test else None, [*notes, *more], (reasons[0], reasons[1]))
 
 
 def _too_large(
@@ -152,14 +144,14 @@ def _too_large(
 
 
 def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the files of train and of the other split that can be read.
+    """The indices of the readable files of train and of the other split.
 
     Raises:
-        DataError: if a class has none of them, or if it is so many that something else must be wrong.
+        DataError: if a class has none of them, or if more are unreadable than a few damaged files explain.
     """
-    everything = torch.arange(len(names))
+    splits = torch.arange(len(names)).tensor_split([cut])
     good = torch.tensor([i not in wrong for i in range(len(names))], dtype=torch.bool)
-    for part in (everything[:cut], everything[cut:]):
+    for part in splits:
         lost = part[~good[part]]
         if len(lost) == 0:
             continue
@@ -175,11 +167,12 @@ def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tupl
             raise DataError(
                 f"of {len(gone)} classes no image is left that can be read; among them {names[first]} ({wrong[first]})"
             )
-    return everything[:cut][good[:cut]], everything[cut:][good[cut:]]
+    train, held_out = (part[good[part]] for part in splits)
+    return train, held_out
 
 
 def free_memory() -> int:
-    """Bytes that this machine, or the container that it is, has free."""
+    """Free memory in bytes, of this machine or of the container that limits it."""
     free = []
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -193,23 +186,31 @@ def free_memory() -> int:
     return min(free, default=2**33)
 
 
-def tar(root: Path | None, source_size: tuple[int, int] | None, *, alone: bool = False, **how: Any) -> Found:
+def tar(
+    root: Path | None,
+    source_size: tuple[int, int] | None,
+    *,
+    cache: str = "memory",
+    alone: bool = False,
+    unreadable: str = "error",
+) -> SourceData:
     """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`. The rest as
     `folder`."""
     if root is None:
         raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
-    return folder(archives.unpack(root, alone=alone), source_size, alone=alone, **how)
+    return folder(archives.unpack(root, alone=alone), source_size, cache=cache, alone=alone, unreadable=unreadable)
 
 
-def hf(root: Path | None, source_size: tuple[int, int] | None) -> Found:
-    """A dataset of Hugging Face's: `hf:<name>`."""
+def hf(root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
+    """A dataset of the Hugging Face hub: `hf:<name>`."""
     classes, train, test, notes = archives.from_hub(str(root), source_size)
-    return Found(classes, Split(*train), Split(*test), notes)
+    return SourceData(classes, Split(*train), Split(*test), notes)
 
 
 FOLDERS = ("folder", "tar")  # sources whose images can stay on disk
 CACHES = ("auto", "memory", "none")
 UNREADABLE = ("error", "skip")
 SOURCES: dict[str, Source] = {
-    "digits": digits, "folder": folder, "tar": tar, "cifar10": cifar10, "cifar100": cifar100, "hf": hf,
+    "digits": digits, "folder": folder, "tar": tar, "hf": hf,
+    "cifar10": partial(cifar, "CIFAR10"), "cifar100": partial(cifar, "CIFAR100"),
 }  # fmt: skip

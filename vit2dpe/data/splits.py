@@ -1,4 +1,4 @@
-"""The images of one split with their labels: in memory, or on disk and decoded when they are asked for.
+"""The images of one split with their labels, in memory or on disk; `FileSplit` reads its files when they are indexed.
 
 Legend: N images, B batch, C channels, H rows, W columns.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from ..errors import ConfigError, DataError
 from ..seeding import generator
 from .image_cache import decode
 
-SAMPLE = 2048  # images that mean and deviation are taken of, where not all are in memory
+SAMPLE = 2048  # images that mean and deviation are estimated from, where not all are in memory
 
 
 class LabelledDataset:
-    """What both kinds of splits are: things with labels int64 (N,), of which parts can be taken."""
+    """Base class of labelled datasets: items with labels int64 (N,), and balanced subsets of them."""
 
     labels: Tensor
 
@@ -33,16 +33,16 @@ class LabelledDataset:
         return len(self.labels)
 
     def select(self, index: Tensor) -> Self:
-        """These items only, in this order."""
-        raise TypeError(f"{type(self).__name__} must say how items of it are selected")
+        """The items of these indices, in this order."""
+        raise NotImplementedError(f"{type(self).__name__} must implement select")
 
     def subsample(self, n: int, without: Collection[int] = ()) -> Self:
         """n images, as many of every class as there are (the first classes one more); all of them if n is larger.
 
-        The same n always gives the same images, in their old order, and a smaller n some of those of a larger one.
+        Deterministic: the same n gives the same images, in their old order, and a smaller n a subset of those.
 
         Args:
-            without: numbers of items that cannot be had; for each the next of its class is taken, the others stay.
+            without: indices that are excluded; each is replaced by the next item of its class, the others stay.
 
         Raises:
             ConfigError: if n < 1.
@@ -55,7 +55,7 @@ class LabelledDataset:
         return self.select(order[rank.argsort(stable=True)[:n]].sort().values)
 
     def hold_out(self, fraction: float, seed: int) -> tuple[Self, Self]:
-        """The rest, and this fraction of every class (rounded, at least one, never all), drawn by `seed`.
+        """(rest, held out): held out is this fraction of each class (rounded, 1 to all but one), drawn by `seed`.
 
         Raises:
             ConfigError: for a fraction outside (0, 1), and for a class of a single image.
@@ -73,7 +73,7 @@ class LabelledDataset:
         return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
 
     def _ranks(self, draws: torch.Generator, without: Collection[int] = ()) -> tuple[Tensor, Tensor]:
-        """A shuffled order, class by class, and how many of its class stand before each in it."""
+        """The rank of each item within its class, and the items in a shuffled order, class by class."""
         order = torch.randperm(len(self), generator=draws)
         order = order[~torch.isin(order, torch.tensor(list(without), dtype=torch.long))]
         order = order[self.labels[order].argsort(stable=True)]
@@ -101,25 +101,26 @@ class Split(LabelledDataset):
         return self.images[index]
 
     def sample(self) -> Tensor:
-        """uint8 images that mean and deviation are taken of: all."""
+        """uint8 images that mean and deviation are computed from: all."""
         return self.images
 
     def resized(self, size: tuple[int, int]) -> Split:
         return Split(resized(self.images, size), self.labels)
 
-    def digest(self, into: Any) -> None:
+    def content(self) -> Iterator[bytes | memoryview]:
+        """What the digest is taken of: pixels and labels."""
         for tensor in (self.images, self.labels):
-            into.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            into.update(tensor.contiguous().numpy().data)
+            yield f"{tensor.dtype} {tuple(tensor.shape)}\n".encode()
+            yield tensor.contiguous().numpy().data
 
 
 @dataclass(frozen=True)
 class FileSplit(LabelledDataset):
-    """Image files, decoded each time they are asked for; `stream.stream` has worker processes do it ahead of time.
+    """Image files, decoded each time they are indexed; `loader.stream` decodes them ahead in worker processes.
 
     Args:
         root: the folder that names are relative to.
-        names: (N,) bytes; an array, which a forked process does not copy when it reads it.
+        names: (N,) bytes; an array, so that reading it in a forked process copies no memory.
         labels: int64 (N,).
         source: (H, W) that every image is brought to in decoding; None: they all have one size.
         native: (H, W) of a decoded image.
@@ -159,24 +160,25 @@ class FileSplit(LabelledDataset):
         return resized(image, self.size)
 
     def sample(self) -> Tensor:
-        """uint8 images that mean and deviation are taken of: 2,048 of them, always the same."""
+        """uint8 images that mean and deviation are estimated from: 2,048 of them, always the same."""
         return self.pixels(torch.randperm(len(self), generator=generator("statistics"))[:SAMPLE])
 
     def resized(self, size: tuple[int, int]) -> FileSplit:
         return replace(self, size=size)
 
-    def digest(self, into: Any) -> None:
-        """Names, labels and lengths of the files; their pixels are not read for it."""
+    def content(self) -> Iterator[bytes]:
+        """What the digest is taken of: names, labels and lengths of the files, not their pixels."""
         for name, label in zip(self.names, self.labels.tolist(), strict=True):
             length = os.stat(os.path.join(os.fsencode(self.root), name)).st_size
-            into.update(name + f"\0{label} {length}\n".encode())
+            yield name + f"\0{label} {length}\n".encode()
 
 
 def digest_of(*splits: Split | FileSplit) -> str:
-    """sha256 of all that the splits say: equal digests, equal data."""
+    """sha256 of the content of the splits: equal digests, equal data."""
     digest = hashlib.sha256()
     for split in splits:
-        split.digest(digest)
+        for chunk in split.content():
+            digest.update(chunk)
     return digest.hexdigest()
 
 

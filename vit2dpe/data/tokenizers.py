@@ -1,23 +1,27 @@
 """Text to token ids and back: characters, bytes, and the `tokenizers` library's BPE and WordPiece.
 
-Every tokenizer is a `Tokenizer`, says what it is in JSON (`describe`), and is made again from that (`from_json`), so
-that a checkpoint carries its own.
+Every one is a `Tokenizer`; `describe` gives JSON of it that `from_json` reads, so that a checkpoint carries its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError, ConfigError, DataError, unknown
 
+if TYPE_CHECKING:
+    import tokenizers as library
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")  # ids 0 to 3 of those that are trained here
 KINDS = ("chars", "bytes", "bpe", "wordpiece")
+Description = dict[str, str]  # "kind", and what its constructor takes
 
 
 class Tokenizer(Protocol):
-    """What models need of a tokenizer; `size` counts its tokens."""
+    """Interface of tokenizers; `size` is the number of tokens."""
 
     size: int
 
@@ -25,8 +29,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
-    def describe(self) -> dict[str, Any]:
-        """JSON values that `from_json` makes it of again."""
+    def describe(self) -> Description:
+        """Metadata that `from_json` reads."""
         ...
 
 
@@ -59,7 +63,7 @@ class Characters:
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.symbols[i] for i in ids)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return dict(kind="chars", symbols=self.symbols)
 
 
@@ -75,7 +79,7 @@ class Bytes:
         """Bytes that are no UTF-8, as the first half of a letter, become U+FFFD."""
         return bytes(ids).decode(errors="replace")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return dict(kind="bytes")
 
 
@@ -86,7 +90,7 @@ class Subwords:
         inner: a `tokenizers.Tokenizer`.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: library.Tokenizer) -> None:
         self.inner, self.size = inner, inner.get_vocab_size()
 
     @classmethod
@@ -94,25 +98,26 @@ class Subwords:
         """Learn `size` tokens from texts: "bpe" (of bytes: any text comes back as it was) or "wordpiece" (BERT's:
         lower case, words and their ends; a character never seen becomes [UNK]).
         """
-        library = _library()
+        _require()
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
         if kind == "bpe":
-            inner = library.Tokenizer(library.models.BPE())
-            inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            inner.decoder = library.decoders.ByteLevel()
-            trainer = library.trainers.BpeTrainer(
+            inner = Tokenizer(models.BPE())
+            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            inner.decoder = decoders.ByteLevel()
+            trainer: trainers.Trainer = trainers.BpeTrainer(
                 vocab_size=size,
                 special_tokens=list(SPECIAL),
-                initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                 show_progress=False,
             )
         elif kind == "wordpiece":
-            inner = library.Tokenizer(library.models.WordPiece(unk_token="[UNK]"))
-            inner.normalizer = library.normalizers.BertNormalizer()
-            inner.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
-            inner.decoder = library.decoders.WordPiece()
-            trainer = library.trainers.WordPieceTrainer(
-                vocab_size=size, special_tokens=[*SPECIAL, "[UNK]"], show_progress=False
-            )
+            inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+            inner.normalizer = normalizers.BertNormalizer()
+            inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            inner.decoder = decoders.WordPiece()
+            special = [*SPECIAL, "[UNK]"]
+            trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
         else:
             raise unknown("subwords", kind, ("bpe", "wordpiece"))
         inner.train_from_iterator(texts, trainer)
@@ -124,14 +129,16 @@ class Subwords:
         path = Path(path).expanduser()
         if not path.is_file():
             raise DataError(f"there is no tokenizer at {path}: give a tokenizer.json, or one of {', '.join(KINDS)}")
-        return cls._parsed(path.read_text(), str(path))
+        return cls.parse(path.read_text(), str(path))
 
     @classmethod
-    def _parsed(cls, text: str, where: str) -> Subwords:
+    def parse(cls, text: str, where: str) -> Subwords:
+        """The content of a `tokenizer.json`; `where` it comes from is for the error."""
+        _require()
+        from tokenizers import Tokenizer
+
         try:
-            inner = _library().Tokenizer.from_str(text)
-        except ConfigError:
-            raise
+            inner = Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{where} is no tokenizer: {error}") from None
         inner.no_truncation()
@@ -146,48 +153,41 @@ class Subwords:
         return self.inner.decode(list(ids))
 
     def id(self, token: str) -> int:
-        found = self.inner.token_to_id(token)
-        if found is None:
+        """Raises ConfigError for a token that does not exist."""
+        number = self.inner.token_to_id(token)
+        if number is None:
             raise unknown("token", token, self.inner.get_vocab())
-        return found
+        return number
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return dict(kind="tokenizers", json=self.inner.to_str())
 
 
-def make_tokenizer(word: str, texts: Sequence[str], size: int = 8000) -> Tokenizer:
+def make_tokenizer(kind: str, texts: Sequence[str], size: int = 8000) -> Tokenizer:
     """The tokenizer that a setting names: one of `KINDS`, learned from `texts`, or the path of a tokenizer.json."""
-    if word == "chars":
+    if kind == "chars":
         return Characters.of("".join(texts))
-    if word == "bytes":
+    if kind == "bytes":
         return Bytes()
-    if word in ("bpe", "wordpiece"):
-        return Subwords.train(word, texts, size)
-    if word.endswith(".json"):
-        return Subwords.load(word)
-    raise unknown("tokenizer", word, [*KINDS, "path/to/tokenizer.json"])
+    if kind in ("bpe", "wordpiece"):
+        return Subwords.train(kind, texts, size)
+    if kind.endswith(".json"):
+        return Subwords.load(kind)
+    raise unknown("tokenizer", kind, [*KINDS, "path/to/tokenizer.json"])
 
 
-def from_json(about: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `describe` described."""
+def from_json(about: Description) -> Tokenizer:
+    """The inverse of `Tokenizer.describe`."""
     kind = about.get("kind")
     if kind == "chars":
         return Characters(about["symbols"])
     if kind == "bytes":
         return Bytes()
     if kind == "tokenizers":
-        return Subwords._parsed(about["json"], "the checkpoint's tokenizer")
+        return Subwords.parse(about["json"], "the checkpoint's tokenizer")
     raise CheckpointError(f"this version cannot read a tokenizer of kind {kind!r}; it reads chars, bytes, tokenizers")
 
 
-def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.normalizers
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError:
-        raise ConfigError('subwords need an extra that is not installed: pip install "vit2dpe[text]"') from None
-    return tokenizers
+def _require() -> None:
+    if find_spec("tokenizers") is None:
+        raise ConfigError('subwords need an extra that is not installed: pip install "vit2dpe[text]"')

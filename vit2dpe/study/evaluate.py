@@ -29,7 +29,7 @@ from ..data.splits import Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
-from ..spec import parse_size, parse_terms, split_words
+from ..spec import Size, parse_terms
 from ..training.checkpoint import load_run
 from ..training.devices import pick_device
 from .plan import known
@@ -37,8 +37,6 @@ from .report import about_study
 from .rows import Row, to_csv
 from .settings import EvaluateConfig
 from .tables import table
-
-Size = tuple[int, int]
 
 
 class Subject(NamedTuple):
@@ -68,11 +66,10 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     device = pick_device(config.device)
     subject = load_subject(config)
     model = subject.model.to(device).eval()
-    train_size = train_size_of(model) if config.train_size is None else parse_size(config.train_size)
-    sizes = [parse_size(size) for size in split_words(config.sizes or "")] or [train_size]
+    train_size = config.train_size or train_size_of(model)
+    sizes = config.sizes or (train_size,)
     modes = known("mode", config.modes, MODES)
-    able = policies_of(model)
-    policies = able if "all" in split_words(config.policies) else split_words(config.policies)
+    policies = policies_of(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
     if not 0 < crop <= 1 or config.batch_size < 1:
         raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
@@ -88,7 +85,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
         sizes,
         policies,
         modes=modes,
-        temperatures=split_words(config.temperatures),
+        temperatures=config.temperatures,
         train_size=train_size,
         crop=crop,
     )

@@ -57,7 +57,9 @@ class OverLengths:
         return {}
 
     def digest(self) -> str:
-        return trials.digest_of(([length for _, length in self.plan.sizes], self.plan.policies, self.plan.temperatures))
+        return trials.digest_of(
+            ([length for _, length in self.plan.sizes], self.plan.config.policies, self.plan.config.temperatures)
+        )
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[Row]:
         plan, train_length = self.plan, self.plan.train_size[1]
@@ -66,7 +68,7 @@ class OverLengths:
         if max(lengths) <= train_length:
             policies = policies_of(model)[:1]  # up to the training length a policy changes nothing
         for policy in policies:
-            for temperature in plan.temperatures:
+            for temperature in plan.config.temperatures:
                 for length in lengths:
                     with use_policy(model, policy, temperature=temperature):
                         measured = list(self.scores(model, trial, length))
@@ -103,10 +105,10 @@ class Perplexity(OverLengths):
         config = plan.config
         longest = max(length for _, length in (plan.train_size, *plan.sizes))
         limit = 20 * longest if config.smoke else None
-        source = TextDataConfig(path=config.root, context=longest, limit=limit, **SHAKESPEARE)
+        source = TextDataConfig(path=config.data.root, context=longest, limit=limit, **SHAKESPEARE)
         text = load_text(source, option="--root")
-        if config.limit_test and not config.smoke:
-            text = text._replace(val=text.val[: max(config.limit_test, longest) + 1])
+        if config.data.limit_test and not config.smoke:
+            text = text._replace(val=text.val[: max(config.data.limit_test, longest) + 1])
         return cls(plan, text)
 
     @property
@@ -118,7 +120,7 @@ class Perplexity(OverLengths):
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
-        device, batch_size = pick_device(config.device), int(config.batch_size or 1)
+        device, batch_size = pick_device(config.run.device), config.optim.batch_size
         return LanguageTask(self.text, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
 
     def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
@@ -141,7 +143,7 @@ class ExactAnswers(OverLengths):
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
-        device, batch_size = pick_device(config.device), int(config.batch_size or 1)
+        device, batch_size = pick_device(config.run.device), config.optim.batch_size
         return SequenceTask(config.task, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
 
     def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from ..data.datasets import check_source
+from ..data.datasets import check_data
 from ..encodings import ENCODINGS, parse
 from ..errors import ConfigError, unknown
 from ..models import Swin, ViT
 from ..models.spec import ModelSpec
 from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
-from ..spec import Size, parse_size, parse_terms, split_words
+from ..spec import Numbers, Size, Sizes, Words, parse_terms
 from ..training.devices import pick_device, precision
+from ..training.objectives.images import check_augment
+from ..training.settings import OptimConfig, check_numbers, model_arguments
 from ..training.tasks.sequences import SEQUENCES
 from .settings import StudyConfig, resolve
 
@@ -38,29 +40,29 @@ class Plan:
     """Settings of a study, parsed and checked.
 
     Args:
-        config: with the presets of its data filled in.
+        config: with the presets of its task and data filled in.
         encodings, depths: each encoding is trained at each depth (images: at one).
         train_size, sizes: (height, width) in pixels; of text and sequences (1, tokens).
-        modes: of images, as in `sweep`.
-        policies: specs, or "all", or "default".
-        temperatures: names, or "none".
-        stages: blocks of each stage of a Swin.
     """
 
     config: StudyConfig
-    encodings: tuple[str, ...]
-    depths: tuple[int, ...]
+    encodings: Words
+    depths: Numbers
     train_size: Size
-    sizes: tuple[Size, ...]
-    modes: tuple[str, ...]
-    policies: tuple[str, ...]
-    temperatures: tuple[str, ...]
-    stages: tuple[int, ...]
+    sizes: Sizes
 
     @property
     def trials(self) -> list[Trial]:
         seeds = range(self.config.seeds)
         return [Trial(encoding, depth, seed) for seed in seeds for depth in self.depths for encoding in self.encodings]
+
+    @property
+    def optim(self) -> OptimConfig:
+        """How weights are updated; off images, whose epochs are longer, warm-up is at most a tenth of the training."""
+        optim = self.config.optim
+        if self.config.task == "images":
+            return optim
+        return replace(optim, warmup_epochs=min(optim.warmup_epochs, optim.epochs / 10))
 
     def model_name(self, trial: Trial) -> str:
         """The encoding, and the depth where there are several."""
@@ -74,27 +76,22 @@ class Plan:
             channels: of images.
         """
         config = self.config
-        arguments: dict[str, Any] = dict(
-            position=trial.encoding,
-            embed_dim=config.width,
-            depth=trial.depth,
-            num_heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            drop_path_rate=config.drop_path,
-        )
+        sizes = replace(config.model, position=trial.encoding, depth=trial.depth)
+        arguments = model_arguments(sizes) | dict(drop_path_rate=config.model.drop_path)
         if config.task != "images":
             arguments |= dict(vocab_size=classes, context=self.train_size[1], embed_scale=config.embed_scale)
             if config.task == "text":
-                return ModelSpec("TextDecoder", arguments)
-            return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes))
-        arguments |= dict(img_size=self.train_size, patch_size=config.patch, in_chans=channels, num_classes=classes)
-        arguments |= dict(global_pool="avg")
+                return ModelSpec("TextDecoder", arguments | config.model.options)
+            return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | config.model.options)
+        arguments |= dict(img_size=self.train_size, patch_size=config.model.patch, in_chans=channels)
+        arguments |= dict(num_classes=classes, global_pool=config.model.pool or "avg")
         if config.arch == "vit":
-            return ModelSpec("ViT", arguments | dict(class_token=False))
-        del arguments["depth"]
-        heads = [int(config.heads or 1) * 2**i for i in range(len(self.stages))]
-        arguments |= dict(depths=list(self.stages), num_heads=heads, window_size=config.window)
-        return ModelSpec("Swin", arguments)
+            arguments["class_token"] = config.model.class_token or config.model.pool == "token"
+        else:
+            heads = [int(config.model.heads or 1) * 2**i for i in range(len(config.stages))]
+            arguments |= dict(depths=list(config.stages), num_heads=heads, window_size=config.window)
+            del arguments["depth"]
+        return ModelSpec(ARCHITECTURES[config.arch], arguments | config.model.options)
 
 
 def check(config: StudyConfig) -> Plan:
@@ -105,46 +102,35 @@ def check(config: StudyConfig) -> Plan:
     """
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
-    images = config.task == "images"
+    config, images = resolve(config), config.task == "images"
     if images:
-        if config.data not in SOURCES:
-            raise unknown("data source", config.data, SOURCES)
-        check_source(config.data, unreadable=config.unreadable)
-    config = resolve(config)
+        if config.data.name not in SOURCES:
+            raise unknown("data source", config.data.name, SOURCES)
+        check_data(config.data)
+        check_augment(config.augment)
     if config.arch not in ARCHITECTURES:
         raise unknown("arch", config.arch, ARCHITECTURES)
-    encodings = tuple(ENCODINGS) if config.encodings == "all" else tuple(split_words(str(config.encodings)))
+    encodings = tuple(ENCODINGS) if config.encodings == ("all",) else config.encodings or ()
     for encoding in encodings:
         parse(encoding)
-    policies = tuple(split_words(config.policies))
-    for policy in policies:
+    known("mode", config.modes, MODES)
+    known("temperature", config.temperatures, ["none", *TEMPERATURES])
+    for policy in config.policies:
         parse_terms(policy, "policy", ["all", "default", *POLICIES])
-    depths: tuple[int, ...] = (int(config.depth or 0),)
-    if images:
-        train_size = parse_size(str(config.train_size))
-        sizes = tuple(parse_size(size) for size in split_words(str(config.sizes)))
-    else:
-        train_size = (1, int(config.train_length or 0))
-        sizes = tuple((1, length) for length in _numbers("lengths", config.lengths or str(config.train_length)))
-        depths = _numbers("depths", config.depths or str(config.depth))
-    plan = Plan(
-        config,
-        encodings,
-        depths,
-        train_size,
-        sizes,
-        modes=known("mode", config.modes, MODES) if images else (),
-        policies=policies,
-        temperatures=known("temperature", config.temperatures, ["none", *TEMPERATURES]),
-        stages=_stages(config.stages) if images else (),
-    )
     if config.finetune < 0 or (config.finetune and config.arch != "vit"):
         raise ConfigError(
             f"finetune is a number of epochs, 0 or more, of arch vit; got {config.finetune}, {config.arch}"
         )
-    if not encodings or not sizes or config.seeds < 1 or int(config.epochs or 0) < 1 or train_size[1] < 1:
-        raise ConfigError("a study needs at least one encoding, one size, one seed and one epoch")
-    precision(config.precision, pick_device(config.device))
+    length, depth = config.train_length or 0, config.model.depth or 0
+    train_size, sizes = (1, length), tuple((1, length) for length in config.lengths or (length,))
+    if images:
+        train_size, sizes = config.data.size or (0, 0), config.sizes or ()
+    if not encodings or not sizes or config.seeds < 1 or config.optim.epochs < 1 or train_size[1] < 1:
+        what = "size" if images else "length"
+        raise ConfigError(f"a study needs at least one encoding, one {what}, one seed and one epoch")
+    check_numbers(replace(config.optim, warmup_epochs=0), config.run)  # short studies may warm up to their end
+    precision(config.run.precision, pick_device(config.run.device))
+    plan = Plan(config, encodings, config.depths or (depth,), train_size, sizes)
     _build(plan)
     return plan
 
@@ -159,24 +145,9 @@ def _build(plan: Plan) -> None:
                     model.patch_embed.grid(*size)
 
 
-def known(kind: str, text: str, choices: Collection[str]) -> tuple[str, ...]:
-    """The comma-separated words of `text`, each of them one of the choices."""
-    words = split_words(text)
+def known(kind: str, words: Words, choices: Collection[str]) -> Words:
+    """The words, each of them one of the choices."""
     for word in words:
         if word not in choices:
             raise unknown(kind, word, choices)
-    return tuple(words)
-
-
-def _stages(text: str) -> tuple[int, ...]:
-    words = split_words(text)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"stages are numbers of blocks, such as 2,2, got {text!r}")
-    return tuple(int(word) for word in words)
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    words = split_words(text)
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-        raise ConfigError(f"--{name} are whole numbers above 0, separated by commas, got {text!r}")
-    return tuple(int(word) for word in words)
+    return words

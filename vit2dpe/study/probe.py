@@ -28,7 +28,7 @@ from ..seeding import generator
 from ..spec import parse_size
 from ..training.checkpoint import load_run
 from ..training.devices import pick_device
-from .probe_settings import ProbeConfig
+from .settings import ProbeConfig
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 TEMPERATURE = 0.07

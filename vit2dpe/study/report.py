@@ -11,20 +11,18 @@ import torch
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..spec import Settings, plain
 from ..training.run_folder import environment
 from .html import Facts, Study, page
 from .pictures import draw
 from .rows import Row, to_csv
-from .settings import EvaluateConfig, StudyConfig, as_dict
 from .tables import best, metric_of, table
 
 
-def about_study(
-    command: str, config: StudyConfig | EvaluateConfig, device: torch.device, data: str, digest: str
-) -> Facts:
+def about_study(command: str, config: Settings, device: torch.device, data: str, digest: str) -> Facts:
     """The content of env.json: `run_folder.environment`, the data with the start of their digest, and all settings."""
     source = f"{data} (sha256 {digest[:12]})" if digest else data
-    facts = environment(command, device, source, digest) | dict(config=as_dict(config))
+    facts = environment(command, device, source, digest) | dict(config=plain(config))
     del facts["argv"]  # pages are passed on: the command, but not the paths of this machine
     return facts
 
@@ -119,11 +117,11 @@ class Report:
         write_atomically(self.out / "report.html", page([study]).encode())
 
 
-def write_settings(out: Path, config: StudyConfig) -> None:
+def write_settings(out: Path, config: Settings) -> None:
     """Write `out/config.yaml`, which `vit2dpe study --config` reads."""
     import yaml
 
-    write_atomically(out / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    write_atomically(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False).encode())
 
 
 __all__ = ["Report", "about_study", "best", "draw", "metric_of", "table", "write_settings"]

@@ -1,31 +1,33 @@
-"""What a study is told, as a dataclass that the command line and YAML fill. Nothing heavy is imported here."""
+"""Configuration of `vit2dpe study`, `evaluate` and `probe`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
+from ..data.settings import AugmentConfig, DataConfig
 from ..errors import ConfigError
-from ..spec import Settings, Size, plain
+from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
+from ..training.settings import ModelConfig, OptimConfig, RunConfig
 
-DEFAULT_ENCODINGS = "none,learned,sincos,relative,alibi,rope,rope_mixed"
-TEXT_ENCODINGS = "none,learned,sincos,t5,alibi,fire,rope"
+_MODEL = ModelConfig(mlp_ratio=2.0)
+_OPTIM = OptimConfig(lr=3e-3, warmup_epochs=2, epochs=40, batch_size=64)
+_RUN = RunConfig(out="runs/study")
 
 
 @dataclass(frozen=True)
 class StudyConfig(Settings):
     """Train a ViT with each encoding at one size, then measure it at others.
 
-    Settings left at None take the preset of the data source.
+    `StudyConfig.of(epochs=3, data="cifar10")` takes what is not given from the preset of the task or the data; so do
+    the command line and YAML.
 
     Args:
         task: images; text (perplexity over length, of the file --root or else Shakespeare, downloaded); copy, reverse
             or sort (sequences of numbers).
-        data: where images come from: digits (built in), folder (class folders under --root), cifar10 (downloaded).
-        root: folder of the images; of task text, the file.
-        encodings: comma-separated words, such as none,sincos,rope(base=10),sincos+alibi; or all.
-        train_size: pixels of training images, 32 or 32x48 (height x width).
-        sizes: comma-separated sizes to measure at.
+        encodings: comma-separated specs, such as none,sincos,rope(base=10),sincos+alibi; or all.
+        sizes: comma-separated sizes to measure at; trained at data.size.
         train_length: tokens of a training sequence, for the other tasks than images.
         lengths: comma-separated lengths to measure at.
         embed_scale: factor on the embedding of words. They start at N(0, 0.02), which a learned table matches and sines
@@ -35,151 +37,125 @@ class StudyConfig(Settings):
         policies: comma-separated resolution policies; "all" that an encoding can take, or "default".
         temperatures: comma-separated: none, log (logits x ln N / ln N_train), yarn.
         seeds: how many seeds, 0 upward.
-        source_size: size that pictures of differing sizes are brought to once.
-        limit_train: use only so many training images, balanced over classes.
-        limit_test: use only so many test images, balanced over classes; of a text, so many validation tokens.
-        unreadable: of a folder: error, or skip: images that cannot be read are left out, counted and listed in
-            out/unreadable.jsonl.
         arch: vit, or swin: windows that are shifted in every second block, and two stages at least.
         stages: blocks of each stage of a swin, comma-separated.
         window: side of a swin's windows at the training size, in tokens.
-        patch: patch side in pixels.
-        width: channels of a token; of a swin, in its first stage.
-        depth: blocks of a vit.
-        heads: attention heads; of a swin, in its first stage.
-        mlp_ratio: hidden channels of the MLP over width.
-        epochs: passes over the training images.
-        batch_size: images of a step.
-        lr: peak learning rate.
-        weight_decay: of AdamW; tables, tokens and frequencies are exempt.
-        warmup_epochs: linear warm-up before the cosine.
-        drop_path: stochastic depth rate of the last block.
-        label_smoothing: of the cross-entropy.
-        shift: random shift in training, pixels of the training size.
-        flip: random horizontal flip in training.
-        clip_grad: largest gradient norm.
         finetune: also train so many epochs on at each other size, and measure there: rows of policy "finetuned".
-        precision: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
-        device: auto, cpu, cuda, cuda:1, mps.
-        jobs: how many cells are trained at a time, a process each; default as many as there are CPU cores, at most 8,
+        model: the model; width and heads of a swin are those of its first stage.
+        data: digits (built in), folder (class folders under --root) or cifar10 (downloaded); of text, limit_test is a
+            number of validation tokens.
+        augment: of training images.
+        optim: how weights are updated; for the other tasks than images an epoch is 100 steps.
+        run: where and how it runs; run.threads is 1 where trials run side by side.
+        jobs: how many trials are trained at a time, a process each; default as many as there are CPU cores, at most 8,
             and 1 on other devices.
-        threads: CPU threads of each; default 1 where jobs run side by side, else torch's own choice.
-        out: folder that the results go to.
         quick: three encodings on the built-in digits, in under 90 seconds on two idle cores.
         smoke: two steps an encoding, to see that everything runs.
     """
 
+    SHORT: ClassVar[Mapping[str, str]] = {"train_size": "data.size"}
+
     task: str = "images"
-    data: str = "digits"
-    root: str | None = None
-    encodings: str | None = None
-    train_size: str | None = None
-    sizes: str | None = None
+    encodings: Words | None = None
+    sizes: Sizes | None = None
     train_length: int | None = None
-    lengths: str | None = None
+    lengths: Numbers | None = None
     embed_scale: float = 1.0
-    depths: str | None = None
-    modes: str = "scale,canvas"
-    policies: str = "all"
-    temperatures: str = "none"
+    depths: Numbers | None = None
+    modes: Words = ("scale", "canvas")
+    policies: Words = ("all",)
+    temperatures: Words = ("none",)
     seeds: int = 1
-    source_size: Size | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    unreadable: str = "error"
     arch: str = "vit"
-    stages: str = "2,2"
+    stages: Numbers = (2, 2)
     window: int = 4
-    patch: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float = 2.0
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float = 0.05
-    warmup_epochs: float = 2
-    drop_path: float = 0.0
-    label_smoothing: float = 0.1
-    shift: int | None = None
-    flip: bool | None = None
-    clip_grad: float = 1.0
     finetune: int = 0
-    precision: str = "auto"
-    device: str = "auto"
+    model: ModelConfig = _MODEL
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = _OPTIM
+    run: RunConfig = _RUN
     jobs: int | None = None
-    threads: int | None = None
-    out: str = "runs/study"
     quick: bool = False
     smoke: bool = False
 
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> dict[str, Plain]:
+        """Of the task, for images of the data; and of `quick`."""
+        task, data = (str(given.get(name, default)) for name, default in (("task", "images"), ("data.name", "digits")))
+        quick = QUICK if given.get("quick") and (task, data) == ("images", "digits") else {}
+        return (PRESETS[task] if task in PRESETS else PRESETS.get(data, PRESETS["folder"])) | quick
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        encodings=DEFAULT_ENCODINGS, train_size="16", sizes="12,16,24,32,48", patch=4, width=64, depth=3, heads=8,
-        epochs=40, batch_size=64, lr=3e-3, shift=1, flip=False,
-    ),
-    "folder": dict(
-        encodings=DEFAULT_ENCODINGS, train_size="32", sizes="24,32,48,64,96", patch=4, width=192, depth=9, heads=3,
-        epochs=60, batch_size=128, lr=1e-3, shift=4, flip=True,
-    ),
+
+_DEFAULT = "none,learned,sincos,relative,alibi,rope,rope_mixed"
+_FOLDER: dict[str, Plain] = {
+    "encodings": _DEFAULT, "data.size": "32", "sizes": "24,32,48,64,96", "model.patch": 4, "model.width": 192,
+    "model.depth": 9, "model.heads": 3, "optim.epochs": 60, "optim.batch_size": 128, "optim.lr": 1e-3,
+    "augment.shift": 4, "augment.flip": True,
 }  # fmt: skip
-PRESETS["cifar10"] = PRESETS["folder"]
-PRESETS["text"] = dict(
-    encodings=TEXT_ENCODINGS, train_length=256, lengths="256,512,1024,2048", width=128, depth=4, heads=4, epochs=7,
-    batch_size=24, lr=2e-3,
-)  # fmt: skip
-PRESETS["copy"] = PRESETS["reverse"] = PRESETS["sort"] = dict(
-    encodings="sincos,learned,none", train_length=16, lengths="16", width=64, depth=2, heads=2, epochs=20,
-    batch_size=128, lr=2e-3,
-)  # fmt: skip
-QUICK = dict(encodings="none,learned,rope", sizes="16,24,32", modes="scale", policies="default", epochs=12)
+_SEQUENCES: dict[str, Plain] = {
+    "encodings": "sincos,learned,none", "train_length": 16, "lengths": "16", "model.width": 64, "model.depth": 2,
+    "model.heads": 2, "optim.epochs": 20, "optim.batch_size": 128, "optim.lr": 2e-3,
+}  # fmt: skip
+PRESETS: Mapping[str, dict[str, Plain]] = {
+    "digits": {
+        "encodings": _DEFAULT, "data.size": "16", "sizes": "12,16,24,32,48", "model.patch": 4, "model.width": 64,
+        "model.depth": 3, "model.heads": 8, "optim.epochs": 40, "optim.batch_size": 64, "optim.lr": 3e-3,
+        "augment.shift": 1, "augment.flip": False,
+    },
+    "folder": _FOLDER, "cifar10": _FOLDER,
+    "text": {
+        "encodings": "none,learned,sincos,t5,alibi,fire,rope", "train_length": 256, "lengths": "256,512,1024,2048",
+        "model.width": 128, "model.depth": 4, "model.heads": 4, "optim.epochs": 7, "optim.batch_size": 24,
+        "optim.lr": 2e-3,
+    },
+    "copy": _SEQUENCES, "reverse": _SEQUENCES, "sort": _SEQUENCES,
+}  # fmt: skip
+QUICK: dict[str, Plain] = {
+    "encodings": "none,learned,rope", "sizes": "16,24,32", "modes": "scale", "policies": "default", "optim.epochs": 12,
+}  # fmt: skip
 
-
-# What a study of another task has no use for.
-OF_IMAGES = (
-    "data", "train_size", "sizes", "modes", "source_size", "unreadable", "arch", "stages", "window", "patch",
-    "label_smoothing", "shift", "flip", "finetune",
+# Settings, by dotted names or the start of them, that a task does not use.
+_OF_IMAGES = (
+    "data.name", "data.size", "sizes", "modes", "data.source_size", "data.unreadable", "data.val_fraction",
+    "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
+    "augment.", "finetune",
 )  # fmt: skip
-OF_LINES = ("train_length", "lengths", "embed_scale", "depths")
+_OF_SEQUENCES = ("train_length", "lengths", "embed_scale", "depths")
+_OF_NONE = ("model.name", "model.position", "model.init", "model.jitter", "optim.ema", "run.seed", "run.parallel")
 
 
 def check_task(config: StudyConfig) -> None:
-    """Refuse settings that the task would pass over.
+    """Refuse settings that the task does not use.
 
     Raises:
         ConfigError: naming them.
     """
-    default = StudyConfig()
-    useless: tuple[str, ...] = OF_LINES if config.task == "images" else OF_IMAGES
-    useless += () if config.task in ("images", "text") else ("root",)
-    if strange := [name for name in useless if getattr(config, name) != getattr(default, name)]:
-        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave out what it would pass over")
-    if config.quick and (config.task, config.data) != ("images", "digits"):
+    default, now = flat(StudyConfig()), flat(config)
+    unused = (*(_OF_SEQUENCES if config.task == "images" else _OF_IMAGES), *_OF_NONE)
+    unused += () if config.task in ("images", "text") else ("data.root",)
+    strange = [
+        {"data.name": "data", "data.size": "train_size"}.get(name, name.rpartition(".")[2])
+        for start in unused
+        for name in now
+        if (name.startswith(start) if start.endswith(".") else name == start) and now[name] != default[name]
+    ]
+    if strange:
+        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out")
+    if config.quick and (config.task, config.data.name) != ("images", "digits"):
         raise ConfigError(
             "quick is for the built-in digits; elsewhere set --encodings, --sizes and --epochs, or --smoke"
         )
 
 
 def resolve(config: StudyConfig) -> StudyConfig:
-    """Every setting that is None filled from the preset of its data source; `quick` and `smoke` applied."""
-    if config.quick:
-        default = StudyConfig()
-        changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
-        config = replace(config, **{k: v for k, v in QUICK.items() if k not in changed})  # type: ignore[arg-type]
-    preset = PRESETS[config.task] if config.task in PRESETS else PRESETS.get(config.data, PRESETS["folder"])
-    missing = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    config = replace(config, **missing)
+    """Settings that are None filled from the preset of the task or the data; `smoke` applied."""
+    config = filled(config, config.preset(flat(config)))
     if config.smoke:
-        batch = min(16, int(config.batch_size or 1))
-        few: dict[str, Any] = dict(batch_size=batch, limit_train=2 * batch, limit_test=40)
-        config = replace(config, epochs=1, seeds=min(1, config.seeds), jobs=1, **few)
+        batch = min(16, config.optim.batch_size)
+        few: dict[str, Plain] = {"optim.batch_size": batch, "optim.epochs": 1, "seeds": min(1, config.seeds)}
+        config = changed(config, few | {"data.limit_train": 2 * batch, "data.limit_test": 40, "jobs": 1})
     return config
-
-
-def as_dict(config: StudyConfig | EvaluateConfig) -> dict[str, Any]:
-    return plain(config)
 
 
 @dataclass(frozen=True)
@@ -210,16 +186,45 @@ class EvaluateConfig(Settings):
     model: str = ""
     data: str = ""
     root: str | None = None
-    sizes: str | None = None
-    modes: str = "scale"
-    policies: str = "all"
-    temperatures: str = "none"
+    sizes: Sizes | None = None
+    modes: Words = ("scale",)
+    policies: Words = ("all",)
+    temperatures: Words = ("none",)
     checkpoint: str | None = None
     untrained: bool = False
-    train_size: str | None = None
+    train_size: Size | None = None
     crop: float | None = None
     limit: int | None = None
     unreadable: str = "error"
     batch_size: int = 64
     device: str = "auto"
     out: str = "runs/evaluate"
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Settings):
+    """Evaluate the frozen features of a run: a linear classifier and k nearest neighbours on them.
+
+    Args:
+        run: folder of the run, of `vit2dpe pretrain` or `vit2dpe train`.
+        which: last or best.
+        pool: avg (mean over patches), token (the class token) or both; default avg.
+        k: neighbours.
+        data: other data than the run's; where it is null, the run's, and what is null of the next three is too.
+        root: where they lie.
+        limit_train: use only so many training images, balanced over classes.
+        limit_test: use only so many test images, balanced over classes.
+        device: auto, cpu, cuda, cuda:1, mps.
+        threads: CPU threads; default torch's own choice.
+    """
+
+    run: str | None = None
+    which: str = "last"
+    pool: str | None = None
+    k: int = 20
+    data: str | None = None
+    root: str | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    device: str = "auto"
+    threads: int | None = None

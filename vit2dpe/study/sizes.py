@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..data.datasets import Images, load
-from ..data.settings import AugmentConfig, DataConfig
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
@@ -34,17 +33,16 @@ class OverSizes:
     def load(cls, plan: Plan) -> OverSizes:
         """Read the images and print what is noteworthy about them."""
         config = plan.config
-        source = DataConfig(config.data, config.root, None, config.source_size, config.limit_train, config.limit_test)
-        data = load(replace(source, unreadable=config.unreadable))
+        data = load(config.data)
         for note in data.notes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
-        print(f"{counts}; results in {config.out}")
+        print(f"{counts}; results in {config.run.out}")
         return cls(plan, data)
 
     @property
     def source(self) -> tuple[str, str]:
-        return self.plan.config.data, self.data.digest
+        return self.plan.config.data.name, self.data.digest
 
     @property
     def facts(self) -> dict[str, str]:
@@ -62,19 +60,20 @@ class OverSizes:
         return ImageTask(
             self.data,
             self.plan.train_size,
-            int(config.batch_size or 1),
+            config.optim.batch_size,
             seed=seed,
-            device=pick_device(config.device),
-            augment=AugmentConfig(config.shift, config.flip, label_smoothing=config.label_smoothing),
+            device=pick_device(config.run.device),
+            augment=config.augment,
+            workers=config.data.workers,
         )
 
     def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
         return dict(classes=list(self.data.classes), mean=list(self.data.mean), std=list(self.data.std))
 
     def digest(self) -> str:
-        plan = self.plan
-        measured = (plan.train_size, plan.sizes, plan.modes, plan.policies, plan.temperatures)
-        return trials.digest_of((*measured, plan.config.finetune) if plan.config.finetune else measured)
+        plan, config = self.plan, self.plan.config
+        measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
+        return trials.digest_of((*measured, config.finetune) if config.finetune else measured)
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
         plan = self.plan
@@ -91,8 +90,8 @@ class OverSizes:
             _TestBatches(self.data),
             sizes,
             policies,
-            modes=plan.modes,
-            temperatures=plan.temperatures,
+            modes=plan.config.modes,
+            temperatures=plan.config.temperatures,
             train_size=plan.train_size,
         )
         return [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
@@ -103,12 +102,11 @@ class OverSizes:
         A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours
         differs: all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
         """
-        plan = replace(self.plan, train_size=size, modes=MODES[:1], temperatures=("none",))
-        at_size = OverSizes(plan, self.data)
+        config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
+        at_size = OverSizes(replace(self.plan, config=config, train_size=size), self.data)
         model = trials.build(at_size.model_spec(trial), trial.seed)
         load_weights(model, trained)
-        optim = trials.optim_config(plan)
-        optim = replace(optim, lr=optim.lr / 10, epochs=plan.config.finetune, warmup_epochs=0)
+        optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
         trials.train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size

@@ -28,7 +28,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     """Run a study and write `results.csv`, `accuracy_vs_size.png`, `summary.md`, `report.html` under `config.out`.
 
     Args:
-        config: settings; those at None take the preset of the data source.
+        config: settings; those at None take the preset of the task or the data.
         command: what was typed, for the record.
 
     Returns:
@@ -40,17 +40,17 @@ def study(config: StudyConfig, command: str = "") -> Path:
     if config.task in TASKS:
         check_task(config)
     plan = check(config)
-    config, device = plan.config, pick_device(plan.config.device)
+    config, device = plan.config, pick_device(plan.config.run.device)
     measure = prepare(plan)
-    out = Path(config.out)
+    out = Path(config.run.out)
     write_settings(out, config)
     write_unreadable(out, measure.unreadable)
     about = about_study(command, config, device, *measure.source) | measure.facts
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     report = Report(out, about, total=len(plan.trials), started=time.monotonic())
-    jobs = count(config.jobs, config.threads, device, len(plan.trials))
+    jobs = count(config.jobs, config.run.threads, device, len(plan.trials))
     run = partial(run_trial, measure, out / "cells")  # the folder's name since the first version
-    for i, rows in each(run, plan.trials, report.progress, jobs=jobs, threads=config.threads):
+    for i, rows in each(run, plan.trials, report.progress, jobs=jobs, threads=config.run.threads):
         trial = plan.trials[i]
         seed = f", seed {trial.seed}" if config.seeds > 1 else ""
         report.add(i, plan.model_name(trial) + seed, rows)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,23 +22,27 @@ from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..seeding import derive_seed
+from ..spec import flat
 from ..training.checkpoint import load_run, read_meta, save_model
 from ..training.devices import pick_device
 from ..training.engine import fit
-from ..training.settings import OptimConfig, RunConfig
+from ..training.settings import OptimConfig
 from ..training.task import Task
 from .jobs import Progress
 from .plan import Plan, Trial
 from .rows import Row, read_rows, to_csv
+from .settings import StudyConfig
 
-# What a finished training depends on; other settings may change between two runs of one folder.
+# What a finished training depends on; folders are named by a digest of these without what stands before the dot. Other
+# settings may change between two runs of one folder.
 _TRAINING = (
-    "width", "heads", "mlp_ratio", "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "drop_path",
-    "clip_grad", "precision", "smoke",
+    "model.width", "model.heads", "model.mlp_ratio", "model.drop_path", "optim.epochs", "optim.batch_size", "optim.lr",
+    "optim.weight_decay", "optim.warmup_epochs", "optim.clip_grad", "run.precision", "smoke",
 )  # fmt: skip
-_IMAGES = ("train_size", "patch", "label_smoothing", "shift", "flip")
+_IMAGES = ("model.patch", "augment.label_smoothing", "augment.shift", "augment.flip")
 _SWIN = ("arch", "stages", "window")
 _SEQUENCES = ("task", "train_length", "embed_scale")
+_WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|run\.(compile|patience)")  # unless at the default
 
 
 class Measure(Protocol):
@@ -80,7 +85,7 @@ class Measure(Protocol):
 
 def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> list[Row]:
     """Rows of a trial: read where they are finished, else trained and measured. `out`: folder of all trials."""
-    plan, device = measure.plan, pick_device(measure.plan.config.device)
+    plan, device = measure.plan, pick_device(measure.plan.config.run.device)
     trained = training_settings(measure, trial)
     folder = out / folder_name(plan, trial, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
@@ -93,8 +98,7 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     else:
         spec = measure.model_spec(trial)
         model = build(spec, trial.seed)
-        optim = optim_config(plan)
-        final = train(model, measure, trial.seed, optim, folder, partial(progress, name, trial.seed))
+        final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
         save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about(), final=final)
     rows = measure.rows(model.to(device), trial, folder)
     write_atomically(results, to_csv(rows).encode())
@@ -117,31 +121,20 @@ def train(
 ) -> dict[str, Any]:
     """Train a model in place, in its folder; returns the last row of `metrics.csv`."""
     config = measure.plan.config
-    run = RunConfig(seed=seed, device=config.device, precision=config.precision)
-    stop_after = 2 if config.smoke else None
+    run, stop_after = replace(config.run, seed=seed), 2 if config.smoke else None
     return fit(model, measure.task(seed), optim, run, folder=folder, progress=progress, stop_after=stop_after)[-1]
-
-
-def optim_config(plan: Plan) -> OptimConfig:
-    config = plan.config
-    epochs = int(config.epochs or 1)
-    return OptimConfig(
-        lr=float(config.lr or 0),
-        weight_decay=config.weight_decay,
-        warmup_epochs=config.warmup_epochs if config.task == "images" else min(config.warmup_epochs, epochs / 10),
-        epochs=epochs,
-        batch_size=int(config.batch_size or 1),
-        clip_grad=config.clip_grad,
-    )
 
 
 def training_settings(measure: Measure, trial: Trial) -> dict[str, Any]:
     """What a training depends on, as JSON values; equal settings need no second training."""
-    config = measure.plan.config
-    names = (*_TRAINING, *(_IMAGES if config.task == "images" else _SEQUENCES))
-    names += _SWIN if config.arch == "swin" else ()
+    config, settings, default = measure.plan.config, flat(measure.plan.config), flat(StudyConfig())
+    images = config.task == "images"
+    names = (*_TRAINING, *(_IMAGES if images else _SEQUENCES), *(_SWIN if config.arch == "swin" else ()))
+    used = {name.rpartition(".")[2]: settings[name] for name in names} | trial._asdict()
+    used |= dict(train_size=settings["data.size"]) if images else {}
+    more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
     name, digest = measure.source
-    return {key: getattr(config, key) for key in names} | trial._asdict() | dict(data=digest or name)
+    return {n: v for n, v in more.items() if n.rpartition(".")[2] not in used} | used | dict(data=digest or name)
 
 
 def folder_name(plan: Plan, trial: Trial, trained: Mapping[str, Any]) -> str:
@@ -158,9 +151,9 @@ def digest_of(settings: Mapping[str, Any] | Sequence[Any]) -> str:
 def policies_for(plan: Plan, model: nn.Module) -> Sequence[str]:
     """The policies of the plan that a model can take; its default where that is none of them."""
     able = policies_of(model)
-    if "all" in plan.policies:
+    if "all" in plan.config.policies:
         return able
-    return [p for p in plan.policies if p.split("(")[0] in (*able, "default")] or able[:1]
+    return [p for p in plan.config.policies if p.split("(")[0] in (*able, "default")] or able[:1]
 
 
 def _finished(folder: Path, trained: Mapping[str, Any]) -> bool:

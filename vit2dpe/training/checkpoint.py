@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
 from ..models.spec import MODELS, ModelSpec

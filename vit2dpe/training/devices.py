@@ -1,4 +1,4 @@
-"""Where a training computes, and in which precision."""
+"""Devices and precision."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA, then MPS, then the CPU; a named device that is not there is an error."""
+    """ "auto" is CUDA, then MPS, then the CPU; a device that cannot be used raises ConfigError."""
     if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

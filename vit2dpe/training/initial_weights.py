@@ -1,4 +1,4 @@
-"""Starting from other weights: what fits is taken, what does not is named. Another encoding, size or head is fine."""
+"""Initialization: from a distribution, or from the tensors of another run or file that fit; others are named."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Loaded(NamedTuple):
 
 
 def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) -> Loaded:
-    """Take from `source` every tensor that fits `model`, in place.
+    """Copy every tensor of `source` that fits into `model`, in place.
 
     Args:
         source: a run folder (its last/), a folder with model.json, a .safetensors, or a .pth of tensors.
-        least: the share of the model's tensors below which it is refused: it would be another architecture.
+        least: the share of the model's tensors that must fit; below it is another architecture.
 
     Raises:
         CheckpointError: if the file is missing, altered, unsafe, not finite, or of another architecture.
@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
     path = Path(source).expanduser()
     state = _fitted(model, read_weights(path))
     own = model.state_dict()
-    # In the model's order: that of a file is any.
+    # In the model's order: files have their own.
     taken = [name for name, value in own.items() if name in state and state[name].shape == value.shape]
     left = [name for name in own if name not in taken]
     unused = [name for name in left if name in state] + sorted(name for name in state if name not in own)
@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from what a person may point at. Nothing in a file is executed."""
+    """The tensors of a run folder or a file, by name. No code in a file is executed."""
     for folder in (path / "last", path):
         if (folder / "model.json").is_file():
             return read_tensors(folder, read_meta(folder), "model")
@@ -82,8 +82,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def initialize(model: nn.Module, how: str) -> None:
-    """Draw the linear maps anew, biases zero: xavier (uniform), trunc_normal (0.02), gpt2 (normal 0.02, the last map
-    of each residual branch over sqrt(2 depth)). Encodings, and a model's own special cases, keep what they drew."""
+    """Initialize linear layers, biases zero: xavier (uniform), trunc_normal (0.02), gpt2 (normal 0.02, the last layer
+    of each residual branch over sqrt(2 depth)). Encodings, and everything else, keep their own initialization."""
     if how not in INITS:
         raise unknown("init", how, INITS)
     if how == "default":
@@ -106,7 +106,7 @@ def initialize(model: nn.Module, how: str) -> None:
 
 
 def jitter_positions(model: nn.Module, amount: float) -> None:
-    """Let every encoding of `model` see places moved by up to ±amount patches in training; its state_dict stays.
+    """Jitter the positions of every encoding of `model` by up to ±amount patches in training; its state_dict stays.
 
     Raises:
         ConfigError: for a model without encodings of ours, and for an encoding that takes whole coordinates only.
@@ -117,10 +117,10 @@ def jitter_positions(model: nn.Module, amount: float) -> None:
     if not parts:
         raise ConfigError(f"model.jitter moves what encodings see, and {type(model).__name__} has none of ours")
     for part in parts:
-        part.perturb = _after(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign, assignment]
+        part.perturb = _compose(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign, assignment]
 
 
-def _after(first: Callable[[Positions], Any], second: Callable[[Positions], Any]) -> Callable[[Positions], Any]:
+def _compose(first: Callable[[Positions], Any], second: Callable[[Positions], Any]) -> Callable[[Positions], Any]:
     def perturb(at: Positions) -> Callable[[Positions], Positions]:
         move, more = first(at), second(at)
         return move if more is None else lambda where: more(move(where))

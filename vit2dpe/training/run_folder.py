@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from .. import __version__
+from .._version import __version__
 from ..errors import ConfigError
 from ..files import write_atomically
 from ..spec import Plain, Settings, flat, plain

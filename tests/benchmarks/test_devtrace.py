@@ -1,0 +1,84 @@
+"""On fake CUDA tensors: a forward copies nothing and never waits, a training step does both a few times."""
+
+import pytest
+import torch
+
+from benchmarks import devtrace
+from vit2dpe import ViT
+
+SIZE = (32, 32)
+
+
+def vit(position, depth=12):
+    return ViT(
+        position, img_size=SIZE, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10,
+        class_token=False, global_pool="avg",
+    )  # fmt: skip
+
+
+# Twelve blocks, bfloat16 autocast; 8 casts of weights and biases a block are autocast's own.
+@pytest.mark.parametrize(
+    ("position", "kernels"), [("none", 254), ("learned", 261), ("rope", 304), ("rope_mixed", 374), ("relative", 284)]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_copies_nothing_and_waits_for_nothing(position, kernels, training):
+    traffic = devtrace.trace_forward(vit(position), SIZE, training=training)
+    assert 0 < traffic.kernels.total() <= kernels, traffic.report(position)
+    assert not traffic.to_device, traffic.report(position)
+    assert traffic.stalls == 0, traffic.report(position)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return devtrace.trace_step(vit("rope", depth=2), SIZE)
+
+
+def test_a_batch_is_copied_to_the_device_and_not_back(step):
+    batch = step["batch"]
+    assert batch.to_device.total() <= 6, batch.report("batch")  # images, labels, shifts, flips, mean and deviation
+    assert batch.stalls == 0, batch.report("batch")
+    assert batch.kernels.total() <= 6, batch.report("batch")
+
+
+def test_an_update_waits_for_its_numbers_alone(step):
+    update = step["update"]
+    assert update.to_device.total() <= 1, update.report("update")
+    assert update.stalls <= 2, update.report("update")
+    assert all("training/" in line for line in (*update.reads, *update.to_host)), update.report("update")
+
+
+class Chatty(torch.nn.Module):
+    def forward(self, x):
+        scale = torch.tensor([2.0]).to(x.device)
+        x = x * scale
+        if x.sum() > 0:
+            x = x + 1
+        return x * x.mean().item() + x.cpu().sum().to("cuda") + len(x.amax(dim=(1, 2, 3)).tolist())
+
+
+def test_copies_and_reads_are_seen():
+    traffic = devtrace.trace_forward(Chatty(), SIZE)
+    assert traffic.to_device.total() == 2
+    assert traffic.to_host.total() == 1
+    assert sorted(read.split()[0] for read in traffic.reads.elements()) == ["__bool__", "item", "tolist"]
+    report = traffic.report("chatty")
+    assert report.startswith("chatty: ")
+    assert "2 copies to the device, 1 to the host, 3 reads" in report
+
+
+def test_nothing_stays_patched():
+    before = torch.nn.functional.scaled_dot_product_attention, torch.Tensor.item, torch.nn.Module.to
+    devtrace.trace_forward(vit("rope", depth=1), SIZE)
+    assert before == (torch.nn.functional.scaled_dot_product_attention, torch.Tensor.item, torch.nn.Module.to)
+    assert torch.ones(1).item() == 1
+
+
+def test_the_command_prints_totals_and_lines(capsys):
+    devtrace.main(["rope", "--depth", "1", "--batch", "4", "--rows", "1", "--policy", "rand(ops=1, magnitude=9)"])
+    said = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in said.splitlines() if " kernels, " in line] == [
+        "forward",
+        "batch",
+        "update",
+    ]
+    assert "rand_augment.py:" in said
