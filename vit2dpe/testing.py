@@ -75,7 +75,7 @@ def fills_what_it_gives(make: Make, dims: Dims) -> None:
 
 
 def leaves_prefix_alone(make: Make, dims: Dims) -> None:
-    """Prefix tokens get no token row, the identity rotation and no bias; the others what they get without prefix."""
+    """Prefix tokens get no token row, the identity rotation and no bias; the others are as without prefix."""
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
     plain, behind = tensors(encoding(at)), tensors(encoding(at.with_prefix(2)))
     for name, tensor in behind.items():

@@ -1,4 +1,4 @@
-"""Model cards: what a model is, as the Hugging Face hub reads it and timm pushes it.
+"""Model cards in the format of the Hugging Face hub and of timm's `push_to_hf_hub`.
 
 A card is the dict that `timm.models.push_to_hf_hub` takes as `model_card`; `save_card` writes the text that timm makes
 of it into a README.md. Facts that were not given appear as "not stated".
@@ -31,7 +31,7 @@ Results = str | Path | Iterable[Mapping[str, str | float | None]]  # rows of a s
 
 
 class Card(TypedDict):
-    """What timm's `push_to_hf_hub` reads of `model_card`."""
+    """The `model_card` of timm's `push_to_hf_hub`."""
 
     tags: list[str]
     license: str
@@ -61,7 +61,7 @@ def card(
     license: str = "other",
     description: str = "",
 ) -> Card:
-    """What timm's `push_to_hf_hub` takes as `model_card`.
+    """The `model_card` of a model for timm's `push_to_hf_hub`.
 
     Args:
         model: a ViT or a Swin, by `timm.create_model` or by hand.

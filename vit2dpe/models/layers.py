@@ -170,12 +170,12 @@ class BlockParts(nn.Module):
         mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
             a factory, called as (D, hidden, bias=, drop=).
         act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
-        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or a factory
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and its epsilon; or a factory
             `width -> norm layer`.
         qkv_bias, qk_norm, proj_bias, kv_heads, qk, scale: see `Attention`; `proj_bias` is the MLP's too.
         scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
         position: an encoding of the block's own.
-        init_values: what LayerScale starts from; None: no LayerScale.
+        init_values: initial value of LayerScale; None: no LayerScale.
         attn_drop, proj_drop, drop_path: rates in training.
     """
 

@@ -112,7 +112,7 @@ class MAE(MaskedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide patches, paint them, compare.
+        """The loss of predicting hidden patches.
 
         Args:
             images: (B, C, H, W), H and W multiples of the patch.
@@ -131,7 +131,7 @@ class MAE(MaskedModel):
         return (loss * mask).sum() / mask.sum(), prediction, mask
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """What is hidden one by one, counted along both axes: here patches."""
+        """Patches along both axes of an image."""
         return self.encoder.patch_embed.grid(height, width)
 
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class MAE(MaskedModel):
     def init_weights(self, encoder: bool = True) -> None:
         """Draw as the original does: Xavier for linear maps and patches, zero biases, tokens from N(0, 0.02²).
 
-        Encodings keep what they drew. `encoder=False` touches the decoder alone.
+        Encodings keep their initialisation. `encoder=False` draws the decoder alone.
         """
         for name, module in modules_outside_encodings(self):
             if isinstance(module, nn.Linear) and (encoder or not name.startswith("encoder.")):

@@ -1,4 +1,4 @@
-"""The base of masked image models: drawing masks, reconstructions as images, what is delegated to the encoder.
+"""The base of masked image models: drawing masks, reconstructions as images, calls passed to the encoder.
 
 Legend: B batch, C channels, N patches or units that are hidden one by one, K kept.
 """
@@ -27,7 +27,7 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedModel(nn.Module):
-    """Base class of `MAE` and `SimMIM`: an encoder, and a learned token at what is hidden."""
+    """Base class of `MAE` and `SimMIM`: an encoder, and a learned token in place of hidden units."""
 
     encoder: ViT | Swin
     mask_token: nn.Parameter
@@ -36,7 +36,7 @@ class MaskedModel(nn.Module):
     mask_ratio = 0.75  # by default
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """What is hidden one by one, counted along both axes of an image."""
+        """The units that are hidden one by one, along both axes of an image."""
         raise TypeError(f"{type(self).__name__} must define mask_grid")
 
     def choose(
@@ -46,7 +46,7 @@ class MaskedModel(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is kept, (B, K) in the order of its noise, and the mask (B, N), 0 kept, 1 hidden."""
+        """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
         batch, n = images.shape[0], math.prod(self.mask_grid(images.shape[-2], images.shape[-1]))
         if noise is None:
             device = images.device if generator is None else generator.device

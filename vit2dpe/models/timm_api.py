@@ -1,9 +1,9 @@
 """timm's interface of our models: features, classifier, sizes, optimizer groups, initialisation.
 
-Signatures are timm's (`timm/models/vision_transformer.py`); what a model computes is in its own file.
+Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes are in the files of the models.
 
-    TimmModel   what ViT and Swin share
-    TimmViT     the rest of it for a ViT; that of a Swin is in `swin/timm_api.py`
+    TimmModel   the common part of ViT and Swin
+    TimmViT     the part of ViT; that of Swin is in `swin/timm_api.py`
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]  # of layer d
 
 
 class PretrainedCfg(TypedDict, total=False):
-    """What is read of timm's record of a model, its `pretrained_cfg`."""
+    """The entries of a model's `pretrained_cfg` (timm's record of its weights) that are used here."""
 
     architecture: str
     input_size: tuple[int, int, int]
@@ -39,7 +39,7 @@ class PretrainedCfg(TypedDict, total=False):
 
 
 class FeatureInfo(TypedDict):
-    """What timm's `FeatureInfo` reads of a stage: where its output is, its width, pixels a token stands for."""
+    """An entry of timm's `feature_info`: module of the output, its channels, pixels a token covers along an axis."""
 
     module: str
     num_chs: int
@@ -47,7 +47,7 @@ class FeatureInfo(TypedDict):
 
 
 class TimmModel(nn.Module):
-    """What ViT and Swin share: places, classifier, optimizer groups, initialisation, another size."""
+    """The common part of ViT and Swin: positions, optimizer groups, initialisation, another size."""
 
     patch_embed: PatchEmbed
     position: PositionEncoding
@@ -64,7 +64,7 @@ class TimmModel(nn.Module):
     pretrained_cfg: PretrainedCfg
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
+        """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""
         return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:

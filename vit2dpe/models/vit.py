@@ -60,7 +60,7 @@ class ViT(TimmViT):
         in_chans, num_classes, embed_dim, depth, num_heads, embed_norm, drop_rate and the other rates, and in `block`
             mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm, init_values
             (LayerScale): as in timm.
-        device, dtype: where the parameters are made, and of which type.
+        device, dtype: of the parameters.
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.

@@ -163,7 +163,7 @@ def is_formula(position: PositionEncoding) -> bool:
 
 
 def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tensor, name: str) -> None:
-    """Refuse a flat table (1, prefix + N, D) that is not what the formula gives on this grid, with zeros in front."""
+    """Refuse a flat table (1, prefix + N, D) that differs from the formula's on this grid, zeros for the prefix."""
     rows = max(0, flat.shape[1] - math.prod(grid))
     token = position(Positions.grid(grid).with_prefix(rows)).token
     if token is None or token.shape != flat.shape:

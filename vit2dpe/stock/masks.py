@@ -23,7 +23,7 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
         passed with `is_causal=False`, and to a module that `check` lets pass.
 
     Raises:
-        ConfigError: for a Signal without bias, or with what no mask can bring about.
+        ConfigError: for a Signal without bias, or with rotations or a temperature.
     """
     if signal.q_rotation is not None or signal.k_rotation is not None or signal.temperature is not None:
         raise ConfigError(
@@ -40,7 +40,7 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
 
 
 def floats(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stock mask as what is added to the logits: True, that is "not allowed", becomes -inf."""
+    """A stock mask as a float mask that is added to the logits: True ("not allowed") becomes -inf."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
     return mask.to(dtype)

@@ -85,7 +85,7 @@ def add_position(
     grid: int | tuple[int, ...],
     prefix: int = 0,
 ) -> Tensor:
-    """What `TokenPosition` does, as a function of an encoding that lives elsewhere."""
+    """`TokenPosition` as a function, for an encoding that lives elsewhere."""
     places = places_of(like, grid, prefix)
     return places.plus(embedding, _token_only(encoding)(places.of(embedding)))
 
@@ -100,7 +100,7 @@ def set_grid(module: nn.Module, grid: int | tuple[int, ...]) -> None:
 
 
 def _attention_of(module: nn.Module) -> nn.MultiheadAttention:
-    """The stock attention whose sizes and layout speak for all in `module`."""
+    """A stock attention of `module`; all of them have its width and layout."""
     attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
     if not attentions:
         raise ConfigError(f"{type(module).__name__} has no nn.MultiheadAttention to read batch_first and sizes from")

@@ -39,7 +39,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # What nn.TransformerEncoder reads to decide whether the layer takes nested tensors: it does not.
+        # nn.TransformerEncoder reads this to decide whether the layer takes nested tensors: it does not.
         self.activation_relu_or_gelu = 0
         self.places = places_of(self, grid, prefix)
         self.train_grid = self.places.grid

@@ -24,7 +24,7 @@ def arguments_of(theirs: TimmViT) -> Arguments:
     """Constructor arguments of a ViT of the same sizes and parts, beside the position.
 
     Raises:
-        ConfigError: for a part that is not covered, with what it is.
+        ConfigError: for a part that is not covered, by name.
     """
     _refuse(theirs)
     block, dim = theirs.blocks[0], theirs.embed_dim

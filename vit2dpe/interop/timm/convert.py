@@ -1,7 +1,7 @@
 """A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`, and back: `to_timm`.
 
-A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. What families are covered,
-and how each is read, is in `read.py`; the steps between their parameters and ours are in `steps.py`.
+A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. `read.py` lists and reads the
+covered families; the steps between their parameters and ours are in `steps.py`.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model of ours under timm's names, for timm's model of the same function.
 
-    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. What
-    adds vectors to tokens, learned or a formula, becomes the flat `pos_embed` of the training grid, with rows of zeros
+    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. Token
+    terms, learned or a formula, become the flat `pos_embed` of the training grid, with rows of zeros
     for leading tokens, because they have no place here. That alone, or `none`, belongs to `VisionTransformer` (a
     distilled one to `VisionTransformerDistilled`). With or without it, `rope` (with `attn_type="rope"`), `rope_mixed`
     (`xy`) and `rope_dinov3` (half-split pairs) belong to `Eva`. `relative` (`rel_pos_type="bias"`) and `logcpb`

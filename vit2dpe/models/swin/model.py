@@ -44,9 +44,9 @@ class Swin(TimmSwin):
             (width, heads and window of a stage, number of the block) to an encoding. Terms that give tokens are added
             after the patch embedding; the others are made for each stage, or each block where they are `per_block`,
             get the places within a window, and must be `relative`, because every window has the same places.
-        window_policy: what a window does at another size than the training size. "keep": it keeps its side, the grid
+        window_policy: the window at another size than the training size. "keep": it keeps its side, the grid
             is filled up to whole windows. "scale": its sides grow and shrink with the grid (rounded down, at least 1),
-            and the encodings do what they do at another extent: tables are resized (`relative(resize=...)`), networks
+            and the encodings treat them as another extent: tables are resized (`relative(resize=...)`), networks
             and formulas evaluated anew. `vit2dpe.use_policy(model, "scale+interpolate")` sets both for a while.
         padding: "mask": filled-up places are not attended to. "attend": they are, as tokens of zeros, which is what
             torchvision does.
@@ -63,7 +63,7 @@ class Swin(TimmSwin):
         qkv_bias, drop_rate (head), proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
-        device, dtype: where the parameters are made, and of which type.
+        device, dtype: of the parameters.
 
     Raises:
         ConfigError: for sizes that do not fit each other, and encodings that make no sense in windows.

@@ -1,4 +1,4 @@
-"""timm's interface of a Swin: sizes and windows, features, classifier, groups; what a Swin computes is in `model.py`.
+"""timm's interface of a Swin: sizes and windows, features, classifier, groups; the forward pass is in `model.py`.
 
 Signatures are timm's (`timm/models/swin_transformer.py`), except that a window changes only by `window_policy` or
 `window_size`.
@@ -35,12 +35,12 @@ class TimmSwin(TimmModel):
 
     @property
     def stages(self) -> tuple[SwinStage, ...]:
-        """`layers`, typed: torch declares what is in an nn.Sequential as modules."""
+        """The stages of `layers`, typed; an nn.Sequential holds modules of any type."""
         return tuple(self.layers)  # type: ignore[arg-type]
 
     @property
     def window_policy(self) -> str:
-        """What windows do at another size: "keep" or "scale"."""
+        """The windows at another size: "keep" or "scale"."""
         return self.stages[0].window_policy
 
     @window_policy.setter
@@ -58,7 +58,7 @@ class TimmSwin(TimmModel):
     def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each part with places of its own: the encoding that leads it, where its encodings are, their extent.
 
-        Tokens live on the grid; what acts within windows lives on the window of its stage.
+        Token terms are defined on the grid, the others on the window of their stage.
         """
         stages = [(stage.position, stage, stage.trained_window) for stage in self.stages]
         return [(self.position, self.position, self.train_grid), *stages]

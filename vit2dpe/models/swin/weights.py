@@ -1,6 +1,6 @@
 """Names and layouts of Swin checkpoints, translated on the way in and out: timm's, the original's, torchvision's.
 
-What differs from ours:
+Differences from ours:
     timm         the table is (T, H), T = (2h - 1)(2w - 1), and it and `cpb_mlp` lie in `attn`, not `attn.position`
     original     as timm's, but patch merging belongs to the stage before; classifier `head`; index and mask buffers
     torchvision  numbers instead of names; `head`; one `qkv.bias` in V2, whose part for k is ignored

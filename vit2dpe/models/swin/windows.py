@@ -152,7 +152,7 @@ def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
 
 
 def _both(rows: Tensor, columns: Tensor) -> Tensor:
-    """(r, h, h), (c, w, w) -> (r, c, h w, h w): what may attend along both axes."""
+    """(r, h, h), (c, w, w) -> (r, c, h w, h w): True where attention is allowed along both axes."""
     h, w = rows.shape[-1], columns.shape[-1]
     return (rows.view(-1, 1, h, 1, h, 1) & columns.view(1, -1, 1, w, 1, w)).flatten(4).flatten(2, 3)
 

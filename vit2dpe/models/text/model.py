@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
     valid: Tensor | None = None
 
     def take(self, index: Tensor) -> Encoded:
-        """Sample b becomes what sample index[b] was."""
+        """Reorder samples: sample b becomes the former sample index[b]."""
         at = self.at if self.at.coords.shape[0] == 1 else Positions(self.at.coords[index], self.at.extent)
         return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
 
@@ -175,8 +175,8 @@ class TextModel(nn.Module):
             types: (B, N) kinds of segments; default 0.
             segments: (B|1, N) document numbers of a packed batch (see `pack`): places begin anew at each document, and
                 attention stays within it.
-            cache: what earlier tokens left; these join it.
-            memory: what cross-attention reads.
+            cache: keys and values of earlier tokens; those of these tokens are appended.
+            memory: an encoder's output, for cross-attention.
             length: the extent of the line, where that is longer than the context and N (or, packed, than the context).
 
         Raises:
@@ -218,7 +218,7 @@ class TextModel(nn.Module):
         cache: KVCache | None = None,
         length: int | None = None,
     ) -> Positions:
-        """Where these tokens are: what `position` is called with."""
+        """Positions of these tokens, the argument of `position`."""
         n, device = tokens.shape[1], tokens.device
         if segments is not None:
             line = max(self.context, length or 0)

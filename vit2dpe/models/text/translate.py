@@ -18,7 +18,7 @@ def translate(
 ) -> list[str]:
     """Translations of sentences by beam search (one beam: greedy), in their order.
 
-    A translation has at most as many tokens as the decoder's context, whatever it is batched with.
+    A translation has at most as many tokens as the decoder's context, independent of the batch.
     """
     encode, device = Encoder(tokenizer), next(model.parameters()).device
     sources = [encode(text) for text in texts]
