@@ -12,7 +12,7 @@ from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
 from ..errors import ConfigError
 from ..signal import Signal
 from .masks import attention_mask, floats
-from .places import Places, dims_of, one, places_of, table_dtype
+from .places import InputLayout, dims_of, instance_of, layout_of, table_dtype
 
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -55,7 +55,7 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _hook(self, module: nn.Module, position: PositionEncoding | None, places: Places) -> None:
+    def _hook(self, module: nn.Module, position: PositionEncoding | None, places: InputLayout) -> None:
         if position is not None:
             module.position = position.train(module.training)
             module.places = places  # type: ignore[assignment]
@@ -112,12 +112,12 @@ def attach(
     for owner in (module, *layers):
         if hasattr(owner, "position"):
             raise ConfigError(f"this {type(owner).__name__} has positions already: detach them first")
-    places = places_of(module, grid, prefix)
+    places = layout_of(module, grid, prefix)
     dims = dims_of(module, places, depth=len(layers))
     shared: PositionEncoding = NoPosition()
     own: list[PositionEncoding | None]
     if alone:
-        own = [one(encoding, dims)]
+        own = [instance_of(encoding, dims)]
     else:
         shared, own = (
             split_shared_and_per_block("none", dims, encoding)
@@ -146,7 +146,7 @@ def _before(
 ) -> tuple[tuple[Tensor], dict[str, Tensor | bool]] | None:
     """Hook before a stock module: token terms into its input, bias terms into its mask."""
     position, places = getattr(module, "position", None), getattr(module, "places", None)
-    if not isinstance(places, Places) or position is None:
+    if not isinstance(places, InputLayout) or position is None:
         return None  # a hook is all that it takes to keep a layer off the fast path
     call = next(call for kind, call in CALLS.items() if isinstance(module, kind))
     arguments = dict(zip(call.names, args, strict=False)) | kwargs

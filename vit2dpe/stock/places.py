@@ -16,7 +16,7 @@ from ..signal import Signal
 
 
 @dataclass
-class Places:
+class InputLayout:
     """Where the tokens of a stock module's input are.
 
     Args:
@@ -70,8 +70,8 @@ class TokenPosition(nn.Module):
         self, encoding: str | PositionEncoding, like: nn.Module, *, grid: int | tuple[int, ...], prefix: int = 0
     ) -> None:
         super().__init__()
-        self.places = places_of(like, grid, prefix)
-        self.position = _token_only(one(encoding, dims_of(like, self.places)))
+        self.places = layout_of(like, grid, prefix)
+        self.position = _token_only(instance_of(encoding, dims_of(like, self.places)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.places.plus(x, self.position(self.places.of(x)))
@@ -86,13 +86,13 @@ def add_position(
     prefix: int = 0,
 ) -> Tensor:
     """`TokenPosition` as a function, for an encoding that lives elsewhere."""
-    places = places_of(like, grid, prefix)
+    places = layout_of(like, grid, prefix)
     return places.plus(embedding, _token_only(encoding)(places.of(embedding)))
 
 
 def set_grid(module: nn.Module, grid: int | tuple[int, ...]) -> None:
     """Name the grid of the inputs to come, for everything in `module` that has places; tables are not altered."""
-    named = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), Places)]
+    named = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), InputLayout)]
     if not named:
         raise ConfigError(f"nothing in this {type(module).__name__} has places: attach an encoding first")
     for places in named:
@@ -109,16 +109,16 @@ def _attention_of(module: nn.Module) -> nn.MultiheadAttention:
     return attentions[0]
 
 
-def places_of(module: nn.Module, grid: int | tuple[int, ...], prefix: int) -> Places:
-    return Places(_sizes(grid), prefix, _attention_of(module).batch_first)
+def layout_of(module: nn.Module, grid: int | tuple[int, ...], prefix: int) -> InputLayout:
+    return InputLayout(_sizes(grid), prefix, _attention_of(module).batch_first)
 
 
-def dims_of(module: nn.Module, places: Places, depth: int = 1) -> Dims:
+def dims_of(module: nn.Module, places: InputLayout, depth: int = 1) -> Dims:
     attn = _attention_of(module)
     return Dims(attn.embed_dim, attn.num_heads, places.grid, depth=depth)
 
 
-def one(encoding: str | PositionEncoding, dims: Dims) -> PositionEncoding:
+def instance_of(encoding: str | PositionEncoding, dims: Dims) -> PositionEncoding:
     """The encoding of a spec; a copy of an instance, so that copies of a layer share nothing."""
     return build(encoding, dims) if isinstance(encoding, str) else copy.deepcopy(encoding)
 

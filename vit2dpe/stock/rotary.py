@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.functional import attend
 from ..encodings import PositionEncoding
 from ..signal import Dense, Signal
-from .places import dims_of, one, places_of, table_dtype
+from .places import dims_of, instance_of, layout_of, table_dtype
 
 
 class RotaryEncoderLayer(nn.TransformerEncoderLayer):
@@ -41,10 +41,10 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         super().__init__(*args, **kwargs)
         # nn.TransformerEncoder reads this to decide whether the layer takes nested tensors: it does not.
         self.activation_relu_or_gelu = 0
-        self.places = places_of(self, grid, prefix)
+        self.places = layout_of(self, grid, prefix)
         self.train_grid = self.places.grid
         like = self.linear1.weight
-        self.position = one(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
+        self.position = instance_of(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
 
     def forward(
         self,

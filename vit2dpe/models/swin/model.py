@@ -31,7 +31,7 @@ from ...positions import Positions
 from ..card import save_card
 from ..layers import PatchEmbed, TokenFilter, add_token
 from ..timm_api import FeatureInfo, pair
-from .stage import Places, Spec, SwinStage, tokens_of
+from .stage import Spec, SwinStage, WindowPositions, tokens_of
 from .timm_api import TimmSwin, WindowSize, check_pool, per_stage
 from .weights import convert_state_dict
 
@@ -175,9 +175,9 @@ class Swin(TimmSwin):
     def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
         x = self.embed(images, token_filter)
-        places: Places = {}
+        cache: WindowPositions = {}
         for stage in self.layers:
-            x = stage(x, places)
+            x = stage(x, cache)
         out: Tensor = self.norm(x)
         return out
 

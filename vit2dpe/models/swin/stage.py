@@ -26,7 +26,7 @@ from ..layers import BlockParts
 from .windows import Size, Windows, cut
 
 Spec = str | Callable[[Dims], PositionEncoding]
-Places = dict[tuple[Size, torch.device], Positions]
+WindowPositions = dict[tuple[Size, torch.device], Positions]
 
 
 class SwinBlockArguments(TypedDict):
@@ -100,16 +100,16 @@ class SwinStage(nn.Module):
         self.train_grid = grid
         self.window = self.trained_window = _within(window, grid)
 
-    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: WindowPositions | None = None) -> Tensor:
         """(B, H, W, D) -> (B, H', W', D')
 
         Args:
-            places: cache of window positions, shared by the stages of one forward pass; updated in place.
+            cache: positions of the windows, shared by the stages of one forward pass; updated in place.
         """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
         window = self.window_at(grid)
-        at = _places(window, x.device, places)
+        at = _window_positions(window, x.device, cache)
         signal = in_full(self.position(at))
         ways = [
             cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
@@ -198,8 +198,8 @@ class SwinBlock(BlockParts):
         return x
 
 
-def _places(window: Size, device: torch.device, cache: Places | None) -> Positions:
-    """The places of a window, made once a forward for all stages that have it.
+def _window_positions(window: Size, device: torch.device, cache: WindowPositions | None) -> Positions:
+    """The positions of a window, made once a forward for all stages that have it.
 
     Each stage makes its own where a graph is traced, whose sizes have no hash, and where `cache` cannot be written to:
     torch.fx passes an immutable dictionary.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
 from ..timm_api import Groups, ImageSize, TimmModel, pair, take_indices
-from .stage import Places, SwinStage
+from .stage import SwinStage, WindowPositions
 from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -130,9 +130,9 @@ class TimmSwin(TimmModel):
         take, last = take_indices(count, indices)
         x = self.embed(x)
         outputs: list[Tensor] = []
-        places: Places = {}
+        cache: WindowPositions = {}
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x, places)
+            x = stage(x, cache)
             if i in take:
                 y = self.norm(x) if norm and i == count - 1 else x
                 outputs.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)

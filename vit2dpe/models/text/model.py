@@ -186,7 +186,7 @@ class TextModel(nn.Module):
             raise ConfigError("nested tensors are not taken: pad the batch and give `valid`, or join it with `pack`")
         if segments is not None and (cache is not None or valid is not None):
             raise ConfigError("a packed batch has neither padding nor a cache: give `segments` alone")
-        at = self.places(tokens, valid, segments, cache, length)
+        at = self.positions(tokens, valid, segments, cache, length)
         keys, present = at, valid
         if cache is not None:
             cache.extend(at, valid)
@@ -210,7 +210,7 @@ class TextModel(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def places(
+    def positions(
         self,
         tokens: Tensor,
         valid: Tensor | None = None,
