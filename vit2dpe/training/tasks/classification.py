@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data.augment import erase, mix, resized_crop, shift_and_flip
+from ...data.augment import Share, erase, mix, resized_crop, shift_and_flip
 from ...data.datasets import Images, normalize
 from ...data.loader import Feed, stream
 from ...data.rand_augment import rand, trivial
@@ -19,19 +18,15 @@ from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
 from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
+from ...spec import Plain, Size
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
 
 
-class _Part(TypedDict):
-    of: int
-    part: slice
-
-
-@dataclass(frozen=True)
-class ImageTask(Task):
+@dataclass
+class ImageTask(Task[Batch]):
     """Classification of images.
 
     Args:
@@ -42,11 +37,11 @@ class ImageTask(Task):
         device: where batches go.
         augment: what happens to training images.
         world: this process among how many.
-        workers: processes that decode images which are not in memory (`stream.py`).
+        workers: processes that decode images which are not in memory (`data.loader`).
     """
 
     data: Images
-    train_size: tuple[int, int]
+    train_size: Size
     batch_size: int
     seed: int = 0
     device: torch.device | str = "cpu"
@@ -55,62 +50,56 @@ class ImageTask(Task):
     workers: int | None = None
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)
-    sizes: list[tuple[int, int]] = field(init=False)
     feed: Feed = field(init=False, repr=False, compare=False)
+    steps_per_epoch: int = field(init=False)
     unit: str = "images"
 
     def __post_init__(self) -> None:
-        train = self.data.train.resized(self.train_size)
-        sizes = list(self.augment.train_sizes or ())
-        feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
-        best = (f"{next(iter(self.data.held_out))}_top1", "max")
-        for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return count_steps(len(self.data.train), self.batch_size, self.world)
+        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world)
+        self.train = self.data.train.resized(self.train_size)
+        self.feed = Feed(self.train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
+        self.best = (f"{next(iter(self.data.held_out))}_top1", "max")
 
     def batch(self, epoch: int, step: int) -> Batch:
-        where, index = self._share(epoch, step)
-        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, where)
+        share, index = self._share(epoch, step)
+        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, share)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
         labels = self.train.labels[index].to(self.device)
         batch = dict(images=images, labels=labels, index=index)
         augment = self.augment
         if augment.erase:
-            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
+            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), share=share)
         if augment.mixup or augment.cutmix:
             weights = dict(mixup=augment.mixup, cutmix=augment.cutmix)
             seed = derive_seed(self.seed, epoch, step, "mix")
             classes = len(self.data.classes)
-            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
+            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, share=share)
         return batch
 
     def close(self) -> None:
         self.feed.close()
 
-    def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
-        """Which part of which batch is this rank's, and the numbers of its images."""
+    def _share(self, epoch: int, step: int) -> tuple[Share, Tensor]:
+        """This rank's share of the batch, and the indices of its images."""
         order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
-        part = self.world.share(len(order))
-        return _Part(of=len(order), part=part), order[part]
+        share = Share(len(order), self.world.share(len(order)))
+        return share, order[share.samples]
 
-    def _augmented(self, images: Tensor, epoch: int, step: int, where: _Part) -> Tensor:
-        """uint8 to uint8: where, how, how large."""
+    def _augmented(self, images: Tensor, epoch: int, step: int, share: Share) -> Tensor:
+        """uint8 to uint8: crop or shift, policy, size."""
         augment = self.augment
         flip, draws = bool(augment.flip), self._draws(epoch, step, "augment")
         if augment.crop is not None:
-            images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
+            images = resized_crop(images, self.train_size, augment.crop, flip, draws, share=share)
         else:
-            images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
+            images = shift_and_flip(images, augment.shift or 0, flip, draws, share=share)
         name, options = augment.policy
         if name != "none":
             apply = trivial if name == "trivial" else rand
-            images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
-        if self.sizes:
-            chosen = int(torch.randint(len(self.sizes), (1,), generator=self._draws(epoch, step, "size")))
-            images = resized(images, self.sizes[chosen])
+            images = apply(images, self._draws(epoch, step, "policy"), **options, share=share)
+        if sizes := augment.train_sizes:
+            chosen = int(torch.randint(len(sizes), (1,), generator=self._draws(epoch, step, "size")))
+            images = resized(images, sizes[chosen])
         return images
 
     def _draws(self, epoch: int, step: int, purpose: str) -> torch.Generator:
@@ -134,15 +123,15 @@ class ImageTask(Task):
             found |= {f"{split}_{name}": score[name] for name in names}
         return found
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         data, size = self.data, list(self.train_size)
-        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std), train_size=size)
-        return describe_data("classification", data) | facts
+        classes, mean, std = list(data.classes), list(data.mean), list(data.std)
+        return describe_data("classification", data, classes=classes, mean=mean, std=std, train_size=size)
 
 
 def evaluation_batches(
     data: Images,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     batch: int = 256,
     world: World = ALONE,
     split: str = "test",
