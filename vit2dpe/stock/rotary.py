@@ -60,10 +60,10 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         signal, mask = self._masks(x, signal, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = x + self._attention(self.norm1(x), signal, mask)
-            x = x + self._ff_block(self.norm2(x))
+            x = x + self._feed_forward(self.norm2(x))
         else:
             x = self.norm1(x + self._attention(x, signal, mask))
-            x = self.norm2(x + self._ff_block(x))
+            x = self.norm2(x + self._feed_forward(x))
         if src.ndim == 2:
             return x[0]
         return x if self.places.batch_first else x.transpose(0, 1)
@@ -74,6 +74,9 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (N, H, L, E/H)
         out = attend(q, k, v, signal, mask, dropout=attn.dropout if self.training else 0.0)
         return self.dropout1(attn.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
     def _masks(
         self, x: Tensor, signal: Signal, mask: Tensor | None, padding: Tensor | None, is_causal: bool
