@@ -62,25 +62,35 @@ def paired(
     runs: dict[str, Callable[[], Any]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
 ) -> list[Interval]:
     """For each (a, b): the time of a over that of b, median and interval over the repetitions."""
-    order, seconds = list(runs), dict.fromkeys(runs, 0.0)
-    shuffled = random.Random(0)
-    found: list[list[float]] = [[] for _ in ratios]
+    seconds = interleaved(runs, repeats, device)
+    return [interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]) for a, b in ratios]
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every run in every repetition, in each of which the order is another."""
+    order, shuffled = list(runs), random.Random(0)
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
     for _ in range(repeats):
         shuffled.shuffle(order)
         for kind in order:
-            seconds[kind] = timed(runs[kind], device)
-        for ratio, (a, b) in zip(found, ratios, strict=True):
-            ratio.append(seconds[a] / seconds[b])
-    return [interval(ratio) for ratio in found]
+            seconds[kind].append(timed(runs[kind], device))
+    return seconds
 
 
 def timed(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one run: of the process on the CPU, of the wall elsewhere."""
+    """Seconds of one run: of the process on the CPU, between events of the stream on CUDA, of the wall elsewhere."""
     if device == "cpu":
         start = time.process_time()
         run()
         return time.process_time() - start
     torch.accelerator.synchronize()
+    if device.startswith("cuda"):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / 1000
     start = time.perf_counter()
     run()
     torch.accelerator.synchronize()

@@ -10,11 +10,11 @@ import hashlib
 import torch
 
 
-def derive_seed(*key: object) -> int:
+def derive_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on every part of the key, in order; the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def generator(*key: object) -> torch.Generator:
+def generator(*key: int | str) -> torch.Generator:
     """A CPU generator for this key: the same draws on every device."""
     return torch.Generator().manual_seed(derive_seed(*key))

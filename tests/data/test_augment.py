@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from vit2dpe.data.augment import erase, mix, resized_crop
+from vit2dpe.data.augment import Share, erase, mix, resized_crop
 from vit2dpe.data.rand_augment import OPERATIONS, UNSIGNED, rand, strengths, trivial
 
 THEIRS = {name: "".join(part.title() for part in name.split("_")) for name in OPERATIONS} | {
@@ -64,7 +64,7 @@ def test_each_sample_has_its_own_operation(policy):
 def test_a_part_of_a_batch_is_drawn_as_in_the_whole(make):
     images = pictures(20)
     cut = slice(6, 13)
-    assert torch.equal(make(images)[cut], make(images[cut], of=20, part=cut))
+    assert torch.equal(make(images)[cut], make(images[cut], share=Share(20, cut)))
 
 
 def test_crops_are_parts_of_the_image_and_each_its_own():

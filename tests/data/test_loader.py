@@ -1,5 +1,8 @@
 """Images that stay on disk give the same bits as images in memory, with any number of workers, resumed anywhere."""
 
+import multiprocessing
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from PIL import Image
 from tests.training.test_resume import CLOCKED, Killed, everything
 from vit2dpe.data import sources
 from vit2dpe.data.datasets import load_images
+from vit2dpe.data.loader import lost_worker, stream, watch_workers
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError
@@ -147,3 +151,23 @@ def test_sizes_that_differ_are_named(root, workers):
     with pytest.raises(DataError, match=match):
         task.batch(0, 0)
     task.close()
+
+
+def test_streams_belong_to_the_training_that_opened_them(root):
+    data = load_images("folder", root, source_size=(10, 12), cache="none")
+
+    def opened():
+        with watch_workers() as streams:
+            batches = stream(data.train, [torch.arange(4)], workers=1)
+            next(batches)
+            (pid,) = (child.pid for child in multiprocessing.active_children())
+            lost = lost_worker(RuntimeError(f"DataLoader worker (pid {pid}) is killed by signal: Killed. "), streams)
+            other = lost_worker(RuntimeError(f"worker (pid {pid}) is tired"), streams)
+            batches.close()
+            return str(lost), other, len(streams), multiprocessing.active_children()
+
+    with watch_workers() as streams, ThreadPoolExecutor(1) as thread:
+        message, other, left, children = thread.submit(opened).result()
+        assert streams == []
+    assert re.match(r"data worker 0 \(process \d+\) is killed by signal: Killed: if memory", message)
+    assert (other, left, children) == (None, 0, [])

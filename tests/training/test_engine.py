@@ -1,5 +1,7 @@
 """Training: augmentation draws for each sample, seeds decide everything, half precision and bad losses behave."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -105,3 +107,10 @@ def test_keys_and_devices():
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="--device cpu"):
         pick_device("warp")
+
+
+def test_names_of_the_room_are_imported_on_first_use():
+    code = "import sys, vit2dpe.training as room; print('torch' in sys.modules)\n"
+    code += "print(all(callable(getattr(room, name)) for name in room.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == ["False", "True"]

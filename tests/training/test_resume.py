@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vit2dpe import ViT, load_run
 from vit2dpe.data.datasets import load_images
@@ -16,7 +17,9 @@ from vit2dpe.seeding import derive_seed, generator
 from vit2dpe.training.checkpoint import _check, read_meta, read_tensors
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.log import read_table
+from vit2dpe.training.optimizer import load_optimizer, make_optimizer, optimizer_state
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.snapshots import flatten, unflatten
 from vit2dpe.training.task import Task, split_batch
 from vit2dpe.training.tasks.classification import ImageTask
 
@@ -219,3 +222,26 @@ def test_batches_are_cut_wherever_their_tensors_are():
     assert [p["x"].tolist() for p in parts] == [[0, 1, 2], [3, 4]]
     assert [p["more"][0].shape for p in parts] == [(3, 2), (2, 2)]
     assert parts[1]["more"][1] == 7
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "muon", "adafactor", "nadamw"])
+def test_every_kind_of_optimizer_goes_on_to_the_same_bits(name, tmp_path):
+    """LAMB counts its updates in the groups, Muon keeps other state for matrices, Adafactor factored ones."""
+    x, updates = torch.randn(8, 6, generator=generator(0, name)), []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+        optimizer = make_optimizer(net, OptimConfig(name=name, lr=0.01))
+        for step in range(4):
+            if cut and step == 2:
+                tensors, net_state = {}, net.state_dict()
+                tree = json.loads(json.dumps(flatten(optimizer_state(net, optimizer), tensors)))
+                net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+                net.load_state_dict(net_state)
+                optimizer = make_optimizer(net, OptimConfig(name=name, lr=0.01))
+                load_optimizer(net, optimizer, unflatten(tree, tensors))
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        updates.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*updates)

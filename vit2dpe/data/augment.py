@@ -1,7 +1,7 @@
 """Random augmentation of a batch, with draws of its own for each sample; torchvision's v2 draws once for a batch.
 
-Draws come from a generator on the CPU, so that a seed gives the same ones on every device. `images` are the slice
-`part` of a batch of `of` samples; draws are made for the whole batch, so that they do not depend on the rank.
+Draws come from a generator on the CPU, so that a seed gives the same ones on every device, and are made for the whole
+batch of which `images` are a `Share`, so that they do not depend on the rank.
 
 Legend: B batch, C channels, H rows, W columns.
 """
@@ -16,11 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALL = slice(None)
+
+class Share(NamedTuple):
+    """The samples that one process has of a batch: `samples` of `total`."""
+
+    total: int
+    samples: slice = slice(None)
 
 
 def shift_and_flip(
-    images: Tensor, shift: int, flip: bool, generator: torch.Generator, *, of: int | None = None, part: slice = ALL
+    images: Tensor, shift: int, flip: bool, generator: torch.Generator, *, share: Share | None = None
 ) -> Tensor:
     """Shift each image by up to ±shift pixels along both axes (edges reflected) and flip half of them left to right.
 
@@ -30,13 +35,13 @@ def shift_and_flip(
         flip: whether to flip.
     """
     b, _, h, w = images.shape
-    of = b if of is None else of
-    rows = _index(of, h, shift, generator)
-    cols = _index(of, w, shift, generator)
+    total, samples = share or Share(b)
+    rows = _index(total, h, shift, generator)
+    cols = _index(total, w, shift, generator)
     if flip:
-        mirrored = torch.rand(of, generator=generator) < 0.5
+        mirrored = torch.rand(total, generator=generator) < 0.5
         cols = torch.where(mirrored[:, None], w - 1 - cols, cols)
-    rows, cols = rows[part].to(images.device), cols[part].to(images.device)
+    rows, cols = rows[samples].to(images.device), cols[samples].to(images.device)
     sample = torch.arange(b, device=images.device)[:, None, None]
     return images.movedim(1, -1)[sample, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)
 
@@ -91,8 +96,7 @@ def resized_crop(
     flip: bool,
     generator: torch.Generator,
     *,
-    of: int | None = None,
-    part: slice = ALL,
+    share: Share | None = None,
 ) -> Tensor:
     """A random part of each image, at least `smallest` of its area and 3:4 to 4:3, resized (bilinear), half flipped.
 
@@ -104,15 +108,15 @@ def resized_crop(
         uint8 (B, C, H', W').
     """
     b, _, h, w = images.shape
-    of = b if of is None else of
-    box, fits = draw_boxes(of, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
+    total, samples = share or Share(b)
+    box, fits = draw_boxes(total, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
     everything = Boxes(*(torch.tensor(float(v)) for v in (0, 0, h, w)))
     top, left, height, width = (
-        torch.where(fits, a, b)[part, None].to(images.device) for a, b in zip(box, everything, strict=True)
+        torch.where(fits, a, b)[samples, None].to(images.device) for a, b in zip(box, everything, strict=True)
     )
     along = [(torch.arange(side, device=images.device) + 0.5) / side for side in size]
     if flip:
-        mirrored = (torch.rand(of, generator=generator) < 0.5)[part, None].to(images.device)
+        mirrored = (torch.rand(total, generator=generator) < 0.5)[samples, None].to(images.device)
         columns = torch.where(mirrored, 1 - along[1], along[1])
     else:
         columns = along[1].expand(b, -1)
@@ -124,19 +128,17 @@ def resized_crop(
     return out.round().clamp(0, 255).to(torch.uint8)
 
 
-def erase(
-    images: Tensor, probability: float, generator: torch.Generator, *, of: int | None = None, part: slice = ALL
-) -> Tensor:
+def erase(images: Tensor, probability: float, generator: torch.Generator, *, share: Share | None = None) -> Tensor:
     """Random erasing (arXiv 1708.04896): with this probability a rectangle of 2 to 33% of the area becomes 0, the mean.
 
     Args:
         images: (B, C, H, W), normalised.
     """
     b, _, h, w = images.shape
-    of = b if of is None else of
-    box, fits = draw_boxes(of, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
-    chosen = fits & (torch.rand(of, generator=generator) < probability)
-    inside = _inside(Boxes(*(side[part] for side in box)), (h, w)) & chosen[part, None, None]
+    total, samples = share or Share(b)
+    box, fits = draw_boxes(total, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    chosen = fits & (torch.rand(total, generator=generator) < probability)
+    inside = _inside(Boxes(*(side[samples] for side in box)), (h, w)) & chosen[samples, None, None]
     return images.masked_fill(inside[:, None].to(images.device), 0)
 
 
@@ -148,8 +150,7 @@ def mix(
     *,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    of: int | None = None,
-    part: slice = ALL,
+    share: Share | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), drawn for each sample; both: a coin decides for each.
 
@@ -166,13 +167,13 @@ def mix(
         the images, and targets (B, classes) float32.
     """
     b, _, h, w = images.shape
-    of = b if of is None else of
+    total, samples = share or Share(b)
     draws = np.random.default_rng(seed)
-    cut = draws.random(of) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
-    weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, of), draws.beta(mixup or 1, mixup or 1, of))
-    centre = draws.random((2, of))
+    cut = draws.random(total) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
+    weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, total), draws.beta(mixup or 1, mixup or 1, total))
+    centre = draws.random((2, total))
     keep, cut_, at = (
-        torch.from_numpy(np.ascontiguousarray(v)).to(images.device) for v in (weight[part], cut[part], centre[:, part])
+        torch.from_numpy(np.ascontiguousarray(v[..., samples])).to(images.device) for v in (weight, cut, centre)
     )
     half_h, half_w = h * (1 - keep).sqrt() / 2, w * (1 - keep).sqrt() / 2
     top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()

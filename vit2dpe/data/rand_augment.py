@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .augment import Share
+
 Operation = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W), strengths (B,)
 STEPS = 31
 AUGMENTATIONS = ("none", "trivial", "rand")
 
 
-def trivial(images: Tensor, generator: torch.Generator, *, of: int | None = None, part: slice = slice(None)) -> Tensor:
+def trivial(images: Tensor, generator: torch.Generator, *, share: Share | None = None) -> Tensor:
     """One random operation of random strength a sample. Images uint8 (B, C, H, W)."""
-    of = len(images) if of is None else of
-    step = torch.randint(STEPS, (of,), generator=generator)
-    return _one(images, step, generator, of, part, wide=True)
+    share = share or Share(len(images))
+    step = torch.randint(STEPS, (share.total,), generator=generator)
+    return _one(images, step, generator, share, wide=True)
 
 
 def rand(
@@ -33,21 +35,22 @@ def rand(
     *,
     ops: int = 2,
     magnitude: int = 9,
-    of: int | None = None,
-    part: slice = slice(None),
+    share: Share | None = None,
 ) -> Tensor:
     """`ops` random operations after each other, each of strength `magnitude` out of 30. Images uint8 (B, C, H, W)."""
-    of = len(images) if of is None else of
+    share = share or Share(len(images))
     for _ in range(ops):
-        images = _one(images, torch.full((of,), magnitude), generator, of, part, wide=False)
+        images = _one(images, torch.full((share.total,), magnitude), generator, share, wide=False)
     return images
 
 
-def _one(images: Tensor, step: Tensor, generator: torch.Generator, of: int, part: slice, *, wide: bool) -> Tensor:
+def _one(images: Tensor, step: Tensor, generator: torch.Generator, share: Share, *, wide: bool) -> Tensor:
+    """One operation a sample, of strength `step` (total,) out of `STEPS` - 1."""
     h, w = images.shape[-2:]
-    chosen = torch.randint(len(OPERATIONS), (of,), generator=generator)[part]
-    sign = torch.where(torch.rand(of, generator=generator) < 0.5, -1.0, 1.0)[part]
-    level = step[part] / (STEPS - 1)
+    total, samples = share
+    chosen = torch.randint(len(OPERATIONS), (total,), generator=generator)[samples]
+    sign = torch.where(torch.rand(total, generator=generator) < 0.5, -1.0, 1.0)[samples]
+    level = step[samples] / (STEPS - 1)
     out = images.clone()
     for number, (name, operation) in enumerate(OPERATIONS.items()):
         index = (chosen == number).nonzero()[:, 0]

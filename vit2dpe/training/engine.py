@@ -106,7 +106,7 @@ class Trainer(Generic[B]):
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
         about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
-        trackers = Trackers(self.folder, self.run.tensorboard, self.run.wandb, about) if first else None
+        trackers = Trackers(self.folder, first and self.run.tensorboard, self.run.wandb if first else None, about)
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
@@ -118,10 +118,8 @@ class Trainer(Generic[B]):
             try:
                 while self.state.epoch < self.optim.epochs and not self._patience_ended():
                     self._train_epoch(self.state.epoch)
-                    row = self._evaluate()
-                    if trackers is not None:
-                        trackers.add(row)
-                    if self.stop_after is not None and self.state.step >= self.stop_after:
+                    trackers.add(self._evaluate())
+                    if self._stop_reached():
                         break
             except RuntimeError as error:  # torch reports a dead data worker wherever the training is at that moment
                 if lost := lost_worker(error, streams):
@@ -129,8 +127,7 @@ class Trainer(Generic[B]):
                 raise
             finally:
                 self.task.close()
-                if trackers is not None:
-                    trackers.close()
+                trackers.close()
         return self.table.rows if self.table is not None else []
 
     def _train_epoch(self, epoch: int) -> None:
@@ -138,7 +135,7 @@ class Trainer(Generic[B]):
         steps = self.task.steps_per_epoch
         began, self.waited, counted = time.monotonic(), 0.0, self.state.count
         for step in range(self.state.step - epoch * steps, steps):
-            if self.stop_after is not None and self.state.step >= self.stop_after:
+            if self._stop_reached():
                 break
             self._update(epoch, step)
             self._report(epoch)
@@ -152,7 +149,9 @@ class Trainer(Generic[B]):
     def _update(self, epoch: int, step: int) -> None:
         state = self.state
         self.updater.schedule.step_update(state.step)
-        batch = self._batch(epoch, step)
+        began = time.monotonic()
+        batch = self.task.batch(epoch, step)
+        self.waited += time.monotonic() - began
         numbers, norm, items, finite = self.updater.step(batch, epoch, step, state.step)
         if not finite:
             self._refuse(epoch, step, numbers["train_loss"], norm, batch)
@@ -161,11 +160,8 @@ class Trainer(Generic[B]):
         for name, value in numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value * items
 
-    def _batch(self, epoch: int, step: int) -> B:
-        began = time.monotonic()
-        batch = self.task.batch(epoch, step)
-        self.waited += time.monotonic() - began
-        return batch
+    def _stop_reached(self) -> bool:
+        return self.stop_after is not None and self.state.step >= self.stop_after
 
     def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: B) -> None:
         """A loss or gradient is not finite: skip the step and record its samples in `bad_batches.jsonl`."""
@@ -180,8 +176,7 @@ class Trainer(Generic[B]):
         if self.state.bad >= self.run.bad_losses:
             self.state.step -= self.state.bad  # resuming tries these steps again, with the last finite weights
             self.state.bad = 0
-            if self.spec is not None:
-                self.save()
+            self.save()
             raise TrainingError(
                 f"the loss was not finite {self.run.bad_losses} times in a row, last at epoch {epoch}, step {step} of "
                 f"{self.folder.name}: the samples are in {self.folder / 'bad_batches.jsonl'}, the weights before them "
@@ -218,10 +213,9 @@ class Trainer(Generic[B]):
         better = self._improved(score)
         if better is not None:
             state.best, state.best_epoch = better, state.epoch
-        if self.spec is not None:
-            if better is not None:
-                self.save("best", row)
-            self.save("last", row)
+        if better is not None:
+            self.save("best", row)
+        self.save("last", row)
         if self.on_epoch is not None:
             self.on_epoch(row, evaluated)
         return row

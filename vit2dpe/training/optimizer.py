@@ -57,21 +57,26 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: i
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The optimizer's state of each parameter, by its name, unsharded, on the CPU."""
-    return {
+    """The optimizer's state of each parameter, by its name, unsharded, on the CPU; that of its groups under "" """
+    states = {
         name: {key: full_tensor(value) if isinstance(value, Tensor) else value for key, value in state.items()}
         for name, parameter in model.named_parameters()
         if (state := optimizer.state.get(parameter)) is not None
     }
+    steps = [group["step"] for group in optimizer.param_groups if "step" in group]  # LAMB counts here
+    return states | ({"": {"step": steps}} if steps else {})
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
     """The inverse of `optimizer_state`, for any number of processes."""
     parameters = dict(model.named_parameters())
-    if extra := sorted(set(state) - set(parameters)):
+    if extra := sorted(set(state) - set(parameters) - {""}):
         raise CheckpointError(f"the optimizer's state speaks of parameters that the model has not: {extra[:5]}")
-    for name, values in state.items():
-        like = parameters[name]
+    for group, step in zip(optimizer.param_groups, state.get("", {}).get("step", ()), strict=False):
+        group["step"] = step
+    for name, like in parameters.items():
+        if (values := state.get(name)) is None:
+            continue
         optimizer.state[like] = {
             key: shard_like(value, like) if isinstance(value, Tensor) else value for key, value in values.items()
         }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data.augment import erase, mix, resized_crop, shift_and_flip
+from ...data.augment import Share, erase, mix, resized_crop, shift_and_flip
 from ...data.datasets import Images, normalize
 from ...data.loader import Feed, stream
 from ...data.rand_augment import rand, trivial
@@ -23,11 +23,6 @@ from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
-
-
-class _Part(TypedDict):
-    of: int
-    part: slice
 
 
 @dataclass(frozen=True)
@@ -72,42 +67,42 @@ class ImageTask(Task):
         return count_steps(len(self.data.train), self.batch_size, self.world)
 
     def batch(self, epoch: int, step: int) -> Batch:
-        where, index = self._share(epoch, step)
-        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, where)
+        share, index = self._share(epoch, step)
+        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, share)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
         labels = self.train.labels[index].to(self.device)
         batch = dict(images=images, labels=labels, index=index)
         augment = self.augment
         if augment.erase:
-            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), **where)
+            batch["images"] = erase(images, augment.erase, self._draws(epoch, step, "erase"), share=share)
         if augment.mixup or augment.cutmix:
             weights = dict(mixup=augment.mixup, cutmix=augment.cutmix)
             seed = derive_seed(self.seed, epoch, step, "mix")
             classes = len(self.data.classes)
-            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, **where)
+            batch["images"], batch["labels"] = mix(batch["images"], labels, classes, seed, **weights, share=share)
         return batch
 
     def close(self) -> None:
         self.feed.close()
 
-    def _share(self, epoch: int, step: int) -> tuple[_Part, Tensor]:
-        """Which part of which batch is this rank's, and the numbers of its images."""
+    def _share(self, epoch: int, step: int) -> tuple[Share, Tensor]:
+        """This rank's share of the batch, and the indices of its images."""
         order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
-        part = self.world.share(len(order))
-        return _Part(of=len(order), part=part), order[part]
+        share = Share(len(order), self.world.share(len(order)))
+        return share, order[share.samples]
 
-    def _augmented(self, images: Tensor, epoch: int, step: int, where: _Part) -> Tensor:
-        """uint8 to uint8: where, how, how large."""
+    def _augmented(self, images: Tensor, epoch: int, step: int, share: Share) -> Tensor:
+        """uint8 to uint8: crop or shift, policy, size."""
         augment = self.augment
         flip, draws = bool(augment.flip), self._draws(epoch, step, "augment")
         if augment.crop is not None:
-            images = resized_crop(images, self.train_size, augment.crop, flip, draws, **where)
+            images = resized_crop(images, self.train_size, augment.crop, flip, draws, share=share)
         else:
-            images = shift_and_flip(images, augment.shift or 0, flip, draws, **where)
+            images = shift_and_flip(images, augment.shift or 0, flip, draws, share=share)
         name, options = augment.policy
         if name != "none":
             apply = trivial if name == "trivial" else rand
-            images = apply(images, self._draws(epoch, step, "policy"), **options, **where)
+            images = apply(images, self._draws(epoch, step, "policy"), **options, share=share)
         if self.sizes:
             chosen = int(torch.randint(len(self.sizes), (1,), generator=self._draws(epoch, step, "size")))
             images = resized(images, self.sizes[chosen])

@@ -1,0 +1,173 @@
+"""What a GPU must give, for every encoding: the numbers of the CPU in float64, steps without a stall, steps to capture.
+
+    python -m benchmarks.gpu_checks --out runs/gpu/checks.jsonl [--device cuda] [--seconds 150] [--small]
+
+One row a check: `right`, and what was seen. Rows that the file holds are not checked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.resumable import Fact, Rows
+from vit2dpe import ENCODINGS, ViT
+from vit2dpe.attention import explain
+
+SIZE = 32
+WORDS = (*ENCODINGS, "alibi(distance=squared)", "relative(prefix=true)", "sincos+rope", "relative+rope_mixed")
+FAR = {"float32": 1e-3, "bfloat16": 0.1}  # how far loss and gradients may be from float64's, relative to the gradient
+
+
+def about(device: str) -> dict[str, Fact]:
+    """Versions and hardware."""
+    facts: dict[str, Fact] = dict(
+        torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), machine=platform.machine()
+    )
+    if device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(device)
+        facts |= dict(card=card.name, GiB=round(card.total_memory / 2**30, 1), capability=f"{card.major}.{card.minor}")
+        facts |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    return facts
+
+
+def model_of(encoding: str, class_token: bool = False) -> nn.Module:
+    """Two blocks on 8 x 8 patches, every parameter away from its start; 64 tokens, or 65."""
+    torch.manual_seed(0)
+    model = ViT(
+        encoding, img_size=SIZE, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=10,
+        class_token=class_token, global_pool="token" if class_token else "avg",
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def batch(repeats: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    return images.repeat(repeats, 1, 1, 1), torch.arange(4).repeat(repeats)
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, half: bool, cached: bool = True) -> Tensor:
+    """Cross-entropy, with bfloat16 autocast where `half`; a graph is captured without its cache of cast weights."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half, cache_enabled=cached):
+        logits = model(images)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor, half: bool = False) -> tuple[float, Tensor]:
+    """(loss, all gradients in a row, float64 on the CPU)"""
+    model.zero_grad()
+    loss = loss_of(model, images, labels, half)
+    loss.backward()
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return float(loss.detach()), torch.cat([part.detach().double().flatten().cpu() for part in parts])
+
+
+def numbers(encoding: str, class_token: bool, device: str) -> dict[str, Fact]:
+    """Loss and gradients in float32 and in bfloat16 autocast, against float64 on the CPU."""
+    model = model_of(encoding, class_token).eval()
+    images, labels = batch()
+    loss, gradient = gradients(copy.deepcopy(model).double(), images, labels)
+    model.to(device)
+    facts: dict[str, Fact] = {}
+    right = True
+    for name, far in FAR.items():
+        ours, moved = gradients(model, images.float().to(device), labels.to(device), half=name == "bfloat16")
+        apart = float((moved - gradient).norm() / gradient.norm())
+        facts[name] = dict(loss=abs(ours - loss), gradient=apart)
+        right &= bool(moved.isfinite().all()) and abs(ours - loss) <= far and apart <= far
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        facts["training"], facts["inference"] = (str(explain(model, SIZE, training=mode)[0]) for mode in (True, False))
+    return dict(right=right) | facts
+
+
+def stalls(encoding: str, device: str) -> dict[str, Fact]:
+    """Forward and backward, once warm, with every wait of the host an error."""
+    model = model_of(encoding).to(device).train()
+    images, labels = (x.to(device) for x in batch())
+    images = images.float()
+    gradients(model, images, labels, half=True)
+    model.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(model, images, labels, half=True).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return dict(right=True)
+
+
+def same_bits(encoding: str, device: str) -> dict[str, Fact]:
+    """Whether two backward passes over 64 images give the same bits; nothing promises it."""
+    model = model_of(encoding).to(device).eval()
+    images, labels = (x.to(device) for x in batch(16))
+    first, second = (gradients(model, images.float(), labels, half=True)[1] for _ in range(2))
+    return dict(equal=torch.equal(first, second))
+
+
+def captured(encoding: str, device: str) -> dict[str, Fact]:
+    """A step as a CUDA graph, replayed: the loss of the step that was captured."""
+    model = model_of(encoding).to(device).eval()
+    images, labels = (x.to(device) for x in batch())
+    replay, loss = capture(model, partial(loss_of, model, images.float(), labels, half=True, cached=False))
+    replay()
+    torch.cuda.synchronize()
+    eager = loss_of(model, images.float(), labels, half=True)
+    return dict(right=abs(float(loss) - float(eager)) <= 1e-2, loss=float(loss), eager=float(eager))
+
+
+def capture(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Forward and backward as a graph: what replays it, and the tensor that then holds the loss."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            forward().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = forward()
+        loss.backward()
+    return graph.replay, loss.detach()
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_checks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no check after so many")
+    parser.add_argument("--small", action="store_true", help="two encodings")
+    config = parser.parse_args(args)
+    warnings.simplefilter("ignore")
+    rows = Rows(config.out, config.seconds)
+    words = ("rope", "relative") if config.small else WORDS
+    rows.once("about", partial(about, config.device))
+    for word in words:
+        for tokens in (64, 65):
+            rows.once(f"numbers {word} {tokens}", partial(numbers, word, tokens == 65, config.device))
+    if config.device.startswith("cuda"):
+        for name, check in {"stalls": stalls, "captured": captured, "same bits": same_bits}.items():
+            for word in words:
+                rows.once(f"{name} {word}", partial(check, word, config.device))
+    wrong = [name for name, row in rows.rows.items() if row.get("failed") or row.get("right") is False]
+    print(f"{len(rows.rows)} checks, {len(wrong)} wrong: {wrong}; {len(rows.left_out)} for another run")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
