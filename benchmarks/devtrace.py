@@ -58,6 +58,7 @@ IDLE = (
 LIGHT = AugmentConfig(4, True, label_smoothing=0.1)  # shift and flip
 
 Model = TypeVar("Model", bound=nn.Module)
+R = TypeVar("R")
 
 
 @dataclass
@@ -277,7 +278,7 @@ def trace_step(
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
 
-        def take(name: str, run: Callable[[], object]) -> object:
+        def take(name: str, run: Callable[[], R]) -> R:
             with recorder() as recorded:
                 result = run()
             found[name] = Traffic(**{kind: Counter(counts) for kind, counts in vars(recorded.traffic).items()})

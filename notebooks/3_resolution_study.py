@@ -17,7 +17,7 @@ import torch
 from IPython.display import Markdown
 
 from vit2dpe import load_run, use_policy
-from vit2dpe.attention.observe import summary
+from vit2dpe.attention.maps import summary
 from vit2dpe.data.datasets import load_images, normalize, resize
 from vit2dpe.plots.encodings import attention
 from vit2dpe.study import StudyConfig, read_rows, report, study

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import cache_dir
+from ..spec import Size
 from .image_cache import SUFFIXES, as_rgb
 
 SPLITS = ("train", "val", "test")
@@ -81,7 +82,7 @@ def _unpack_one(path: Path, into: Path) -> None:
 
 
 def from_hub(
-    name: str, size: tuple[int, int] | None
+    name: str, size: Size | None
 ) -> tuple[tuple[str, ...], tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
     """A dataset of the Hugging Face hub: classes, (images, labels) of train and of the held-out split, notes.
 
@@ -112,7 +113,7 @@ def from_hub(
 
 
 def _decoded(
-    rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str, size: tuple[int, int] | None
+    rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str, size: Size | None
 ) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for number, row in enumerate(rows):

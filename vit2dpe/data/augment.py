@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec import Size
+
 
 class Share(NamedTuple):
     """The samples that one process has of a batch: `samples` of `total`."""
@@ -64,7 +66,7 @@ class Boxes(NamedTuple):
 
 def draw_boxes(
     batch: int,
-    size: tuple[int, int],
+    size: Size,
     generator: torch.Generator,
     *,
     area: tuple[float, float],
@@ -91,7 +93,7 @@ def draw_boxes(
 
 def resized_crop(
     images: Tensor,
-    size: tuple[int, int],
+    size: Size,
     smallest: float,
     flip: bool,
     generator: torch.Generator,
@@ -188,7 +190,7 @@ def mix(
     return images, torch.lerp(target.flip(0), target, keep[:, None])
 
 
-def _inside(box: Boxes, size: tuple[int, int]) -> Tensor:
+def _inside(box: Boxes, size: Size) -> Tensor:
     """(B, H, W) bool: whether a pixel is in its sample's box."""
     rows, cols = (torch.arange(side, device=box.top.device) for side in size)
     y = (rows >= box.top[:, None]) & (rows < (box.top + box.height)[:, None])

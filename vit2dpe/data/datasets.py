@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
+from ..spec import Size
 from .settings import DataConfig
 from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
 from .splits import FileSplit, Split, digest_of, resize
@@ -52,7 +53,7 @@ class Images:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def native(self) -> tuple[int, int]:
+    def native(self) -> Size:
         """(H, W) of the stored images."""
         return self.train.size
 
@@ -73,7 +74,7 @@ def load_images(
     name: str,
     root: str | os.PathLike[str] | None = None,
     *,
-    source_size: tuple[int, int] | None = None,
+    source_size: Size | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
     val_fraction: float = 0.0,

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import DataError
+from ..spec import Size
 
 # Named, because Pillow would otherwise go by content alone and hand a PostScript file called x.jpg to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -41,7 +42,7 @@ class Unreadable(DataError):
         )
 
 
-def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+def decode(path: str | Path, size: Size | None = None) -> tuple[np.ndarray, list[str]]:
     """One file as RGB, upright, transparency composited on black, 16 bits scaled to 8.
 
     `size` (H, W): resize (bicubic, antialiased) so that the image just covers it, then crop the centre.
@@ -73,7 +74,7 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.nd
         raise Unreadable(path, error) from error
 
 
-def as_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+def as_rgb(image: Image.Image, size: Size | None = None) -> tuple[np.ndarray, list[str]]:
     """`decode` for an opened image."""
     rgb, kinds = _to_rgb(image)
     if size is not None:

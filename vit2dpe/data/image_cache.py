@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, TrainingError
 from ..files import cache_dir, write_atomically
+from ..spec import Size
 from .decode import DECODER, Unreadable, as_rgb, decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-Size = tuple[int, int]
 Reasons = dict[int, str]  # why a file is unreadable, by its index
 
 

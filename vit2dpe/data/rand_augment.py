@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec import Size
 from .augment import Share
 
 Operation = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W), strengths (B,)
@@ -63,7 +64,7 @@ def _one(images: Tensor, step: Tensor, generator: torch.Generator, share: Share,
     return out
 
 
-def strengths(name: str, level: Tensor, size: tuple[int, int], wide: bool) -> Tensor:
+def strengths(name: str, level: Tensor, size: Size, wide: bool) -> Tensor:
     """The strength of an operation at a level in [0, 1]: tangent of an angle, pixels, degrees, factors or bits."""
     if name in ("translate_x", "translate_y"):
         side = size[1] if name == "translate_x" else size[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..files import cache_dir
+from ..spec import Size
 from . import archives
 from .folders import LAYOUT, list_folders
 from .image_cache import Reasons, check_size, find_unreadable, first_readable, load_files
@@ -46,7 +47,7 @@ class SourceData(NamedTuple):
 Source = Callable[..., SourceData]  # of root and source_size
 
 
-def digits(root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
+def digits(root: Path | None, source_size: Size | None) -> SourceData:
     """scikit-learn's 1,797 handwritten digits, 8x8, one channel; a fixed stratified split, 1,437 and 360."""
     if root or source_size:
         raise ConfigError("digits come with scikit-learn, 8x8: leave out root and source_size")
@@ -63,7 +64,7 @@ def digits(root: Path | None, source_size: tuple[int, int] | None) -> SourceData
     return SourceData(tuple(str(name) for name in data.target_names), train, test, [])
 
 
-def cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
+def cifar(name: str, root: Path | None, source_size: Size | None) -> SourceData:
     """CIFAR10 or CIFAR100 of torchvision, downloaded into `root` (None: the cache folder) unless it is there already.
 
     Its batches are pickles; torchvision compares each with its known checksum before it is opened.
@@ -90,8 +91,9 @@ def cifar(name: str, root: Path | None, source_size: tuple[int, int] | None) -> 
 
 def folder(
     root: Path | None,
-    source_size: tuple[int, int] | None,
+    source_size: Size | None,
     *,
+    tar: bool = False,
     cache: str = "memory",
     alone: bool = False,
     unreadable: str = "error",
@@ -102,13 +104,18 @@ def folder(
     The classes are those of train, by name; the other split must have the same. Images become RGB.
 
     Args:
+        tar: one archive a split instead: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`.
         cache: as in `load_images`.
         alone: whether train may be the only split.
         unreadable: as in `load_images`. To skip files of what stays on disk, all are decoded once beforehand.
     """
+    if root is None and tar:
+        raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
     if root is None:
         raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
     check_size(source_size)
+    if tar:
+        root = archives.unpack(root, alone=alone)
     train, test, notes = list_folders(root, alone=alone)
     names, numbers = [], []
     for listing in (train, test):
@@ -132,8 +139,8 @@ def folder(
 
 
 def _too_large(
-    root: Path, names: list[str], source_size: tuple[int, int] | None, cache: str, skip: bool
-) -> tuple[tuple[int, int], list[str]] | None:
+    root: Path, names: list[str], source_size: Size | None, cache: str, skip: bool
+) -> tuple[Size, list[str]] | None:
     """(H, W) of the images and a note, if they are to stay on disk."""
     _, native = first_readable(root, names, source_size, skip)
     need, free = len(names) * native.size, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -186,22 +193,7 @@ def free_memory() -> int:
     return min(free, default=2**33)
 
 
-def tar(
-    root: Path | None,
-    source_size: tuple[int, int] | None,
-    *,
-    cache: str = "memory",
-    alone: bool = False,
-    unreadable: str = "error",
-) -> SourceData:
-    """One archive a split: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`. The rest as
-    `folder`."""
-    if root is None:
-        raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
-    return folder(archives.unpack(root, alone=alone), source_size, cache=cache, alone=alone, unreadable=unreadable)
-
-
-def hf(root: Path | None, source_size: tuple[int, int] | None) -> SourceData:
+def hf(root: Path | None, source_size: Size | None) -> SourceData:
     """A dataset of the Hugging Face hub: `hf:<name>`."""
     classes, train, test, notes = archives.from_hub(str(root), source_size)
     return SourceData(classes, Split(*train), Split(*test), notes)
@@ -211,6 +203,6 @@ FOLDERS = ("folder", "tar")  # sources whose images can stay on disk
 CACHES = ("auto", "memory", "none")
 UNREADABLE = ("error", "skip")
 SOURCES: dict[str, Source] = {
-    "digits": digits, "folder": folder, "tar": tar, "hf": hf,
+    "digits": digits, "folder": folder, "tar": partial(folder, tar=True), "hf": hf,
     "cifar10": partial(cifar, "CIFAR10"), "cifar100": partial(cifar, "CIFAR100"),
 }  # fmt: skip

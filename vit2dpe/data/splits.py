@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError
 from ..seeding import generator
+from ..spec import Size
 from .image_cache import decode
 
 SAMPLE = 2048  # images that mean and deviation are estimated from, where not all are in memory
@@ -89,7 +90,7 @@ class Split(LabelledDataset):
     labels: Tensor
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """(H, W)"""
         return self.images.shape[2], self.images.shape[3]
 
@@ -104,7 +105,7 @@ class Split(LabelledDataset):
         """uint8 images that mean and deviation are computed from: all."""
         return self.images
 
-    def resized(self, size: tuple[int, int]) -> Split:
+    def resized(self, size: Size) -> Split:
         return Split(resized(self.images, size), self.labels)
 
     def content(self) -> Iterator[bytes | memoryview]:
@@ -130,9 +131,9 @@ class FileSplit(LabelledDataset):
     root: Path
     names: np.ndarray
     labels: Tensor
-    source: tuple[int, int] | None
-    native: tuple[int, int]
-    size: tuple[int, int]
+    source: Size | None
+    native: Size
+    size: Size
 
     def select(self, index: Tensor) -> FileSplit:
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
@@ -163,7 +164,7 @@ class FileSplit(LabelledDataset):
         """uint8 images that mean and deviation are estimated from: 2,048 of them, always the same."""
         return self.pixels(torch.randperm(len(self), generator=generator("statistics"))[:SAMPLE])
 
-    def resized(self, size: tuple[int, int]) -> FileSplit:
+    def resized(self, size: Size) -> FileSplit:
         return replace(self, size=size)
 
     def content(self) -> Iterator[bytes]:
@@ -182,7 +183,7 @@ def digest_of(*splits: Split | FileSplit) -> str:
     return digest.hexdigest()
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(images: Tensor, size: Size) -> Tensor:
     """(B, C, h, w) uint8, or float in [0, 1], to (B, C, H, W) float in [0, 1]: bicubic, antialiased, clamped.
 
     At their own size images keep their exact values.
@@ -193,7 +194,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(images: Tensor, size: Size) -> Tensor:
     """uint8 images at another size."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images

@@ -92,6 +92,10 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, epoch, "order"))
 
 
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(batch, Tensor):

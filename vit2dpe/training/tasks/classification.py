@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +18,15 @@ from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
 from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
+from ...spec import Plain, Size
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, batch_indices, count_steps, describe_data
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
 
 
-@dataclass(frozen=True)
-class ImageTask(Task):
+@dataclass
+class ImageTask(Task[Batch]):
     """Classification of images.
 
     Args:
@@ -37,11 +37,11 @@ class ImageTask(Task):
         device: where batches go.
         augment: what happens to training images.
         world: this process among how many.
-        workers: processes that decode images which are not in memory (`stream.py`).
+        workers: processes that decode images which are not in memory (`data.loader`).
     """
 
     data: Images
-    train_size: tuple[int, int]
+    train_size: Size
     batch_size: int
     seed: int = 0
     device: torch.device | str = "cpu"
@@ -50,21 +50,15 @@ class ImageTask(Task):
     workers: int | None = None
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)
-    sizes: list[tuple[int, int]] = field(init=False)
     feed: Feed = field(init=False, repr=False, compare=False)
+    steps_per_epoch: int = field(init=False)
     unit: str = "images"
 
     def __post_init__(self) -> None:
-        train = self.data.train.resized(self.train_size)
-        sizes = list(self.augment.train_sizes or ())
-        feed = Feed(train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
-        best = (f"{next(iter(self.data.held_out))}_top1", "max")
-        for name, value in dict(train=train, sizes=sizes, feed=feed, best=best).items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return count_steps(len(self.data.train), self.batch_size, self.world)
+        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world)
+        self.train = self.data.train.resized(self.train_size)
+        self.feed = Feed(self.train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
+        self.best = (f"{next(iter(self.data.held_out))}_top1", "max")
 
     def batch(self, epoch: int, step: int) -> Batch:
         share, index = self._share(epoch, step)
@@ -103,9 +97,9 @@ class ImageTask(Task):
         if name != "none":
             apply = trivial if name == "trivial" else rand
             images = apply(images, self._draws(epoch, step, "policy"), **options, share=share)
-        if self.sizes:
-            chosen = int(torch.randint(len(self.sizes), (1,), generator=self._draws(epoch, step, "size")))
-            images = resized(images, self.sizes[chosen])
+        if sizes := augment.train_sizes:
+            chosen = int(torch.randint(len(sizes), (1,), generator=self._draws(epoch, step, "size")))
+            images = resized(images, sizes[chosen])
         return images
 
     def _draws(self, epoch: int, step: int, purpose: str) -> torch.Generator:
@@ -129,15 +123,15 @@ class ImageTask(Task):
             found |= {f"{split}_{name}": score[name] for name in names}
         return found
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         data, size = self.data, list(self.train_size)
-        facts = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std), train_size=size)
-        return describe_data("classification", data) | facts
+        classes, mean, std = list(data.classes), list(data.mean), list(data.std)
+        return describe_data("classification", data, classes=classes, mean=mean, std=std, train_size=size)
 
 
 def evaluation_batches(
     data: Images,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     batch: int = 256,
     world: World = ALONE,
     split: str = "test",

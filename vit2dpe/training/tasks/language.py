@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,13 @@ from ...data.text import IGNORE, TextData
 from ...errors import DataError
 from ...modes import evaluating
 from ...seeding import generator
+from ...spec import Plain
 from ..distributed import ALONE, World, sum_over_ranks
 from ..task import Batch, Task, describe_data
 
 
-@dataclass(frozen=True)
-class LanguageTask(Task):
+@dataclass
+class LanguageTask(Task[Batch]):
     """Language modelling on one long text: random sequences for training, all of the validation text to measure.
 
     Args:
@@ -72,7 +72,7 @@ class LanguageTask(Task):
             loss = total / count
         return dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700.0)))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         task, tokenizer = "language" if self.mask is None else "masked language", self.data.tokenizer.describe()
         return describe_data(task, self.data, context=self.context, tokenizer=tokenizer)
 

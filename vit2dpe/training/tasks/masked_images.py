@@ -1,24 +1,24 @@
-"""The task of masked pretraining: hide patches, paint them. Masks are drawn by key, like every other draw."""
+"""Masked pretraining: predict hidden patches. Masks are drawn by key, like every other draw."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ...modes import evaluating
 from ...seeding import generator
+from ...spec import Plain
 from ..distributed import sum_over_ranks
 from ..task import Batch, Task
 from .classification import ImageTask, evaluation_batches
 
 
-@dataclass(frozen=True)
-class MaskedTask(Task):
+@dataclass
+class MaskedTask(Task[Batch]):
     """Reconstruction of hidden patches, for a `MAE`.
 
     Args:
@@ -31,14 +31,12 @@ class MaskedTask(Task):
     grid: tuple[int, int]
     mask_ratio: float = 0.75
     unit: str = "images"
+    best: tuple[str, str] | None = field(init=False)
+    steps_per_epoch: int = field(init=False)
 
-    @property
-    def best(self) -> tuple[str, str]:  # type: ignore[override]
-        return f"{next(iter(self.images.data.held_out))}_loss", "min"
-
-    @property
-    def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return self.images.steps_per_epoch
+    def __post_init__(self) -> None:
+        self.best = f"{next(iter(self.images.data.held_out))}_loss", "min"
+        self.steps_per_epoch = self.images.steps_per_epoch
 
     def batch(self, epoch: int, step: int) -> Batch:
         task = self.images
@@ -75,5 +73,5 @@ class MaskedTask(Task):
         everything, images_seen = sum_over_ranks([total, seen], task.world, device)
         return everything / images_seen
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         return self.images.describe() | dict(task="masked pretraining", mask_ratio=self.mask_ratio)

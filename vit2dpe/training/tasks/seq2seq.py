@@ -6,7 +6,7 @@ Legend: B pairs, S and N tokens of the longest source and target among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from ...data.text import IGNORE
 from ...models.text.model import pad
 from ...modes import evaluating
 from ..distributed import World, sum_over_ranks
-from ..task import Batch
+from ..task import Batch, Task, to_device
 from .language import token_loss
 
 
-def decoding_batch(pairs: Sequence[Pair], start: int, padding: int) -> dict[str, Tensor]:
-    """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it is asked for.
+def decoding_batch(pairs: Sequence[Pair], start: int, padding: int) -> Batch:
+    """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it predicts.
 
     A decoder reads `start` and the target but its last token. Padding of a target comes last, where no token that
     counts sees it, so it needs no mask.
@@ -36,6 +36,18 @@ def decoding_loss(model: nn.Module, batch: Batch, reduction: str = "mean", smoot
     """Cross-entropy in nats over the target's tokens."""
     logits = model(batch["source"], batch["tokens"], batch["source_valid"])
     return token_loss(logits, batch["labels"], reduction, smoothing)
+
+
+class DecodingTask(Task[Batch]):
+    """Loss and count of a task whose batches are those of `decoding_batch`."""
+
+    smoothing: float = 0.0
+
+    def count(self, batch: Batch) -> int:
+        return count_labels(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return decoding_loss(model, batch, smoothing=self.smoothing), {}
 
 
 def count_labels(batch: Batch) -> int:
@@ -60,8 +72,7 @@ def evaluate_pairs(
     with evaluating(model):
         for i in range(batches):
             part = mine[World(i, batches).share(len(mine))]
-            batch = decoding_batch(part or pairs[:1], start, padding)
-            batch = {name: value.to(device) for name, value in batch.items()}
+            batch = to_device(decoding_batch(part or pairs[:1], start, padding), device)
             loss = float(decoding_loss(model, batch, reduction="sum"))
             if part:
                 total, n = total + loss, n + count_labels(batch)

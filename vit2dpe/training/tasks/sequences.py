@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...modes import evaluating
 from ...seeding import generator
+from ...spec import Plain
 from ..distributed import ALONE, World
 from ..task import Batch, Task
 from .language import token_loss
@@ -30,8 +30,8 @@ SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class SequenceTask(Task):
+@dataclass
+class SequenceTask(Task[Batch]):
     """Batches of random numbers below `symbols` and their answers.
 
     Args:
@@ -67,7 +67,7 @@ class SequenceTask(Task):
         score = answers(model, self.name, self.length, self.symbols, device=self.device)
         return dict(val_exact=score["exact"], val_loss=score["loss"])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         return dict(task=self.name, data=self.name, digest=f"{self.name}-{self.length}-{self.symbols}")
 
 

@@ -14,9 +14,8 @@ Legend: B texts, n tokens of one, V vocabulary with sentinels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from ...data.text import TextData
 from ...errors import ConfigError
 from ...seeding import generator
+from ...spec import Plain
 from ..distributed import ALONE, World
-from ..task import Batch, Task, describe_data
-from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
+from ..task import Batch, describe_data, to_device
+from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tenso
     return ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
 
 
-@dataclass(frozen=True)
-class SpanTask(Task):
+@dataclass
+class SpanTask(DecodingTask):
     """Span corruption on one long text: random sequences for training, the validation text with spans that stay.
 
     Args:
@@ -127,14 +127,7 @@ class SpanTask(Task):
         hidden = [self.collate.hidden(self.context, draws) for _ in start]
         mine = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
         pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in mine]
-        found = decoding_batch(pairs, self.collate.start, self.collate.start)
-        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()}
-
-    def count(self, batch: Batch) -> int:
-        return count_labels(batch)
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        return decoding_loss(model, batch), {}
+        return to_device(decoding_batch(pairs, self.collate.start, self.collate.start), self.device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         text, n, start = self.data.val, self.context, self.collate.start
@@ -144,6 +137,6 @@ class SpanTask(Task):
         ]
         return evaluate_pairs(model, pairs, start, start, self.batch_size, self.world, self.device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         tokenizer = self.data.tokenizer.describe()
         return describe_data("span corruption", self.data, context=self.context, tokenizer=tokenizer)

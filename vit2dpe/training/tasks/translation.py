@@ -1,4 +1,4 @@
-"""Translation: pairs of sentences, batches of them for a `Seq2Seq`, what it writes, and BLEU of that.
+"""Translation: pairs of sentences, batches of them for a `Seq2Seq`, and BLEU of what it writes.
 
 One vocabulary serves both languages (subwords learned from both sides of the training pairs), so that embeddings can be
 shared as in Vaswani et al., arXiv 1706.03762. A sentence ends with </s>, on both sides; the decoder starts from <s>.
@@ -6,63 +6,37 @@ shared as in Vaswani et al., arXiv 1706.03762. A sentence ends with </s>, on bot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...data.pairs import Encoder, Pairs
+from ...data.pairs import Encoder, Pair, Pairs
 from ...errors import ConfigError
-from ..distributed import ALONE, World
-from ..task import Batch, Task, batch_indices, count_steps, describe_data
-from .seq2seq import count_labels, decoding_batch, decoding_loss, evaluate_pairs
+from ...spec import Plain
+from ..task import Batch, describe_data
+from .items import ItemTask
+from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
-@dataclass(frozen=True)
-class TranslationTask(Task):
-    """Each training pair once an epoch, in an order drawn anew; validation loss without smoothing.
-
-    Args:
-        data: pairs.
-        batch_size: pairs of a step, over all ranks.
-        smoothing: label smoothing of the training loss.
-        seed, device, world: as in `ImageTask`.
-    """
+@dataclass
+class TranslationTask(DecodingTask, ItemTask[Pair]):
+    """Translation: an `ItemTask` of pairs of sentences; validation loss without smoothing."""
 
     data: Pairs
-    batch_size: int
-    smoothing: float = 0.0
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     best: tuple[str, str] | None = ("val_loss", "min")
     unit: str = "tokens"
 
-    @property
-    def steps_per_epoch(self) -> int:  # type: ignore[override]
-        return count_steps(len(self.data.train), self.batch_size, self.world)
-
-    def batch(self, epoch: int, step: int) -> Batch:
-        train = self.data.train
-        index = batch_indices(len(train), self.batch_size, self.seed, epoch, step)
-        index = index[self.world.share(len(index))]
+    def collate(self, items: Sequence[Pair]) -> Batch:
         encode = Encoder(self.data.tokenizer)
-        found = decoding_batch([train[i] for i in index.tolist()], encode.start, encode.pad)
-        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()} | {"index": index}
-
-    def count(self, batch: Batch) -> int:
-        return count_labels(batch)
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        return decoding_loss(model, batch, smoothing=self.smoothing), {}
+        return decoding_batch(items, encode.start, encode.pad)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encode, pairs = Encoder(self.data.tokenizer), sorted(self.data.val, key=lambda pair: len(pair[0]))
         return evaluate_pairs(model, pairs, encode.start, encode.pad, self.batch_size, self.world, self.device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Plain]:
         return describe_data("translation", self.data, tokenizer=self.data.tokenizer.describe())
 
 
