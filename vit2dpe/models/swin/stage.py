@@ -15,14 +15,15 @@ from typing import TypedDict, Unpack
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...attention.functional import FullMask, attend
 from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
+from ...encodings.base import overrides
 from ...errors import ConfigError
 from ...positions import Positions
 from ...signal import Dense, LowRank, Signal
+from ..layers import run_block
 from .windows import Size, Windows, cut
 
 Spec = str | Callable[[Dims], PositionEncoding]
@@ -63,7 +64,7 @@ class SwinStage(nn.Module):
         self.train_grid, self.masked = grid, padding == "mask"
         self.window = _within(window, grid)
         self.trained_window: Size = trained if all(trained) else self.window
-        self.window_policy, self.grad_checkpointing = "keep", False
+        self.own_window_policy, self.grad_checkpointing = "keep", False
         dims = Dims(dim, heads, self.trained_window, depth=depth)
         self.downsample = PatchMerging(dim, post_norm) if merge else nn.Identity()
         self.position = in_windows(position, dims)
@@ -85,6 +86,14 @@ class SwinStage(nn.Module):
             if isinstance(block, SwinBlock) and block.post_norm:
                 nn.init.zeros_(block.norm1.weight)
                 nn.init.zeros_(block.norm2.weight)
+
+    @property
+    def window_policy(self) -> str:
+        """What windows do at another size: as the innermost `vit2dpe.use_policy` says, else this stage's own."""
+        for settings in overrides():
+            if self in settings.window_policies:
+                return settings.window_policies[self]
+        return self.own_window_policy
 
     def window_at(self, grid: Size) -> Size:
         """(h, w) of a window where the stage has this grid."""
@@ -116,10 +125,7 @@ class SwinStage(nn.Module):
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, signal, at, ways[i % 2], use_reentrant=False)
-            else:
-                x = block(x, signal, at, ways[i % 2])
+            x = run_block(block, x, signal, at, ways[i % 2], recompute=self.grad_checkpointing)
         return x
 
     def extra_repr(self) -> str:
