@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import x_transformers
 from vit2dpe.attention.functional import split_heads
+from vit2dpe.encodings.base import interleave
 from vit2dpe.errors import ConfigError
-from vit2dpe.signal import Rotation, Signal
+from vit2dpe.signal import Signal
 
 ROPE = "vit_small_patch16_rope_224"  # whose angles the packages are given
 
@@ -37,7 +38,7 @@ def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int,
     rope, heads, prefix = rope.detach(), attention.num_heads, attention.num_prefix_tokens
     sin, cos = rope.unflatten(-1, (2, -1, 2))[..., 0].unbind(-2)
     sin, cos = (part.reshape(1, -1, *part.shape[-2:]) for part in (sin, cos))
-    turn = Rotation.interleaved(F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0)))
+    turn = interleave(F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0)))
     if word in PACKAGES:
         peer: _Split = PACKAGES[word](heads, torch.atan2(turn.sin, turn.cos)[0, 0])
     else:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import randn
 from vit2dpe import Positions, Rotation, Signal, attend, rotate
-from vit2dpe.signal import Dense, LinearAngles, LowRank, Table
+from vit2dpe.encodings.base import rotation_of
+from vit2dpe.encodings.rope import LinearAngles
+from vit2dpe.signal import Dense, LowRank, Table
 
 N, WIDTH, HEADS = 3, 4, 2
 angles = st.lists(st.floats(-100, 100), min_size=N * WIDTH // 2, max_size=N * WIDTH // 2)
@@ -136,13 +138,13 @@ def test_cosine_and_sine_of_learned_phases_have_the_gradients_of_the_formula(bat
     w = torch.randn(2, HEADS, 4, dtype=torch.float64, generator=generator).requires_grad_()
 
     def both(w):
-        return tuple(Rotation.of(LinearAngles(coords, w), torch.float64, w.device, prefix=1))
+        return tuple(rotation_of(LinearAngles(coords, w).resolve(None, (), 1), torch.float64, w.device))
 
     def formula(w):
         angle = F.pad(torch.einsum("bnd,dhk->bhnk", coords, w), (0, 0, 1, 0))
         return angle.cos(), angle.sin()
 
-    assert type(both(w)[0].grad_fn).__name__ == "_TurnBackward"
+    assert type(both(w)[0].grad_fn).__name__ == "_CosSinBackward"
     torch.testing.assert_close(both(w), formula(w))
     given = [torch.randn(batch, HEADS, 7, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
     ours, theirs = (torch.autograd.grad(f(w), w, given) for f in (both, formula))
@@ -160,13 +162,13 @@ def test_phases_whose_places_ask_for_a_gradient_give_it():
     coords = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *given: tuple(Rotation.of(LinearAngles(*given), w.dtype, w.device)), (coords, w)
+        lambda *given: tuple(rotation_of(LinearAngles(*given).resolve(None, (), 0), w.dtype, w.device)), (coords, w)
     )
 
 
 def test_an_encoding_lays_cosine_and_sine_side_by_side():
     """Where the kernel reads both as one complex number without a copy."""
-    cos, sin = Rotation.of(torch.randn(1, 1, 3, 4), torch.float32, torch.device("cpu"))
+    cos, sin = rotation_of(torch.randn(1, 1, 3, 4), torch.float32, "cpu")
     assert sin.data_ptr() - cos.data_ptr() == cos.element_size()
 
 

@@ -18,6 +18,8 @@ _HOME = {
     "attend": "attention",
     "rotate": "attention",
     "Attention": "attention",
+    "attention_maps": "attention",
+    "explain": "attention",
     "ENCODINGS": "encodings",
     "Dims": "encodings",
     "PositionEncoding": "encodings",
@@ -61,7 +63,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attention import Attention, KVCache, attend, rotate  # noqa: F401
+    from .attention import Attention, KVCache, attend, attention_maps, explain, rotate  # noqa: F401
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401

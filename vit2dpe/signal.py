@@ -6,104 +6,35 @@ Legend: B batch, H heads, N tokens (prefix included), D width, Dh head width. A 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .positions import Positions, checkable
 
+T = TypeVar("T")
+
 
 class Rotation(NamedTuple):
-    """Cosine and sine of one angle for each pair of channels (2i, 2i+1): both (B|1, 1|H, N, Dh/2), float32."""
+    """Cosine and sine of one angle for each pair of channels (2i, 2i+1): both (B|1, 1|H, N, Dh/2), float32.
+
+    Those of an encoding lie side by side in memory (`encodings.base.interleave`), where a kernel reads cos + i sin
+    without a copy; any two tensors serve.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    @classmethod
-    def of(cls, angle: Tensor | LinearAngles, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Rotation:
-        """By `angle`, in radians, behind `prefix` tokens that do not turn.
-
-        Cosine and sine are taken as precise as the angle is, then cast once: the cosine of a float32 angle is off by
-        3e-5 at place 1,024.
-        """
-        if isinstance(angle, LinearAngles):
-            angle = LinearAngles(F.pad(angle.coords, (0, 0, prefix, 0)), angle.w)  # nothing turns at 0
-            if _can_interleave(angle.w) and angle.learned:
-                return cls(*(part.to(device, dtype) for part in _Turn.apply(angle.coords, angle.w)))
-            angle = angle.dense()
-        else:
-            angle = F.pad(angle, (0, 0, prefix, 0))
-        return cls.interleaved(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
-
-    @classmethod
-    def interleaved(cls, cos: Tensor, sin: Tensor) -> Rotation:
-        """The same numbers, side by side in memory, where a kernel may read cos + i sin without a copy."""
-        return cls(*torch.view_as_real(torch.complex(cos, sin)).unbind(-1)) if _can_interleave(cos) else cls(cos, sin)
-
     def times(self, other: Rotation) -> Rotation:
         """One rotation after the other: the product of cos + i sin."""
-        return Rotation.interleaved(
+        return Rotation(
             self.cos * other.cos - self.sin * other.sin,
             self.sin * other.cos + self.cos * other.sin,
         )
-
-
-class LinearAngles(NamedTuple):
-    """Angles that are linear in the places, angle_i(p) = Σ_a w[a, i] p_a; `.dense()` is the reference.
-
-    Args:
-        coords: (B|1, N, d).
-        w: (d, 1|H, Dh/2) radians per patch, in the dtype of `coords`.
-    """
-
-    coords: Tensor
-    w: Tensor
-
-    @property
-    def learned(self) -> bool:
-        """Whether w alone asks for a gradient, of the plain kind."""
-        asked = self.w.requires_grad and torch.is_grad_enabled() and not self.coords.requires_grad
-        return asked and torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
-
-    def dense(self) -> Tensor:
-        """(B|1, 1|H, N, Dh/2)"""
-        places = self.coords[:, None, :, :, None].unbind(-2)  # of each axis (B|1, 1, N, 1)
-        w = self.w[:, :, None].unbind(0)  # of each axis (1|H, 1, Dh/2)
-        angle = places[0] * w[0]  # a matmul could be autocast, or rounded to TF32
-        for place, frequency in zip(places[1:], w[1:], strict=True):
-            angle.add_(place * frequency)  # not addcmul, whose one rounding would tell the axes apart
-        return angle
-
-
-def _can_interleave(x: Tensor) -> bool:
-    """Eager mode, on a device with complex numbers."""
-    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
-
-
-class _Turn(torch.autograd.Function):
-    """Cosine and sine of learned phases, interleaved.
-
-    The backward takes the gradients of both at once, computes neither again, and sums over tokens in one product.
-    """
-
-    @staticmethod
-    def forward(ctx, coords: Tensor, w: Tensor):
-        angle = LinearAngles(coords, w).dense()
-        cos, sin = torch.view_as_real(torch.complex(angle.cos(), angle.sin_())).unbind(-1)
-        ctx.save_for_backward(coords, cos, sin)
-        return cos, sin
-
-    @staticmethod
-    def backward(ctx, dcos: Tensor, dsin: Tensor):
-        coords, cos, sin = ctx.saved_tensors
-        dangle = (dsin * cos).addcmul_(dcos, sin, value=-1)  # (B|1, 1|H, N, Dh/2)
-        with torch.autocast(dangle.device.type, enabled=False):  # as precise as any product of this device
-            dw = coords.mT.unsqueeze(1) @ dangle  # (B|1, 1|H, d, Dh/2)
-        return None, dw.sum(0).transpose(0, 1)
 
 
 class Bias(Protocol):
@@ -226,14 +157,20 @@ class Signal(NamedTuple):
             _both(self.q_rotation, other.q_rotation, Rotation.times),
             _both(self.k_rotation, other.k_rotation, Rotation.times),
             (*self.bias, *other.bias),
-            _both(self.temperature, other.temperature, lambda a, b: a * b),
+            _product(self.temperature, other.temperature),
         )
 
     def __add__(self, other: Signal) -> Signal:  # type: ignore[override]  # tuples would concatenate
         return self.plus(other)
 
 
-def _both(a, b, combine):
+def _product(a: float | Tensor | None, b: float | Tensor | None) -> float | Tensor | None:
+    if a is None:
+        return b
+    return a if b is None else a * b
+
+
+def _both(a: T | None, b: T | None, combine: Callable[[T, T], T]) -> T | None:
     if a is None:
         return b
     return a if b is None else combine(a, b)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, build
-from vit2dpe.attention import dispatch, explain
+from vit2dpe import Attention, ConfigError, Dims, Positions, ViT, build, explain
 from vit2dpe.attention import functional as attention
 from vit2dpe.attention.kernels import rotary, table
 from vit2dpe.models import MAE, Swin
@@ -85,7 +84,7 @@ def test_a_bias_that_blocks_share_is_looked_up_once_and_gives_the_same(monkeypat
 
     once, ours = run()
     with monkeypatch.context() as patch:
-        patch.setattr("vit2dpe.models.vit.materialize_shared_bias", lambda signal, x: signal)
+        patch.setattr("vit2dpe.models.layers.materialize_shared_bias", lambda signal, x: signal)
         often, reference = run()
     assert (once, often) == (1, 6 if checkpointing else 3)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
@@ -170,6 +169,6 @@ def test_what_cannot_be_explained():
         explain(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     model = vit("rope")
     model.blocks[0].attn.qkv.register_forward_hook(lambda *_: explain(model, 32))
-    with pytest.raises(ConfigError, match="looking already"):
+    with pytest.raises(ConfigError, match="do not nest"):
         explain(model, 32)
-    assert dispatch.told is None
+    assert attention.OBSERVER.get() is None

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import nn
 
 from tests.helpers import randn
-from vit2dpe import Attention, Positions, Signal, ViT, attend
+from vit2dpe import Attention, Positions, Signal, ViT, attend, attention_maps
 from vit2dpe.attention import functional as attention
-from vit2dpe.attention.observe import entropy, mean_distance, rollout, summary, weights
+from vit2dpe.attention.maps import entropy, mean_distance, rollout, summary
+from vit2dpe.attention.observe import weights
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.models import MAE
 from vit2dpe.plots import attention as show_attention
-from vit2dpe.plots import encodings as show
 from vit2dpe.signal import Dense, LowRank, Rotation
 from vit2dpe.testing import randomise
 
@@ -69,7 +69,7 @@ def test_a_vit_s_maps_are_what_its_blocks_used(more):
         if isinstance(module, Attention):
             module.qkv.register_forward_hook(lambda m, i, o, name=name: values.update({name: o.chunk(3, -1)[2]}))
             module.proj.register_forward_pre_hook(lambda m, i, name=name: outs.update({name: i[0]}))
-    with torch.no_grad(), show.attention(model) as maps:
+    with torch.no_grad(), attention_maps(model) as maps:
         model(images())
     n = 6 + model.num_prefix_tokens
     assert list(maps) == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
@@ -92,7 +92,7 @@ def test_looking_changes_nothing_and_leaves_no_trace(training):
         return out.detach(), [p.grad.clone() for p in model.parameters()]
 
     out, grads = run()
-    with show.attention(model) as maps:
+    with attention_maps(model) as maps:
         again, grads_again = run()
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
@@ -100,7 +100,7 @@ def test_looking_changes_nothing_and_leaves_no_trace(training):
     kept = {name: one.clone() for name, one in maps.items()}
     model(images() + 1)
     assert all(torch.equal(one, kept[name]) for name, one in maps.items())  # the context is over
-    assert attention.watcher is None
+    assert attention.OBSERVER.get() is None
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -108,12 +108,12 @@ def test_looking_changes_nothing_and_leaves_no_trace(training):
 
 def test_an_error_inside_ends_the_look():
     model = vit()
-    with pytest.raises(ConfigError, match="multiple of the patch"), show.attention(model):
+    with pytest.raises(ConfigError, match="multiple of the patch"), attention_maps(model):
         model(images(size=(9, 9)))
-    with pytest.raises(ConfigError, match="do not nest"), show.attention(model), show.attention(model):
+    with pytest.raises(ConfigError, match="do not nest"), attention_maps(model), attention_maps(model):
         pass
-    assert attention.watcher is None
-    with show.attention(model) as maps:
+    assert attention.OBSERVER.get() is None
+    with attention_maps(model) as maps:
         with pytest.raises(ConfigError):
             model(images(size=(9, 9)))
         model(images())
@@ -126,7 +126,7 @@ def test_a_compiled_model_can_be_looked_into():
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         expected = compiled(images())
-        with show.attention(model) as maps:
+        with attention_maps(model) as maps:
             torch.testing.assert_close(compiled(images()), expected, rtol=0, atol=1e-5)
         assert len(maps) == 3
         maps.clear()
@@ -149,7 +149,7 @@ class Windows(nn.Module):
 def test_windows_and_cross_attention():
     torch.manual_seed(0)
     model = Windows()
-    with show.attention(model) as maps:
+    with attention_maps(model) as maps:
         model(torch.randn(2, 24, 16))
     assert maps["attn"].shape == (12, 2, 4, 4)
     with pytest.raises(ConfigError, match="same tokens"):
@@ -170,7 +170,7 @@ class Own(nn.Module):
 
 def test_a_map_is_named_after_the_innermost_module_that_is_still_running():
     model = nn.Sequential(Own(), nn.Sequential(Own()))
-    with show.attention(model) as maps:
+    with attention_maps(model) as maps:
         model(torch.randn(2, 5, 16))
     assert list(maps) == ["0", "1.0"]
 
@@ -187,11 +187,11 @@ def test_stock_modules_are_looked_into_as_well(training, batch_first):
     with torch.set_grad_enabled(training):
         expected = model(x)
         torch.manual_seed(1)
-        with show.attention(model) as maps:
+        with attention_maps(model) as maps:
             torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
         assert list(maps) == ["layers.0.self_attn", "layers.1.self_attn"]
         assert all(one.shape == (3, 4, 5, 5) for one in maps.values())
-        with show.attention(model) as maps:
+        with attention_maps(model) as maps:
             model(x, mask=bias)
     first, attn = maps["layers.0.self_attn"], model.layers[0].self_attn
     rows = x if batch_first else x.transpose(0, 1)
@@ -263,7 +263,7 @@ def test_pictures(more, tmp_path):
     assert titles[1].startswith("rollout")
     assert [t.split(",")[0] for t in titles[2:5]] == ["blocks.0.attn: mean", "head 0", "head 1"]
     assert len(titles) == 2 + 3 * 3
-    with torch.no_grad(), show.attention(model) as maps:
+    with torch.no_grad(), attention_maps(model) as maps:
         model(images(1)[:, : model.in_chans])
     query = 0 if model.cls_token is not None else 1 * 3 + 1
     shown = torch.tensor(figure.axes[4].images[0].get_array().tolist())

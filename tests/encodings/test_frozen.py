@@ -117,7 +117,7 @@ def test_training_inside_goes_on_as_ever(made):
 @torch.no_grad()
 def test_a_large_matrix_of_biases_is_not_kept(monkeypatch):
     model = micro("relative")
-    kept = lambda: model.blocks[0].attn.position.kept.signals[0][-1].bias[0]  # noqa: E731
+    kept = lambda: model.blocks[0].attn.position.cache.signals[0][-1].bias[0]  # noqa: E731
     for budget, kind in ((10**6, "Dense"), (10, "Table")):
         monkeypatch.setattr(module, "BUDGET", budget)
         with frozen(model):

@@ -58,12 +58,12 @@ def test_eva02s_reference_grid_is_interpolation_by_the_corner(train, extent):
     at, x, ours = Positions.grid(extent), queries(extent), AxialRoPE(WIDTH, base=10_000.0)
     theirs = apply_rot_embed_cat(x, timm.get_embed())
     plain = rotate(x, ours(at).q_rotation)
-    ours.policy = Interpolate(train, align="corner")
+    ours.own_policy = Interpolate(train, align="corner")
     got = rotate(x, ours(at).q_rotation)
-    ours.policy = Interpolate(train[::-1], align="corner")
+    ours.own_policy = Interpolate(train[::-1], align="corner")
     same(got, theirs, rotate(x, ours(exchanged(at)).q_rotation), ATOL)
     assert (plain - theirs).abs().max() > 0.1
-    ours.policy = Interpolate(train)  # the default keeps the outer edges in place instead of the first patch
+    ours.own_policy = Interpolate(train)  # the default keeps the outer edges in place instead of the first patch
     assert (rotate(x, ours(at).q_rotation) - theirs).abs().max() > 0.01
 
 

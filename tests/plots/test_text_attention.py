@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vit2dpe import ConfigError, ViT, load_run
+from vit2dpe import ConfigError, ViT, attention_maps, load_run
 from vit2dpe.cli import main
 from vit2dpe.errors import CheckpointError
-from vit2dpe.plots import encodings as show
 from vit2dpe.plots import text_attention as show_text
 
 TEXT = "to be or not to be\nthat is the question\n"
@@ -36,7 +35,7 @@ def test_the_picture_is_the_map(runs, name):
     figure = show_text.figure_of(model, "not be\n")
     panels = [ax for ax in figure.axes if ax.images]
     symbols = sorted(set(TEXT))
-    with torch.no_grad(), show.attention(model) as maps:
+    with torch.no_grad(), attention_maps(model) as maps:
         model(torch.tensor([[symbols.index(c) for c in "not be\n"]]))
     assert len(panels) == 2 * 3  # two blocks: the mean and two heads
     for row, one in enumerate(maps.values()):

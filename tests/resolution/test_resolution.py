@@ -157,7 +157,7 @@ def test_a_policy_reaches_what_the_encoding_sees():
 
 def test_queries_and_keys_are_both_placed():
     encoding = build("rope", Dims(32, 2, TRAIN))
-    encoding.policy = Interpolate(TRAIN)
+    encoding.own_policy = Interpolate(TRAIN)
     at, other = Positions.grid(LARGE), Positions.grid(LARGE).take(torch.tensor([5, 7]))
     whole, part = tensors(encoding(at)), tensors(encoding(at, other))
     assert torch.equal(part["k_rotation.cos"], whole["q_rotation.cos"][..., [5, 7], :])

@@ -251,7 +251,7 @@ def test_masks_are_as_small_as_they_can_be():
         stock.attention_mask(Signal(), batch=2)
     for word in ("rope", "alibi"):
         encoding = build(word, Dims(8, 2, (7,)))
-        encoding.temperature = (lambda extent: 1.5) if word == "alibi" else None
+        encoding.own_temperature = (lambda extent: 1.5) if word == "alibi" else None
         with pytest.raises(ConfigError, match="RotaryEncoderLayer"):
             stock.attention_mask(encoding(places(7)), batch=2)
 

@@ -7,21 +7,36 @@ Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..signal import Bias, LowRank, Rotation, Signal
+from ..signal import Bias, Dense, LowRank, Rotation, Signal, Table
 from . import dispatch
-from .kernels import table as kernels
-from .kernels.choice import Selection
-from .kernels.rotary import split_and_rotate
+from .kernels import Selection, rotary, table
 
-# Called with (q, k, signal, mask, scale) of every `attend` while attention maps are recorded; else there is none.
-watcher: Callable[..., None] | None = None
+
+class Observer(Protocol):
+    """Receives what each attention of the thread or task is given, and which implementations are used."""
+
+    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None: ...
+
+    def selected(self, what: str, selection: Selection) -> None:
+        """`what` is "rotation" or "bias"; of several selections in one attention the first counts."""
+        ...
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> None:
+        """The arguments of torch's fused attention, before it is called."""
+        ...
+
+
+# Set by `observe.py` for the thread or task that looks into a model. Not read while compiling.
+OBSERVER: ContextVar[Observer | None] = ContextVar("vit2dpe.attention.observer", default=None)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -44,8 +59,42 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
+def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Signal]:
+    """Queries (B, H, Nq, Dh) and keys (B, H, Nk, Dh) turned by the signal's rotations, and the signal without them."""
+    if signal.q_rotation is None and signal.k_rotation is None:
+        return q, k, signal
+    if (observer := _observer()) is not None:
+        observer.selected("rotation", Selection("functional", "queries and keys have projections of their own"))
+    if signal.q_rotation is not None:
+        q = rotate(q, signal.q_rotation)
+    if signal.k_rotation is not None:
+        k = rotate(k, signal.k_rotation)
+    return q, k, signal._replace(q_rotation=None, k_rotation=None)
+
+
+def split_heads(
+    qkv: Tensor, signal: Signal, heads: int, private: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Signal]:
+    """q, k, v (B, H, N, Dh), strided views of the packed projection, and what of the signal is still to be done.
+
+    Args:
+        qkv: (B, N, 3 D).
+        private: nobody else needs the values of `qkv`. In eager mode q and k are then rotated where they lie.
+    """
+    rotation, observer = signal.q_rotation, _observer()
+    selection = rotary.select(qkv, signal, private, why_plain(qkv) if private else None)
+    if observer is not None:
+        observer.selected("rotation", selection)
+    if selection.path == "in place" and rotation is not None:
+        q, k, v = rotary.split_and_rotate(qkv, rotation, heads)
+        return q, k, v, signal._replace(q_rotation=None, k_rotation=None)
+    # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))  # (B, H, N, Dh)
+    return q, k, v, signal
+
+
 class FullMask(NamedTuple):
-    """A boolean mask whose maker knows that every query may attend to something; `attend` need not look."""
+    """A boolean mask under which every query may attend to at least one key; `attend` need not check."""
 
     mask: Tensor
 
@@ -75,54 +124,54 @@ def attend(
     Raises:
         ValueError: for a mask of another kind, or rotations of other sizes than q and k.
     """
-    known = isinstance(mask, FullMask)
+    full = isinstance(mask, FullMask)
     mask = mask.mask if isinstance(mask, FullMask) else mask
     if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
         raise ValueError(
             f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
             f"{tuple(mask.shape)}. Biases go into a Signal"
         )
-    if watcher is not None:
-        watcher(q, k, signal, mask, scale)
-    if signal.q_rotation is not None:
-        dispatch.tell("rotation", Selection("functional", "queries that come from a map of their own"))
-        q = rotate(q, signal.q_rotation)
-    if signal.k_rotation is not None:
-        k = rotate(k, signal.k_rotation)
+    observer = _observer()
+    if observer is not None:
+        observer.attended(q, k, signal, mask, scale)
+    q, k, signal = rotate_qk(q, k, signal)
     temperature = 1.0 if signal.temperature is None else signal.temperature
     factor: float | Tensor = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
 
     alive = None
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        if not known:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # (B|1, H|1, Nq, Nk)
+        if not full:
             # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
             alive = mask.any(dim=-1, keepdim=True)
             mask = mask | ~alive
     width, terms = v.shape[-1], list(signal.bias)
-    products = [term for term in terms if isinstance(term, LowRank)]
-    appended = bool(products) and dispatch.kernel_dtype(q) in (torch.float32, torch.float64)
-    if appended:
-        q, k, v = _append_channels(q, k, v, products, factor, temperature)
-        terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
-    traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
-    path, _ = dispatch.tell("bias", dispatch.bias(q, k, terms, mask, dropout, traced, appended))
-    if path in kernels.PATHS:
-        return kernels.attend(q, k, v, terms[0], factor, temperature, path)  # type: ignore[arg-type]
+    if terms:
+        products = [term for term in terms if isinstance(term, LowRank)]
+        appended = bool(products) and kernel_dtype(q) in (torch.float32, torch.float64)
+        if appended:
+            q, k, v = _append_channels(q, k, v, products, factor, temperature)
+            terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
+        traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
+        selection = dispatch.bias(q, k, terms, mask, dropout, traced, appended, why_plain(q))
+        if observer is not None:
+            observer.selected("bias", selection)
+        if selection.path in table.PATHS and isinstance(term := terms[0], Table):
+            return table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    added = _merge(terms, mask, temperature, dispatch.kernel_dtype(q))
-    if dispatch.told is not None:
-        dispatch.tell("kernel", dispatch.kernel(q, k, v, added, dropout, factor))
-    with dispatch.allowed_kernels(added, q, k, v):
+    added = _merge(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
+    if observer is not None:
+        observer.fused(q, k, v, added, dropout, factor)
+    with nullcontext() if added is None else dispatch.allowed_kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
-    out = out if out.shape[-1] == width else out[..., :width]
+    out = out if out.shape[-1] == width else out[..., :width]  # (B, H, Nq, Dv)
     return out if alive is None else out.masked_fill(~alive, 0.0)
 
 
 def _append_channels(
     q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], scale: float | Tensor, temperature: float | Tensor
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """A bias that is a product becomes channels: [t fq, scale q] · [fk, k] = t fq·fk + scale q·k. No matrix is built.
 
     They come first: near neighbours' squares of places cancel before the small products of contents are added.
@@ -157,20 +206,46 @@ def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, 
     return bias if torch.is_grad_enabled() else bias.detach()
 
 
-def split_heads(
-    qkv: Tensor, signal: Signal, heads: int, private: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Signal]:
-    """q, k, v (B, H, N, Dh), strided views of the packed projection, and what of the signal is still to be done.
+def kernel_dtype(q: Tensor) -> torch.dtype:
+    """What the kernel will compute in: q's dtype, or autocast's."""
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return q.dtype
+
+
+def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
+    """The Signal that all blocks share, with each matrix of biases that every block would look up looked up once.
+
+    A table stays a table where the kernel of tables serves it.
 
     Args:
-        qkv: (B, N, 3 D).
-        private: nobody else needs the values of `qkv`. In eager mode q and k are then rotated where they lie.
+        x: the tokens, for their dtype and device.
     """
-    turn = signal.q_rotation
-    path, _ = dispatch.tell("rotation", dispatch.rotation(qkv, signal, private))
-    if path == "in place" and turn is not None:
-        q, k, v = split_and_rotate(qkv, turn, heads)
-        return q, k, v, signal._replace(q_rotation=None, k_rotation=None)
-    # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
-    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
-    return q, k, v, signal
+    terms: list[Bias] = []
+    for term in signal.bias:
+        if isinstance(term, Table):
+            path, why = table.select(term, x, dispatch.trains(term.table, x), why_plain(x))
+            terms.append(Dense(term.dense(), f"{why}; looked up once for all blocks") if path == "matrix" else term)
+        else:
+            terms.append(term)
+    return signal._replace(bias=tuple(terms))
+
+
+def why_plain(x: Tensor) -> str | None:
+    """Why nothing but plain operations may run on x; None where kernels of our own may."""
+    if torch.compiler.is_compiling():
+        return "compiling or exporting"
+    if torch.jit.is_tracing():
+        return "tracing"
+    if type(x) is not Tensor:
+        return f"a tensor of another kind, {type(x).__name__}"
+    # No public function says that a transform of torch.func runs. Kernels that write over their input cannot have a
+    # rule of their own for vmap and jvp, whose outputs would have to be views of one another.
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad.unpack_dual(x).tangent is not None:
+        return "function transforms"
+    return None
+
+
+def _observer() -> Observer | None:
+    return None if torch.compiler.is_compiling() else OBSERVER.get()

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
-from .functional import attend, rotate, split_heads
-
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
-
+from .functional import attend, rotate_qk, split_heads
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -45,7 +38,7 @@ class Attention(nn.Module):
         attn_drop, proj_drop: dropout on the weights and on the output.
     """
 
-    attends = True  # `explain` looks at these
+    attends = True  # `explain` reports these
 
     def __init__(
         self,
@@ -111,14 +104,13 @@ class Attention(nn.Module):
         """(B, N, D) -> (B, N, D). With a cache, keys and values of earlier tokens come before those of x."""
         q, k, v, signal, scale = self.split(x, signal, private=cache is None)
         if cache is not None:
-            if signal.k_rotation is not None:
-                if signal.k_rotation.cos.shape[1] not in (1, self.kv_heads):
-                    raise ValueError(
-                        f"{self.heads} heads that turn differently cannot share {self.kv_heads} heads of cached keys: "
-                        "build the model with kv_heads equal to its heads"
-                    )
-                k, signal = rotate(k, signal.k_rotation), signal._replace(k_rotation=None)
-            k, v = cache.append(k, v)
+            if signal.k_rotation is not None and signal.k_rotation.cos.shape[1] not in (1, self.kv_heads):
+                raise ValueError(
+                    f"{self.heads} heads that turn differently cannot share {self.kv_heads} heads of cached keys: "
+                    "build the model with kv_heads equal to its heads"
+                )
+            q, k, signal = rotate_qk(q, k, signal)
+            k, v = cache.append(k, v)  # (B, H_kv, Nk, Dh), those of earlier tokens first
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
@@ -150,8 +142,9 @@ class Attention(nn.Module):
     def _qkv_is_private(self) -> bool:
         """Whether nobody but this module holds the output of `qkv`: a plain Linear, no hooks, no norm of q and k."""
         plain = type(self.qkv) is nn.Linear and isinstance(self.q_norm, nn.Identity) and self.logit_scale is None
-        hooks = (self.qkv._forward_hooks, self.qkv._backward_hooks, self.qkv._backward_pre_hooks)
-        return plain and not any(hooks) and not any(_GLOBAL_HOOKS)
+        # torch has no public list of a module's hooks, and a hook may keep the output that would be written over.
+        hooks = self.qkv._forward_hooks or self.qkv._backward_hooks or self.qkv._backward_pre_hooks
+        return plain and not hooks and not torch.nn.modules.module._has_any_global_hook()
 
 
 class CrossAttention(nn.Module):
@@ -193,15 +186,14 @@ class CrossAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x (B, Nq, D), memory (B, Nk, D) -> (B, Nq, D). With a cache, the memory is projected and rotated once."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Nq, Dh)
         if cache is None or cache.memory is None:
             k, v = self.kv(memory).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)
-            if signal.k_rotation is not None:
-                k = rotate(k, signal.k_rotation)
-            if cache is not None:
-                cache.memory = (k, v)
         else:
-            k, v = cache.memory
+            (k, v), signal = cache.memory, signal._replace(k_rotation=None)  # these keys are turned already
+        q, k, signal = rotate_qk(q, k, signal)
+        if cache is not None:
+            cache.memory = (k, v)
         dropout = self.attn_drop if self.training else 0.0
-        out = attend(q, k, v, signal._replace(k_rotation=None), mask, self.scale, dropout=dropout)
+        out = attend(q, k, v, signal, mask, self.scale, dropout=dropout)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -1,36 +1,165 @@
-"""Looking inside attention: the maps of every attention of a model, and what can be read off them.
+"""Looking inside attention: the maps of every attention of a model, and the implementations that are used.
 
-    with vit2dpe.plots.encodings.attention(model) as maps:
+    with vit2dpe.attention_maps(model) as maps:
         model(images)
     maps["blocks.0.attn"]  # (B, H, Lq, Lk), rows sum to 1
 
-`attend` is the one place that all models go through, so it is the one place that is watched; `nn.MultiheadAttention` is
-watched beside it. Nothing is watched, and nothing is paid, outside the context.
+    for line in vit2dpe.explain(model, 224):
+        print(line)  # blocks.0.attn: rotation in place (...); bias none (...); kernel flash_attention
+
+All models call `attend`, so one observer serves both. It belongs to the thread or asyncio task that entered the context
+and to the modules of the model it was given: other models, and the same model in other threads, are not observed. It
+follows that model by forward hooks, which are gone with the context; outside of one nothing is paid.
 
 Legend: B batch, H heads, Lq, Lk tokens of queries and keys, N tokens, prefix included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
-from ..positions import Positions, distance
 from ..signal import Signal
-from . import functional as _attention
-from .functional import rotate
+from . import dispatch
+from .functional import OBSERVER, rotate_qk
+from .kernels import Selection
 
 Maps = dict[str, Tensor]
 
 
+class Report:
+    """What is recorded of one model; a subclass overrides what it wants to know."""
+
+    active = True
+
+    def attended(
+        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
+    ) -> None:
+        """The arguments of `attend` within the module of this name."""
+
+    def selected(self, name: str, what: str, selection: Selection) -> None:
+        """An implementation that was selected within the module of this name."""
+
+    def fused(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float
+    ) -> None:
+        """The arguments of torch's fused attention within the module of this name."""
+
+    def left(self, name: str) -> None:
+        """The module of this name has returned."""
+
+
+class Running(NamedTuple):
+    """The observer that `attend` calls: a report, and the observed modules that are running, the innermost last."""
+
+    report: Report
+    names: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str | None:
+        return self.names[-1] if self.names and self.report.active else None
+
+    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None:
+        if self.name is not None:
+            self.report.attended(self.name, q, k, signal, mask, scale)
+
+    def selected(self, what: str, selection: Selection) -> None:
+        if self.name is not None:
+            self.report.selected(self.name, what, selection)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> None:
+        if self.name is not None:
+            self.report.fused(self.name, q, k, v, added, dropout, scale)
+
+
 @contextmanager
-def attention(model: nn.Module) -> Iterator[Maps]:
+def observe(report: Report, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within this context `report` receives what this thread or task does in these modules.
+
+    Raises:
+        ConfigError: inside another such context of this thread or task.
+    """
+    if OBSERVER.get() is not None:
+        raise ConfigError("a model is being observed in this thread already: attention_maps and explain do not nest")
+
+    def enter(name: str, *_: object) -> None:
+        if (running := _running(report)) is not None:
+            OBSERVER.set(running._replace(names=(*running.names, name)))
+
+    def leave(name: str, *_: object) -> None:
+        if (running := _running(report)) is not None:
+            OBSERVER.set(running._replace(names=running.names[:-1]))
+            report.left(name)
+
+    handles: list[RemovableHandle] = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(partial(enter, name)))
+        handles.append(module.register_forward_hook(partial(leave, name), always_call=True))
+    OBSERVER.set(Running(report))
+    try:
+        with _EAGER:
+            yield
+    finally:
+        report.active = False
+        if _running(report) is not None:
+            OBSERVER.set(None)
+        for handle in handles:
+            handle.remove()
+
+
+def _running(report: Report) -> Running | None:
+    """The observer of this thread or task, if it is that of this report."""
+    running = OBSERVER.get()
+    return running if isinstance(running, Running) and running.report is report else None
+
+
+class _EagerWhileObserved:
+    """Compiled modules run in eager mode while anybody observes.
+
+    torch holds one stance for the whole process: the first to enter sets it, the last to leave puts it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.observers = threading.Lock(), 0
+        self.stance: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.observers += 1
+            if self.observers == 1:
+                self.stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.observers -= 1
+            if self.observers == 0 and self.stance is not None:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_EAGER = _EagerWhileObserved()
+
+
+class _MapReport(Report):
+    def __init__(self, maps: Maps) -> None:
+        self.maps = maps
+
+    def attended(
+        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
+    ) -> None:
+        self.maps[name] = weights(q, k, signal, mask, scale)
+
+
+@contextmanager
+def attention_maps(model: nn.Module) -> Iterator[Maps]:
     """Within this context every call of `model` fills a dict: name of an attention module -> (B, H, Lq, Lk) float32.
 
     The maps are softmax(temperature · (scale · R(q) R(k)ᵀ + bias)) under the mask, before dropout; rows sum to 1, those
@@ -38,48 +167,33 @@ def attention(model: nn.Module) -> Iterator[Maps]:
     computed beside the kernel, so results do not change, and without gradients. In windows B counts windows. A module
     that is called again (a decoding step) leaves its last map. Compiled modules run in eager mode meanwhile.
 
+    Calls by this thread or asyncio task alone are recorded, and those of this model alone.
+
     Raises:
-        ConfigError: inside another such context.
+        ConfigError: inside another such context, or inside `explain`, of this thread or task.
     """
-    if _attention.watcher is not None:
-        raise ConfigError("attention is being looked at already: these contexts do not nest")
     maps: Maps = {}
-    inside: list[str] = [""]
-
-    def enter(name: str, *_: object) -> None:
-        inside.append(name)
-
-    def leave(*_: object) -> None:
-        inside.pop()
-
-    def see(*arguments: Any) -> None:
-        maps[inside[-1]] = weights(*arguments)
-
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            hooks.append(module.register_forward_hook(partial(_stock, maps, name), with_kwargs=True))
-        elif any(True for _ in module.children()):  # an attention has at least its projections
-            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
-    _attention.watcher = see
-    try:
-        with torch.compiler.set_stance("force_eager"):
+    report = _MapReport(maps)
+    # A map is named after the innermost running module with children: an attention has at least its projections.
+    inside = {name: module for name, module in model.named_modules() if any(True for _ in module.children())}
+    stock = {name: module for name, module in inside.items() if isinstance(module, nn.MultiheadAttention)}
+    with observe(report, {name: module for name, module in inside.items() if name not in stock}):
+        handles = [
+            module.register_forward_hook(partial(_stock, report, name), with_kwargs=True)
+            for name, module in stock.items()
+        ]
+        try:
             yield maps
-    finally:
-        _attention.watcher = None
-        for hook in hooks:
-            hook.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @torch.no_grad()
 def weights(q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """(B, H, Lq, Lk) float32: the weights that `attend` gives to the values, for its arguments."""
     q, k = q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
-    if signal.q_rotation is not None:
-        q = rotate(q, signal.q_rotation)
-    if signal.k_rotation is not None:
-        k = rotate(k, signal.k_rotation)
+    q, k, signal = rotate_qk(q, k, signal)
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
         for term in signal.bias:
@@ -91,87 +205,104 @@ def weights(q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None = None, sc
     return logits.softmax(-1).nan_to_num(0.0).float()
 
 
-@torch.no_grad()
-def _stock(maps: Maps, name: str, module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
-    """The stock attention gives its weights on request, by another route, so it is asked once more."""
+def _stock(
+    report: _MapReport,
+    name: str,
+    module: nn.MultiheadAttention,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor | bool | None],
+    _: tuple[Tensor, Tensor | None],
+) -> None:
+    """The map of torch's own attention, which returns its weights on request alone: it is called once more."""
+    if _running(report) is None:
+        return
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    given |= dict(need_weights=True, average_attn_weights=False, is_causal=False)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    arguments |= dict(need_weights=True, average_attn_weights=False, is_causal=False)
     training, module.training = module.training, False  # no dropout, and no random number spent
     try:
-        found = module.forward(**given)[1]
+        with torch.no_grad():
+            found = module.forward(**arguments)[1]  # type: ignore[arg-type]
     finally:
         module.training = training
     found = torch.as_tensor(found).nan_to_num(0.0).float()
-    maps[name] = found if found.ndim == 4 else found[None]
+    report.maps[name] = found if found.ndim == 4 else found[None]  # (B, H, Lq, Lk)
 
 
-def rollout(maps: Mapping[str, Tensor] | Sequence[Tensor], residual: float = 0.5) -> Tensor:
-    """Attention rollout, arXiv 2005.00928: how much of each input token is in each output token, all blocks together.
+class Explanation(NamedTuple):
+    """The implementations that one attention uses: rotation, bias and fused kernel, each with its reason.
 
-        A_rollout = A_L ... A_1,   A_l = residual · 1 + (1 - residual) · mean over heads of the map of block l
+    `kernel` is torch's choice, None where the path of the bias calls the kernel in parts.
+    """
+
+    name: str
+    rotation: Selection
+    bias: Selection
+    kernel: Selection | None
+
+    def __str__(self) -> str:
+        rotation, bias = (f"{one.path} ({one.why})" for one in (self.rotation, self.bias))
+        kernel = "" if self.kernel is None else f"; kernel {self.kernel.path}"
+        return f"{self.name}: rotation {rotation}; bias {bias}{kernel}"
+
+
+class _SelectionReport(Report):
+    def __init__(self) -> None:
+        self.lines: list[Explanation] = []
+        self.selections: dict[str, Selection] = {}  # of the attention that is running
+        self.ran = False
+
+    def attended(
+        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
+    ) -> None:
+        self.ran = True
+
+    def selected(self, name: str, what: str, selection: Selection) -> None:
+        self.selections.setdefault(what, selection)
+
+    def fused(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float
+    ) -> None:
+        self.selections.setdefault("kernel", dispatch.kernel(q, k, v, added, dropout, scale))
+
+    def left(self, name: str) -> None:
+        none = {what: Selection("none", f"no {what} is asked for") for what in ("rotation", "bias")}
+        found, ran = none | self.selections, self.ran
+        self.selections, self.ran = {}, False
+        if ran:
+            self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel")))
+
+
+def explain(model: nn.Module, *inputs: object, training: bool = False) -> list[Explanation]:
+    """Which implementation each attention of a model uses, and why, as selected in one forward pass.
+
+        for line in explain(model, (1024, 1024)):
+            print(line)
 
     Args:
-        maps: of self-attentions over the same tokens, the first block first; those of a `ViT` are in this order.
-        residual: the share of the residual connection; the paper's is one half.
-
-    Returns:
-        (B, N, N), rows sum to 1.
+        model: a model, or an `Attention` alone.
+        inputs: what it is called with; or one size in pixels, a side or (height, width), for one black image.
+        training: in training mode with gradients, instead of evaluation without. The mode is put back, and no random
+            number is drawn from the global generator.
 
     Raises:
-        ConfigError: for maps of different sizes (windows, cross-attention), through which nothing can be followed.
+        ConfigError: for a model without an attention of ours, and while this thread or task observes a model already.
     """
-    found = list(maps.values()) if isinstance(maps, Mapping) else list(maps)
-    sizes = {tuple(one.shape[i] for i in (0, 2, 3)) for one in found}
-    if len(sizes) != 1 or (size := next(iter(sizes)))[1] != size[2]:
-        raise ConfigError(f"rollout follows self-attention over the same tokens in every block, got maps of {sizes}")
-    total = torch.eye(size[1], device=found[0].device)
-    for one in found:
-        total = (residual * torch.eye(size[1], device=one.device) + (1 - residual) * one.mean(dim=1)) @ total
-    return total
-
-
-def entropy(one: Tensor) -> Tensor:
-    """(H,) mean over samples and queries of -Σ a ln a of a map (B, H, Lq, Lk), in nats: 0 one key, ln Lk all alike."""
-    return torch.special.entr(one).sum(-1).mean(dim=(0, 2))
-
-
-def mean_distance(one: Tensor, q: Positions, k: Positions | None = None) -> Tensor:
-    """(H,) mean attention distance in patches: Σ a(q, k) |q - k| over keys that have a place, mean over such queries.
-
-    The measure of arXiv 2010.11929, figure 7, with weights taken anew over keys that have a place, so that attention to
-    a class token does not count as near.
-
-    Args:
-        one: a map (B, H, Lq, Lk), prefix included.
-        q, k: where its tokens are.
-    """
-    k = q if k is None else k
-    placed = one[:, :, q.prefix :, k.prefix :]
-    if placed.shape[-2:] != (q.coords.shape[1], k.coords.shape[1]):
-        raise ConfigError(
-            f"the map has {tuple(one.shape[-2:])} tokens, the positions {q.prefix} + {q.coords.shape[1]} and "
-            f"{k.prefix} + {k.coords.shape[1]}"
-        )
-    far = distance(q, k).to(placed.dtype)[:, None]  # (B|1, 1, Lq, Lk)
-    total = placed.sum(-1)
-    return ((placed * far).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(dim=(0, 2))
-
-
-@torch.no_grad()
-def summary(model: Any, images: Tensor) -> list[dict[str, Any]]:
-    """Entropy and mean distance of every head of every block of a `ViT` for a batch of images (B, C, H, W).
-
-    Returns:
-        rows {module, head, entropy, distance}: nats and patches.
-    """
-    at = model.positions(images.shape[-2], images.shape[-1], images.device)
-    with attention(model) as maps:
-        model(images)
-    rows = []
-    for name, one in maps.items():
-        if tuple(one.shape[-2:]) != (at.prefix + at.coords.shape[1],) * 2:
-            continue  # an attention over other tokens, such as that of a pooling
-        measured = zip(entropy(one).tolist(), mean_distance(one, at).tolist(), strict=True)
-        rows += [dict(module=name, head=head, entropy=e, distance=d) for head, (e, d) in enumerate(measured)]
-    return rows
+    if len(inputs) == 1 and isinstance(inputs[0], int | tuple):
+        height, width = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], inputs[0])
+        like = next(model.parameters())
+        inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), height, width),)
+    parts = {
+        name or type(part).__name__: part for name, part in model.named_modules() if getattr(part, "attends", False)
+    }
+    if not parts:
+        raise ConfigError(f"explain takes a model with an Attention of ours, {type(model).__name__} has none")
+    report, modes = _SelectionReport(), {part: part.training for part in model.modules()}
+    with observe(report, parts):
+        try:
+            with torch.random.fork_rng(), torch.set_grad_enabled(training):
+                model.train(training)(*inputs)
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+    return report.lines

@@ -1,14 +1,21 @@
 """The contract of an encoding: a pure function from where tokens are to what attention should do about it.
 
-An author overrides one or more of three hooks and declares four facts; `forward` is final. It asks the hooks,
-applies the rule for prefix tokens in one place (no token row, identity rotation, no bias), takes cosine and
-sine once in float64 and casts once. Nothing is cached: a second call computes again.
+An author overrides one or more of three hooks and declares four facts; `forward` is final. It calls the hooks,
+applies the resolution policy and the rule for prefix tokens in one place (no token row, identity rotation, no bias),
+takes cosine and sine once in float64 and casts once. Nothing is cached: a second call computes again.
+
+What a context sets for a while (`vit2dpe.use_policy`, `vit2dpe.frozen`) is held by the thread or asyncio task that
+entered it (`overriding`), never by the encoding: another thread that runs the same model at the same time sees nothing
+of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Protocol, final
 
@@ -18,17 +25,17 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..positions import Positions
-from ..signal import Bias, Dense, LinearAngles, Rotation, Signal
+from ..signal import Bias, Dense, Rotation, Signal
 
 
 class Policy(Protocol):
-    """What a change of resolution does to an encoding; the policies live in `vit2dpe.resolution.policies`."""
+    """What an encoding does at another resolution; the policies are in `vit2dpe.resolution.policies`."""
 
     @property
     def name(self) -> str: ...
 
     def place(self, at: Positions) -> Positions:
-        """The places that the encoding shall see instead of `at`."""
+        """The places that the encoding is evaluated at instead of `at`."""
         ...
 
     def rescale(self, frequencies: Tensor, extent: tuple[int, ...]) -> Tensor:
@@ -42,10 +49,79 @@ class Temperature(Protocol):
     def __call__(self, extent: tuple[int, ...]) -> float | Tensor: ...
 
 
-class Keeper(Protocol):
-    """Keeps the Signals of an encoding for as long as it is frozen; see `vit2dpe.frozen`."""
+class Cache(Protocol):
+    """The Signals of an encoding that is frozen; see `vit2dpe.frozen`."""
 
     def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal: ...
+
+
+class Angles(Protocol):
+    """Angles that are not given as a tensor; `rope.LinearAngles` is the one kind."""
+
+    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
+        """Under a policy on a grid of this extent, behind `prefix` tokens that do not turn.
+
+        Returns:
+            angles (B|1, 1|H, P + N, Dh/2), or their rotation where an operation with its own backward makes it.
+        """
+        ...
+
+    def dense(self) -> Tensor:
+        """(B|1, 1|H, N, Dh/2) radians."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Overrides:
+    """What one context sets for a while.
+
+    Args:
+        policies: of encodings; None: no policy.
+        temperatures: of the encodings that lead a part of a model; None: no temperature.
+        caches: where frozen encodings keep their Signals.
+        window_policies: of the stages of a Swin.
+    """
+
+    policies: Mapping[nn.Module, Policy | None] = field(default_factory=dict)
+    temperatures: Mapping[nn.Module, Temperature | None] = field(default_factory=dict)
+    caches: Mapping[nn.Module, Cache] = field(default_factory=dict)
+    window_policies: Mapping[nn.Module, str] = field(default_factory=dict)
+
+
+class _OfThread(threading.local):
+    overrides: tuple[Overrides, ...] = ()
+
+
+# torch before 2.14 cannot trace a ContextVar; there a graph reads the value of the thread.
+_TRACEABLE = torch.__version__ >= "2.14"
+_OVERRIDES: ContextVar[tuple[Overrides, ...]] = ContextVar("vit2dpe.overrides", default=())
+_OF_THREAD = _OfThread()
+
+
+def overrides() -> tuple[Overrides, ...]:
+    """What the contexts of this thread or task set, the innermost first."""
+    if torch.compiler.is_compiling() and not _TRACEABLE:
+        return _OF_THREAD.overrides
+    return _OVERRIDES.get()
+
+
+@contextmanager
+def overriding(settings: Overrides) -> Iterator[None]:
+    """Within this context these settings hold, for the thread or asyncio task that entered it.
+
+    Contexts may be left in another order than they were entered. New tasks and `asyncio.to_thread` inherit them,
+    threads that a model starts by itself (`DataParallel`) do not.
+    """
+    _set_overrides((settings, *_OVERRIDES.get()))
+    try:
+        yield
+    finally:
+        _set_overrides(tuple(others for others in _OVERRIDES.get() if others is not settings))
+
+
+def _set_overrides(settings: tuple[Overrides, ...]) -> None:
+    _OVERRIDES.set(settings)
+    _OF_THREAD.overrides = settings
 
 
 class PositionEncoding(nn.Module):
@@ -67,18 +143,37 @@ class PositionEncoding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy: Policy | None = None  # set for a while by vit2dpe.use_policy, for good by set_policy
-        self.own_policy: Policy | None = None  # what "default" means, set by set_policy
-        self.temperature: Temperature | None = None  # likewise, on one encoding of a model
-        self.kept: Keeper | None = None  # set for a while by vit2dpe.frozen
+        self.own_policy: Policy | None = None  # set by vit2dpe.set_policy; `policy` is what holds at present
+        self.own_temperature: Temperature | None = None
         self.dtype = torch.float32  # of the tables; float64 after .double()
+
+    @property
+    def policy(self) -> Policy | None:
+        """The resolution policy: that of the innermost `vit2dpe.use_policy`, else this encoding's own."""
+        for settings in overrides():
+            if self in settings.policies:
+                return settings.policies[self]
+        return self.own_policy
+
+    @property
+    def temperature(self) -> Temperature | None:
+        """The length temperature, likewise."""
+        for settings in overrides():
+            if self in settings.temperatures:
+                return settings.temperatures[self]
+        return self.own_temperature
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where Signals are kept: that of the innermost `vit2dpe.frozen`."""
+        return next((settings.caches[self] for settings in overrides() if self in settings.caches), None)
 
     def token(self, at: Positions) -> Tensor | None:
         """(B|1, N, D) to be added to tokens that have a place."""
         return None
 
-    def angle(self, at: Positions) -> Tensor | LinearAngles | None:
-        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or LinearAngles, whose
+    def angle(self, at: Positions) -> Tensor | Angles | None:
+        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or `LinearAngles`, whose
         `dense()` is that."""
         return None
 
@@ -102,31 +197,31 @@ class PositionEncoding(nn.Module):
         """The Signal for queries at q and keys at k (default: the same places)."""
         k = q if k is None else k
         with _full_precision(q.coords.device.type):
-            if self.kept is not None and not (
-                self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-            ):
-                return self.kept.signal(self, q, k)
-            return self._signal(q, k)
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return self._signal(q, k)
+            cache = self.cache
+            return self._signal(q, k) if cache is None else cache.signal(self, q, k)
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
-        same, temperature = q is k, self._temperature(k)
-        moves: list[Callable[[Positions], Positions]] = [] if self.policy is None else [self.policy.place]
+        same, policy, temperature = q is k, self.policy, self._temperature(k)
+        moves: list[Callable[[Positions], Positions]] = [] if policy is None else [policy.place]
         if self.training and (perturb := self.perturb(q)) is not None:
             moves.append(perturb)
         for move in moves:
             q, k = move(q), k if same else move(k)
         k = q if same else k
-        q_rotation = self._rotation(q)
+        q_rotation = self._rotation(q, policy)
         return Signal(
             token=self._token(q),
             q_rotation=q_rotation,
-            k_rotation=q_rotation if same else self._rotation(k),
+            k_rotation=q_rotation if same else self._rotation(k, policy),
             bias=self._bias(q, k),
             temperature=temperature,
         )
 
     def _temperature(self, k: Positions) -> float | Tensor | None:
-        return None if self.temperature is None else self.temperature(k.extent)
+        temperature = self.temperature
+        return None if temperature is None else temperature(k.extent)
 
     def _token(self, at: Positions) -> Tensor | None:
         token = self.token(at)
@@ -134,9 +229,15 @@ class PositionEncoding(nn.Module):
             return None
         return F.pad(token.to(at.coords.device, self.dtype), (0, 0, at.prefix, 0))
 
-    def _rotation(self, at: Positions) -> Rotation | None:
+    def _rotation(self, at: Positions, policy: Policy | None) -> Rotation | None:
         angle = self.angle(at)
-        return None if angle is None else Rotation.of(angle, self.dtype, at.coords.device, at.prefix)
+        if angle is None:
+            return None
+        if isinstance(angle, Tensor):
+            resolved: Tensor | Rotation = F.pad(angle, (0, 0, at.prefix, 0))
+        else:
+            resolved = angle.resolve(policy, at.extent, at.prefix)
+        return rotation_of(resolved, self.dtype, at.coords.device)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:
         bias = self.bias(q, k)
@@ -146,7 +247,7 @@ class PositionEncoding(nn.Module):
             return (bias,)  # a term that applies the rule for the prefix itself
         return (Dense(F.pad(bias.to(q.coords.device, self.dtype), (k.prefix, 0, q.prefix, 0))),)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionEncoding:
         super()._apply(fn, recurse)
         # A formula has nothing that .double() could cast, so it asks what would have happened to a table.
         probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
@@ -204,7 +305,7 @@ class OnGrid(PositionEncoding):
             )
         self.grid = tuple(int(size) for size in state)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # Weights of others do not say it: then what the model was built for stands.
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -221,7 +322,31 @@ def terms(encoding: PositionEncoding) -> list[PositionEncoding]:
     return list(encoding.terms) if isinstance(encoding, Sum) else [encoding]  # type: ignore[arg-type]
 
 
-def _full_precision(device: str):
+def rotation_of(angle: Tensor | Rotation, dtype: torch.dtype, device: torch.device | str) -> Rotation:
+    """The rotation by `angle`, in radians.
+
+    Cosine and sine are taken as precise as the angle is, then cast once: the cosine of a float32 angle is off by
+    3e-5 at place 1,024.
+    """
+    if isinstance(angle, Rotation):
+        return Rotation(angle.cos.to(device, dtype), angle.sin.to(device, dtype))
+    return interleave(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
+
+
+def interleave(cos: Tensor, sin: Tensor) -> Rotation:
+    """The same numbers side by side in memory, where a kernel reads cos + i sin without a copy."""
+    if not can_interleave(cos):
+        return Rotation(cos, sin)
+    cos, sin = torch.view_as_real(torch.complex(cos, sin)).unbind(-1)
+    return Rotation(cos, sin)
+
+
+def can_interleave(x: Tensor) -> bool:
+    """Eager mode, on a device with complex numbers."""
+    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
+
+
+def _full_precision(device: str) -> AbstractContextManager[None]:
     """Geometry is never computed in half precision, autocast or not."""
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()

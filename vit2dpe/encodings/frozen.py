@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 from ..positions import Positions
-from ..signal import Dense, Signal, Table
-from .base import PositionEncoding
+from ..signal import Bias, Dense, Signal, Table
+from .base import Overrides, Policy, PositionEncoding, Temperature, overriding
 from .find import named_encodings
 
+# What a Signal depends on beside places: policy, temperature, dtype, grid, inference mode.
+State = tuple[Policy | None, Temperature | None, torch.dtype, tuple[int, ...] | None, bool]
 BUDGET = 32 * 2**20  # bytes of a bias that is kept as a matrix; above it the table is kept
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Keep what the encodings of `model` make, until the context is left.
+    """Keep what the encodings of `model` make, until the context is left, for the thread or task that entered it.
 
     In effect where gradients are off, the encoding is in evaluation mode, and nothing is being compiled; elsewhere the
     encodings compute as ever. Memory: one Signal for each block that owns an encoding and each set of places seen.
@@ -33,29 +34,24 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigError: inside, if a parameter of an encoding has changed since the context was entered.
     """
-    encodings = list(named_encodings(model).values())
-    before = [encoding.kept for encoding in encodings]
-    for encoding in encodings:
-        encoding.kept = Kept(encoding)
-    try:
+    encodings = named_encodings(model).values()
+    with overriding(Overrides(caches={encoding: SignalCache(encoding) for encoding in encodings})):
         yield model
-    finally:
-        for encoding, kept in zip(encodings, before, strict=True):
-            encoding.kept = kept
 
 
-class Kept:
+class SignalCache:
     """The Signals of one encoding, with what they were made from."""
 
     def __init__(self, encoding: PositionEncoding) -> None:
         self.parameters = {name: p.detach().clone() for name, p in encoding.named_parameters()}
-        self.signals: list[tuple[Positions, Positions, tuple[Any, ...], Signal]] = []
+        self.signals: list[tuple[Positions, Positions, State, Signal]] = []
 
     def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal:
-        """The Signal for these places: kept, or made and kept."""
+        """The Signal for these places, made at the first call."""
         self._check(encoding)
-        grid = getattr(encoding, "grid", None)
-        state = (encoding.policy, encoding.temperature, encoding.dtype, grid, torch.is_inference_mode_enabled())
+        grid: tuple[int, ...] | None = getattr(encoding, "grid", None)
+        inference = torch.is_inference_mode_enabled()
+        state: State = (encoding.policy, encoding.temperature, encoding.dtype, grid, inference)
         for old_q, old_k, old_state, signal in self.signals:
             if (old_q is old_k) == (q is k) and old_state == state and _same(q, old_q) and (q is k or _same(k, old_k)):
                 return signal
@@ -79,7 +75,7 @@ def _same(a: Positions, b: Positions) -> bool:
     return a.extent == b.extent and a.prefix == b.prefix and one_kind and torch.equal(a.coords, b.coords)
 
 
-def _settle(term: Any) -> Any:
+def _settle(term: Bias) -> Bias:
     """A table as the matrix it stands for, where that is small."""
     if not isinstance(term, Table):
         return term

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact
-from ..signal import LinearAngles
-from .rope import DirectionalRoPE, check_widths, magnitudes
+from .rope import DirectionalRoPE, LinearAngles, check_widths, magnitudes
 
 
 class CentredRoPE(DirectionalRoPE):

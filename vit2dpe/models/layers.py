@@ -6,8 +6,9 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from timm.layers import LayerScale as ScaleOnly
 from timm.layers.activations import QuickGELU
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..attention.functional import materialize_shared_bias
 from ..attention.modules import Attention
 from ..encodings.base import PositionEncoding
 from ..errors import ConfigError, unknown
@@ -302,6 +305,35 @@ def mlp_factory(name: str, act: str = "gelu") -> Callable[..., nn.Module]:
     if act not in ACTS:
         raise unknown("act_layer", act, ACTS)
     return partial(Mlp, act_layer=ACTS[act]) if name == "mlp" else MLPS[name]
+
+
+def run_block(
+    block: Callable[..., Tensor],
+    x: Tensor,
+    signal: Signal,
+    at: Positions,
+    *args: object,
+    recompute: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """The output of a block; with `recompute` it keeps its inputs alone, and the backward runs it again.
+
+    The second run is under the policy of the first, whichever thread runs the backward (on CUDA one of autograd's).
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return block(x, signal, at, *args, **kwargs)
+    again = block if torch.compiler.is_compiling() else partial(copy_context().run, block)
+    out: Tensor = checkpoint(again, x, signal, at, *args, use_reentrant=False, **kwargs)
+    return out
+
+
+def block_inputs(x: Tensor, signal: Signal) -> tuple[Tensor, Signal]:
+    """The inputs of the blocks from the embedded tokens and the Signal of an encoding that all blocks share.
+
+    Returns:
+        x + signal.token; the signal, with matrices that each block would look up looked up once.
+    """
+    return add_token(x, signal), materialize_shared_bias(signal, x) if signal.bias else signal
 
 
 def add_token(x: Tensor, signal: Signal) -> Tensor:

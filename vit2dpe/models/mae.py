@@ -25,13 +25,11 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..attention.dispatch import materialize_shared_bias
 from ..encodings import Dims, PositionEncoding, modules_outside_encodings, named_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
-from .layers import Block, add_token, keep_tokens
+from .layers import Block, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
 from .masked import MaskedModel, keep_count
@@ -141,13 +139,9 @@ class MAE(MaskedModel):
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
-        signal = materialize_shared_bias(self.decoder_position(at), x)
-        x = add_token(torch.cat([x[:, :prefix], tokens], dim=1), signal)
+        x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
         for block in self.decoder_blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, signal, at, use_reentrant=False)
-            else:
-                x = block(x, signal, at)
+            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
         pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
         return pixels[:, prefix:]
 

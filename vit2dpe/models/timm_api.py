@@ -16,13 +16,12 @@ import torch
 # timm's public names read its record of a model (get_model_args, get_model_traits); none writes it.
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import PatchEmbed
+from .layers import PatchEmbed, run_block
 
 POOLS = ("token", "avg", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
@@ -144,15 +143,7 @@ class TimmViT(TimmModel):
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
-        tokens = {"cls_token": self.cls_token, "reg_token": self.reg_token}
-        return {name: token for name, token in tokens.items() if token is not None}
-
-    def run_block(self, block: nn.Module, x: Tensor, signal: Signal, at: Positions) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, signal, at, use_reentrant=False)
-        else:
-            x = block(x, signal, at)
-        return x
+        raise TypeError(f"{type(self).__name__} must name its leading tokens")
 
     def forward_intermediates(
         self,
@@ -187,7 +178,7 @@ class TimmViT(TimmModel):
         x, signal, at = self.embed(x)
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self.run_block(block, x, signal, at)
+            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
             if i in take:
                 outputs.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]

@@ -15,7 +15,6 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..attention.dispatch import materialize_shared_bias
 from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
@@ -29,8 +28,9 @@ from .layers import (
     PatchEmbed,
     PostNormBlock,
     TokenFilter,
-    add_token,
+    block_inputs,
     norm_factory,
+    run_block,
 )
 from .timm_api import FeatureInfo, TimmViT, check_pool, pair
 from .weights import convert_state_dict
@@ -182,7 +182,7 @@ class ViT(TimmViT):
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`."""
         x, signal, at = self.embed(images, token_filter)
         for block in self.blocks:
-            x = self.run_block(block, x, signal, at)
+            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return out
 
@@ -194,8 +194,8 @@ class ViT(TimmViT):
         x, at = self.patch_embed(images)
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
-        signal = materialize_shared_bias(self.position(at), x)  # geometry becomes tensors, once
-        return self.norm_pre(self.pos_drop(add_token(x, signal))), signal, at
+        x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once
+        return self.norm_pre(self.pos_drop(x)), signal, at
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, prefix + N, D) -> (B, classes); the features before the classifier with `pre_logits`."""
@@ -213,6 +213,11 @@ class ViT(TimmViT):
             return x
         x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
         return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
+
+    def prefix_tokens(self) -> dict[str, nn.Parameter]:
+        """The leading tokens by name, in their order."""
+        tokens = {"cls_token": self.cls_token, "reg_token": self.reg_token}
+        return {name: token for name, token in tokens.items() if token is not None}
 
     def _prepend(self, x: Tensor) -> Tensor:
         prefix = [token.expand(x.shape[0], -1, -1) for token in self.prefix_tokens().values()]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attention.observe import attention, rollout
+from ..attention.maps import rollout
+from ..attention.observe import attention_maps
 from ..data.datasets import normalize
 from ..data.image_cache import Unreadable, decode
 from ..errors import ConfigError, DataError
@@ -39,7 +40,7 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     """
     grid, prefix = model.patch_embed.grid(*image.shape[-2:]), model.num_prefix_tokens
     tokens = prefix + grid[0] * grid[1]
-    with torch.no_grad(), attention(model) as every:
+    with torch.no_grad(), attention_maps(model) as every:
         model(image)
     maps = {name: one for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # each (1, H, N, N)
     if not maps:

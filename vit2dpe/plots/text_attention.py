@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.observe import attention
+from ..attention.observe import attention_maps
 from ..data.pairs import Encoder
 from ..data.tokenizers import Subwords, Tokenizer, from_json
 from ..errors import CheckpointError, ConfigError
@@ -74,7 +74,7 @@ def figure_of(model: nn.Module, text: str) -> Figure:
     if isinstance(model, TextModel):
         ids = tokenizer.encode(text)
         names = _names(tokenizer, ids)
-        with torch.no_grad(), attention(model) as maps:
+        with torch.no_grad(), attention_maps(model) as maps:
             model.forward_features(torch.tensor([ids]))
         how = "a token sees those before it" if model.causal else "every token sees every token"
         return draw(maps, names, names, f"attention of each token (rows) to the others: {how}")
@@ -82,7 +82,7 @@ def figure_of(model: nn.Module, text: str) -> Figure:
         raise CheckpointError(f"of encoder-decoders, translators are drawn; this run is one of {about.get('task')}")
     encode = Encoder(tokenizer)
     source, target = encode(text), encode(translate(model, tokenizer, [text])[0])
-    with torch.no_grad(), attention(model) as maps:
+    with torch.no_grad(), attention_maps(model) as maps:
         model(source[None], torch.cat([torch.tensor([encode.start]), target[:-1]])[None])
     across = {name: one for name, one in maps.items() if name.endswith(".cross")}
     title = "attention of each token that is written (rows) to those that are read"

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..encodings import PositionEncoding, encodings_of, named_encodings
+from ..encodings.base import Overrides, Policy, Temperature, overriding
 from ..errors import ConfigError, unknown
 from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
@@ -49,6 +50,11 @@ def _windowed(model: nn.Module) -> list[Any]:
     ]
 
 
+def _stages(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that have windows of one size: stages of a Swin."""
+    return [module for module in model.modules() if hasattr(module, "own_window_policy")]
+
+
 def position_groups(model: nn.Module) -> list[PositionGroup]:
     """For each part with places of its own: the encoding that leads it, the part, the extent it was trained on.
 
@@ -82,37 +88,29 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
             Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
 
-    Changes no key of the state_dict, and on leaving puts back what was there. With gradient checkpointing the backward
-    pass computes blocks again, so it has to run inside the context too.
+    It holds for the thread or asyncio task that entered it, whatever other threads do with the same model meanwhile,
+    and contexts may be left in any order. No key of the state_dict changes. With gradient checkpointing the backward
+    pass computes blocks again, under the policy of their forward.
 
     Raises:
         ConfigError: for a policy that one of the encodings cannot take, with the reason.
     """
-    groups = position_groups(model)
     windows, policy = _split(policy, model)
-    before = [(encoding, encoding.policy) for encoding in encodings_of(model)]
-    before_heat = [(root, root.temperature) for root, _, _ in groups]
-    before_windows = [(part, part.window_policy) for part in _windowed(model)]
-    try:
-        for root, part, extent in groups:
-            chosen = None if policy == "default" else _policy(policy, extent)
-            for encoding in encodings_of(part):
-                if chosen is not None and chosen.name not in encoding.policies:
-                    raise ConfigError(
-                        f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
-                        f"it can {' or '.join(encoding.policies)}"
-                    )
-                encoding.policy = encoding.own_policy if policy == "default" else chosen
-            root.temperature = _temperature(temperature, extent)  # one factor for all its encodings
-        _set_windows(model, windows)
+    policies: dict[nn.Module, Policy | None] = {}
+    temperatures: dict[nn.Module, Temperature | None] = {}
+    for root, part, extent in position_groups(model):
+        chosen = None if policy == "default" else _policy(policy, extent)
+        for encoding in encodings_of(part):
+            if chosen is not None and chosen.name not in encoding.policies:
+                raise ConfigError(
+                    f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+                    f"it can {' or '.join(encoding.policies)}"
+                )
+            policies[encoding] = encoding.own_policy if policy == "default" else chosen
+        temperatures[root] = _temperature(temperature, extent)  # one factor for all its encodings
+    window_policies = {} if windows is None else dict.fromkeys(_stages(model), windows)
+    with overriding(Overrides(policies, temperatures, window_policies=window_policies)):
         yield
-    finally:
-        for encoding, policy_before in before:
-            encoding.policy = policy_before
-        for root, heat in before_heat:
-            root.temperature = heat
-        for windowed, windows_before in before_windows:
-            windowed.window_policy = windows_before
 
 
 def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
@@ -160,7 +158,7 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
                 f"it can {' or '.join(policies_of(model))}"
             )
     for encoding, chosen in able:
-        encoding.policy = encoding.own_policy = chosen
+        encoding.own_policy = chosen
     _set_windows(model, windows)
 
 

@@ -11,6 +11,8 @@ from tests.helpers import randn
 from vit2dpe import Attention, Dims, Positions, Rotation, Signal, build
 from vit2dpe.attention import functional as core
 from vit2dpe.attention.functional import split_heads
+from vit2dpe.attention.kernels import rotary
+from vit2dpe.encodings.base import interleave
 
 B, H, DIM, GRID, PREFIX = 3, 2, 16, (2, 5), 1
 N = GRID[0] * GRID[1] + PREFIX
@@ -22,7 +24,7 @@ def turn(kind="shared", dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     batch, heads = {"shared": (1, 1), "heads": (1, H), "samples": (B, 1), "both": (B, H)}[kind]
     angle = torch.randn(batch, heads, N, DIM // H // 2, generator=generator, dtype=torch.float64)
-    return Rotation.interleaved(angle.cos().to(dtype), angle.sin().to(dtype))
+    return interleave(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
 def packed(dtype=torch.float32, seed=1):
@@ -108,8 +110,8 @@ def plainly(layer, x, *args):
 
 def used(monkeypatch, run):
     """How often the in-place path was taken while running."""
-    calls, original = [], core.split_and_rotate
-    monkeypatch.setattr(core, "split_and_rotate", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], rotary.split_and_rotate
+    monkeypatch.setattr(rotary, "split_and_rotate", lambda *args: calls.append(1) or original(*args))
     run()
     return len(calls)
 

@@ -1,1 +1,12 @@
-"""Autograd functions beside the plain paths that they must equal. Only `vit2dpe.attention` calls them."""
+"""Implementations that are faster than the plain one where they serve; each states when, and what to do elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Selection(NamedTuple):
+    """The implementation that is used, and the reason."""
+
+    path: str
+    why: str

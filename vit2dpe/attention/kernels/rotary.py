@@ -14,9 +14,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...signal import Rotation
+from ...signal import Rotation, Signal
+from . import Selection
 
 _WIDE = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def select(qkv: Tensor, signal: Signal, private: bool, plain: str | None) -> Selection:
+    """For a packed projection (B, N, 3 D): "none", "in place" (here) or "functional" (`attention.rotate`).
+
+    Args:
+        private: nobody else needs the values of `qkv`.
+        plain: why nothing but plain operations may run, or None.
+    """
+    rotation = signal.q_rotation
+    if rotation is None and signal.k_rotation is None:
+        return Selection("none", "no rotation is asked for")
+    if rotation is None or rotation is not signal.k_rotation:
+        return Selection("functional", "queries and keys turn differently")
+    if not private:
+        return Selection("functional", "a hook, a norm, a cache or another map may need the output of qkv")
+    if plain is not None:
+        return Selection("functional", plain)
+    if qkv.device.type not in ("cpu", "cuda") or not qkv.is_floating_point():
+        return Selection("functional", f"no complex numbers for {qkv.dtype} on {qkv.device.type}")
+    if not qkv.is_contiguous():
+        return Selection("functional", "the output of qkv is not contiguous")
+    cos = rotation.cos
+    if cos.shape[-2] != qkv.shape[1] or torch.promote_types(qkv.dtype, cos.dtype) != cos.dtype:
+        return Selection("functional", "the rotation is of another length, or less precise than the output of qkv")
+    return Selection("in place", "eager mode, and nobody else holds the output of qkv")
 
 
 def split_and_rotate(qkv: Tensor, rotation: Rotation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +68,8 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor,
     else:  # half precision is rotated in float32 and rounded once
         pair = packed.narrow(2, 0, 2)
         pair.copy_(torch.view_as_real(_complex(pair.to(cos.dtype)) * turn).flatten(-2))
-    return packed.transpose(1, 3).unbind(2)  # type: ignore[return-value]
+    q, k, v = packed.transpose(1, 3).unbind(2)  # each (B, H, N, Dh)
+    return q, k, v
 
 
 class _SplitAndRotate(torch.autograd.Function):
@@ -88,7 +116,7 @@ def _table_gradient(cos: Tensor, sin: Tensor, turned: list[Tensor], gradients: t
 
 
 def as_complex(cos: Tensor, sin: Tensor) -> Tensor:
-    """cos + i sin; without a copy where the two lie interleaved in memory, as those of an encoding do."""
+    """cos + i sin; without a copy where the two lie as `encodings.base.interleave` lays them."""
     steps = cos.stride()
     beside = sin.data_ptr() == cos.data_ptr() + cos.element_size() and sin.stride() == steps
     even = not cos.storage_offset() % 2 and not any(step % 2 for step in steps)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...positions import Positions
 from ...signal import Table
-from .choice import Selection, plain_only
+from . import Selection
 
 PATHS = ("learned", "view", "chunked")
 BUDGET = 32 * 2**20  # bytes of a matrix of biases in inference
@@ -36,13 +36,13 @@ CACHE = 2 * 2**20  # bytes of a workspace that stays near the processor
 MATRICES = 4 * 2**20  # bytes of matrices that a backward makes at once, of several heads where they are small
 
 
-def choose(term: Table, like: Tensor, training: bool) -> Selection:
+def select(term: Table, like: Tensor, training: bool, plain: str | None) -> Selection:
     """The path where queries have the dtype and device of `like`: "matrix" is the plain one, which serves everything.
 
     Args:
         training: whether the table, queries or keys want gradients.
+        plain: why nothing but plain operations may run, or None.
     """
-    plain = plain_only(like)
     if plain is not None:
         return Selection("matrix", plain)
     if like.device.type != "cpu" or like.dtype == torch.float16:

@@ -14,15 +14,15 @@ from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...attention.functional import FullMask, attend
 from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
+from ...encodings.base import overrides
 from ...errors import ConfigError
 from ...positions import Positions
 from ...signal import Dense, LowRank, Signal
-from ..layers import BlockParts
+from ..layers import BlockParts, run_block
 from .windows import Size, Windows, cut
 
 Spec = str | Callable[[Dims], PositionEncoding]
@@ -63,7 +63,7 @@ class SwinStage(nn.Module):
         self.train_grid, self.masked = grid, padding == "mask"
         self.window = _within(window, grid)
         self.trained_window: Size = trained if all(trained) else self.window
-        self.window_policy, self.grad_checkpointing = "keep", False
+        self.own_window_policy, self.grad_checkpointing = "keep", False
         dims = Dims(dim, heads, self.trained_window, depth=depth)
         self.downsample = PatchMerging(dim, post_norm) if merge else nn.Identity()
         self.position = in_windows(position, dims)
@@ -85,6 +85,14 @@ class SwinStage(nn.Module):
             if isinstance(block, SwinBlock) and block.post_norm:
                 for norm in (block.norm1, block.norm2):
                     nn.init.zeros_(norm.get_parameter("weight"))
+
+    @property
+    def window_policy(self) -> str:
+        """What windows do at another size: as the innermost `vit2dpe.use_policy` says, else this stage's own."""
+        for settings in overrides():
+            if self in settings.window_policies:
+                return settings.window_policies[self]
+        return self.own_window_policy
 
     def window_at(self, grid: Size) -> Size:
         """(h, w) of a window where the stage has this grid."""
@@ -116,10 +124,7 @@ class SwinStage(nn.Module):
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, signal, at, ways[i % 2], use_reentrant=False)
-            else:
-                x = block(x, signal, at, ways[i % 2])
+            x = run_block(block, x, signal, at, ways[i % 2], recompute=self.grad_checkpointing)
         return x
 
     def extra_repr(self) -> str:

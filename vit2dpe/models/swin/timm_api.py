@@ -48,7 +48,7 @@ class TimmSwin(TimmModel):
         if policy not in ("keep", "scale"):
             raise unknown("window_policy", policy, ("keep", "scale"))
         for stage in self.stages:
-            stage.window_policy = policy
+            stage.own_window_policy = policy
 
     @property
     def window_sizes(self) -> tuple[Size, ...]:

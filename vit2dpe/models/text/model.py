@@ -15,11 +15,10 @@ from typing import NamedTuple, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...attention import masks
 from ...attention.cache import KVCache
-from ...attention.dispatch import materialize_shared_bias
+from ...attention.functional import materialize_shared_bias
 from ...encodings import (
     Dims,
     PositionEncoding,
@@ -30,7 +29,7 @@ from ...encodings import (
 )
 from ...errors import ConfigError
 from ...positions import Positions, checkable
-from ..layers import add_token, norm_factory
+from ..layers import block_inputs, norm_factory, run_block
 from .block import Memory, TextBlock, signal_of
 
 
@@ -199,14 +198,12 @@ class TextModel(nn.Module):
         )
         read = None if memory is None else self._read(memory, at)
         x = self._embed(tokens, types)
-        signal = materialize_shared_bias(signal_of(self.position, at, keys), x)  # geometry becomes tensors, once
-        x = self.embed_drop(self.embed_norm(add_token(x, signal)))
+        x, signal = block_inputs(x, signal_of(self.position, at, keys))  # geometry becomes tensors, once
+        x = self.embed_drop(self.embed_norm(x))
         for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache.layer(i)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, signal, at, mask, keys=keys, memory=read, use_reentrant=False)
-            else:
-                x = block(x, signal, at, mask, keys=keys, cache=layer, memory=read)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            layer = None if cache is None or recompute else cache.layer(i)
+            x = run_block(block, x, signal, at, mask, recompute=recompute, keys=keys, cache=layer, memory=read)
         out: Tensor = self.norm(x)
         return out
 
