@@ -183,7 +183,7 @@ def test_help_tells_what_settings_mean(capsys):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--optim.layer-decay LAYER_DECAY learning rate of a block over that of the next" in text
-    assert "How weights are updated" in text
+    assert "Optimizer and schedule" in text
     assert "up to ten, or 1% of a split" in text
     assert "(type: dict, default: {})" in text
     assert "<class" not in text
@@ -191,8 +191,8 @@ def test_help_tells_what_settings_mean(capsys):
 
 @pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
 def test_every_setting_has_a_help(command):
-    options = dict(options_of(_named(COMMANDS[command].config)()))
-    assert [name for name, option in options.items() if not option.help] == []
+    options = options_of(_named(COMMANDS[command].config)())
+    assert [option.name for option in options if not option.help] == []
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):
