@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 
 from tests.helpers import read_csv
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli.commands import COMMANDS, _named, main
+from vit2dpe.cli.commands import COMMANDS, main
 from vit2dpe.cli.options import options_of, settings
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
@@ -191,7 +192,7 @@ def test_help_tells_what_settings_mean(capsys):
 
 @pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
 def test_every_setting_has_a_help(command):
-    options = dict(options_of(_named(COMMANDS[command].config)()))
+    options = dict(options_of(resolve_name(f"vit2dpe.{COMMANDS[command].config}")()))
     assert [name for name, option in options.items() if not option.help] == []
 
 
