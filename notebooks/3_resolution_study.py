@@ -20,9 +20,7 @@ from vit2dpe import load_run, use_policy
 from vit2dpe.attention.maps import summary
 from vit2dpe.data.datasets import load_images, normalize, resize
 from vit2dpe.plots.encodings import attention
-from vit2dpe.study import report
-from vit2dpe.study.settings import StudyConfig
-from vit2dpe.study.study import read_rows, study
+from vit2dpe.study import StudyConfig, read_rows, report, study
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 os.chdir(tempfile.mkdtemp())  # a study leaves files

@@ -22,9 +22,7 @@ from torch import nn
 from vit2dpe import ENCODINGS, MAE, PositionEncoding, ViT, check_encoding, load_run
 from vit2dpe.plots.encodings import draw
 from vit2dpe.positions import offsets
-from vit2dpe.study import report
-from vit2dpe.study.settings import StudyConfig
-from vit2dpe.study.study import read_rows, study
+from vit2dpe.study import StudyConfig, read_rows, report, study
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -152,7 +152,7 @@ def test_imports_lead_downstairs():
         ("models.vit", "interop.timm.convert", True),
         ("attention.modules", "encodings.rope", True),  # the same floor, another room
         ("signal", "positions", False),
-        ("study.study", "cli.main", True),
+        ("study.run", "cli.main", True),
         ("models.vit", "timm", True),
     ],
 )

@@ -10,8 +10,7 @@ import torch
 from tests.helpers import randn, read_csv
 from vit2dpe import ENCODINGS, ViT, load_run
 from vit2dpe.encodings import Builder
-from vit2dpe.study.settings import StudyConfig
-from vit2dpe.study.study import study
+from vit2dpe.study import StudyConfig, study
 from vit2dpe.testing import check_encoding, randomise
 
 SOURCE = '''\

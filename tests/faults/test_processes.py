@@ -27,9 +27,7 @@ from vit2dpe.data.settings import DataConfig
 from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError, TrainingError
 from vit2dpe.models.spec import ModelSpec
-from vit2dpe.study import study as study_module
-from vit2dpe.study import trials
-from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study import StudyConfig, study, trials
 from vit2dpe.training.checkpoint import read_meta, read_tensors, write_checkpoint
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
@@ -155,7 +153,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     with Interrupts() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        assert (signals.asked, left) == (signal.SIGTERM, [])
+        assert (signals.received, left) == (signal.SIGTERM, [])
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
     assert left == [143]
@@ -269,7 +267,7 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
         encodings="none,rope,alibi", sizes="16,24", modes="scale", policies="default", epochs=1, limit_train=64,
         limit_test=40, width=16, depth=1, heads=2, batch_size=32, device="cpu", jobs=1,
     )  # fmt: skip
-    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "whole")))
+    study(StudyConfig.of(micro, out=str(tmp_path / "whole")))
     real = trials.fit
 
     def dies(*args, folder, **kwargs):
@@ -279,14 +277,14 @@ def test_an_interrupted_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trials, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
-        study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
+        study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     cut = read_table(tmp_path / "cut/results.csv")
     assert {row["encoding"] for row in cut} == {"none", "rope"}
     trained = []
     monkeypatch.setattr(
         trials, "fit", lambda *a, folder, **k: (trained.append(folder.name), real(*a, folder=folder, **k))[1]
     )
-    study_module.study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
+    study(StudyConfig.of(micro, out=str(tmp_path / "cut")))
     assert len(trained) == 1
     assert (tmp_path / "cut/results.csv").read_bytes() == (tmp_path / "whole/results.csv").read_bytes()
 

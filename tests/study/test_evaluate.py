@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from tests.helpers import read_csv
 from vit2dpe import ConfigError, DataError, sweep
 from vit2dpe.cli import main
-from vit2dpe.study.evaluate import evaluate_model
-from vit2dpe.study.settings import EvaluateConfig, StudyConfig
-from vit2dpe.study.study import COLUMNS, study
+from vit2dpe.study import EvaluateConfig, StudyConfig, evaluate_model, study
+from vit2dpe.study.rows import COLUMNS
 
 MICRO = "embed_dim=48, depth=1, num_heads=3, num_classes=3"
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}

@@ -14,9 +14,8 @@ import torch
 from tests.study.lives_or_dies import lives_or_dies
 from tests.study.test_study import MICRO
 from vit2dpe.errors import ConfigError, DataError, TrainingError
+from vit2dpe.study import StudyConfig, study
 from vit2dpe.study.jobs import count, each
-from vit2dpe.study.settings import StudyConfig
-from vit2dpe.study.study import study
 
 ROOT = Path(__file__).parents[2]
 

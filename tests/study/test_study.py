@@ -15,10 +15,10 @@ from vit2dpe.data.datasets import load_images, normalize
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.resolution.sweep import fit_size
 from vit2dpe.spec import split_words
-from vit2dpe.study import study as study_module
-from vit2dpe.study import trials
-from vit2dpe.study.settings import StudyConfig, resolve
-from vit2dpe.study.study import COLUMNS, check, study
+from vit2dpe.study import StudyConfig, read_rows, run, study, trials
+from vit2dpe.study.plan import check
+from vit2dpe.study.rows import COLUMNS
+from vit2dpe.study.settings import resolve
 
 MICRO = dict(
     encodings="none,rope,sincos+relative", sizes="16,24x32", epochs=1, limit_train=64, limit_test=40, width=16, depth=1,
@@ -183,7 +183,7 @@ def test_an_extra_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):
 
 def test_recipes_are_read_and_hyphens_are_fine(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(study_module, "study", lambda config, command: seen.append((config, command)))
+    monkeypatch.setattr(run, "study", lambda config, command: seen.append((config, command)))
     assert main(["study", "--config", "recipes/study_cifar10_cpu.yaml", "--limit-train", "500", "--quick"]) == 0
     assert main(["study", "--config", "recipes/study_digits.yaml"]) == 0
     assert main(["study", "--config", "recipes/study_cifar10.yaml", "--flip=false"]) == 0
@@ -273,14 +273,14 @@ def test_a_short_finetune_at_the_new_size_has_rows_of_its_own(tmp_path, monkeypa
         epochs=1, width=16, depth=1, heads=2, batch_size=32, limit_train=64, limit_test=40, device="cpu", jobs=1,
         out=str(tmp_path),
     )  # fmt: skip
-    study_module.study(config)
+    study(config)
     assert trained == [(8, 12), (8, 8), (16, 16)], "once at the training size, then on from there at each other one"
-    rows = study_module.read_rows(tmp_path / "results.csv")
+    rows = read_rows(tmp_path / "results.csv")
     fine = {row.size: row for row in rows if row.policy == "finetuned"}
     assert fine.keys() == {(8, 8), (16, 16)}
     assert all(row.train_size == (8, 12) for row in fine.values())
     plain = {row.size: row.loss for row in rows if row.policy != "finetuned"}
     assert all(row.loss != plain[size] for size, row in fine.items())
     assert "finetuned" in (tmp_path / "summary.md").read_text()
-    study_module.study(config)
+    study(config)
     assert len(trained) == 3, "finished trials are read"

@@ -11,8 +11,8 @@ from vit2dpe import load_run, use_policy
 from vit2dpe.cli import main
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.study.lengths import text_scores
+from vit2dpe.study.rows import COLUMNS
 from vit2dpe.study.settings import StudyConfig, resolve
-from vit2dpe.study.study import COLUMNS
 from vit2dpe.training.tasks.sequences import SEQUENCES, SequenceTask, answers
 
 SMALL = ["--width", "16", "--heads", "2", "--batch-size", "4", "--smoke", "--device", "cpu"]

@@ -1,6 +1,7 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pkgutil import resolve_name
@@ -20,6 +21,7 @@ from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
 from vit2dpe.training.objectives.images import check, model_spec, train
+from vit2dpe.training.run_folder import run_folder
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
 
@@ -83,8 +85,7 @@ def test_resuming_the_finished_run_says_what_changed(finished, capsys):
 def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match="--resume"):
         train(at(MICRO, finished))
-    (tmp_path / "lock").write_text("1 elsewhere")
-    with pytest.raises(ConfigError, match="in use by process 1 elsewhere"):
+    with run_folder(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "):
         train(at(MICRO, tmp_path))
 
 
@@ -184,7 +185,7 @@ def test_help_tells_what_settings_mean(capsys):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--optim.layer-decay LAYER_DECAY learning rate of a block over that of the next" in text
-    assert "How weights are updated" in text
+    assert "Optimizer and schedule" in text
     assert "up to ten, or 1% of a split" in text
     assert "(type: dict, default: {})" in text
     assert "<class" not in text
@@ -192,8 +193,8 @@ def test_help_tells_what_settings_mean(capsys):
 
 @pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
 def test_every_setting_has_a_help(command):
-    options = dict(options_of(resolve_name(f"vit2dpe.{COMMANDS[command].config}")()))
-    assert [name for name, option in options.items() if not option.help] == []
+    options = options_of(resolve_name(f"vit2dpe.{COMMANDS[command].config}")())
+    assert [option.name for option in options if not option.help] == []
 
 
 def vit(position="rope", size=(8, 12), classes=10, **kwargs):

@@ -29,7 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "study": Command(
         "train a model with each positional encoding, change the resolution, see which survives",
-        "study.study:study",
+        "study.run:study",
         "study.settings:StudyConfig",
     ),
     "train": Command(

@@ -1,4 +1,4 @@
-"""The command line and YAML into dataclasses of settings; a refusal is one line and names the nearest setting.
+"""The command line and YAML into dataclasses of settings; an error is one line and names the nearest setting.
 
 A setting is a field and its line in the docstring's Args: from them come the option, its type, default and help.
 Options are spelled with hyphens or underscores alike, a switch needs no value, and short names are those of
@@ -11,7 +11,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 S = TypeVar("S", bound=Settings)
+OTHERS = ("config", "preset", "print_config", "help")  # options that are no settings
 
 
 class Option(NamedTuple):
-    """A setting as an option: `hint` is its type, `group` what the help files it under."""
+    """A setting as an option, under the title of its group in the help."""
 
+    name: str
     hint: type | UnionType
     default: Plain
     help: str
-    group: str
+    title: str
     positional: bool
+
+    @property
+    def type(self) -> str:
+        """The type in words: "int or null"."""
+        kinds = get_args(self.hint) if isinstance(self.hint, UnionType) else (self.hint,)
+        names = [kind.__name__ if type(kind) is type else str(kind) for kind in kinds]
+        return " or ".join(names).replace("NoneType", "null")
 
 
 def settings(name: str, config: type[S], args: list[str]) -> S:
@@ -43,114 +52,107 @@ def settings(name: str, config: type[S], args: list[str]) -> S:
         ConfigError: for what cannot be understood.
         SystemExit: after --help and --print_config.
     """
-    options = dict(options_of(config()))
-    parser = _parser(f"vit2dpe {name}", config, options)
+    options = list(options_of(config()))
+    parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options)
     if "-h" in args or "--help" in args:
-        text = re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), parser.format_help())
+        text = re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
-    args = [_full_option(arg, config) for arg in args]
-    return config.of(_parsed(parser, list(_with_files(args, config)), options))
+    words = _with_preset([word for arg in args for word in _full_option(arg, config)])
+    return config.of(_parse(parser, _with_files(words, config), options))
 
 
-def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[tuple[str, Option]]:
-    """(dotted name, option) of every setting, those of nested settings too."""
-    hints, texts, said, defaults = (
-        get_type_hints(type(config)),
-        texts_of(type(config)),
-        _documented(type(config)),
-        flat(config),
-    )
+def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[Option]:
+    """Every setting as an option, by dotted names; those of nested settings under their own titles."""
+    kind, defaults = type(config), flat(config)
+    hints, texts, docs = get_type_hints(kind), texts_of(kind), _documented(kind)
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, name = getattr(config, field.name), field.name
         if isinstance(value, Settings):
-            nested = inspect.getdoc(type(value)) or field.name
-            yield from options_of(value, f"{prefix}{field.name}.", nested.partition("\n")[0].rstrip("."))
+            nested = (inspect.getdoc(type(value)) or name).partition("\n")[0]
+            yield from options_of(value, f"{prefix}{name}.", nested.rstrip("."))
         else:
-            hint = str | int | list | None if field.name in texts else hints[field.name]
-            positional = "positional" in field.metadata
-            yield prefix + field.name, Option(hint, defaults[field.name], said.get(field.name, ""), title, positional)
+            hint = str | int | list | None if name in texts else hints[name]
+            yield Option(prefix + name, hint, defaults[name], docs.get(name, ""), title, "positional" in field.metadata)
 
 
-def _parser(name: str, config: type[Settings], options: Mapping[str, Option]) -> ArgumentParser:
+def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
         raise ConfigError(f'{name} needs an extra that is not installed: pip install "vit2dpe[recipes]"') from None
-    summary = (inspect.getdoc(config) or "").partition("\n\n")[0]
-    parser = ArgumentParser(prog=name, description=summary, exit_on_error=False, allow_abbrev=False)
-    groups = {group: parser.add_argument_group(group) for group in dict.fromkeys(o.group for o in options.values())}
-    for option, (hint, default, text, group, positional) in options.items():
-        text = text.replace("%", "%%")
-        if positional:
-            groups[group].add_argument(option, nargs="*", default=[], help=text)
-        elif bool in (hint, *get_args(hint)):
-            groups[group].add_argument(f"--{option}", type=hint, default=default, nargs="?", const=True, help=text)
+    parser = ArgumentParser(prog=name, description=doc.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(option.title for option in options)}
+    for option in options:
+        add, text = groups[option.title].add_argument, option.help.replace("%", "%%")
+        if option.positional:
+            add(option.name, nargs="*", default=[], help=text)
+        elif bool in (option.hint, *get_args(option.hint)):
+            add(f"--{option.name}", type=option.hint, default=option.default, nargs="?", const=True, help=text)
         else:
-            groups[group].add_argument(f"--{option}", type=hint, default=default, help=text)
+            add(f"--{option.name}", type=option.hint, default=option.default, help=text)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
     return parser
 
 
-def _parsed(parser: ArgumentParser, args: list[str], options: Mapping[str, Option]) -> dict[str, Plain]:
-    """The settings that were given, by dotted names; a value of a wrong type is refused in one sentence."""
+def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> dict[str, Plain]:
+    """The settings that `args` name, by dotted names; a value of a wrong type is refused in one sentence."""
     from jsonargparse import ArgumentError
 
     try:
-        given = parser.parse_args(args, defaults=any(arg.startswith("--print_config") for arg in args))
+        values = parser.parse_args(args, defaults=any(arg.startswith("--print_config") for arg in args))
     except (ArgumentError, TypeError) as error:
         message = " ".join(str(error).split())
-        found = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
-        if found and found[1] in options:
-            hint = options[found[1]].hint
-            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            names = " or ".join(kind.__name__ if type(kind) is type else str(kind) for kind in kinds)
-            message = f"{found[1]} must be of type {names.replace('NoneType', 'null')}, got {found[2]}"
+        match = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
+        for option in options:
+            if match and match[1] == option.name:
+                message = f"{option.name} must be of type {option.type}, got {match[2]}"
         raise ConfigError(message) from None
-    return {name: given[name] for name in options if name in given}
+    return {option.name: values[option.name] for option in options if option.name in values}
 
 
-def _full_option(arg: str, config: type[Settings]) -> str:
-    """--epochs=3 as --optim.epochs=3, hyphens as underscores."""
-    word, equals, value = arg.partition("=")
-    if not word.startswith("--"):
-        return arg
-    name = word.removeprefix("--").replace("-", "_")
-    known = [*flat(config()), "config", "preset", "print_config"]
-    fits = [name] if name in known else full_names(config, name)
-    if not fits:
+def _full_option(arg: str, config: type[Settings]) -> list[str]:
+    """--epochs=3 as --optim.epochs=3, hyphens as underscores; --config=x and --preset=x as two words."""
+    option, equals, value = arg.partition("=")
+    name = option.removeprefix("--").replace("-", "_")
+    if not option.startswith("--"):
+        return [arg]
+    if name in ("config", "preset") and equals:
+        return [f"--{name}", value]
+    if name not in OTHERS and not full_names(config, name):
+        known = [*flat(config()), *OTHERS]
         near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
-        raise ConfigError(f"unknown option {word}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    return f"--{full_name(config, name) if name not in known else name}{equals}{value}"
+        raise ConfigError(f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    return [f"--{name if name in OTHERS else full_name(config, name)}{equals}{value}"]
 
 
-def _with_files(args: list[str], config: type[Settings]) -> Iterator[str]:
-    """The arguments with the content of files, as JSON, in place of their names; with `--preset cpu` that of x.cpu.yaml
-    after that of x.yaml."""
-    words = [word for arg in args for word in (arg.split("=", 1) if re.match("--(config|preset)=", arg) else [arg])]
-    preset = ""
-    if "--preset" in words:
-        at = words.index("--preset")
-        preset = " ".join(words[at + 1 : at + 2])
-        del words[at : at + 2]
-        if "--config" not in words[:-1]:
-            raise ConfigError(f"--preset {preset} is a variant of a recipe: name that with --config")
-    for before, word in zip(["", *words], words, strict=False):
-        yield read_yaml(word, config) if before == "--config" else word
-        if before == "--config" and preset:
-            recipe = Path(word)
-            others = recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")
-            variants = {path.stem.removeprefix(f"{recipe.stem}."): path for path in others}
-            if preset not in variants:
-                raise unknown("preset", preset, sorted(variants) or ["(there is none)"])
-            yield from ("--config", read_yaml(str(variants[preset]), config))
-            preset = ""
+def _with_preset(words: list[str]) -> list[str]:
+    """`--config x.yaml --preset cpu` as `--config x.yaml --config x.cpu.yaml`."""
+    if "--preset" not in words:
+        return words
+    at = words.index("--preset")
+    preset, words = " ".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
+    if "--config" not in words[:-1]:
+        raise ConfigError(f"--preset {preset} is a variant of a recipe: name that with --config")
+    at = words.index("--config") + 2
+    recipe = Path(words[at - 1])
+    others = recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")
+    variants = {path.stem.removeprefix(f"{recipe.stem}."): str(path) for path in others}
+    if preset not in variants:
+        raise unknown("preset", preset, sorted(variants) or ["(there is none)"])
+    return [*words[:at], "--config", variants[preset], *words[at:]]
 
 
-def read_yaml(path: str, config: type[Settings]) -> str:
-    """The settings of a file as JSON, nested and by their full names; what YAML would take silently is refused.
+def _with_files(words: list[str], config: type[Settings]) -> list[str]:
+    """What files hold, as JSON, in place of their names: the parser takes either."""
+    pairs = zip(["", *words], words, strict=False)
+    return [json.dumps(read_yaml(word, config), default=str) if last == "--config" else word for last, word in pairs]
+
+
+def read_yaml(path: str, config: type[Settings]) -> dict[str, Plain]:
+    """The settings of a file, by dotted names; what YAML would take silently is refused.
 
     Raises:
         ConfigError: for a file that is not there or no YAML, a key given twice, a number that is not finite, and a
@@ -160,13 +162,13 @@ def read_yaml(path: str, config: type[Settings]) -> str:
 
     if not Path(path).is_file():
         raise ConfigError(f"there is no file {path}")
-    known, tree, seen = list(flat(config())), dict[str, Plain](), set[str]()
+    known, values, seen = list(flat(config())), dict[str, Plain](), set[str]()
     loader = yaml.SafeLoader("")
 
-    def walk(node: yaml.MappingNode, prefix: str) -> None:
+    def read(node: yaml.MappingNode, prefix: str) -> None:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            group = isinstance(value, yaml.MappingNode) and any(option.startswith(f"{name}.") for option in known)
+            group = isinstance(value, yaml.MappingNode) and any(full.startswith(f"{name}.") for full in known)
             full = [name] if group else full_names(config, name)
             if len(full) != 1:
                 raise unknown(f"setting in {path}", name, sorted(known))
@@ -174,44 +176,32 @@ def read_yaml(path: str, config: type[Settings]) -> str:
                 raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
             seen.add(full[0])
             if group:
-                walk(value, f"{name}.")
-                continue
-            if isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
+                read(value, f"{name}.")
+            elif isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
                 raise ConfigError(f"{path}: {name} must be a finite number, got {value.value}")
-            _put(tree, full[0], loader.construct_object(value, deep=True))
+            else:
+                values[full[0]] = loader.construct_object(value, deep=True)
 
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if isinstance(root, yaml.MappingNode):
-            walk(root, "")
-        elif root is not None:
+        if root is not None and not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path} holds no settings: write name: value")
+        read(root or yaml.MappingNode("", []), "")
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is no YAML file: {error}") from None
-    return json.dumps(tree, default=str)
-
-
-def _put(tree: dict[str, Plain], name: str, value: Plain) -> None:
-    """tree["optim"]["lr"] of "optim.lr"."""
-    head, dot, rest = name.partition(".")
-    if not dot:
-        tree[head] = value
-        return
-    inner = tree.setdefault(head, {})
-    if isinstance(inner, dict):
-        _put(inner, rest, value)
+    return values
 
 
 def _documented(config: type[Settings]) -> dict[str, str]:
     """Setting -> its text in the Args section of the class's docstring, or of that of a class it extends."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for base in config.__bases__:
         if issubclass(base, Settings):
-            found |= _documented(base)
+            docs |= _documented(base)
     name = ""
     for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
         if match := re.match(r"    (\w+): (.*)", line):
-            name, found[match[1]] = match[1], match[2]
+            name, docs[match[1]] = match[1], match[2]
         elif name and line.strip():
-            found[name] += " " + line.strip()
-    return found
+            docs[name] += " " + line.strip()
+    return docs

@@ -9,7 +9,7 @@ from ..spec import Settings, Size, Sizes, Term
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """What it is trained on.
+    """Images: where they lie, how many, at which size.
 
     Args:
         name: digits (built in), cifar10, cifar100 (downloaded), folder (class folders, Tiny-ImageNet as it is
@@ -42,7 +42,7 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class ViewConfig(Settings):
-    """Which part of a training image is seen, drawn for each by itself.
+    """Random views of training images, drawn for each image by itself.
 
     Args:
         shift: random shift in pixels, edges reflected.
@@ -58,7 +58,7 @@ class ViewConfig(Settings):
 
 @dataclass(frozen=True)
 class AugmentConfig(ViewConfig):
-    """What happens to training images, to each for itself.
+    """Augmentation of training images, drawn for each image by itself.
 
     Args:
         policy: none, trivial (TrivialAugment), rand or rand(ops=2, magnitude=9) (RandAugment).

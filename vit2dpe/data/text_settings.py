@@ -9,7 +9,7 @@ from ..spec import Settings
 
 @dataclass(frozen=True)
 class TextDataConfig(Settings):
-    """What is read.
+    """Text: where it lies, how it is tokenized and split.
 
     Args:
         path: a file of plain text, UTF-8; default: `url`, downloaded once. To classify: lines of a label, a tab and a
@@ -17,8 +17,8 @@ class TextDataConfig(Settings):
         url: where the file comes from if no path is given.
         sha256: of the downloaded file; another one is refused.
         pairs: to translate: a folder of train, val and a test set in two languages, train.de, train.en, ... or .gz.
-        source: the language that is read.
-        target: the language that is written.
+        source: the source language.
+        target: the target language.
         test: the set that is translated in the end.
         tokenizer: chars, bytes, bpe, wordpiece (learned from the training text), or the path of a tokenizer.json.
         vocab: how many tokens bpe and wordpiece learn.

@@ -1,1 +1,34 @@
-"""Resolution and length studies, evaluation and probes, and their reports."""
+"""Resolution and length studies, evaluation and probes, and their reports.
+
+Names are imported on first use, so that a command's `--help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "study": "run",
+    "evaluate_model": "evaluate",
+    "Row": "rows",
+    "read_rows": "rows",
+    "StudyConfig": "settings",
+    "EvaluateConfig": "settings",
+    "ProbeConfig": "settings",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+if TYPE_CHECKING:
+    from .evaluate import evaluate_model  # noqa: F401
+    from .rows import Row, read_rows  # noqa: F401
+    from .run import study  # noqa: F401
+    from .settings import EvaluateConfig, ProbeConfig, StudyConfig  # noqa: F401

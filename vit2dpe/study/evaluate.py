@@ -12,9 +12,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
@@ -23,9 +25,9 @@ from torch import Tensor, nn
 
 from ..data.datasets import SOURCES, check_source, load_images, normalize, write_unreadable
 from ..data.folders import list_held_out
-from ..data.image_cache import Reasons, decode, find_unreadable
+from ..data.image_cache import Reasons, find_unreadable
 from ..data.sources import readable
-from ..data.splits import Split
+from ..data.splits import FileSplit, Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
@@ -75,8 +77,8 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
         raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
     _check_sizes(model, len(subject.mean), sizes)
 
-    source_size = tuple(round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
-    data, total = _load_data(config, subject, source_size)
+    height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
+    data, total = _load_data(config, subject, (height, width))
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
     measured = sweep(
@@ -164,83 +166,65 @@ def _check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None
             raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error
 
 
+@dataclass(frozen=True)
 class Batches:
-    """(images, labels) as a model wants them, iterated as often as the sweep has rows.
+    """(images, labels) as a model takes them, iterated as often as the sweep has rows.
 
     Args:
+        split: images in memory, or files that are decoded anew for every row.
         labels: (N,) in the model's numbering.
-        subject: whose mean and deviation are taken off.
-        batch: images at a time.
-        digest: what the data are, for the record.
+        subject: the model, for its mean and deviation.
+        size: of a batch.
+        digest: of the data, for the record.
+        unreadable: files that were left out, with the reason.
     """
 
-    unreadable: Mapping[str, str] = {}  # files that were left out, with the reason
-
-    def __init__(self, labels: Tensor, subject: Subject, batch: int, digest: str) -> None:
-        self.labels, self.subject, self.batch, self.digest = labels, subject, batch, digest
+    split: Split | FileSplit
+    labels: Tensor
+    subject: Subject
+    size: int
+    digest: str
+    unreadable: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixels(self, start: int, end: int) -> Tensor:
-        """uint8 (B, C, H, W)"""
-        raise TypeError(f"{type(self).__name__} must say where its images come from")
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self), self.batch):
-            images = self.pixels(start, start + self.batch).float() / 255
-            if images.shape[1] == 1:
-                images = images.expand(-1, len(self.subject.mean), -1, -1)  # grey is equal red, green and blue
-            yield normalize(images, self.subject.mean, self.subject.std), self.labels[start : start + self.batch]
-
-
-class InMemory(Batches):
-    """A split that was loaded whole."""
-
-    images: Tensor
-
-    def pixels(self, start: int, end: int) -> Tensor:
-        return self.images[start:end]
-
-
-class Files(Batches):
-    """Image files, decoded anew for every row: nothing is kept in memory."""
-
-    root: Path
-    names: list[str]
-    size: Size
-
-    def pixels(self, start: int, end: int) -> Tensor:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            images = pool.map(lambda name: decode(self.root / name, self.size)[0], self.names[start:end])
-            return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images])
+            for index in torch.arange(len(self)).split(self.size):
+                if isinstance(self.split, FileSplit):
+                    images = torch.cat(list(pool.map(self.split.read, index.tolist())))  # (B, C, H, W)
+                else:
+                    images = self.split.pixels(index)
+                images = images.float() / 255
+                if images.shape[1] == 1:
+                    images = images.expand(-1, len(self.subject.mean), -1, -1)  # grey is equal red, green and blue
+                yield normalize(images, self.subject.mean, self.subject.std), self.labels[index]
 
 
 def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> tuple[Batches, int]:
     """The batches, and how many images there were to choose from."""
-    limit = config.limit
     if config.data in SOURCES and config.data != "folder":
         data = load_images(config.data, config.root, unreadable=config.unreadable)
-        split = data.test if limit is None else data.test.subsample(limit)
+        split = data.test if config.limit is None else data.test.subsample(config.limit)
         labels = _numbering(subject, data.classes)[split.labels]
-        held = InMemory(labels, subject, config.batch_size, data.digest)
-        held.images = split.pixels(torch.arange(len(split)))
-        held.unreadable = data.unreadable
         for note in data.notes:
             print(f"note: {note}")
-        return held, data.total.get("test", len(data.test))
+        batches = Batches(split, labels, subject, config.batch_size, data.digest, data.unreadable)
+        return batches, data.total.get("test", len(data.test))
     check_source("folder", unreadable=config.unreadable)
     root, listing, notes = list_held_out(Path(config.data).expanduser())
     for note in notes:
         print(f"note: {note}")
     names = [name for files in listing.values() for name in files]
     labels = torch.tensor([i for i, files in enumerate(listing.values()) for _ in files])
-    limit = len(names) if limit is None else limit
+    limit = len(names) if config.limit is None else config.limit
     index, wrong = _choose(root, names, labels, source_size, limit, config.unreadable == "skip")
-    found = Files(_numbering(subject, tuple(listing))[labels[index]], subject, config.batch_size, f"{len(names)} files")
-    found.root, found.names, found.size = root, [names[i] for i in index.tolist()], source_size
-    found.unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
-    return found, len(names)
+    files = np.array([os.fsencode(names[i]) for i in index.tolist()])
+    split = FileSplit(root, files, labels[index], source_size, source_size, source_size)
+    unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
+    labels = _numbering(subject, tuple(listing))[split.labels]
+    return Batches(split, labels, subject, config.batch_size, f"{len(names)} files", unreadable), len(names)
 
 
 def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int, skip: bool) -> tuple[Tensor, Reasons]:

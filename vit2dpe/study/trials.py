@@ -87,6 +87,9 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     """Rows of a trial: read where they are finished, else trained and measured. `out`: folder of all trials."""
     plan, device = measure.plan, pick_device(measure.plan.config.run.device)
     trained = training_settings(measure, trial)
+    if plan.config.task == "images":  # the first version kept sizes as they were typed, 32x32 for 32
+        typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
+        trained = typed if (out / folder_name(plan, trial, typed)).is_dir() else trained
     folder = out / folder_name(plan, trial, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
     name = plan.model_name(trial)

@@ -1,21 +1,21 @@
-"""What a masked pretraining and a probe are told. Nothing heavy is imported here."""
+"""Settings of masked pretraining; imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..data.settings import DataConfig, ViewConfig
-from ..spec import Settings
-from .settings import PRESETS, ModelConfig, OptimConfig, RunConfig, smoked
+from ..spec import Plain, Settings, changed, filled
+from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke
 
 
 @dataclass(frozen=True)
 class DecoderConfig(Settings):
-    """Who paints the hidden patches.
+    """MAE decoder.
 
     Args:
-        position: the decoder's encoding, a word.
+        position: spec of the decoder's encoding.
         width: channels of a token.
         depth: blocks.
         heads: attention heads.
@@ -31,16 +31,16 @@ class DecoderConfig(Settings):
 
 @dataclass(frozen=True)
 class PretrainConfig(Settings):
-    """Pretrain an encoder of images without labels: hide patches, paint them (MAE, SimMIM).
+    """Pretrain an encoder of images without labels: hide patches and predict them (MAE, SimMIM).
 
     Settings left at null take the preset of the data.
 
     Args:
         model: the encoder.
-        decoder: who paints the hidden patches; of mae.
-        data: images; labels are not looked at.
-        augment: what happens to training images.
-        optim: how weights are updated.
+        decoder: predicts the hidden patches; mae only.
+        data: the images; labels are not used.
+        augment: random views of training images.
+        optim: optimizer and schedule.
         run: where and how it runs.
         objective: mae (the encoder sees visible patches only; a ViT) or simmim (it sees a token in place of hidden
             ones; a ViT or a Swin).
@@ -71,26 +71,17 @@ class PretrainConfig(Settings):
     smoke: bool = False
 
 
-DECODERS: dict[str, dict[str, Any]] = {  # what is chosen where a setting of the decoder is null, by the data
-    "digits": dict(width=32, depth=1, heads=4, mlp_ratio=2.0),
-    "": dict(width=96, depth=4, heads=3, mlp_ratio=4.0),
+DECODERS: Mapping[str, Mapping[str, Plain]] = {  # presets of the decoder, by the data
+    "digits": {"decoder.width": 32, "decoder.depth": 1, "decoder.heads": 4, "decoder.mlp_ratio": 2.0},
+    "": {"decoder.width": 96, "decoder.depth": 4, "decoder.heads": 3, "decoder.mlp_ratio": 4.0},
 }
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
-    """Every setting that is None filled from the preset of the data; `smoke` applied."""
-    decoder = DECODERS.get(config.data.name, DECODERS[""])
-    for part, values in (PRESETS.get(config.data.name, PRESETS[""]) | dict(decoder=decoder)).items():
-        if part == "model" and config.model.name is not None:
-            values = dict(position="rope", pool="avg") if config.objective == "mae" else {}
-        if part == "augment" and config.augment.crop is not None:
-            values = dict(values, shift=0)
-        old = getattr(config, part)
-        new = {name: value for name, value in values.items() if getattr(old, name) is None}
-        config = replace(config, **{part: replace(old, **new)})
+    """Every setting that is None filled from the presets of data and objective; `smoke` applied."""
     mae = config.objective == "mae"
-    if config.mask_ratio is None:
-        config = replace(config, mask_ratio=0.75 if mae else 0.6)
-    if config.norm_pix is None:
-        config = replace(config, norm_pix=mae)
-    return smoked(config) if config.smoke else config
+    named = {"model.position": "rope", "model.pool": "avg"} if mae else {}
+    preset = image_preset(config.data, config.model, config.augment, named)
+    preset |= dict(DECODERS.get(config.data.name, DECODERS[""])) | {"mask_ratio": 0.75 if mae else 0.6, "norm_pix": mae}
+    config = filled(config, preset)
+    return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config

@@ -1,20 +1,20 @@
-"""What a training is told: nested dataclasses that the command line and YAML fill. Nothing heavy is imported here."""
+"""Settings of the optimizer, the run and models of images, shared by all trainings; imports no torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from ..data.settings import AugmentConfig, DataConfig
+from ..data.settings import AugmentConfig, DataConfig, ViewConfig
 from ..errors import ConfigError
-from ..spec import Settings
+from ..spec import Plain, Settings, changed, filled, plain
 
 
 @dataclass(frozen=True)
 class OptimConfig(Settings):
-    """How weights are updated.
+    """Optimizer and schedule.
 
     Args:
         name: an optimizer of timm, such as adamw, lamb, lion, sgd.
@@ -51,7 +51,7 @@ class OptimConfig(Settings):
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """Where and how a training runs.
+    """The run: where, on what, from which seed.
 
     Args:
         out: folder of the run.
@@ -86,11 +86,11 @@ class RunConfig(Settings):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """What is trained.
+    """The model of images.
 
     Args:
         name: a model of timm, ours (vit2dpe_tiny_patch4_32, ...) or theirs; none: a ViT of the sizes below.
-        position: the encoding, a word such as rope, sincos+alibi, rope(base=10).
+        position: spec of the encoding, such as rope, sincos+alibi, rope(base=10).
         patch: patch side in pixels.
         width: channels of a token.
         depth: blocks.
@@ -127,14 +127,14 @@ class TrainConfig(Settings):
     Settings left at null take the preset of the data.
 
     Args:
-        model: what is trained.
-        data: what it is trained on.
-        augment: what happens to training images.
-        optim: how weights are updated.
+        model: the model.
+        data: the images.
+        augment: augmentation of training images.
+        optim: optimizer and schedule.
         run: where and how it runs.
         resume: go on from run.out/last, if it is there.
         init: start from these weights: a run folder, a .safetensors or a .pth; another encoding, size or number of
-            classes is fine, and what was taken and what not is printed.
+            classes is fine; what was taken and what not is printed.
         smoke: two steps on the CPU, to see that everything runs.
     """
 
@@ -148,57 +148,58 @@ class TrainConfig(Settings):
     smoke: bool = False
 
 
-# What is chosen where a setting is null. A named model brings its own sizes.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": dict(
-        model=dict(patch=4, width=64, depth=3, heads=8, mlp_ratio=2.0, pool="avg", position="rope"),
-        data=dict(size="16"),
-        augment=dict(shift=1, flip=False),
-    ),
-    "": dict(
-        model=dict(patch=4, width=192, depth=9, heads=3, mlp_ratio=2.0, pool="avg", position="rope"),
-        augment=dict(shift=4, flip=True),
-    ),
-}
+# Presets of the data, by dotted names, for settings that are null. A named model has its own sizes.
+PRESETS: Mapping[str, Mapping[str, Plain]] = {
+    "digits": {
+        "model.patch": 4, "model.width": 64, "model.depth": 3, "model.heads": 8, "model.mlp_ratio": 2.0,
+        "model.pool": "avg", "model.position": "rope", "data.size": "16", "augment.shift": 1, "augment.flip": False,
+    },
+    "": {
+        "model.patch": 4, "model.width": 192, "model.depth": 9, "model.heads": 3, "model.mlp_ratio": 2.0,
+        "model.pool": "avg", "model.position": "rope", "augment.shift": 4, "augment.flip": True,
+    },
+}  # fmt: skip
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Every setting that is None filled from the preset of the data; `smoke` applied."""
-    preset = PRESETS.get(config.data.name, PRESETS[""])
     if config.init is not None:
         config = replace(config, model=like_run(config.model, config.init))
-    for part, values in preset.items():
-        if part == "model" and config.model.name is not None:
-            values = dict(position="rope") if config.model.name.startswith("vit2dpe_") else {}
-        old = getattr(config, part)
-        if part == "augment" and config.augment.crop is not None:
-            values = dict(values, shift=0)
-        new = {name: value for name, value in values.items() if getattr(old, name) is None}
-        config = replace(config, **{part: replace(old, **new)})
-    return smoked(config) if config.smoke else config
+    named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
+    config = filled(config, image_preset(config.data, config.model, config.augment, named))
+    return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config
 
 
-def model_arguments(model: Any, **more: str) -> dict[str, Any]:
-    """What the settings say of a model's sizes, by the names of the models' arguments; what is None is left out.
+def image_preset(
+    data: DataConfig, model: ModelConfig, augment: ViewConfig, named: Mapping[str, Plain]
+) -> dict[str, Plain]:
+    """The preset of the data, without a shift where images are cropped; `named`: that of a named model."""
+    preset = dict(PRESETS.get(data.name, PRESETS[""]))
+    if model.name is not None:
+        preset = {name: value for name, value in preset.items() if not name.startswith("model.")} | dict(named)
+    return preset | ({"augment.shift": 0} if augment.crop is not None else {})
+
+
+def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
+    """Changes that make two small steps on the CPU of a training on images."""
+    batch = min(16, optim.batch_size)
+    few = None if data.val_fraction else 2 * batch  # two images of every class, where a part is held out
+    return {
+        "data.limit_train": few, "data.limit_test": 40, "optim.epochs": 1, "optim.batch_size": batch,
+        "run.device": "cpu", "run.compile": False,
+    }  # fmt: skip
+
+
+def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
+    """A model's sizes by the names of its constructor's arguments, without those that are None.
 
     Args:
         model: settings of a model, of images or of text.
         more: further settings and their arguments, such as `pool="global_pool"`.
     """
     names = dict(position="position", width="embed_dim", depth="depth", heads="num_heads", mlp_ratio="mlp_ratio") | more
-    return {argument: value for name, argument in names.items() if (value := getattr(model, name)) is not None}
-
-
-def smoked(config: Any) -> Any:
-    """Two small steps on the CPU, of any training on images."""
-    batch = min(16, config.optim.batch_size)
-    few = None if config.data.val_fraction else 2 * batch  # two images of every class, where a part is held out
-    return replace(
-        config,
-        data=replace(config.data, limit_train=few, limit_test=40),
-        optim=replace(config.optim, epochs=1, batch_size=batch),
-        run=replace(config.run, device="cpu", compile=False),
-    )
+    values = plain(model)
+    return {argument: values[name] for name, argument in names.items() if values[name] is not None}
 
 
 def like_run(model: ModelConfig, init: str) -> ModelConfig:
@@ -210,8 +211,7 @@ def like_run(model: ModelConfig, init: str) -> ModelConfig:
 
     before = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
     names = ("name", "position", "patch", "width", "depth", "heads", "mlp_ratio", "pool", "class_token")
-    found: dict[str, Any] = {name: before.get(name) for name in names if getattr(model, name) is None}
-    return replace(model, **found)
+    return filled(model, {name: before.get(name) for name in names})
 
 
 def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
@@ -223,14 +223,14 @@ def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
     above_zero = {"optim.lr": optim.lr, "optim.epochs": optim.epochs, "optim.batch_size": optim.batch_size}
     above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
     above_zero |= {"optim.layer_decay": optim.layer_decay}
-    for name, value in above_zero.items():
-        if not (0 < value < math.inf):
-            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
     not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
     not_negative |= {"optim.warmup_epochs": optim.warmup_epochs, "optim.min_lr": optim.min_lr or 0.0}
     not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
+    for name, value in above_zero.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
     for name, value in not_negative.items():
-        if not (0 <= value < math.inf):
+        if not 0 <= value < math.inf:
             raise ConfigError(f"{name} must be 0 or above and finite, got {value}")
     if not 0 <= optim.ema < 1:
         raise ConfigError(f"optim.ema is the decay of an average, in [0, 1) (0: none), got {optim.ema}")

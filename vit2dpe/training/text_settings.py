@@ -1,20 +1,20 @@
-"""What training on text is told, as dataclasses that the command line and YAML fill. Nothing heavy is imported here."""
+"""Settings of training on text, and of sampling; imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..data.text_settings import TextDataConfig
-from ..spec import Settings
+from ..spec import Settings, changed
 from .settings import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class TextModelConfig(Settings):
-    """What is trained.
+    """The model of text.
 
     Args:
-        position: the encoding, a word such as rope, sincos+alibi, rope(base=1000).
+        position: spec of the encoding, such as rope, sincos+alibi, rope(base=1000).
         width: channels of a token.
         depth: blocks.
         heads: attention heads.
@@ -47,9 +47,9 @@ class TextTrainConfig(Settings):
     """Train a language model on plain text, a translator on pairs of sentences, or a classifier of lines.
 
     Args:
-        model: what is trained.
-        data: what it is trained on.
-        optim: how weights are updated.
+        model: the model.
+        data: the text.
+        optim: optimizer and schedule.
         run: where and how it runs.
         objective: causal (the next token), masked (15% of the tokens hidden, BERT's 80/10/10), spans (T5's span
             corruption), translate (pairs of sentences) or classify (lines with labels).
@@ -77,7 +77,7 @@ class TextTrainConfig(Settings):
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
-    """Let a trained language model write, or a translator translate.
+    """Sample text from a trained language model, or translate with a trained translator.
 
     Args:
         run: folder of the run.
@@ -108,10 +108,11 @@ class SampleConfig(Settings):
 
 def smoke(config: TextTrainConfig) -> TextTrainConfig:
     """Two small steps on the CPU."""
-    return replace(
+    return changed(
         config,
-        optim=replace(config.optim, epochs=1, batch_size=2, warmup_epochs=0),
-        data=replace(config.data, limit=8 if config.objective == "translate" else 20 * config.data.context),
-        run=replace(config.run, device="cpu", compile=False),
-        steps_per_epoch=2,
-    )
+        {
+            "optim.epochs": 1, "optim.batch_size": 2, "optim.warmup_epochs": 0, "run.device": "cpu",
+            "data.limit": 8 if config.objective == "translate" else 20 * config.data.context,
+            "run.compile": False, "steps_per_epoch": 2,
+        },
+    )  # fmt: skip

@@ -18,7 +18,6 @@ from .jobs import count, each
 from .lengths import ExactAnswers, Perplexity
 from .plan import TASKS, Plan, check
 from .report import Report, about_study, write_settings
-from .rows import COLUMNS, Row, read_rows, to_csv
 from .settings import StudyConfig, check_task
 from .sizes import OverSizes
 from .trials import Measure, run_trial
@@ -62,6 +61,3 @@ def prepare(plan: Plan) -> Measure:
     if plan.config.task == "images":
         return OverSizes.load(plan)
     return Perplexity.load(plan) if plan.config.task == "text" else ExactAnswers(plan)
-
-
-__all__ = ["COLUMNS", "Row", "check", "read_rows", "study", "to_csv", "write_settings"]
