@@ -12,7 +12,6 @@ autograd engine for a device that is not there. Times are for `benchmarks/gpu.sh
 from __future__ import annotations
 
 import argparse
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -31,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import vit2dpe
 from vit2dpe import ViT
-from vit2dpe.attention.kernels import choice
+from vit2dpe.attention import functional
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.splits import Split
@@ -170,19 +169,16 @@ def on_fake_cuda(model: Model) -> Model:
 def _device_patches() -> list[mock._patch]:
     """A CUDA device with bfloat16, on which eager mode runs as it does on real tensors."""
 
-    def plain_only(x: Tensor) -> str | None:
+    def why_plain(x: Tensor) -> str | None:
         return "compiling or exporting" if torch.compiler.is_compiling() else None
 
-    users = [module for name, module in sys.modules.items() if name.startswith("vit2dpe.attention.")]
-    users = [module for module in users if vars(module).get("plain_only") is choice.plain_only]
-    patches: list[mock._patch] = [mock.patch.object(module, "plain_only", plain_only) for module in users]
-    patches += [
+    return [
+        mock.patch.object(functional, "why_plain", why_plain),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # `on_fake_cuda` has done it
     ]
-    return patches
 
 
 def _fused_attention(
