@@ -12,6 +12,7 @@ autograd engine for a device that is not there. Times are for `benchmarks/gpu.sh
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -172,13 +173,16 @@ def _device_patches() -> list[mock._patch]:
     def why_plain(x: Tensor) -> str | None:
         return "compiling or exporting" if torch.compiler.is_compiling() else None
 
-    return [
-        mock.patch.object(functional, "why_plain", why_plain),
+    users = [module for name, module in sys.modules.items() if name.startswith("vit2dpe.attention.")]
+    users = [module for module in users if vars(module).get("why_plain") is functional.why_plain]
+    patches: list[mock._patch] = [mock.patch.object(module, "why_plain", why_plain) for module in users]
+    patches += [
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # `on_fake_cuda` has done it
     ]
+    return patches
 
 
 def _fused_attention(

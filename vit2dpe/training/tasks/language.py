@@ -54,7 +54,7 @@ class LanguageTask(Task[Batch]):
         else:
             hidden = torch.rand(self.batch_size, length, 2, generator=draws)[part]
             other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[part]
-            found = dict(zip(("tokens", "labels"), hide(tokens, self.mask, hidden, other), strict=True))
+            found = dict(zip(("tokens", "labels"), mask_tokens(tokens, self.mask, hidden, other), strict=True))
         return {name: value.to(self.device, non_blocking=True) for name, value in found.items()} | {
             "index": start[part]
         }
@@ -90,7 +90,7 @@ def windows(
         draws = generator("validation", length, len(text))
         hidden = torch.rand(count, length, 2, generator=draws)
         other = torch.randint(int(text.max()) + 1, (count, length), generator=draws)
-        tokens, labels = hide(tokens, mask, hidden, other)
+        tokens, labels = mask_tokens(tokens, mask, hidden, other)
     mine = world.share(count)
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(count / world.size) * length / tokens_a_batch)
@@ -130,7 +130,7 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", smoothin
     )
 
 
-def hide(
+def mask_tokens(
     tokens: Tensor, mask: int, draws: Tensor, other: Tensor, *, rate: float = 0.15, special: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """BERT's masking (arXiv 1810.04805): of the tokens chosen, 80% become `mask`, 10% another token, 10% stay.
