@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..data.datasets import Images, load
-from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
 from ..spec import Size
@@ -17,16 +16,15 @@ from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
-from . import trials
 from .plan import Plan, Trial
 from .rows import Row
+from .trials import Measure, build, digest_of, policies_for, train
 
 
-@dataclass(frozen=True)
-class OverSizes:
-    """Top-1 accuracy over image sizes; the `Measure` of task images."""
+@dataclass(frozen=True, kw_only=True)
+class OverSizes(Measure):
+    """Top-1 accuracy over image sizes."""
 
-    plan: Plan
     data: Images
 
     @classmethod
@@ -38,22 +36,16 @@ class OverSizes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
         print(f"{counts}; results in {config.run.out}")
-        return cls(plan, data)
-
-    @property
-    def source(self) -> tuple[str, str]:
-        return self.plan.config.data.name, self.data.digest
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return dict(images=self.data.used)
-
-    @property
-    def unreadable(self) -> Mapping[str, str]:
-        return self.data.unreadable
-
-    def model_spec(self, trial: Trial) -> ModelSpec:
-        return self.plan.model_spec(trial, len(self.data.classes), len(self.data.mean))
+        return cls(
+            plan=plan,
+            data=data,
+            source=(config.data.name, data.digest),
+            classes=len(data.classes),
+            channels=len(data.mean),
+            facts=dict(images=data.used),
+            about=dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std)),
+            unreadable=data.unreadable,
+        )
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
@@ -67,17 +59,14 @@ class OverSizes:
             workers=config.data.workers,
         )
 
-    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
-        return dict(classes=list(self.data.classes), mean=list(self.data.mean), std=list(self.data.std))
-
     def digest(self) -> str:
         plan, config = self.plan, self.plan.config
         measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
-        return trials.digest_of((*measured, config.finetune) if config.finetune else measured)
+        return digest_of((*measured, config.finetune) if config.finetune else measured)
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
         plan = self.plan
-        rows = self._sweep(model, trial, plan.sizes, trials.policies_for(plan, model))
+        rows = self._sweep(model, trial, plan.sizes, policies_for(plan, model))
         if plan.config.finetune:
             for size in plan.sizes:
                 rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
@@ -103,11 +92,11 @@ class OverSizes:
         differs: all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
         """
         config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
-        at_size = OverSizes(replace(self.plan, config=config, train_size=size), self.data)
-        model = trials.build(at_size.model_spec(trial), trial.seed)
+        at_size = replace(self, plan=replace(self.plan, config=config, train_size=size))
+        model, _ = build(at_size, trial)
         load_weights(model, trained)
         optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
-        trials.train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
+        train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size
         return [replace(row, policy="finetuned", train_height=height, train_width=width) for row in rows]
