@@ -36,7 +36,6 @@ PRIVATE = {
     "_global_backward_pre_hooks": "as above",
     "_has_any_global_hook": "as above, of all modules",
     "_input": "timm.models._input: timm's own rules of set_input_size and model arguments",
-    "_ff_block": "torch.nn.TransformerEncoderLayer has no public name for its feed-forward part",
 }
 
 

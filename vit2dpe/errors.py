@@ -23,11 +23,11 @@ class CheckpointError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on, though nothing about its settings was wrong: a bad loss, no memory, a full disk."""
+    """A training failed although its settings were valid: a bad loss, no memory, a full disk."""
 
 
 class Stopped(SystemExit):
-    """A training that was asked to stop, and saved first; leaves with 128 + the signal's number."""
+    """A signal stopped the training, after a save; the exit status is 128 + the signal's number."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], error: type[ConfigError] = ConfigError) -> ConfigError:

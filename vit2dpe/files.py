@@ -14,7 +14,7 @@ def write_atomically(path: Path, payload: bytes) -> None:
     """Replace a file: readers find either all of the new content or all of the old.
 
     Raises:
-        TrainingError: if the disk does not take it; what was there before still is.
+        TrainingError: if it cannot be written; the old file is kept.
     """
     temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.tmp")
     try:
@@ -42,7 +42,7 @@ def _free(folder: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames last; where folders cannot be opened (Windows) the system sees to it."""
+    """Flush renames to disk; not where folders cannot be opened (Windows)."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -52,5 +52,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where decoded images are kept: $VIT2DPE_CACHE, else ~/.cache/vit2dpe. Not created here."""
+    """The folder of decoded images and downloads: $VIT2DPE_CACHE, else ~/.cache/vit2dpe. Not created here."""
     return Path(os.environ.get("VIT2DPE_CACHE") or "~/.cache/vit2dpe").expanduser()

@@ -1,4 +1,4 @@
-"""The public contract: what every encoding must do, so that models never need to know which one they hold.
+"""The public contract: what every encoding must do, so that models work with any of them.
 
     from vit2dpe.testing import check_encoding
     check_encoding("rope")                                  # a name in ENCODINGS, with options too
@@ -18,8 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
 from .attention.functional import rotate
 from .encodings import Dims, NoPosition, PositionEncoding, build
@@ -38,7 +37,7 @@ def check_encoding(encoding: str | Make, axes: Sequence[int] = (1, 2, 3)) -> Non
     """Prove the contract for an encoding on lines, non-square grids and volumes.
 
     Args:
-        encoding: a word, or a function from Dims to a PositionEncoding.
+        encoding: a spec, or a function from Dims to a PositionEncoding.
         axes: for which numbers of axes its idea exists.
 
     Raises:
@@ -59,9 +58,9 @@ def fills_what_it_gives(make: Make, dims: Dims) -> None:
     """Exactly the fields it declares, in shapes that broadcast over the batch."""
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
     n, signal = at.coords.shape[1], encoding(at)
-    given = {"token": signal.token, "rotation": signal.q_rotation, "bias": signal.bias or None}
-    found = {name for name, value in given.items() if value is not None}
-    _require(found == set(encoding.gives), f"gives {sorted(found)}, declares {sorted(encoding.gives)}")
+    fields = {"token": signal.token, "rotation": signal.q_rotation, "bias": signal.bias or None}
+    filled = {name for name, value in fields.items() if value is not None}
+    _require(filled == set(encoding.gives), f"gives {sorted(filled)}, declares {sorted(encoding.gives)}")
     for name, tensor in tensors(signal).items():
         if name == "token":
             ok = tensor.shape == (1, n, dims.width)
@@ -76,7 +75,7 @@ def fills_what_it_gives(make: Make, dims: Dims) -> None:
 
 
 def leaves_prefix_alone(make: Make, dims: Dims) -> None:
-    """Prefix tokens get no token row, the identity rotation and no bias; the others what they get without prefix."""
+    """Prefix tokens get no token row, the identity rotation and no bias; the others are as without prefix."""
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
     plain, behind = tensors(encoding(at)), tensors(encoding(at.with_prefix(2)))
     for name, tensor in behind.items():
@@ -105,7 +104,7 @@ def subset_is_gather(make: Make, dims: Dims) -> None:
 
 
 def relative_as_declared(make: Make, dims: Dims) -> None:
-    """Moving all tokens together changes no logit between them if it says so, and some if it does not."""
+    """Moving all tokens together changes no logit between them if `relative` is declared, and some if not."""
     encoding, at = _drawn(make, dims).double(), Positions.grid(dims.grid)
     inner = (at.coords[0] < torch.tensor(dims.grid) - 1).all(-1).nonzero().flatten()
     here = at.take(inner) if len(inner) > 1 else at
@@ -231,16 +230,16 @@ def names_wrong_sizes(make: Make, dims: Dims) -> None:
     """Positions of another number of axes raise a ValueError naming both, or count in full."""
     encoding, at = _drawn(make, dims), Positions.grid((*dims.grid, 2))
     try:
-        found = tensors(encoding(at))
+        here = tensors(encoding(at))
     except ValueError as error:
         both = str(dims.axes) in str(error) and str(dims.axes + 1) in str(error)
         _require(both, f"the error for {dims.axes + 1} axes instead of {dims.axes} does not name both: {error}")
         return
     coords = at.coords.clone()
     coords[..., -1] *= 3
-    if found:
+    if here:
         moved = tensors(encoding(Positions(coords, at.extent)))
-        _require(any(not torch.equal(found[name], moved[name]) for name in found), "an additional axis is ignored")
+        _require(any(not torch.equal(here[name], moved[name]) for name in here), "an additional axis is ignored")
 
 
 PROMISES: list[Callable[[Make, Dims], None]] = [
@@ -260,22 +259,28 @@ PROMISES: list[Callable[[Make, Dims], None]] = [
 
 def tensors(signal: Signal) -> dict[str, Tensor]:
     """The tensors of a Signal by name, bias terms in full."""
-    found: dict[str, Tensor | None] = {"token": signal.token}
+    fields: dict[str, Tensor | None] = {"token": signal.token}
     for name, rotation in (("q_rotation", signal.q_rotation), ("k_rotation", signal.k_rotation)):
         if rotation is not None:
-            found |= {f"{name}.cos": rotation.cos, f"{name}.sin": rotation.sin}
-    found |= {f"bias[{i}]": term.dense() for i, term in enumerate(signal.bias)}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+            fields |= {f"{name}.cos": rotation.cos, f"{name}.sin": rotation.sin}
+    fields |= {f"bias[{i}]": term.dense() for i, term in enumerate(signal.bias)}
+    return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
 class _Float64(TorchDispatchMode):
     """Within it everything is computed in float64, whatever the code casts to: a reference that shares no rounding."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs or {}))
-        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        return func(*map(_double, args), **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+def _double(value):  # tensors, dtypes, and sequences of them are changed; any other argument is not
+    """An argument of an operation in float64."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_double, value))
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -152,7 +152,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     with Interrupts() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        assert (signals.asked, left) == (signal.SIGTERM, [])
+        assert (signals.received, left) == (signal.SIGTERM, [])
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
     assert left == [143]

@@ -15,6 +15,7 @@ import vit2dpe.models  # noqa: F401
 from tests.helpers import MICRO, micro_vit, randn
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models import ViT
+from vit2dpe.models.timm_api import take_indices
 from vit2dpe.testing import randomise
 
 NAMES = timm.list_models("vit2dpe_*")
@@ -64,6 +65,18 @@ def test_features_head_and_gradients(position):
     model(X).square().sum().backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("indices", "chosen"),
+    [(None, [0, 1, 2]), (2, [1, 2]), ([0, -1], [0, 2]), (0, None), (4, None), ([3], None), ([-4], None), ([], None)],
+)
+def test_layers_are_chosen_as_in_timm(indices, chosen):
+    if chosen is None:
+        with pytest.raises(ValueError, match=r"numbered from 0 to 2, or -3 to -1: got"):
+            take_indices(3, indices)
+    else:
+        assert take_indices(3, indices) == (chosen, chosen[-1])
 
 
 @pytest.mark.one_of_each_kind

@@ -1,1 +1,1 @@
-"""Files and words to uint8 batches and token ids. Imports the ground floor alone and knows no model."""
+"""Image and text files as uint8 batches and token ids. Imports the ground floor only, no models."""

@@ -45,7 +45,7 @@ def shift_and_flip(
         cols = torch.where(mirrored[:, None], w - 1 - cols, cols)
     rows, cols = rows[samples].to(images.device), cols[samples].to(images.device)
     sample = torch.arange(b, device=images.device)[:, None, None]
-    return images.movedim(1, -1)[sample, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)
+    return images.movedim(1, -1)[sample, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)  # (B, C, H, W)
 
 
 def _index(batch: int, side: int, shift: int, generator: torch.Generator) -> Tensor:
@@ -125,8 +125,10 @@ def resized_crop(
     y, x = 2 * (top + along[0] * height) / h - 1, 2 * (left + columns * width) / w - 1  # (B, H'), (B, W')
     grid = torch.stack(
         [x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1
-    )  # grid_sample wants (x, y)
-    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    )  # (B, H', W', 2), x before y
+    out = F.grid_sample(
+        images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )  # (B, C, H', W')
     return out.round().clamp(0, 255).to(torch.uint8)
 
 

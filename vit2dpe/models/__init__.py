@@ -12,7 +12,7 @@ from .swin.model import Swin, to_grid
 from .swin.stage import SwinStage
 from .vit import ViT
 
-# torch.fx sees these from outside: what they do depends on sizes, and they hand Positions and Signals on.
+# Leaves for torch.fx: their operations depend on sizes, and they pass Positions and Signals.
 for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
     register_notrace_module(_module)
 for _function in (attend, rotate_qk, split_heads, add_token, block_inputs, to_grid):

@@ -1,7 +1,7 @@
-"""Model cards: what a model is, as the Hugging Face hub reads it and timm pushes it.
+"""Model cards in the format of the Hugging Face hub and of timm's `push_to_hf_hub`.
 
 A card is the dict that `timm.models.push_to_hf_hub` takes as `model_card`; `save_card` writes the text that timm makes
-of it into a README.md. What was not given stands in it as "not stated", never left out.
+of it into a README.md. Facts that were not given appear as "not stated".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Results = str | Path | Iterable[Mapping[str, str | float | None]]  # rows of a s
 
 
 class Card(TypedDict):
-    """What timm's `push_to_hf_hub` reads of `model_card`."""
+    """The `model_card` of timm's `push_to_hf_hub`."""
 
     tags: list[str]
     license: str
@@ -61,14 +61,14 @@ def card(
     license: str = "other",
     description: str = "",
 ) -> Card:
-    """What timm's `push_to_hf_hub` takes as `model_card`.
+    """The `model_card` of a model for timm's `push_to_hf_hub`.
 
     Args:
         model: a ViT or a Swin, by `timm.create_model` or by hand.
         results: rows of `sweep` or `vit2dpe evaluate`, or the path of their results.csv; of this model alone.
         recipe: how it was trained: the command, and where the run is described.
         data: what it was trained on.
-        license: of the weights, as the hub spells it ("apache-2.0"); the data have a say in it, so none is assumed.
+        license: of the weights, as the hub spells it ("apache-2.0"); the data constrain it, so none is assumed.
         description: a sentence in front.
 
     Raises:
@@ -104,16 +104,7 @@ def card(
     return made
 
 
-def save_card(
-    model: TimmModel,
-    path: str | Path,
-    results: Results | None = None,
-    *,
-    recipe: str = UNKNOWN,
-    data: str = UNKNOWN,
-    license: str = "other",
-    description: str = "",
-) -> Path:
+def save_card(model: TimmModel, path: str | Path, results: Results | None = None, **stated: str) -> Path:
     """Write the model's card (arguments as for `card`): into README.md of a folder, or into a file named *.md.
 
     Beside `timm.models.save_for_hf(model, folder)` it makes the folder a complete entry of the hub;
@@ -122,8 +113,7 @@ def save_card(
     path = Path(path)
     path = path if path.suffix == ".md" else path / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = card(model, results, recipe=recipe, data=data, license=license, description=description)
-    path.write_text(_readme(made, _name(model)), encoding="utf-8")
+    path.write_text(_readme(card(model, results, **stated), _name(model)), encoding="utf-8")
     return path
 
 

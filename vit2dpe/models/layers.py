@@ -1,4 +1,4 @@
-"""Patches in, tokens and their places out; the transformer block. The rest is `timm.layers`.
+"""Patch embedding, patch dropout, the transformer block and its parts. The rest is `timm.layers`.
 
 Legend: B batch, C channels, D width, N tokens, p patch side.
 """
@@ -133,7 +133,7 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
 class LayerScale(ScaleOnly):  # type: ignore[misc]  # timm's types are not read, so its classes are Any
     """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation.
 
-    A block asks for the sum where no path is dropped; a forward hook then sees the sum.
+    `add_branch` uses the sum where no path is dropped; a forward hook then receives the sum.
     """
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -149,7 +149,7 @@ def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module
 
 
 class BlockArguments(TypedDict, total=False):
-    """Arguments of `Block` that a model hands on, under timm's names."""
+    """Arguments of `Block` that models pass through, under timm's names."""
 
     mlp_ratio: float
     mlp_layer: str
@@ -162,11 +162,10 @@ class BlockArguments(TypedDict, total=False):
     init_values: float | None
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block under timm's names (`norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`).
+class BlockParts(nn.Module):
+    """The parts of a transformer block under timm's names (`norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`).
 
-    An encoding of the block's own lives in `attn.position`; its token term is added to the block's input, the rest
-    joins the shared signal.
+    An encoding of the block's own lives in `attn.position`. `Block` and its variants put the parts together.
 
     Args:
         dim, heads: width D and number of heads H.
@@ -174,14 +173,16 @@ class Block(nn.Module):
         mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
             a factory, called as (D, hidden, bias=, drop=).
         act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
-        norm_layer, norm_eps: "layernorm" or "rmsnorm", and what is added to the variance; or a factory
+        norm_layer, norm_eps: "layernorm" or "rmsnorm", and its epsilon; or a factory
             `width -> norm layer`.
         qkv_bias, qk_norm, proj_bias, kv_heads, qk, scale: see `Attention`; `proj_bias` is the MLP's too.
         scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
         position: an encoding of the block's own.
-        init_values: what LayerScale starts from; None: no LayerScale.
+        init_values: initial value of LayerScale; None: no LayerScale.
         attn_drop, proj_drop, drop_path: rates in training.
     """
+
+    attention: type[Attention] = Attention
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class Block(nn.Module):
         super().__init__()
         norm = norm_layer if callable(norm_layer) else norm_factory(norm_layer, norm_eps)
         self.norm1 = norm(dim)
-        self.attn = Attention(
+        self.attn = self.attention(
             dim,
             heads,
             qkv_bias=qkv_bias,
@@ -233,6 +234,15 @@ class Block(nn.Module):
         self.mlp = make_mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner_norm)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+
+class Block(BlockParts):
+    """Pre-norm transformer block. The token term of its own encoding is added to its input, the rest joins the signal.
+
+    Args:
+        dim, heads: width D and number of heads H.
+        **parts: see `BlockParts`.
+    """
 
     def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
         if self.attn.position is not None:

@@ -1,4 +1,4 @@
-"""Masked autoencoder: an encoder that sees one patch in four, a small decoder that paints the others, any encoding.
+"""Masked autoencoder: an encoder of one patch in four, a small decoder that reconstructs the others, any encoding.
 
     keep, removed = a random split of the N patches, each sample its own
     latent        = encoder(patches at keep, at their true places)
@@ -32,7 +32,7 @@ from ..positions import Positions
 from .layers import Block, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
-from .masked import MaskedModel, Reconstruction, keep_count
+from .masked import MaskedModel, keep_count
 from .vit import ViT
 from .weights import Rest, resize_tables
 
@@ -44,7 +44,7 @@ class MAE(MaskedModel):
 
     Args:
         encoder: a ViT without classifier (num_classes=0) whose `norm` comes before pooling. It is not altered.
-        decoder_position: the decoder's encoding, a word or an instance; the original's is "sincos", MAE's layout.
+        decoder_position: the decoder's encoding, a spec or an instance; the original's is "sincos", MAE's layout.
         decoder_block_position: a further encoding that every block of the decoder owns.
         decoder_embed_dim, decoder_depth, decoder_num_heads, decoder_mlp_ratio: sizes of the decoder.
         norm_pix: predict each patch normalised by its own mean and variance.
@@ -110,7 +110,7 @@ class MAE(MaskedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide patches, paint them, compare.
+        """The loss of predicting hidden patches.
 
         Args:
             images: (B, C, H, W), H and W multiples of the patch.
@@ -129,7 +129,7 @@ class MAE(MaskedModel):
         return (loss * mask).sum() / mask.sum(), prediction, mask
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """What is hidden one by one, counted along both axes: here patches."""
+        """Patches along both axes of an image."""
         return self.encoder.patch_embed.grid(height, width)
 
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
@@ -163,34 +163,18 @@ class MAE(MaskedModel):
         (p, q), (h, w) = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid(height, width)
         return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
 
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,
-        mask_ratio: float = 0.75,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """The prediction as images.
-
-        With `norm_pix` the prediction is brought back with the mean and variance of the very patch that was hidden:
-        such a picture knows more than the model does, and must say so.
-        """
-        _, pixels, mask = self(images, mask_ratio, noise, generator)
-        size, pixels = images.shape[-2:], pixels.float()
+    def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        size, (p, q) = images.shape[-2:], self.encoder.patch_embed.patch_size
         if self.norm_pix:
             mean, std = _statistics(self.patchify(images.float()))
-            pixels = pixels * std + mean
-        painted = self.unpatchify(pixels, *size)
-        p, q = self.encoder.patch_embed.patch_size
-        hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]
-        hidden = hidden.repeat_interleave(p, 2).repeat_interleave(q, 3)
-        return Reconstruction.of(images, painted, hidden)
+            prediction = prediction * std + mean
+        hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]  # (B, 1, rows, columns)
+        return self.unpatchify(prediction, *size), hidden.repeat_interleave(p, 2).repeat_interleave(q, 3)
 
     def init_weights(self, encoder: bool = True) -> None:
         """Draw as the original does: Xavier for linear maps and patches, zero biases, tokens from N(0, 0.02²).
 
-        Encodings keep what they drew. `encoder=False` touches the decoder alone.
+        Encodings keep their initialisation. `encoder=False` draws the decoder alone.
         """
         for name, module in modules_outside_encodings(self):
             if isinstance(module, nn.Linear) and (encoder or not name.startswith("encoder.")):

@@ -3,7 +3,7 @@
 The original keeps encoder and decoder in one flat list (`cls_token`, `blocks.i`, `decoder_blocks.i`) with two frozen
 sin-cos tables, `pos_embed` and `decoder_pos_embed`, (1, 1 + N, D). `MAE.load_state_dict` takes it as it is, with the
 {"model": ...} of the file around it, and so it takes transformers' names; `ViT.load_state_dict` takes the encoder of
-either. A table goes into a learned encoding; where the encoding is a formula it must be what the formula gives, and is
+either. A table goes into a learned encoding; where the encoding is a formula it must equal the formula's table, and is
 left out. The files published as "pretrain" hold the encoder alone: those go into `mae.encoder`.
 """
 

@@ -1,4 +1,4 @@
-"""What masked image models share: drawing masks, pictures of what is painted, and what they hand on to their encoder.
+"""The base of masked image models: drawing masks, reconstructions as images, calls passed to the encoder.
 
 Legend: B batch, C channels, N patches or units that are hidden one by one, K kept.
 """
@@ -25,31 +25,28 @@ class Reconstruction(NamedTuple):
     pasted: Tensor  # the prediction where pixels were hidden, the original elsewhere
     hidden: Tensor
 
-    @classmethod
-    def of(cls, images: Tensor, painted: Tensor, hidden: Tensor) -> Reconstruction:
-        return cls(images, painted, torch.where(hidden, painted, images.float()), hidden)
-
 
 class MaskedModel(nn.Module):
-    """Base class of `MAE` and `SimMIM`: an encoder, and a learned token at what is hidden."""
+    """Base class of `MAE` and `SimMIM`: an encoder, and a learned token in place of hidden units."""
 
     encoder: ViT | Swin
     mask_token: nn.Parameter
     norm_pix: bool
     masked = "(B, N)", "patch"  # the shape of a mask, and what one of its entries hides
+    mask_ratio = 0.75  # by default
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """What is hidden one by one, counted along both axes of an image."""
-        raise TypeError(f"{type(self).__name__} must say what it hides")
+        """The units that are hidden one by one, along both axes of an image."""
+        raise TypeError(f"{type(self).__name__} must define mask_grid")
 
     def choose(
         self,
         images: Tensor,
-        mask_ratio: float = 0.75,
+        mask_ratio: float | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is kept, (B, K) in the order of its noise, and the mask (B, N), 0 kept, 1 hidden."""
+        """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
         batch, n = images.shape[0], math.prod(self.mask_grid(images.shape[-2], images.shape[-1]))
         if noise is None:
             device = images.device if generator is None else generator.device
@@ -59,18 +56,30 @@ class MaskedModel(nn.Module):
             raise ValueError(
                 f"noise must be {shape} = {(batch, n)}, one value for each {one}, got {tuple(noise.shape)}"
             )
-        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, mask_ratio)]
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, ratio)]
         return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
 
+    def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction of `forward` as images (B, C, H, W), and which pixels were hidden, (B, 1, H, W)."""
+        raise TypeError(f"{type(self).__name__} must define picture")
+
+    @torch.no_grad()
     def reconstruct(
         self,
         images: Tensor,
-        mask_ratio: float = 0.75,
+        mask_ratio: float | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Reconstruction:
-        """The prediction as images."""
-        raise TypeError(f"{type(self).__name__} must say how it paints")
+        """The prediction as images.
+
+        With `norm_pix` it is brought back with the mean and variance of the very patch that was hidden: such a picture
+        contains more than the model predicts, and must be labelled so.
+        """
+        _, prediction, mask = self(images, self.mask_ratio if mask_ratio is None else mask_ratio, noise, generator)
+        painted, hidden = self.picture(prediction.float(), mask, images)
+        return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
 
     @property
     def train_grid(self) -> tuple[int, int]:

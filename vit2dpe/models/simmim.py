@@ -1,7 +1,7 @@
-"""SimMIM: hidden patches become one learned token, and one linear layer paints their pixels. Windows stay whole.
+"""SimMIM: hidden patches become one learned token, and one linear layer predicts their pixels. Windows stay whole.
 
     tokens     = mask token at hidden patches, the patch's own elsewhere
-    prediction = pixels from W feature + b, each feature painting its r x s pixels           (B, C, H, W)
+    prediction = pixels from W feature + b, each feature predicting its r x s pixels           (B, C, H, W)
     loss       = mean over hidden pixels of |prediction - image|
 
 Source: Xie et al., arXiv 2111.09886. Since every token stays at its place it serves Swin, whose windows MAE would tear,
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..positions import Positions
-from .masked import MaskedModel, Reconstruction
+from .masked import MaskedModel
 from .swin.model import Swin
 from .timm_api import pair
 from .vit import ViT
@@ -41,6 +41,7 @@ class SimMIM(MaskedModel):
 
     norm_pix = False
     masked = "(B, U)", "unit"
+    mask_ratio = 0.6
 
     def __init__(self, encoder: ViT | Swin, *, mask_unit: int | tuple[int, int] = 32) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class SimMIM(MaskedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide units, paint them, compare.
+        """The loss of predicting hidden units.
 
         Args:
             images: (B, C, H, W), H and W multiples of the unit.
@@ -101,7 +102,7 @@ class SimMIM(MaskedModel):
         return painted[..., : images.shape[-2], : images.shape[-1]]  # a grid of odd size was filled up in merging
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """What is hidden one by one, counted along both axes: here units."""
+        """Mask units along both axes of an image."""
         u, v = self.mask_unit
         if height % u or width % v:
             raise ConfigError(f"the image must be a multiple of the mask unit {u}x{v}, got {height}x{width}")
@@ -114,18 +115,9 @@ class SimMIM(MaskedModel):
         pixels: Tensor = units.repeat_interleave(u // rows, 1).repeat_interleave(v // columns, 2)
         return pixels
 
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,
-        mask_ratio: float = 0.6,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """The prediction as images."""
-        _, painted, mask = self(images, mask_ratio, noise, generator)
-        return Reconstruction.of(images, painted.float(), self.spread(mask, images, (1, 1))[:, None])
+    def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction, self.spread(mask, images, (1, 1))[:, None]
 
     def init_weights(self) -> None:
-        """The encoder keeps what it drew, as in the original; the token is drawn anew."""
+        """Draw the mask token; the encoder keeps its initialisation, as in the original."""
         nn.init.trunc_normal_(self.mask_token, std=0.02)

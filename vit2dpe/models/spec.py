@@ -60,7 +60,7 @@ def build_simmim(encoder: Arguments, mask_unit: int) -> SimMIM:
 
 
 def _encoder(arguments: Arguments) -> Any:
-    """A ViT of these arguments, or a named model of timm's registry; MAE and SimMIM refuse what is none of ours."""
+    """A ViT of these arguments, or a named model of timm's registry; MAE and SimMIM refuse others than ours."""
     return timm_model(**arguments) if "model_name" in arguments else ViT(**arguments)
 
 

@@ -1,9 +1,9 @@
 """timm's interface of our models: features, classifier, sizes, optimizer groups, initialisation.
 
-Signatures are timm's (`timm/models/vision_transformer.py`); what a model computes is in its own file.
+Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes are in the files of the models.
 
-    TimmModel   what ViT and Swin share
-    TimmViT     the rest of it for a ViT; that of a Swin is in `swin/timm_api.py`
+    TimmModel   the common part of ViT and Swin
+    TimmViT     the part of ViT; that of Swin is in `swin/timm_api.py`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]  # of layer d
 
 
 class PretrainedCfg(TypedDict, total=False):
-    """What is read of timm's record of a model, its `pretrained_cfg`."""
+    """The entries of a model's `pretrained_cfg` (timm's record of its weights) that are used here."""
 
     architecture: str
     input_size: tuple[int, int, int]
@@ -38,7 +38,7 @@ class PretrainedCfg(TypedDict, total=False):
 
 
 class FeatureInfo(TypedDict):
-    """What timm's `FeatureInfo` reads of a stage: where its output is, its width, pixels a token stands for."""
+    """An entry of timm's `feature_info`: module of the output, its channels, pixels a token covers along an axis."""
 
     module: str
     num_chs: int
@@ -46,7 +46,7 @@ class FeatureInfo(TypedDict):
 
 
 class TimmModel(nn.Module):
-    """What ViT and Swin share: places, classifier, optimizer groups, initialisation, another size."""
+    """The common part of ViT and Swin: positions, optimizer groups, initialisation, another size."""
 
     patch_embed: PatchEmbed
     position: PositionEncoding
@@ -63,7 +63,7 @@ class TimmModel(nn.Module):
     pretrained_cfg: PretrainedCfg
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Where the tokens of an image of this size are, prefix included: what `position` is called with."""
+        """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""
         return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
@@ -125,17 +125,10 @@ class Step(Protocol):
     def back(self, state: dict[str, Tensor]) -> None: ...
 
 
-class Source(Protocol):
-    """Where a model came from: the steps from timm's parameters to ours, in order."""
-
-    @property
-    def steps(self) -> Sequence[Step]: ...
-
-
 class TimmViT(TimmModel):
     """timm's interface of a ViT: one stage of blocks, leading tokens, pooling by the model."""
 
-    timm_recipe: Source | None = None  # set by `from_timm`, read by `to_timm`
+    timm_steps: Sequence[Step] | None = None  # set by `from_timm`, read by `to_timm`
     blocks: nn.ModuleList
     fc_norm: nn.Module
     attn_pool: nn.Module | None
@@ -146,7 +139,7 @@ class TimmViT(TimmModel):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
-        raise TypeError(f"{type(self).__name__} must say how it embeds images")
+        raise TypeError(f"{type(self).__name__} must define embed")
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
@@ -170,7 +163,7 @@ class TimmViT(TimmModel):
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.
-            stop_early: run no block after the last one asked for.
+            stop_early: run no block after the last chosen one.
             output_fmt: "NCHW", (B, D, rows, columns), or "NLC", (B, N, D).
             intermediates_only: leave the final features out.
             output_dict: a dict `image_intermediates`, `image_intermediates_prefix`, `image_features`.
@@ -204,7 +197,7 @@ class TimmViT(TimmModel):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one asked for, and norm and head if wanted; returns the kept indices."""
+        """Drop the blocks after the last chosen one, and norm and head if wanted; returns the kept indices."""
         take, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:

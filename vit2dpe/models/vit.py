@@ -49,7 +49,7 @@ class ViT(TimmViT):
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "map" (attention pooling) or ""
             (all tokens to the head).
-        pool_include_prefix: whether "avg" and "map" see leading tokens too.
+        pool_include_prefix: whether "avg" and "map" include leading tokens.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
         norm_layer, norm_eps: of all norms, see `Block`.
@@ -60,7 +60,7 @@ class ViT(TimmViT):
         in_chans, num_classes, embed_dim, depth, num_heads, embed_norm, drop_rate and the other rates, and in `block`
             mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm, init_values
             (LayerScale): as in timm.
-        device, dtype: where the parameters are made, and of which type.
+        device, dtype: of the parameters.
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.

@@ -2,8 +2,8 @@
 
 timm's ViT keeps one flat table `pos_embed` (1, prefix + h w, D); ours is `position.pos_embed` (1, h, w, D), and the
 rows of prefix tokens, which have no place, are folded into the tokens themselves: x + row is the same either way. Our
-tables say their grid, so one learned on another grid is resized, always from what was stored. A flat table does not
-say it; it is taken for the model's own grid, or the one in the model's `pretrained_cfg`, and for nothing else.
+tables have their grid in their shape, so one learned on another grid is resized, always from what was stored. A flat
+table does not; it is taken for the model's own grid, or the one in the model's `pretrained_cfg`, and for nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .mae_names import State, encoder_of
 from .timm_api import TimmViT, pretrained_cfg_of
 
 log = logging.getLogger(__name__)
-Rest = dict[str, str] | bool | list[str]  # what torch hands a load pre-hook besides, of no use here
+Rest = dict[str, str] | bool | list[str]  # further arguments of a load pre-hook
 
 
 def checkpoint_filter_fn(state_dict: State, model: TimmViT) -> State:
@@ -45,7 +45,7 @@ def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
 
 
 def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
-    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this page knows.
+    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this module reads.
 
     rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
 
@@ -92,7 +92,7 @@ def rewrite(state_dict: State, state: State) -> None:
 def _split_frequencies(module: TimmViT, state_dict: State, prefix: str) -> None:
     """`rope.freqs` (2, depth, H, Dh/2) of timm, or `freqs` (2, depth, H Dh/2) of rope-vit, to the blocks' `rope_mixed`.
 
-    Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` say nothing more.
+    Both have columns first. rope-vit's fixed coordinates `freqs_t_x`, `freqs_t_y` add nothing.
     """
     owners = [
         f"{prefix}{name}.freqs"
@@ -163,7 +163,7 @@ def is_formula(position: PositionEncoding) -> bool:
 
 
 def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tensor, name: str) -> None:
-    """Refuse a flat table (1, prefix + N, D) that is not what the formula gives on this grid, with zeros in front."""
+    """Refuse a flat table (1, prefix + N, D) that differs from the formula's on this grid, zeros for the prefix."""
     rows = max(0, flat.shape[1] - math.prod(grid))
     token = position(Positions.grid(grid).with_prefix(rows)).token
     if token is None or token.shape != flat.shape:
@@ -197,7 +197,7 @@ def resize_tables(
         if all(value.shape == wanted[name].shape for name, value in stored.items()):
             continue
         if any(value.ndim != wanted[name].ndim for name, value in stored.items()):
-            continue  # another encoding: the strict load says so
+            continue  # another encoding: the strict load refuses it
         resized, on_meta = copy.deepcopy(encoding), any(p.is_meta for p in encoding.parameters())
         resized = resized.to_empty(device="cpu") if on_meta else resized.to(device="cpu")
         for name, value in stored.items():

@@ -2,9 +2,9 @@
 
     token      cosine similarity of the vector in the centre, and of that in a corner, with the vectors everywhere
     rotation   mean over pairs of channels of cos(angle(q) - angle(k)), the query in the centre, for each head
-    bias       what is added to the logits, the query in the centre, for each head
+    bias       the bias on the logits, the query in the centre, for each head
 
-What an encoding `gives` decides its panels and its Signal alone fills them, so an encoding that joins `ENCODINGS`
+The fields that an encoding `gives` decide its panels and its Signal fills them, so an encoding that joins `ENCODINGS`
 later is drawn as well. Rows run downward. Within a figure one scale serves all panels of a kind.
 
 Legend: N places, H heads, D width, Dh head width. A leading 1 stands for "all samples".
@@ -90,7 +90,7 @@ def save(
 
 
 def _rows(spec: str, dims: Dims, seed: int) -> Iterator[tuple[str, list[Panel]]]:
-    """(title, panels) of each part of a sum, then of what several parts give together."""
+    """(title, panels) of each term of a sum, then of fields that several terms give together."""
     signals, fields, note = list[Signal](), list[str](), ""
     for name, options in parse(spec):
         with torch.random.fork_rng(devices=[]):
@@ -190,7 +190,7 @@ def _scale(kind: str, panels: list[Panel]) -> Normalize:
 
 def _paint(ax: Axes, panel: Panel, scale: Normalize, last: bool) -> None:
     hidden = panel.values.isnan()
-    low, high = panel.values[~hidden].add(0.0).aminmax()  # for what the common scale leaves pale; never -0
+    low, high = panel.values[~hidden].add(0.0).aminmax()  # names values that are pale on the common scale; never -0
     note = ", grey: hidden" * bool(hidden.any())
     ax.set_title(f"{panel.detail}: {low:.2g} to {high:.2g}{note}", fontsize=9, loc="left", pad=4)
     (_curve if panel.values.ndim == 1 else _image)(ax, panel, scale, last)

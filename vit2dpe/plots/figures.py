@@ -1,4 +1,4 @@
-"""matplotlib, imported when a picture is asked for: a new figure, a file of it, and which blocks are drawn."""
+"""matplotlib, imported when a picture is drawn: a new figure, a file of it, and which blocks are drawn."""
 
 from __future__ import annotations
 

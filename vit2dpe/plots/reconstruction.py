@@ -1,7 +1,7 @@
-"""Pictures of what a masked autoencoder paints: original | masked | reconstruction | pasted, a row an image.
+"""Pictures of masked autoencoders' reconstructions: original | masked | reconstruction | pasted, a row an image.
 
 With `norm_pix` a model predicts each patch up to its mean and variance, and the picture takes both from the hidden
-patch itself. It then shows more than the model knows, and says so.
+patch itself. It then shows more than the model predicts; its titles say so.
 """
 
 from __future__ import annotations

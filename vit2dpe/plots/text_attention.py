@@ -57,7 +57,7 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
 
 
 def figure_of(model: nn.Module, text: str) -> Figure:
-    """Self-attention of a `TextEncoder` or `TextDecoder` to a text; of a translator, cross-attention of what it writes.
+    """Self-attention of a `TextEncoder` or `TextDecoder` to a text; of a translator, cross-attention.
 
     Args:
         model: as `load_run` gives it, with its tokenizer.

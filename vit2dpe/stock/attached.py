@@ -12,7 +12,7 @@ from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
 from ..errors import ConfigError
 from ..signal import Signal
 from .masks import attention_mask, floats
-from .places import Places, dims_of, one, places_of, table_dtype
+from .places import InputLayout, dims_of, instance_of, layout_of, table_dtype
 
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -38,7 +38,7 @@ CALLS = {kind: Call.of(kind) for kind in (*STACKS, *LAYERS)}
 
 
 class Attached:
-    """What `attach` did; `detach`, or the end of a `with` block, undoes it."""
+    """Handle of `attach`; `detach`, or the end of a `with` block, undoes it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -55,7 +55,7 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _hook(self, module: nn.Module, position: PositionEncoding | None, places: Places) -> None:
+    def _hook(self, module: nn.Module, position: PositionEncoding | None, places: InputLayout) -> None:
         if position is not None:
             module.position = position.train(module.training)
             module.places = places  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def attach(
     Args:
         module: an `nn.TransformerEncoder`, `nn.TransformerDecoder`, `nn.Transformer` (both of its stacks, each with
             an encoding of its own on the same grid) or one of their layers. It is changed in place; its call is not.
-        encoding: a word such as "relative" or "sincos+alibi", or an instance. What is `per_block` (a table for each
+        encoding: a spec such as "relative" or "sincos+alibi", or an instance. What is `per_block` (a table for each
             layer) lives in `layers.i.position`, the rest in `position`; both learn, move and save with the module.
         grid: the grid that tables are learned on: a length, or (rows, columns). `use_policy` scales to it.
         prefix: leading tokens that have no place, such as a class token.
@@ -112,12 +112,12 @@ def attach(
     for owner in (module, *layers):
         if hasattr(owner, "position"):
             raise ConfigError(f"this {type(owner).__name__} has positions already: detach them first")
-    places = places_of(module, grid, prefix)
+    places = layout_of(module, grid, prefix)
     dims = dims_of(module, places, depth=len(layers))
     shared: PositionEncoding = NoPosition()
     own: list[PositionEncoding | None]
     if alone:
-        own = [one(encoding, dims)]
+        own = [instance_of(encoding, dims)]
     else:
         shared, own = (
             split_shared_and_per_block("none", dims, encoding)
@@ -146,7 +146,7 @@ def _before(
 ) -> tuple[tuple[Tensor], dict[str, Tensor | bool]] | None:
     """Hook before a stock module: token terms into its input, bias terms into its mask."""
     position, places = getattr(module, "position", None), getattr(module, "places", None)
-    if not isinstance(places, Places) or position is None:
+    if not isinstance(places, InputLayout) or position is None:
         return None  # a hook is all that it takes to keep a layer off the fast path
     call = next(call for kind, call in CALLS.items() if isinstance(module, kind))
     arguments = dict(zip(call.names, args, strict=False)) | kwargs

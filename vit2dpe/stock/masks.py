@@ -23,7 +23,7 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
         passed with `is_causal=False`, and to a module that `check` lets pass.
 
     Raises:
-        ConfigError: for a Signal without bias, or with what no mask can bring about.
+        ConfigError: for a Signal without bias, or with rotations or a temperature.
     """
     if signal.q_rotation is not None or signal.k_rotation is not None or signal.temperature is not None:
         raise ConfigError(
@@ -40,7 +40,7 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
 
 
 def floats(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stock mask as what is added to the logits: True, that is "not allowed", becomes -inf."""
+    """A stock mask as a float mask that is added to the logits: True ("not allowed") becomes -inf."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
     return mask.to(dtype)
@@ -54,9 +54,9 @@ def check(module: nn.Module) -> None:
     """
     if not torch.backends.mha.get_fastpath_enabled():
         return
-    found = [name or "the layer itself" for name, layer in module.named_modules() if _may_take_fast_path(layer)]
-    if found:
-        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    layers = [name or "the layer itself" for name, layer in module.named_modules() if _may_take_fast_path(layer)]
+    if layers:
+        some = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
         raise ConfigError(
             f"in eval() without gradients torch reads a float mask as a boolean one in {some} (pytorch issue 118628): "
             "use stock.attach, stock.RotaryEncoderLayer, or torch.backends.mha.set_fastpath_enabled(False)"

@@ -16,7 +16,7 @@ from ..signal import Signal
 
 
 @dataclass
-class Places:
+class InputLayout:
     """Where the tokens of a stock module's input are.
 
     Args:
@@ -59,8 +59,8 @@ class TokenPosition(nn.Module):
     """x -> x + the token term of an encoding, in the layout of the stock module that x is for.
 
     Args:
-        encoding: a word or an instance that gives token terms and nothing else.
-        like: the stock module: `batch_first`, and the width a word is built for, are read from it.
+        encoding: a spec or an instance that gives token terms and nothing else.
+        like: the stock module: `batch_first`, and the width a spec is built for, are read from it.
         grid, prefix: as for `attach`.
 
     Shape: (N, L, E), (L, N, E) or (L, E), whichever `like` takes.
@@ -70,8 +70,8 @@ class TokenPosition(nn.Module):
         self, encoding: str | PositionEncoding, like: nn.Module, *, grid: int | tuple[int, ...], prefix: int = 0
     ) -> None:
         super().__init__()
-        self.places = places_of(like, grid, prefix)
-        self.position = _token_only(one(encoding, dims_of(like, self.places)))
+        self.places = layout_of(like, grid, prefix)
+        self.position = _token_only(instance_of(encoding, dims_of(like, self.places)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.places.plus(x, self.position(self.places.of(x)))
@@ -85,41 +85,41 @@ def add_position(
     grid: int | tuple[int, ...],
     prefix: int = 0,
 ) -> Tensor:
-    """What `TokenPosition` does, as a function of an encoding that lives elsewhere."""
-    places = places_of(like, grid, prefix)
+    """`TokenPosition` as a function, for an encoding that lives elsewhere."""
+    places = layout_of(like, grid, prefix)
     return places.plus(embedding, _token_only(encoding)(places.of(embedding)))
 
 
 def set_grid(module: nn.Module, grid: int | tuple[int, ...]) -> None:
     """Name the grid of the inputs to come, for everything in `module` that has places; tables are not altered."""
-    found = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), Places)]
-    if not found:
+    named = [p for part in module.modules() if isinstance(p := getattr(part, "places", None), InputLayout)]
+    if not named:
         raise ConfigError(f"nothing in this {type(module).__name__} has places: attach an encoding first")
-    for places in found:
+    for places in named:
         places.grid = _sizes(grid)
 
 
 def _attention_of(module: nn.Module) -> nn.MultiheadAttention:
-    """The stock attention whose sizes and layout speak for all in `module`."""
-    found = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    if not found:
+    """A stock attention of `module`; all of them have its width and layout."""
+    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    if not attentions:
         raise ConfigError(f"{type(module).__name__} has no nn.MultiheadAttention to read batch_first and sizes from")
-    if len({(part.batch_first, part.embed_dim) for part in found}) > 1:
+    if len({(part.batch_first, part.embed_dim) for part in attentions}) > 1:
         raise ConfigError(f"the attentions of this {type(module).__name__} differ in batch_first or width")
-    return found[0]
+    return attentions[0]
 
 
-def places_of(module: nn.Module, grid: int | tuple[int, ...], prefix: int) -> Places:
-    return Places(_sizes(grid), prefix, _attention_of(module).batch_first)
+def layout_of(module: nn.Module, grid: int | tuple[int, ...], prefix: int) -> InputLayout:
+    return InputLayout(_sizes(grid), prefix, _attention_of(module).batch_first)
 
 
-def dims_of(module: nn.Module, places: Places, depth: int = 1) -> Dims:
+def dims_of(module: nn.Module, places: InputLayout, depth: int = 1) -> Dims:
     attn = _attention_of(module)
     return Dims(attn.embed_dim, attn.num_heads, places.grid, depth=depth)
 
 
-def one(encoding: str | PositionEncoding, dims: Dims) -> PositionEncoding:
-    """The encoding a word spells; of an instance a copy, so that copies of a layer share nothing."""
+def instance_of(encoding: str | PositionEncoding, dims: Dims) -> PositionEncoding:
+    """The encoding of a spec; a copy of an instance, so that copies of a layer share nothing."""
     return build(encoding, dims) if isinstance(encoding, str) else copy.deepcopy(encoding)
 
 

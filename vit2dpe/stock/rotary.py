@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.functional import attend
 from ..encodings import PositionEncoding
 from ..signal import Dense, Signal
-from .places import dims_of, one, places_of, table_dtype
+from .places import dims_of, instance_of, layout_of, table_dtype
 
 
 class RotaryEncoderLayer(nn.TransformerEncoderLayer):
@@ -19,7 +19,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
 
     Args:
         args, kwargs: those of `nn.TransformerEncoderLayer`.
-        position: a word or an instance.
+        position: a spec or an instance.
         grid, prefix: as for `attach`.
 
     The parameters, their names and the order in which they are drawn are the stock layer's, and so its state_dict
@@ -39,12 +39,12 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # What nn.TransformerEncoder reads to decide whether the layer takes nested tensors: it does not.
+        # nn.TransformerEncoder reads this to decide whether the layer takes nested tensors: it does not.
         self.activation_relu_or_gelu = 0
-        self.places = places_of(self, grid, prefix)
+        self.places = layout_of(self, grid, prefix)
         self.train_grid = self.places.grid
         like = self.linear1.weight
-        self.position = one(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
+        self.position = instance_of(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
 
     def forward(
         self,
@@ -60,10 +60,10 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         signal, mask = self._masks(x, signal, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = x + self._attention(self.norm1(x), signal, mask)
-            x = x + self._ff_block(self.norm2(x))
+            x = x + self._feed_forward(self.norm2(x))
         else:
             x = self.norm1(x + self._attention(x, signal, mask))
-            x = self.norm2(x + self._ff_block(x))
+            x = self.norm2(x + self._feed_forward(x))
         if src.ndim == 2:
             return x[0]
         return x if self.places.batch_first else x.transpose(0, 1)
@@ -75,10 +75,13 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         out = attend(q, k, v, signal, mask, dropout=attn.dropout if self.training else 0.0)
         return self.dropout1(attn.out_proj(out.transpose(1, 2).flatten(2)))
 
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+
     def _masks(
         self, x: Tensor, signal: Signal, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> tuple[Signal, Tensor | None]:
-        """Stock masks as ours: booleans that say who may attend, and float ones, which may be biases, as terms."""
+        """Stock masks as ours: a boolean one, True where attention is allowed, and float ones as bias terms."""
         n, length, allowed = x.shape[0], x.shape[1], None
         if mask is None and is_causal:
             allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()

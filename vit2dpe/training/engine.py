@@ -111,7 +111,7 @@ class Trainer(Generic[B]):
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
         with (
-            Interrupts(listen=self.spec is not None) as self.signals,
+            Interrupts(listen=self.spec is not None) as self.interrupts,
             Bar(total, self.folder.name, self.state.step, first) as self.bar,
             watch_workers() as streams,
         ):
@@ -172,7 +172,7 @@ class Trainer(Generic[B]):
             file.write(json.dumps(entry) + "\n")
         self.state.bad += 1
         self.state.step += 1
-        self.bar.say(f"the loss became {loss} at epoch {epoch}, step {step}: the step is not taken")
+        self.bar.print(f"the loss became {loss} at epoch {epoch}, step {step}: the step is not taken")
         if self.state.bad >= self.run.bad_losses:
             self.state.step -= self.state.bad  # resuming tries these steps again, with the last finite weights
             self.state.bad = 0
@@ -188,15 +188,15 @@ class Trainer(Generic[B]):
     def _evaluate(self) -> Row:
         state, averaged = self.state, self.updater.averaged
         evaluated = self.model if averaged is None else averaged
-        self.signals.at_once = self.world.size == 1
+        self.interrupts.at_once = self.world.size == 1
         try:
-            if self.signals.asked:
+            if self.interrupts.received:
                 self._leave()
             score = self.task.evaluate(evaluated)
         except Stopped:
             self._leave()
         finally:
-            self.signals.at_once = False
+            self.interrupts.at_once = False
         seconds, items = self.pace
         row: Row = dict(epoch=state.epoch + 1, step=state.step, lr=self.updater.lr)
         row |= {name: value / max(1, state.count) for name, value in state.sums.items()} or {"train_loss": math.nan}
@@ -251,14 +251,14 @@ class Trainer(Generic[B]):
         """Whether any rank received a signal, and whether a save is due by the clock of the first; all ranks agree."""
         minutes = (time.monotonic() - self.last_save) / 60
         due = self.world.first and 0 < self.run.save_minutes < minutes
-        stop, save = sum_over_ranks([self.signals.asked, due], self.world, self.device)
+        stop, save = sum_over_ranks([self.interrupts.received, due], self.world, self.device)
         return bool(stop), bool(save)
 
     def _leave(self) -> None:
-        self.signals.at_once = False
+        self.interrupts.at_once = False
         self.save()
-        self.bar.say(f"stopped at step {self.state.step} and saved; --resume goes on from there")
-        raise Stopped(128 + (self.signals.asked or 15))
+        self.bar.print(f"stopped at step {self.state.step} and saved; --resume goes on from there")
+        raise Stopped(128 + (self.interrupts.received or 15))
 
     def save(self, name: str = "last", row: Row | None = None) -> None:
         if self.spec is None:

@@ -41,7 +41,7 @@ class Table:
         self._write()
 
     def _write(self) -> None:
-        # Written anew each time: a table is small, and a reader never sees half a line.
+        # Rewritten each time: a table is small, and readers never get half a line.
         text = io.StringIO()
         if self.rows:
             writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n", extrasaction="ignore")
@@ -94,7 +94,7 @@ class Bar:
             line = f"{self.name}: epoch {row['epoch']}/{row['epochs']}, step {row['step']}/{self.total}"
             print(f"{line}, loss {row['train_loss']:.3f}", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.bar is not None:
             self.bar.write(text)
         elif self.show:

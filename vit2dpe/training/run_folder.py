@@ -63,10 +63,11 @@ def _locked(folder: Path) -> Iterator[None]:
             f"{folder} is in use by process {holder or '(unknown)'}: wait until it ends, or give another --run.out"
         ) from None
     try:
-        path.write_text(f"{os.getpid()} {socket.gethostname()}")
+        with suppress(OSError):  # Windows: neither written nor removed while it is locked; the release removes it
+            path.write_text(f"{os.getpid()} {socket.gethostname()}")
         yield
     finally:
-        with suppress(OSError):  # Windows keeps a file that is open; there the release removes it
+        with suppress(OSError):
             path.unlink()
         lock.release()
 

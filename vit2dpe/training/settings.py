@@ -117,7 +117,7 @@ class ModelConfig(Settings):
     drop_path: float = 0.0
     jitter: float = 0.0
     init: str = "default"
-    options: dict[str, Plain] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..data.text_settings import TextDataConfig
-from ..spec import Plain, Settings, changed
+from ..spec import Settings, changed
 from .settings import OptimConfig, RunConfig
 
 
@@ -35,7 +35,7 @@ class TextModelConfig(Settings):
     mlp: str = "gelu"
     bias: bool = True
     dropout: float = 0.0
-    options: dict[str, Plain] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
 
 
 _OPTIM = OptimConfig(epochs=20, batch_size=64, warmup_epochs=0.4, weight_decay=0.1)

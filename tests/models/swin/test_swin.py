@@ -188,7 +188,7 @@ class Both(Alibi):
     [
         (dict(position=lambda dims: Absolute()), "Absolute is not relative: .* every window of a Swin has the same pl"),
         (dict(position=lambda dims: Both(dims.heads)), "Both gives tokens and bias at once"),
-        (dict(position=RelativeBias(2, (4, 6))), "a word or a function from Dims to an encoding, got RelativeBias"),
+        (dict(position=RelativeBias(2, (4, 6))), "a spec or a function from Dims to an encoding, got RelativeBias"),
         (dict(position="relativ"), "unknown encoding 'relativ'; did you mean 'relative'"),
         (dict(window_policy="stretch"), "unknown window_policy 'stretch'"),
         (dict(padding="zeros"), "unknown padding 'zeros'"),

@@ -248,7 +248,7 @@ def test_a_policy_reaches_both_halves_of_a_seq2seq():
 def test_a_short_text_uses_the_first_rows_of_a_table():
     model, tokens = drawn(TextEncoder, "learned", pool=""), ids(1, 5)
     rows = model.position.pos_embed[0, :5]
-    assert torch.equal(model.position(model.places(tokens)).token[0], rows)
+    assert torch.equal(model.position(model.positions(tokens)).token[0], rows)
 
 
 # --- the cache

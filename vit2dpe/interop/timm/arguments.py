@@ -24,7 +24,7 @@ def arguments_of(theirs: TimmViT) -> Arguments:
     """Constructor arguments of a ViT of the same sizes and parts, beside the position.
 
     Raises:
-        ConfigError: for a part that is not covered, with what it is.
+        ConfigError: for a part that is not covered, by name.
     """
     _refuse(theirs)
     block, dim = theirs.blocks[0], theirs.embed_dim
@@ -63,7 +63,7 @@ def arguments_of(theirs: TimmViT) -> Arguments:
         attn_drop_rate=attn.attn_drop.p,
         proj_drop_rate=attn.proj_drop.p,
         drop_path_rate=getattr(theirs.blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0,
-        # Eva's pooling sees all tokens, ViT's only patches unless it says so.
+        # Eva pools over all tokens, ViT over patches by default.
         pool_include_prefix=getattr(theirs, "pool_include_prefix", theirs.global_pool == "map"),
     )
     if theirs.global_pool == "map":

@@ -1,7 +1,7 @@
 """A timm checkpoint, kept, run at another size, or with another encoding: `from_timm`, and back: `to_timm`.
 
-A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. What families are covered,
-and how each is read, is in `read.py`; the steps between their parameters and ours are in `steps.py`.
+A model is rebuilt as one of ours and its weights are loaded strictly; nothing is patched. `read.py` lists and reads the
+covered families; the steps between their parameters and ours are in `steps.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def from_timm(
     _load(ours, theirs, recipe, keep_position=position is None)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
     if position is None:
-        ours.timm_recipe = recipe
+        ours.timm_steps = recipe.steps
     chosen = policy or (recipe.policy if position is None else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)
@@ -109,8 +109,8 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model of ours under timm's names, for timm's model of the same function.
 
-    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. What
-    adds vectors to tokens, learned or a formula, becomes the flat `pos_embed` of the training grid, with rows of zeros
+    A model that came through `from_timm` goes back to the family it came from. For others the encoding decides. Token
+    terms, learned or a formula, become the flat `pos_embed` of the training grid, with rows of zeros
     for leading tokens, because they have no place here. That alone, or `none`, belongs to `VisionTransformer` (a
     distilled one to `VisionTransformerDistilled`). With or without it, `rope` (with `attn_type="rope"`), `rope_mixed`
     (`xy`) and `rope_dinov3` (half-split pairs) belong to `Eva`. `relative` (`rel_pos_type="bias"`) and `logcpb`
@@ -124,7 +124,7 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
         return to_timm_swin(model)
     if not isinstance(model, ViT):
         raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
-    steps = native_steps(model) if model.timm_recipe is None else model.timm_recipe.steps
+    steps = native_steps(model) if model.timm_steps is None else model.timm_steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):
         step.back(state)

@@ -1,7 +1,7 @@
 """Reads timm's model families: the class, encoding and arguments of our model that computes the same as one of theirs.
 
-`FAMILIES` is the list of what is covered, by timm's class. A reader takes a timm model and returns a `Recipe`, or
-refuses, naming the part that ours lacks. A new family is a reader and a line. What families have in common,
+`FAMILIES` lists the covered families by timm's class. A reader takes a timm model and returns a `Recipe`, or
+refuses, naming the part that ours lacks. A new family is a reader and a line. Common parts,
 their blocks and sizes, is read in `arguments.py`; here it is about places.
 """
 

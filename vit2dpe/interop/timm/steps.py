@@ -100,7 +100,7 @@ class FlatTable:
     """`pos_embed` (1, rows + h w, D) <-> `owner` (1, h, w, D).
 
     The rows belong to leading tokens, which have no place: they are added to the tokens, and on the way back they are
-    zeros. What the model computes is the same, bit for bit.
+    zeros. The model's output is the same, bit for bit.
 
     Args:
         grid: (h, w) that the flat table was learned on.
@@ -137,7 +137,7 @@ class Evaluated:
     table: Tensor
 
     def into(self, state: State) -> None:
-        raise ConfigError("a flat table does not say which encodings it was made from")
+        raise ConfigError("a flat table does not determine which encodings it was made from")
 
     def back(self, state: State) -> None:
         for name in self.names:

@@ -1,7 +1,7 @@
 """A timm Swin becomes ours: `from_timm_swin`.
 
 The model is rebuilt as one of ours and its weights are loaded strictly. Covered: timm's `SwinTransformer` (Swin, S3)
-and `SwinTransformerV2`. What is not covered is refused by name.
+and `SwinTransformerV2`. Other parts are refused by name.
 
 Logits are equal at every size that whole windows fill at every stage. At others timm rolls the grid before it fills it
 up, so that its last window mixes both edges of the image, and attends to what it filled up with; ours fills up first
@@ -42,7 +42,7 @@ def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any
     ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
     state = theirs.state_dict()
     if position is not None:
-        # Their tables and networks stay behind; what ours has besides is drawn anew.
+        # Their tables and networks are left out; the encoding's own parameters are drawn.
         state = {name: value for name, value in state.items() if "bias_table" not in name and "cpb_mlp" not in name}
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name}
     ours.load_state_dict(state)

@@ -41,7 +41,7 @@ class TheirConfig(Protocol):
 
 
 class TheirModel(Protocol):
-    """What is used of a model of `transformers`."""
+    """The used part of a model of `transformers`."""
 
     @property
     def config(self) -> TheirConfig: ...

@@ -37,20 +37,20 @@ def to_transformers(state: State) -> State:
         CheckpointError: for a name that model has no place for.
     """
     rest, lists, parts = ({ours: theirs for theirs, ours in names.items()} for names in (REST, LISTS, BLOCK))
-    found: State = {}
+    renamed: State = {}
     for name, value in state.items():
         owner, _, last = name.rpartition(".")
         block = re.fullmatch(r"((?:decoder_)?blocks)\.(\d+)\.(.+)", owner)
         inside = f"{lists[block[1]]}.{block[2]}" if block else ""
         if name in rest:
-            found[rest[name]] = value
+            renamed[rest[name]] = value
         elif owner in rest:
-            found[f"{rest[owner]}.{last}"] = value
+            renamed[f"{rest[owner]}.{last}"] = value
         elif block and block[3] in parts:
-            found[f"{inside}.{parts[block[3]]}.{last}"] = value
+            renamed[f"{inside}.{parts[block[3]]}.{last}"] = value
         elif block and block[3] == "attn.qkv":
             for letter, part in zip("qkv", value.chunk(3), strict=True):
-                found[f"{inside}.attention.{letter}_proj.{last}"] = part
+                renamed[f"{inside}.attention.{letter}_proj.{last}"] = part
         else:
             raise CheckpointError(f"transformers' ViTMAEForPreTraining has no place for {name}")
-    return found
+    return renamed

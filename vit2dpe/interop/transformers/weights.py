@@ -29,7 +29,7 @@ class Converted(NamedTuple):
 
 
 class Weights:
-    """A state dict that remembers what was taken from it."""
+    """A state dict of which each weight is taken once; `finish` refuses leftovers."""
 
     def __init__(self, state: State) -> None:
         self.left = dict(state)
@@ -86,7 +86,7 @@ def with_head(state: State, head: Tensor | None, prefix: str = "") -> State:
 
 
 def demand(config: Config, **wanted: str | bool | float) -> None:
-    """Refuse what our model would compute differently."""
+    """Refuse settings under which our model would compute something else."""
     for name, value in wanted.items():
         if config.get(name, value) != value and config[name] is not None:
             raise ConfigError(f"a {config['model_type']} with {name}={config[name]!r} is not covered, only {value!r}")

@@ -7,7 +7,7 @@ weights go both ways. Sources: Swin, arXiv 2103.14030; Swin V2, arXiv 2111.09883
     x = x + norm1(WindowAttention(x));  x = x + norm2(MLP(x))           V2, `post_norm=True`, `qk="cosine"`
 
 How ours differs: the encoding is an argument; any height and width is taken at run time, filled up to whole windows
-whose filled-up places are masked; what a window does at another size is said by `window_policy` and never changes by
+whose filled-up places are masked; the window at another size follows `window_policy` and never changes by
 itself; the mask of shifted windows is a test of places (`windows.py`) and boolean.
 
 Limits: a program of torch.export with dynamic height and width serves the sizes at which every stage has several
@@ -31,7 +31,7 @@ from ...positions import Positions
 from ..card import save_card
 from ..layers import PatchEmbed, TokenFilter, add_token
 from ..timm_api import FeatureInfo, pair
-from .stage import Places, Spec, SwinStage, tokens_of
+from .stage import Spec, SwinStage, WindowPositions, tokens_of
 from .timm_api import TimmSwin, WindowSize, check_pool, per_stage
 from .weights import convert_state_dict
 
@@ -43,10 +43,10 @@ class Swin(TimmSwin):
         position: the encoding, a spec such as "relative", "logcpb" or "sincos+rope_mixed", or a function from Dims
             (width, heads and window of a stage, number of the block) to an encoding. Terms that give tokens are added
             after the patch embedding; the others are made for each stage, or each block where they are `per_block`,
-            see the places within a window, and must be `relative`, because every window looks the same to them.
-        window_policy: what a window does at another size than the training size. "keep": it keeps its side, the grid
+            get the places within a window, and must be `relative`, because every window has the same places.
+        window_policy: the window at another size than the training size. "keep": it keeps its side, the grid
             is filled up to whole windows. "scale": its sides grow and shrink with the grid (rounded down, at least 1),
-            and the encodings do what they do at another extent: tables are resized (`relative(resize=...)`), networks
+            and the encodings treat them as another extent: tables are resized (`relative(resize=...)`), networks
             and formulas evaluated anew. `vit2dpe.use_policy(model, "scale+interpolate")` sets both for a while.
         padding: "mask": filled-up places are not attended to. "attend": they are, as tokens of zeros, which is what
             torchvision does.
@@ -63,7 +63,7 @@ class Swin(TimmSwin):
         qkv_bias, drop_rate (head), proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
-        device, dtype: where the parameters are made, and of which type.
+        device, dtype: of the parameters.
 
     Raises:
         ConfigError: for sizes that do not fit each other, and encodings that make no sense in windows.
@@ -175,9 +175,9 @@ class Swin(TimmSwin):
     def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), the last stage's normalised feature map."""
         x = self.embed(images, token_filter)
-        places: Places = {}
+        cache: WindowPositions = {}
         for stage in self.layers:
-            x = stage(x, places)
+            x = stage(x, cache)
         out: Tensor = self.norm(x)
         return out
 

@@ -1,6 +1,6 @@
 """A stage of a Swin: patch merging, and blocks of attention within windows, shifted in every second one.
 
-Names are timm's. What encodings serve in windows is said here too: `in_windows`.
+Names are timm's. `in_windows` decides which encodings serve in windows.
 
 Legend: B images, H, W tokens along each axis, D width, N tokens of a window.
 """
@@ -13,7 +13,6 @@ from operator import add
 from typing import TypedDict, Unpack
 
 import torch
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ...attention.functional import FullMask, attend
@@ -23,11 +22,11 @@ from ...encodings.base import overrides
 from ...errors import ConfigError
 from ...positions import Positions
 from ...signal import Dense, LowRank, Signal
-from ..layers import run_block
+from ..layers import BlockParts, run_block
 from .windows import Size, Windows, cut
 
 Spec = str | Callable[[Dims], PositionEncoding]
-Places = dict[tuple[Size, torch.device], Positions]
+WindowPositions = dict[tuple[Size, torch.device], Positions]
 
 
 class SwinBlockArguments(TypedDict):
@@ -84,8 +83,8 @@ class SwinStage(nn.Module):
         """Norms behind attention and MLP start at 0, as in Swin V2."""
         for block in self.blocks:
             if isinstance(block, SwinBlock) and block.post_norm:
-                nn.init.zeros_(block.norm1.weight)
-                nn.init.zeros_(block.norm2.weight)
+                for norm in (block.norm1, block.norm2):
+                    nn.init.zeros_(norm.get_parameter("weight"))
 
     @property
     def window_policy(self) -> str:
@@ -109,16 +108,16 @@ class SwinStage(nn.Module):
         self.train_grid = grid
         self.window = self.trained_window = _within(window, grid)
 
-    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: WindowPositions | None = None) -> Tensor:
         """(B, H, W, D) -> (B, H', W', D')
 
         Args:
-            places: cache of window positions, shared by the stages of one forward pass; updated in place.
+            cache: positions of the windows, shared by the stages of one forward pass; updated in place.
         """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
         window = self.window_at(grid)
-        at = _places(window, x.device, places)
+        at = _window_positions(window, x.device, cache)
         signal = in_full(self.position(at))
         ways = [
             cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
@@ -150,11 +149,32 @@ class PatchMerging(nn.Module):
         return out
 
 
-class SwinBlock(nn.Module):
+class WindowAttention(Attention):
+    """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
+
+    def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
+        images = x.shape[0]
+        q, k, v, signal, scale = self.split(windows.split(x), signal)
+        dropout = self.attn_drop if self.training else 0.0
+        sizes = [count * images for count, _ in windows.groups]
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), windows.groups, strict=True)
+        outputs = [
+            attend(a, b, c, signal, None if mask is None else FullMask(mask), scale, dropout)
+            for a, b, c, (_, mask) in parts
+        ]
+        rows = [part.transpose(1, 2).flatten(2) for part in outputs]
+        out = torch.cat(rows) if len(rows) > 1 else rows[0]
+        projected: Tensor = self.proj_drop(self.proj(windows.join(out, images)))
+        return projected
+
+
+class SwinBlock(BlockParts):
     """Window attention and MLP under timm's names (`norm1`, `attn`, `norm2`, `mlp`).
 
     An encoding of the block's own lives in `attn.position`; its signal joins the stage's.
     """
+
+    attention = WindowAttention
 
     def __init__(
         self,
@@ -164,23 +184,11 @@ class SwinBlock(nn.Module):
         position: PositionEncoding,
         post_norm: bool,
         drop_path: float,
-        mlp_ratio: float,
-        qk: str,
-        qkv_bias: bool,
-        proj_drop: float,
-        attn_drop: float,
+        **parts: Unpack[SwinBlockArguments],
     ) -> None:
-        super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim)
         own = position if position.gives else None
-        self.attn = WindowAttention(
-            dim, heads, position=own, qk=qk, qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop
-        )
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        super().__init__(dim, heads, norm_layer=nn.LayerNorm, position=own, drop_path=drop_path, **parts)
+        self.post_norm = post_norm
 
     def forward(self, x: Tensor, signal: Signal, at: Positions, windows: Windows) -> Tensor:
         """(B, H, W, D) -> (B, H, W, D)"""
@@ -195,36 +203,17 @@ class SwinBlock(nn.Module):
         return x
 
 
-class WindowAttention(Attention):
-    """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
+def _window_positions(window: Size, device: torch.device, cache: WindowPositions | None) -> Positions:
+    """The positions of a window, made once a forward for all stages that have it.
 
-    def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
-        images = x.shape[0]
-        q, k, v, signal, scale = self.split(windows.split(x), signal)
-        dropout = self.attn_drop if self.training else 0.0
-        sizes = [count * images for count, _ in windows.groups]
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), windows.groups, strict=True)
-        found = [
-            attend(a, b, c, signal, None if mask is None else FullMask(mask), scale, dropout)
-            for a, b, c, (_, mask) in parts
-        ]
-        rows = [part.transpose(1, 2).flatten(2) for part in found]
-        out = torch.cat(rows) if len(rows) > 1 else rows[0]
-        projected: Tensor = self.proj_drop(self.proj(windows.join(out, images)))
-        return projected
-
-
-def _places(window: Size, device: torch.device, known: Places | None) -> Positions:
-    """The places of a window, made once a forward for all stages that have it.
-
-    Each stage makes its own where a graph is traced, whose sizes have no hash, and where `known` cannot be written to:
-    torch.fx hands a dictionary on as one that cannot change.
+    Each stage makes its own where a graph is traced, whose sizes have no hash, and where `cache` cannot be written to:
+    torch.fx passes an immutable dictionary.
     """
-    if type(known) is not dict or torch.compiler.is_compiling():
+    if type(cache) is not dict or torch.compiler.is_compiling():
         return Positions.grid(window, device)
-    if (window, device) not in known:
-        known[window, device] = Positions.grid(window, device)
-    return known[window, device]
+    if (window, device) not in cache:
+        cache[window, device] = Positions.grid(window, device)
+    return cache[window, device]
 
 
 def _within(window: Size, grid: Size) -> Size:
@@ -244,8 +233,8 @@ def tokens_of(position: Spec, dims: Dims) -> PositionEncoding:
 
 def in_windows(position: Spec, dims: Dims) -> PositionEncoding:
     """The terms that act within windows: those of a block, or where `dims` names none, those that blocks share."""
-    found = [term for term in _terms(position, dims) if term.gives != {"token"}]
-    for term in found:
+    inside = [term for term in _terms(position, dims) if term.gives != {"token"}]
+    for term in inside:
         name = type(term).__name__
         if "token" in term.gives:
             raise ConfigError(
@@ -258,14 +247,14 @@ def in_windows(position: Spec, dims: Dims) -> PositionEncoding:
                 "same places; relative encodings serve there (relative, logcpb, rope, rope_mixed, alibi, ...), and "
                 "token encodings before the first stage (sincos, learned, ...)"
             )
-    return _sum([term for term in found if term.per_block == (dims.block is not None)])
+    return _sum([term for term in inside if term.per_block == (dims.block is not None)])
 
 
 def _terms(position: Spec, dims: Dims) -> list[PositionEncoding]:
     if isinstance(position, PositionEncoding) or not (isinstance(position, str) or callable(position)):
         raise ConfigError(
             "a Swin builds its encodings for each stage and block, whose heads and windows differ: position must be a "
-            f"word or a function from Dims to an encoding, got {type(position).__name__}"
+            f"spec or a function from Dims to an encoding, got {type(position).__name__}"
         )
     return terms(build(position, dims) if isinstance(position, str) else position(dims))
 

@@ -1,7 +1,7 @@
-"""timm's interface of a Swin: sizes and windows, features, classifier, groups; what a Swin computes is in `model.py`.
+"""timm's interface of a Swin: sizes and windows, features, classifier, groups; the forward pass is in `model.py`.
 
-Signatures are timm's (`timm/models/swin_transformer.py`), except that a window changes only as `window_policy` or
-`window_size` says.
+Signatures are timm's (`timm/models/swin_transformer.py`), except that a window changes only by `window_policy` or
+`window_size`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
 from ..timm_api import Groups, ImageSize, TimmModel, pair, take_indices
-from .stage import Places, SwinStage
+from .stage import SwinStage, WindowPositions
 from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -29,18 +29,18 @@ class TimmSwin(TimmModel):
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, H, W, D) at the input of the first stage."""
-        raise TypeError(f"{type(self).__name__} must say how it embeds images")
+        raise TypeError(f"{type(self).__name__} must define embed")
 
     # Windows and sizes ------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[SwinStage, ...]:
-        """`layers`, typed: torch declares what is in an nn.Sequential as modules."""
+        """The stages of `layers`, typed; an nn.Sequential holds modules of any type."""
         return tuple(self.layers)  # type: ignore[arg-type]
 
     @property
     def window_policy(self) -> str:
-        """What windows do at another size: "keep" or "scale"."""
+        """The windows at another size: "keep" or "scale"."""
         return self.stages[0].window_policy
 
     @window_policy.setter
@@ -58,7 +58,7 @@ class TimmSwin(TimmModel):
     def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each part with places of its own: the encoding that leads it, where its encodings are, their extent.
 
-        Tokens live on the grid; what acts within windows lives on the window of its stage.
+        Token terms are defined on the grid, the others on the window of their stage.
         """
         stages = [(stage.position, stage, stage.trained_window) for stage in self.stages]
         return [(self.position, self.position, self.train_grid), *stages]
@@ -84,7 +84,7 @@ class TimmSwin(TimmModel):
             patch_size: another patch, P or (rows, columns): its kernel is resampled as `from_timm` does.
             window_size: windows, as in the constructor.
             window_ratio: windows as a fraction of the patch grid, one number or one for each stage. Without either,
-                windows do what `window_policy` says (timm scales them).
+                windows follow `window_policy` (timm scales them).
         """
         count = len(self.layers)
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
@@ -117,7 +117,7 @@ class TimmSwin(TimmModel):
             x: images (B, C, height, width).
             indices: the last n stages, a list of stages (negative from the end), or None for all.
             norm: put the final norm on the last stage's.
-            stop_early: run no stage after the last one asked for; the final features are then that stage's.
+            stop_early: run no stage after the last chosen one; the final features are then that stage's.
             output_fmt: "NCHW" or "NHWC", of the intermediates.
             intermediates_only: leave the final features out.
 
@@ -130,9 +130,9 @@ class TimmSwin(TimmModel):
         take, last = take_indices(count, indices)
         x = self.embed(x)
         outputs: list[Tensor] = []
-        places: Places = {}
+        cache: WindowPositions = {}
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x, places)
+            x = stage(x, cache)
             if i in take:
                 y = self.norm(x) if norm and i == count - 1 else x
                 outputs.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
@@ -143,7 +143,7 @@ class TimmSwin(TimmModel):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one asked for; norm and head go with the last stage. Returns kept indices."""
+        """Drop the stages after the last chosen one; norm and head go with the last stage. Returns kept indices."""
         take, last = take_indices(len(self.layers), indices)
         shorter = last < len(self.layers) - 1
         if prune_norm or shorter:

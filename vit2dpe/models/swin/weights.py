@@ -1,12 +1,12 @@
 """Names and layouts of Swin checkpoints, translated on the way in and out: timm's, the original's, torchvision's.
 
-What differs from ours:
+Differences from ours:
     timm         the table is (T, H), T = (2h - 1)(2w - 1), and it and `cpb_mlp` lie in `attn`, not `attn.position`
     original     as timm's, but patch merging belongs to the stage before; classifier `head`; index and mask buffers
     torchvision  numbers instead of names; `head`; one `qkv.bias` in V2, whose part for k is ignored
 
-A flat table does not say its window: 225 rows are (5, 13) and (8, 8). It is taken for the window of the block that it
-goes into and for nothing else. Ours say theirs, and are resized by the encoding's own rule.
+A flat table does not determine its window: 225 rows are (5, 13) and (8, 8). It is taken for the window of the block
+that it goes into and for nothing else. Ours have it in their shape, and are resized by the encoding's own rule.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def checkpoint_filter_fn(state_dict: State, model: TimmSwin) -> State:
 
 def convert_state_dict(module: TimmSwin, state_dict: State, prefix: str, *_: Rest) -> None:
     """Load pre-hook of Swin: rewrites names and layouts in place."""
-    mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    for name in mine:
+    state = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    for name in state:
         del state_dict[prefix + name]
-    mine = {name: value for name, value in mine.items() if name.rsplit(".", 1)[-1] not in BUFFERS}
-    if any(name.startswith("features.") for name in mine):
-        mine = _from_torchvision(mine)
-    elif "layers.0.downsample.reduction.weight" in mine:
-        mine = _from_original(mine)
-    mine = _into_encodings(module, mine)
-    resize_tables(module, module.train_extent, mine, "")
-    state_dict.update({prefix + name: value for name, value in mine.items()})
+    state = {name: value for name, value in state.items() if name.rsplit(".", 1)[-1] not in BUFFERS}
+    if any(name.startswith("features.") for name in state):
+        state = _from_torchvision(state)
+    elif "layers.0.downsample.reduction.weight" in state:
+        state = _from_original(state)
+    state = _into_encodings(module, state)
+    resize_tables(module, module.train_extent, state, "")
+    state_dict.update({prefix + name: value for name, value in state.items()})
 
 
 def to_timm_swin(model: TimmSwin) -> State:

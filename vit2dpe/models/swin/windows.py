@@ -8,7 +8,7 @@ really are neighbours, |p - q| < window on both axes, which those that a roll br
 Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; torchvision, `shifted_window_attention` (fills up before
 it rolls, and shifts an axis only if it has more than one window). How ours differs: no painting of regions and no
 -100, which leaks once logits reach a few hundred; the mask is boolean, and windows that need none, which are most,
-go apart from those at the edges that do; filled-up places are masked unless told otherwise.
+go apart from those at the edges that do; filled-up places are masked by default.
 
 Legend: B images, W windows, N = h w tokens of a window, D channels.
 """
@@ -97,10 +97,10 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         order = place.flatten(0, 1)  # (W, N)
         groups = [(order.shape[0], _both(*near).flatten(0, 1).unsqueeze(1).repeat_interleave(images, 0))]
     else:
-        found = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
-        order = torch.cat([index for index, _ in found])
-        groups = [(len(index), None) for index, mask in found if mask is None]
-        masks = [mask.expand(len(index) * images, 1, -1, -1) for index, mask in found if mask is not None]
+        kinds = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
+        order = torch.cat([index for index, _ in kinds])
+        groups = [(len(index), None) for index, mask in kinds if mask is None]
+        masks = [mask.expand(len(index) * images, 1, -1, -1) for index, mask in kinds if mask is not None]
         if masks:
             groups.append((len(order) - sum(count for count, _ in groups), torch.cat(masks)))
 
@@ -134,7 +134,7 @@ def _shift(side: int, count: int, shifted: bool) -> int:
 def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
     """(windows, side): the places along an axis that each window holds, rolled by the shift."""
     places = torch.arange(count * side, device=device)
-    if not isinstance(shift, int) or shift:  # 0 is known where nothing is traced
+    if not isinstance(shift, int) or shift:  # a plain 0 where nothing is traced
         places = (places + shift) % (count * side)
     return places.view(count, side)
 
@@ -152,7 +152,7 @@ def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:
 
 
 def _both(rows: Tensor, columns: Tensor) -> Tensor:
-    """(r, h, h), (c, w, w) -> (r, c, h w, h w): what may attend along both axes."""
+    """(r, h, h), (c, w, w) -> (r, c, h w, h w): True where attention is allowed along both axes."""
     h, w = rows.shape[-1], columns.shape[-1]
     return (rows.view(-1, 1, h, 1, h, 1) & columns.view(1, -1, 1, w, 1, w)).flatten(4).flatten(2, 3)
 

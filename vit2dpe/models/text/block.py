@@ -19,7 +19,7 @@ from ..layers import Block, add_token, mlp_factory, norm_factory
 
 
 class Memory(NamedTuple):
-    """Input of cross-attention: an encoder's output (B, S, D) and the mask of what may be read, if any is padding.
+    """Input of cross-attention: an encoder's output (B, S, D) and a mask, False at padding, if there is any.
 
     The Signal is that between the decoder's places and the encoder's; empty unless `cross_position` is named.
     """

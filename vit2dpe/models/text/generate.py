@@ -1,4 +1,4 @@
-"""Writing text with a `TextDecoder`: greedy, sampled, or by beam; a `Seq2Seq` hands its decoder and a memory.
+"""Writing text with a `TextDecoder`: greedy, sampled, or by beam; of a `Seq2Seq`, its decoder with a memory.
 
 Legend: B batch, N tokens of the prompt, V vocabulary, K beams.
 """
@@ -34,12 +34,12 @@ def generate(
 
     Args:
         tokens: (B, N) prompts, padded on the left where they differ in length; `valid` is False there.
-        memory: what the decoder's cross-attention reads.
+        memory: an encoder's output, for the decoder's cross-attention.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest; top_p: among the likeliest that together reach p (arXiv 1904.09751).
         seed: of the draws; default: the global generator's.
-        stop: a token after which a text is over; what follows it is filled with it.
-        overflow: what happens beyond the model's context. "slide": the newer half of the line is read again from
+        stop: the end token; the rest of a text that has ended is filled with it.
+        overflow: how to go on beyond the model's context. "slide": the newer half of the line is read again from
             place 0, with any encoding. "extend": the line grows to N + new and the encoding meets what it was not
             trained on, under the policy in force.
         cached: whether keys and values are kept; off, each step reads all again. The tokens are the same.
@@ -183,7 +183,7 @@ class _Line:
         self.unread += 1
 
     def take(self, index: Tensor) -> None:
-        """Row b becomes what row index[b] was."""
+        """Reorder rows: row b becomes the former row index[b]."""
         self.tokens, self.valid = self.tokens[index], None if self.valid is None else self.valid[index]
         self.memory = None if self.memory is None else self.memory.take(index)
         self.cache.reorder(index)

@@ -78,7 +78,7 @@ class TextEncoder(TextModel):
 
     def encode(self, tokens: Tensor, valid: Tensor | None = None) -> Encoded:
         """The output that a decoder reads."""
-        return Encoded(self.forward_features(tokens, valid), self.places(tokens, valid), valid)
+        return Encoded(self.forward_features(tokens, valid), self.positions(tokens, valid), valid)
 
 
 class MaskedHead(nn.Module):

@@ -41,13 +41,13 @@ class Encoded(NamedTuple):
     valid: Tensor | None = None
 
     def take(self, index: Tensor) -> Encoded:
-        """Sample b becomes what sample index[b] was."""
+        """Reorder samples: sample b becomes the former sample index[b]."""
         at = self.at if self.at.coords.shape[0] == 1 else Positions(self.at.coords[index], self.at.extent)
         return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
 
 
 class SequenceOptions(TypedDict, total=False):
-    """Further arguments of `TextModel.forward_features`, which says what they are."""
+    """Further arguments of `TextModel.forward_features`; see there."""
 
     types: Tensor | None
     segments: Tensor | None
@@ -174,8 +174,8 @@ class TextModel(nn.Module):
             types: (B, N) kinds of segments; default 0.
             segments: (B|1, N) document numbers of a packed batch (see `pack`): places begin anew at each document, and
                 attention stays within it.
-            cache: what earlier tokens left; these join it.
-            memory: what cross-attention reads.
+            cache: keys and values of earlier tokens; those of these tokens are appended.
+            memory: an encoder's output, for cross-attention.
             length: the extent of the line, where that is longer than the context and N (or, packed, than the context).
 
         Raises:
@@ -185,7 +185,7 @@ class TextModel(nn.Module):
             raise ConfigError("nested tensors are not taken: pad the batch and give `valid`, or join it with `pack`")
         if segments is not None and (cache is not None or valid is not None):
             raise ConfigError("a packed batch has neither padding nor a cache: give `segments` alone")
-        at = self.places(tokens, valid, segments, cache, length)
+        at = self.positions(tokens, valid, segments, cache, length)
         keys, present = at, valid
         if cache is not None:
             cache.extend(at, valid)
@@ -207,7 +207,7 @@ class TextModel(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def places(
+    def positions(
         self,
         tokens: Tensor,
         valid: Tensor | None = None,
@@ -215,7 +215,7 @@ class TextModel(nn.Module):
         cache: KVCache | None = None,
         length: int | None = None,
     ) -> Positions:
-        """Where these tokens are: what `position` is called with."""
+        """Positions of these tokens, the argument of `position`."""
         n, device = tokens.shape[1], tokens.device
         if segments is not None:
             line = max(self.context, length or 0)
@@ -230,12 +230,12 @@ class TextModel(nn.Module):
                 )
             return Positions(places.float()[..., None], (line,))
         line = max(self.context, n if cache is None else cache.length, length or 0)
-        seen = 0 if cache is None else cache.size
+        cached = 0 if cache is None else cache.size
         before = None if cache is None else cache.valid
         if valid is None and before is None:
-            return Positions.sequence(n, seen, line, device)
+            return Positions.sequence(n, cached, line, device)
         new = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        count = seen if before is None else before.sum(dim=1, keepdim=True)
+        count = cached if before is None else before.sum(dim=1, keepdim=True)
         # Padding stands where the token before it stands, or at 0: inside the line, and never attended to.
         places = (count + new.cumsum(dim=1) - 1).clamp(min=0)
         return Positions(places.float()[..., None], (line,))

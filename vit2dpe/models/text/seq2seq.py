@@ -21,7 +21,7 @@ class Seq2Seq(nn.Module):
     """An encoder, and a decoder that reads it.
 
     Args:
-        position: of the encoder; `decoder_position` of the decoder (default: the same word), `cross_position` between
+        position: of the encoder; `decoder_position` of the decoder (default: the same spec), `cross_position` between
             the two (default: none).
         source_vocab, target_vocab: vocabularies; `shared` uses one embedding for both.
         depth, decoder_depth: blocks of the encoder and of the decoder (default: as many).

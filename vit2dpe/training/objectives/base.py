@@ -1,11 +1,13 @@
-"""The protocol of all objectives, and the one way to run them: check, data, model, task, fit, result."""
+"""The protocol of all objectives, and the one way to run them: check, data, model, task, fit, results.
+
+An objective is a function `prepare(config, session)` that reads the data and returns a `Prepared`.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -13,9 +15,13 @@ from ...models.spec import ModelSpec
 from ...spec import Plain
 from ..log import Row
 from ..session import Trainable, TrainSession, train_session
-from ..task import Task
+from ..task import Batch, Task
 
 C = TypeVar("C", bound=Trainable)
+
+
+def keep(model: nn.Module) -> None:
+    """Leave a model as its constructor made it."""
 
 
 class Prepared(NamedTuple):
@@ -24,17 +30,18 @@ class Prepared(NamedTuple):
     Args:
         spec: the model.
         task: batches, loss and evaluation.
-        data: name of the data.
-        digest: sha256 of the data.
+        data, digest: name and sha256 of the data.
         amount: of model and data, printed behind the number of parameters.
         title: of summary.md.
         next_command: what to try after this run.
-        results: lines to print, from the rows of `fit`; also writes what the objective leaves in the run folder.
+        results: lines to print, from the rows of `fit`; also writes what the objective adds to the run folder.
         facts: more for env.json.
+        initialize: draws first weights, before those of `--init` are loaded.
+        adapt: changes the model in what its state_dict does not hold.
     """
 
     spec: ModelSpec
-    task: Task
+    task: Task[Batch]
     data: str
     digest: str
     amount: str
@@ -42,42 +49,17 @@ class Prepared(NamedTuple):
     next_command: str
     results: Callable[[list[Row]], list[str]]
     facts: Mapping[str, Plain] = {}
+    initialize: Callable[[nn.Module], None] = keep
+    adapt: Callable[[nn.Module], None] = keep
 
 
-class Objective(ABC, Generic[C]):
-    """One thing that can be trained: a subclass for images, masked images, and text.
-
-    Args:
-        config: settings; `check` fills in presets and refuses what cannot work.
-
-    Raises:
-        ConfigError: for what can be refused before data are read.
-    """
-
-    def __init__(self, config: C) -> None:
-        self.config = self.check(config)
-
-    @abstractmethod
-    def check(self, config: C) -> C:
-        """The settings with every preset filled in, after refusing all that can be refused before data are read."""
-
-    @abstractmethod
-    def prepare(self, session: TrainSession) -> Prepared:
-        """Read the data; name model, task and results."""
-
-    def initialize(self, model: nn.Module) -> None:
-        """First weights, before those of `--init`; by default those that the constructor drew."""
-
-    def adapt(self, model: nn.Module) -> None:
-        """Changes to the built model that its state_dict does not show."""
-
-
-def run(objective: Objective[C], command: str) -> Path:
+def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared]) -> Path:
     """Train and leave a run folder: config.yaml, env.json, metrics.csv, last/, best/, summary.md.
 
     Args:
-        objective: what is trained.
+        config: settings, checked, with every preset filled in.
         command: what was typed, for the record.
+        prepare: the objective.
 
     Returns:
         the run folder.
@@ -87,11 +69,10 @@ def run(objective: Objective[C], command: str) -> Path:
         TrainingError: for what went wrong on the way.
         Stopped: after a signal, when everything is saved.
     """
-    config = objective.config
     with train_session(config, command) as session:
-        prepared = objective.prepare(session)
-        model = session.build_model(prepared.spec, objective.initialize)
-        objective.adapt(model)
+        prepared = prepare(config, session)
+        model = session.build_model(prepared.spec, prepared.initialize)
+        prepared.adapt(model)
         facts = session.record(prepared.data, prepared.digest, prepared.facts)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         session.say(

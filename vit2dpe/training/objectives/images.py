@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...data.datasets import Images, check_data, load, write_unreadable
 from ...data.rand_augment import AUGMENTATIONS
@@ -25,44 +24,33 @@ from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, check_run
 from ..settings import ModelConfig, TrainConfig, model_arguments, resolve
 from ..tasks.classification import ImageTask
-from .base import Objective, Prepared, run
+from .base import Prepared, keep, run
 
 
 def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
-    """Train a classifier of images; arguments, result and errors are those of `objectives.base.run`."""
-    return run(ImageClassification(config), command)
+    """Train a classifier of images; arguments, result and errors are those of `run`."""
+    return run(check(config), command, prepare)
 
 
-class ImageClassification(Objective[TrainConfig]):
-    """Classes of images, by any image model."""
-
-    def check(self, config: TrainConfig) -> TrainConfig:
-        return check(config)
-
-    def prepare(self, session: TrainSession) -> Prepared:
-        config = self.config
-        data, size = read_images(config, session)
-        spec = model_spec(config.model, size, len(data.mean), len(data.classes))
-        task = image_task(config, config.augment, data, size, session.device, session.world)
-        return Prepared(
-            spec,
-            task,
-            data.name,
-            data.digest,
-            f"; {len(data.train)} training and {len(data.test)} test images of {size[0]}x{size[1]}, "
-            f"{len(data.classes)} classes",
-            f"{spec.arguments.get('position', '')} on {data.name}",
-            next_command(config, session.folder, size),
-            partial(best_accuracy, by=str(task.best[0]) if task.best else "test_top1"),
-            dict(images=data.used),
-        )
-
-    def initialize(self, model: nn.Module) -> None:
-        initialize(model, self.config.model.init)
-
-    def adapt(self, model: nn.Module) -> None:
-        if self.config.model.jitter:
-            jitter_positions(model, self.config.model.jitter)
+def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
+    """Classes of images, by any model of images."""
+    data, size = read_images(config, session)
+    spec = model_spec(config.model, size, len(data.mean), len(data.classes))
+    task = image_task(config, config.augment, data, size, session.device, session.world)
+    return Prepared(
+        spec,
+        task,
+        data.name,
+        data.digest,
+        f"; {len(data.train)} training and {len(data.test)} test images of {size[0]}x{size[1]}, "
+        f"{len(data.classes)} classes",
+        f"{spec.arguments.get('position', '')} on {data.name}",
+        next_command(config, session.folder, size),
+        partial(best_accuracy, by=str(task.best[0]) if task.best else "test_top1"),
+        dict(images=data.used),
+        partial(initialize, how=config.model.init),
+        partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
+    )
 
 
 def check(config: TrainConfig) -> TrainConfig:

@@ -29,7 +29,7 @@ from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig, resolve
 from ..session import TrainSession, check_run
 from ..tasks.masked_images import MaskedTask
-from .base import Objective, Prepared, run
+from .base import Prepared, keep, run
 from .images import check_augment, image_task, likely_size, model_spec, read_images
 
 
@@ -37,48 +37,38 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
     """Pretrain an encoder and leave a run folder: what `train` leaves, `encoder/`, which `load_run` reads, and
     `reconstructions.png`.
 
-    Arguments, result and errors are those of `objectives.base.run`.
+    Arguments, result and errors are those of `run`.
     """
-    return run(MaskedImages(config), command)
+    return run(check(config), command, prepare)
 
 
-class MaskedImages(Objective[PretrainConfig]):
+def prepare(config: PretrainConfig, session: TrainSession) -> Prepared:
     """Hidden patches, predicted from those that are visible."""
+    data, size = read_images(config, session)
+    spec = masked_spec(config, size, len(data.mean))
+    with torch.device("meta"):
+        grid = masked_model(spec.build()).mask_grid(*size)
+    task = masked_task(config, data, size, grid, session.device, session.world)
+    n, unit, encoder = math.prod(grid), "patches" if config.objective == "mae" else "units", config.model
 
-    def check(self, config: PretrainConfig) -> PretrainConfig:
-        return check(config)
-
-    def prepare(self, session: TrainSession) -> Prepared:
-        config = self.config
-        data, size = read_images(config, session)
-        spec = masked_spec(config, size, len(data.mean))
-        with torch.device("meta"):
-            grid = masked_model(spec.build()).mask_grid(*size)
-        task = masked_task(config, data, size, grid, session.device, session.world)
-        n = math.prod(grid)
-        return Prepared(
-            spec,
-            task,
-            data.name,
-            data.digest,
-            f", sees {keep_count(n, task.mask_ratio)} of {n} {'patches' if config.objective == 'mae' else 'units'}; "
-            f"{len(data.train)} training images of {size[0]}x{size[1]}",
-            f"Masked pretraining ({config.objective}), {config.model.position or config.model.name}, on {data.name}",
-            next_command(config, session.folder),
-            partial(finish, config, session.folder, data, size, spec),
-            dict(images=data.used),
-        )
-
-    def initialize(self, model: nn.Module) -> None:
+    def draw(model: nn.Module) -> None:
         """By default as the original of each objective does."""
-        if self.config.model.init == "default":
-            masked_model(model).init_weights()
-        else:
-            initialize(model, self.config.model.init)
+        masked_model(model).init_weights() if encoder.init == "default" else initialize(model, encoder.init)
 
-    def adapt(self, model: nn.Module) -> None:
-        if self.config.model.jitter:
-            jitter_positions(masked_model(model).encoder, self.config.model.jitter)
+    return Prepared(
+        spec,
+        task,
+        data.name,
+        data.digest,
+        f", sees {keep_count(n, task.mask_ratio)} of {n} {unit}; {len(data.train)} training images of "
+        f"{size[0]}x{size[1]}",
+        f"Masked pretraining ({config.objective}), {encoder.position or encoder.name}, on {data.name}",
+        next_command(config, session.folder),
+        partial(finish, config, session.folder, data, size, spec),
+        dict(images=data.used),
+        draw,
+        (lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
+    )
 
 
 def check(config: PretrainConfig) -> PretrainConfig:

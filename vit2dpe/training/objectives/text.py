@@ -31,24 +31,15 @@ from ..tasks.span_corruption import SpanCorruption, SpanTask
 from ..tasks.text_classification import LineTask
 from ..tasks.translation import TranslationTask, bleu
 from ..text_settings import TextTrainConfig, smoke
-from .base import Objective, Prepared, run
+from .base import Prepared, run
 
 SENTINELS = 100
 
 
 def train_text(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
-    """Train a model of text by `config.objective`; arguments, result and errors are those of `objectives.base.run`."""
-    return run(Text(config), command)
-
-
-class Text(Objective[TextTrainConfig]):
-    """Tokens, by any objective in `OBJECTIVES`."""
-
-    def check(self, config: TextTrainConfig) -> TextTrainConfig:
-        return check(config)
-
-    def prepare(self, session: TrainSession) -> Prepared:
-        return OBJECTIVES[self.config.objective](self.config, session)
+    """Train a model of text by `config.objective`; arguments, result and errors are those of `run`."""
+    config = check(config)
+    return run(config, command, OBJECTIVES[config.objective])
 
 
 def check(config: TextTrainConfig) -> TextTrainConfig:
