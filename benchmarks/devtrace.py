@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import vit2dpe
 from vit2dpe import ViT
-from vit2dpe.attention.kernels import choice
+from vit2dpe.attention import functional
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.splits import Split
@@ -170,12 +170,12 @@ def on_fake_cuda(model: Model) -> Model:
 def _device_patches() -> list[mock._patch]:
     """A CUDA device with bfloat16, on which eager mode runs as it does on real tensors."""
 
-    def plain_only(x: Tensor) -> str | None:
+    def why_plain(x: Tensor) -> str | None:
         return "compiling or exporting" if torch.compiler.is_compiling() else None
 
     users = [module for name, module in sys.modules.items() if name.startswith("vit2dpe.attention.")]
-    users = [module for module in users if vars(module).get("plain_only") is choice.plain_only]
-    patches: list[mock._patch] = [mock.patch.object(module, "plain_only", plain_only) for module in users]
+    users = [module for module in users if vars(module).get("why_plain") is functional.why_plain]
+    patches: list[mock._patch] = [mock.patch.object(module, "why_plain", why_plain) for module in users]
     patches += [
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),

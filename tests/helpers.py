@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -80,6 +82,12 @@ def micro_vit(position: str = "rope", **changes: object) -> nn.Module:
     """A ViT by its timm name, two blocks of 48 channels, 32 x 32 images, in evaluation mode, all parameters drawn."""
     torch.manual_seed(0)
     return randomise(timm.create_model("vit2dpe_tiny_patch4_32", position=position, **MICRO | changes)).eval()
+
+
+def seal(meta: dict[str, object]) -> dict[str, object]:
+    """The metadata of a checkpoint with the digest that belongs to them."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return rest | {"check": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -292,3 +292,62 @@ ORDERS = [
 def test_timm_knows_our_names_whichever_is_imported_first(order):
     code = f"{order}\nprint(timm.is_model('vit2dpe_tiny_patch16_224'), vit2dpe.Positions.__name__)"
     assert printed(code) == ["True", "Positions"]
+
+
+def changing(source):
+    """Lines that change module-level variables after import: `global`, and writes to lists, dicts and sets.
+
+    A dict, list or set at the top of a module counts if a function of the module writes into it.
+    """
+    tree = ast.parse(source)
+    mutable = set()
+    for node in tree.body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        made = isinstance(value, ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp) or (
+            isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] in CONTAINERS
+        )
+        if made:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            mutable |= {target.id for target in targets if isinstance(target, ast.Name)}
+    inside = [n for top in tree.body if not isinstance(top, ast.Assign | ast.AnnAssign) for n in ast.walk(top)]
+    for node in inside:
+        if isinstance(node, ast.Global):
+            yield node.lineno
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            if isinstance(node.value, ast.Name) and node.value.id in mutable:
+                yield node.lineno
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in WRITERS
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id in mutable
+        ):
+            yield node.lineno
+
+
+CONTAINERS = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "WeakKeyDictionary", "WeakSet"}
+WRITERS = {"append", "add", "update", "setdefault", "pop", "clear", "extend", "insert", "remove", "discard", "popitem"}
+# Modules that write objects of their own top level, each with its reason. Registries such as ENCODINGS are written by
+# those who add to them, from outside.
+WRITTEN: dict[str, str] = {}
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("A = {}\ndef f(): A[1] = 2", [2]),
+        ("A = []\ndef f(): A.append(2)", [2]),
+        ("A: dict = dict()\ndef f(): del A[1]", [2]),
+        ("a = None\ndef f():\n    global a\n    a = 1", [3]),
+        ("A = {1: 2}\ndef f(): return A[1]", []),
+        ("def f():\n    A = []\n    A.append(1)", []),
+    ],
+)
+def test_the_reader_of_shared_state_reads(source, lines):
+    assert list(changing(source)) == lines
+
+
+def test_nothing_at_the_top_of_a_module_changes_after_import():
+    found = {name: list(changing(path.read_text())) for name, path in MODULES.items()}
+    assert {name: lines for name, lines in found.items() if lines and name not in WRITTEN} == {}

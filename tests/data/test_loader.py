@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.test_resume import CLOCKED, Killed, everything
+from tests.training.interrupted import Killed, after_updates, die
+from tests.training.test_resume import CLOCKED, everything
 from vit2dpe.data import sources
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.loader import lost_worker, stream, watch_workers
@@ -78,21 +79,10 @@ def config(root, out, **data):
     )
 
 
-def test_a_streamed_run_goes_on_to_the_same_bits(root, tmp_path, monkeypatch):
+def test_a_streamed_run_goes_on_to_the_same_bits(root, tmp_path):
     train(config(root, tmp_path / "whole", workers=2))
-    real = Trainer._report
-
-    def dies(self, epoch):
-        real(self, epoch)
-        if self.state.step == 2:
-            self.save()
-        if self.state.step == 4:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", dies)
-        with pytest.raises(Killed):
-            train(config(root, tmp_path / "cut", workers=3))
+    with after_updates({2: Trainer.save, 4: die}), pytest.raises(Killed):
+        train(config(root, tmp_path / "cut", workers=3))
     train(replace(config(root, tmp_path / "cut", workers=1), resume=True))
     same(everything(tmp_path / "whole/last"), everything(tmp_path / "cut/last"))
     rows = [read_table(tmp_path / run / "metrics.csv") for run in ("whole", "cut")]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import seal
 from vit2dpe import ViT, load_run
 from vit2dpe.cli import main
 from vit2dpe.data.datasets import load_images
@@ -224,14 +225,11 @@ def test_names_that_climb_out(tmp_path, monkeypatch):
     secret = tmp_path / "secret.safetensors"
     write_checkpoint(tmp_path / "run/last", ModelSpec("ViT", ARGUMENTS), {"model": vit().state_dict()})
     secret.write_bytes((tmp_path / "run/last/model.safetensors").read_bytes())
-    from vit2dpe.training import checkpoint
-
     path = tmp_path / "run/last/model.json"
     for name in ("../../secret", "/etc/passwd", "a/b", ""):
         meta = json.loads(path.read_text())
         meta["files"] = {"model": meta["sha256"], name: meta["sha256"]}
-        meta["check"] = checkpoint._check(meta)
-        path.write_text(json.dumps(meta))
+        path.write_text(json.dumps(seal(meta)))
         with pytest.raises(CheckpointError, match="names a file"):
             load_run(tmp_path / "run")
     monkeypatch.setenv("VIT2DPE_CACHE", str(tmp_path / "cache"))

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import vit2dpe
+from tests.training.interrupted import after_updates
 from vit2dpe import load_run
 from vit2dpe.cli import main
 from vit2dpe.data import loader as stream
@@ -348,35 +349,21 @@ def streaming(tmp_path, **data):
     return replace(at(tmp_path / "out"), data=data, model=replace(MICRO.model, patch=4, position="rope"))
 
 
-def on_step(monkeypatch, step, then):
-    real = Trainer._report
-
-    def spy(self, epoch):
-        real(self, epoch)
-        if self.state.step == step:
-            then()
-
-    monkeypatch.setattr(Trainer, "_report", spy)
-
-
 @fault("F55")
-def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
+def test_a_data_worker_that_is_killed(tmp_path):
     config, killed = streaming(tmp_path), []
     config = replace(config, optim=replace(config.optim, epochs=5))
 
-    def kill():
+    def kill(trainer):
         victim = next(p for p in multiprocessing.active_children() if p.pid not in killed)
         killed.append(victim.pid)
         os.kill(victim.pid, signal.SIGKILL)
         time.sleep(2)  # torch is told by a signal
 
     began = time.monotonic()
-    with monkeypatch.context() as patch:
-        on_step(patch, 3, kill)
-        with pytest.raises(
-            TrainingError, match=r"data worker [01] \(process \d+\).* Killed.*--data\.workers"
-        ) as caught:
-            train(config)
+    message = r"data worker [01] \(process \d+\).* Killed.*--data\.workers"
+    with after_updates({3: kill}), pytest.raises(TrainingError, match=message) as caught:
+        train(config)
     assert f"process {killed[0]}" in str(caught.value)
     assert re.search(r"at .*/train/[ab]/\d+\.png and 15 more", str(caught.value))
     assert time.monotonic() - began < 60
@@ -388,12 +375,14 @@ def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
 
 
 @fault("F55")
-def test_a_data_worker_that_cannot_read(tmp_path, monkeypatch):
+def test_a_data_worker_that_cannot_read(tmp_path):
     config = streaming(tmp_path)
     damaged = sorted((tmp_path / "data/train/b").iterdir())
-    on_step(monkeypatch, 2, lambda: [path.write_bytes(b"") for path in damaged])
     config = replace(config, optim=replace(config.optim, epochs=9))  # read ahead, so a later epoch meets them
-    with pytest.raises(DataError, match=r"cannot read the image .*/train/b/\d+\.png"):
+    with (
+        after_updates({2: lambda _: [path.write_bytes(b"") for path in damaged]}),
+        pytest.raises(DataError, match=r"cannot read the image .*/train/b/\d+\.png"),
+    ):
         train(config)
     load_run(tmp_path / "out")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.training.interrupted import after_updates
 from vit2dpe.cli import main
 from vit2dpe.data import image_cache as images
 from vit2dpe.data.datasets import load_images
@@ -194,7 +195,7 @@ def settings(root, out, cache):
 
 @fault("F01", "F02", "F03")
 @LOADERS
-def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path, cache, monkeypatch, capsys):
+def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path, cache, capsys):
     whole = train(settings(broken, tmp_path / "whole", cache))
     assert "note: images of train that cannot be read, left out: 2 of 12" in capsys.readouterr().out
     assert "Images used: train 10 of 12, test 5 of 6." in (whole / "summary.md").read_text()
@@ -209,10 +210,9 @@ def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path
     assert all(torch.equal(value, state[name]) for name, value in load_run(without).state_dict().items())
 
     config = settings(broken, tmp_path / "cut", cache)
-    with monkeypatch.context() as patch:  # the machine goes away after the first epoch
-        patch.setattr("vit2dpe.training.engine.Trainer._update", stopping_at(4))
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    # The machine goes away in the second epoch.
+    with after_updates({5: interrupt}), pytest.raises(KeyboardInterrupt):
+        train(config)
     train(replace(config, resume=True))
     assert all(torch.equal(value, state[name]) for name, value in load_run(tmp_path / "cut").state_dict().items())
     (broken / "train/b/3.png").write_bytes((broken / "train/b/2.png").read_bytes())  # repaired: other data
@@ -220,17 +220,8 @@ def test_a_training_says_it_and_resumes_to_the_same_bits(broken, clean, tmp_path
         train(replace(config, resume=True))
 
 
-def stopping_at(step):
-    from vit2dpe.training.engine import Trainer
-
-    update = Trainer._update
-
-    def until(self, epoch, at):
-        if self.state.step == step:
-            raise KeyboardInterrupt
-        update(self, epoch, at)
-
-    return until
+def interrupt(trainer):
+    raise KeyboardInterrupt
 
 
 def test_evaluation_counts_and_lists_them(broken, tmp_path, capsys):

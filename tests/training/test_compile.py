@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.training.test_resume import OPTIM, RUN, SPEC, Killed, same, task
+from tests.training.interrupted import Killed, after_updates, die
+from tests.training.test_resume import OPTIM, RUN, SPEC, same, task
 from vit2dpe import load_run
 from vit2dpe.data.datasets import load_images
 from vit2dpe.models.spec import ModelSpec
@@ -45,19 +46,8 @@ def test_compiled_training_is_training(backend, tmp_path, monkeypatch):
     assert numbers(whole) == pytest.approx(numbers(eager), abs=1e-5)
     assert load_run(tmp_path / "whole").about["state"]["step"] == 8, "names in the checkpoint are the model's own"
 
-    tell = Trainer._report
-
-    def dies(self, epoch):
-        tell(self, epoch)
-        if self.state.step == 2:
-            self.save()
-        if self.state.step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", dies)
-        with pytest.raises(Killed):
-            run(tmp_path / "cut")
+    with after_updates({2: Trainer.save, 3: die}), pytest.raises(Killed):
+        run(tmp_path / "cut")
     run(tmp_path / "cut", resume=True)
     same(tmp_path / "whole", tmp_path / "cut")
     assert numbers(read_table(tmp_path / "cut/metrics.csv")) == numbers(whole)

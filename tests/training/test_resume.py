@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers import seal
+from tests.training.interrupted import Killed, after_updates, die
 from vit2dpe import ViT, load_run
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.errors import CheckpointError
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.seeding import derive_seed, generator
-from vit2dpe.training.checkpoint import _check, read_meta, read_tensors
+from vit2dpe.training.checkpoint import read_meta, read_tensors
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.log import read_table
 from vit2dpe.training.optimizer import load_optimizer, make_optimizer, optimizer_state
@@ -74,26 +76,11 @@ def whole(data, tmp_path_factory):
     return folder
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 4, 6, 11])
-def test_a_saved_step_goes_on_to_the_same_bits(data, whole, tmp_path, monkeypatch, at):
+def test_a_saved_step_goes_on_to_the_same_bits(data, whole, tmp_path, at):
     """Saved after update `at` (in an epoch, at its end), killed one update later."""
-    real = Trainer._report
-
-    def spy(self, epoch):
-        real(self, epoch)
-        if self.state.step == at:
-            self.save()
-        if self.state.step == at + 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", spy)
-        with pytest.raises(Killed):
-            fit(build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC)
+    with after_updates({at: Trainer.save, at + 1: die}), pytest.raises(Killed):
+        fit(build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC)
     torch.manual_seed(99)
     fit(SPEC.build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC, resume=True)
     same(whole, tmp_path)
@@ -118,7 +105,7 @@ def test_a_state_without_the_processors_clock_is_taken_up(data, tmp_path):
     fit(build(), task(data), replace(OPTIM, epochs=2), RUN, folder=tmp_path, spec=SPEC)
     meta = read_meta(tmp_path / "last")
     del meta["state"]["cpu_seconds"]
-    (tmp_path / "last/model.json").write_text(json.dumps(meta | {"check": _check(meta)}))
+    (tmp_path / "last/model.json").write_text(json.dumps(seal(meta)))
     rows = fit(build(), task(data), OPTIM, RUN, folder=tmp_path, spec=SPEC, resume=True)
     assert len(rows) == 3
     assert rows[2]["cpu_seconds"] > 0

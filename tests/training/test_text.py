@@ -15,7 +15,7 @@ from vit2dpe.data.tokenizers import Bytes, Characters, Subwords, from_json, make
 from vit2dpe.errors import CheckpointError
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.training.distributed import World
-from vit2dpe.training.tasks.language import LanguageTask, evaluate_text, hide, token_loss, windows
+from vit2dpe.training.tasks.language import LanguageTask, evaluate_text, mask_tokens, token_loss, windows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 20 + "Ein Käfer übt Größe.\n" * 10
@@ -150,7 +150,7 @@ def test_masking_is_berts():
     tokens = torch.randint(5, 100, (200, 500))
     tokens[:, ::10] = 2
     draws = torch.rand(200, 500, 2)
-    seen, labels = hide(tokens, 3, draws, torch.full_like(tokens, 4), special=(2,))
+    seen, labels = mask_tokens(tokens, 3, draws, torch.full_like(tokens, 4), special=(2,))
     chosen = labels != IGNORE
     assert torch.equal(labels[chosen], tokens[chosen])
     assert not chosen[:, ::10].any()

@@ -1,8 +1,10 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import yaml
 
 from tests.helpers import read_csv
 from vit2dpe import PositionEncoding, Positions, ViT, load_run
-from vit2dpe.cli.commands import COMMANDS, _named, main
+from vit2dpe.cli.commands import COMMANDS, main
 from vit2dpe.cli.options import options_of, settings
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
@@ -19,6 +21,7 @@ from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
 from vit2dpe.training.objectives.images import check, model_spec, train
+from vit2dpe.training.run_folder import run_folder
 from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vit2dpe.training.tasks.classification import ImageTask
 
@@ -82,8 +85,7 @@ def test_resuming_the_finished_run_says_what_changed(finished, capsys):
 def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match="--resume"):
         train(at(MICRO, finished))
-    (tmp_path / "lock").write_text("1 elsewhere")
-    with pytest.raises(ConfigError, match="in use by process 1 elsewhere"):
+    with run_folder(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "):
         train(at(MICRO, tmp_path))
 
 
@@ -191,7 +193,7 @@ def test_help_tells_what_settings_mean(capsys):
 
 @pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.config])
 def test_every_setting_has_a_help(command):
-    options = options_of(_named(COMMANDS[command].config)())
+    options = options_of(resolve_name(f"vit2dpe.{COMMANDS[command].config}")())
     assert [option.name for option in options if not option.help] == []
 
 

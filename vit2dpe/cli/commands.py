@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .. import __version__
+from ..errors import ConfigError, TrainingError, unknown
 from .options import settings
 
 
 class Command(NamedTuple):
-    """A word of the command line: what it is for, and the function and the dataclass of settings behind it.
+    """A command: its summary, and the function and the dataclass of settings behind it.
 
     Both are named "module:name" within the package, so that nothing is imported before the command is known. The
     function is called as `run(config, command="what was typed")`. `parallel`: several processes of torchrun share its
@@ -83,7 +85,7 @@ def usage(of: str = "") -> str:
     lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
     return (
         f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
-        "`vit2dpe <command> --help` tells the options of a command."
+        "`vit2dpe <command> --help` lists the options of a command."
     )
 
 
@@ -93,59 +95,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     One line says why; VIT2DPE_DEBUG=1 shows where.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
+    family = bool(args) and any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
+    name, rest = " ".join(args[: 1 + family]), args[1 + family :]
+    if not args or args[0] in ("-h", "--help") or (family and args[1:2] in ([], ["-h"], ["--help"])):
+        print(usage(f"{args[0]} " if family else ""))
         return 0
-    if args[0] == "--version":
-        from .. import __version__
-
+    if name == "--version":
         print(f"vit2dpe {__version__}")
         return 0
-    family = any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
-    if family and args[1:2] in ([], ["-h"], ["--help"]):
-        print(usage(f"{args[0]} "))
-        return 0
     try:
-        words = 2 if family else 1
-        name, args = " ".join(args[:words]), args[words:]
         if name not in COMMANDS:
-            from ..errors import unknown
-
             raise unknown("command", name, COMMANDS)
-        command = COMMANDS[name]
-        if not command.parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from ..errors import ConfigError
-
-            raise ConfigError(
-                f"vit2dpe {name} is one process, torchrun started {os.environ['WORLD_SIZE']}: leave it out"
-            )
-        config = settings(name, _named(command.config), args)  # --help leaves here, before anything heavy is imported
-        _named(command.run)(config, command=shlex.join(["vit2dpe", *name.split(), *args]))
+        command, processes = COMMANDS[name], int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 and not command.parallel:
+            raise ConfigError(f"vit2dpe {name} is one process, torchrun started {processes}: leave it out")
+        config = settings(name, _named(command.config), rest)  # --help leaves here, before anything heavy is imported
+        _named(command.run)(config, command=shlex.join(["vit2dpe", *args]))
         return 0
-    except ValueError as error:  # ConfigError, DataError, CheckpointError: the user's to mend
-        if os.environ.get("VIT2DPE_DEBUG"):
-            raise
-        _complain(error)
-        return 2
-    except (RuntimeError, OSError) as error:  # TrainingError, a full disk, a lost process
-        if os.environ.get("VIT2DPE_DEBUG") or not _expected(error):
-            raise
-        _complain(error)
-        return 1
     except KeyboardInterrupt:
         print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
         return 130
-
-
-def _complain(error: BaseException) -> None:
-    line = " ".join(str(error).split())
-    print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-
-
-def _expected(error: BaseException) -> bool:
-    from ..errors import TrainingError
-
-    return isinstance(error, TrainingError | OSError)
+    except (ValueError, TrainingError, OSError) as error:  # a ValueError is the user's to mend
+        if os.environ.get("VIT2DPE_DEBUG"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def _named(place: str) -> Any:

@@ -135,14 +135,14 @@ class MAE(MaskedModel):
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
         """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
         prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
-        x = self.decoder_embed(latent).to(self.mask_token.dtype)
-        tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)
+        x = self.decoder_embed(latent).to(self.mask_token.dtype)  # (B, P + K, D)
+        tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)  # (B, N, D)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
         x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
         for block in self.decoder_blocks:
             x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
-        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
+        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))  # (B, P + N, p q C)
         return pixels[:, prefix:]
 
     def target(self, images: Tensor) -> Tensor:

@@ -191,9 +191,9 @@ class ViT(TimmViT):
 
         `token_filter` is applied to patches and their places first (masked pretraining), instead of `patch_drop`.
         """
-        x, at = self.patch_embed(images)
+        x, at = self.patch_embed(images)  # (B, N, D)
         x, at = (token_filter or self.patch_drop)(x, at)
-        x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)
+        x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(x)), signal, at
 

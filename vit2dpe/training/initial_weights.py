@@ -15,6 +15,8 @@ from ..errors import CheckpointError, ConfigError, unknown
 from ..positions import Positions
 from .checkpoint import check_finite, read_meta, read_tensors
 
+Move = Callable[[Positions], Positions]
+Perturb = Callable[[Positions], Move | None]  # draws a move for one forward pass
 INITS = ("default", "xavier", "trunc_normal", "gpt2")
 
 
@@ -120,10 +122,14 @@ def jitter_positions(model: nn.Module, amount: float) -> None:
         part.perturb = _compose(Jitter(part, amount).perturb, part.perturb)  # type: ignore[method-assign, assignment]
 
 
-def _compose(first: Callable[[Positions], Any], second: Callable[[Positions], Any]) -> Callable[[Positions], Any]:
-    def perturb(at: Positions) -> Callable[[Positions], Positions]:
+def _compose(first: Perturb, second: Perturb) -> Perturb:
+    """The moves of `first`, then those of `second`; either may be None."""
+
+    def perturb(at: Positions) -> Move | None:
         move, more = first(at), second(at)
-        return move if more is None else lambda where: more(move(where))
+        if move is None or more is None:
+            return move or more
+        return lambda where: more(move(where))
 
     return perturb
 

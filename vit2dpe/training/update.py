@@ -52,7 +52,7 @@ class Updater(Generic[B]):
         self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
             self.ema.module = parallelize(self.ema.module, "fsdp", world)
-        self.forward: Any = torch.compile(self.net) if run.compile else self.net
+        self.forward: Any = torch.compile(self.net) if run.compile else self.net  # torch types a module as a function
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)

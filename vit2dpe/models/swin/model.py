@@ -168,7 +168,7 @@ class Swin(TimmSwin):
 
     def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
         """(B, C, height, width) -> (B, H, W, D), token terms of the encoding added, after `token_filter`."""
-        x, at = self.patch_embed(images)
+        x, at = self.patch_embed(images)  # (B, N, D)
         x, at = (x, at) if token_filter is None else token_filter(x, at)
         return to_grid(add_token(x, self.position(at)), at)
 
@@ -177,7 +177,7 @@ class Swin(TimmSwin):
         x = self.embed(images, token_filter)
         cache: WindowPositions = {}
         for stage in self.layers:
-            x = stage(x, cache)
+            x = stage(x, cache)  # (B, H, W, D), halved and widened by each stage but the first
         out: Tensor = self.norm(x)
         return out
 

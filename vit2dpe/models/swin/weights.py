@@ -126,7 +126,7 @@ def _from_torchvision(state: State) -> State:
 
 def _into_encodings(module: TimmSwin, state: State) -> State:
     """Tables and networks of `attn` go to the encoding in it that has such; a flat table gets its window."""
-    moved: State = {}
+    encodings, moved = named_encodings(module), State()
     for name, value in state.items():
         foreign = re.match(rf"(.*\.attn)\.({TABLE}|{NETWORK}.*)$", name)
         if foreign is None:
@@ -135,7 +135,7 @@ def _into_encodings(module: TimmSwin, state: State) -> State:
         kind = RelativeBias if foreign[2] == TABLE else LogCPB
         owners = [
             (owner, encoding)
-            for owner, encoding in named_encodings(module).items()
+            for owner, encoding in encodings.items()
             if f"{owner}.".startswith(f"{foreign[1]}.position.") and isinstance(encoding, kind)
         ]
         if len(owners) != 1:

@@ -197,7 +197,7 @@ class TextModel(nn.Module):
             None if segments is None else masks.same(segments, segments),
         )
         read = None if memory is None else self._read(memory, at)
-        x = self._embed(tokens, types)
+        x = self._embed(tokens, types)  # (B, N, D)
         x, signal = block_inputs(x, signal_of(self.position, at, keys))  # geometry becomes tensors, once
         x = self.embed_drop(self.embed_norm(x))
         for i, block in enumerate(self.blocks):
