@@ -295,7 +295,7 @@ def test_timm_knows_our_names_whichever_is_imported_first(order):
 
 
 def changing(source):
-    """Lines of module-level variables that may change after import: `global`, and lists, dicts and sets that are written.
+    """Lines that change module-level variables after import: `global`, and writes to lists, dicts and sets.
 
     A dict, list or set at the top of a module counts if a function of the module writes into it.
     """
@@ -316,9 +316,14 @@ def changing(source):
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
             if isinstance(node.value, ast.Name) and node.value.id in mutable:
                 yield node.lineno
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
-            if isinstance(node.func.value, ast.Name) and node.func.value.id in mutable:
-                yield node.lineno
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in WRITERS
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id in mutable
+        ):
+            yield node.lineno
 
 
 CONTAINERS = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "WeakKeyDictionary", "WeakSet"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -110,3 +111,19 @@ class TestCache:
         monkeypatch.delenv("VIT2DPE_CACHE")
         monkeypatch.setenv("HOME", str(tmp_path))
         assert images.cache_dir() == tmp_path / ".cache/vit2dpe"
+
+
+def test_a_full_disk_keeps_nothing_and_stops_nothing(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "train/cat/1.png").write_bytes(b"")
+    names = [f"train/cat/{index}.png" for index in range(3)]
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert list(images.find_unreadable(root, names)) == [1]
+    assert not any(path.is_file() for path in cache.rglob("*"))
+    monkeypatch.setattr(os, "fsync", real)
+    assert list(images.find_unreadable(root, names)) == list(images.find_unreadable(root, names)) == [1]
+    assert len(list(cache.iterdir())) == 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -28,6 +29,14 @@ from .text_settings import TextTrainConfig
 Trainable = TrainConfig | PretrainConfig | TextTrainConfig
 
 
+class Where(TypedDict):
+    """Seed of a task, where its batches go, and its process among others."""
+
+    seed: int
+    device: torch.device
+    world: World
+
+
 @dataclass(frozen=True)
 class TrainSession:
     """A running training command.
@@ -45,6 +54,11 @@ class TrainSession:
     device: torch.device
     world: World
     folder: Path
+
+    @property
+    def where(self) -> Where:
+        """Arguments of every task."""
+        return Where(seed=self.config.run.seed, device=self.device, world=self.world)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""

@@ -20,33 +20,28 @@ from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
 from ...spec import Plain, Size
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, batch_indices, count_steps, describe_data
+from ..task import Batch, batch_indices, count_steps, describe_data
+from .items import SeededTask
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
 
 
 @dataclass
-class ImageTask(Task[Batch]):
+class ImageTask(SeededTask):
     """Classification of images.
 
     Args:
         data: images at their native size.
         train_size: (H, W) of training images.
         batch_size: images of a step, over all ranks; the last step of an epoch has the rest.
-        seed: of order and augmentation.
-        device: where batches go.
         augment: what happens to training images.
-        world: this process among how many.
         workers: processes that decode images which are not in memory (`data.loader`).
     """
 
     data: Images
     train_size: Size
     batch_size: int
-    seed: int = 0
-    device: torch.device | str = "cpu"
     augment: AugmentConfig = PLAIN
-    world: World = ALONE
     workers: int | None = None
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)

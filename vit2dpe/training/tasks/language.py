@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +16,38 @@ from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, describe_data
+from ..task import Batch, describe_data, to_device
+from .items import SeededTask
 
 
 @dataclass
-class LanguageTask(Task[Batch]):
-    """Language modelling on one long text: random sequences for training, all of the validation text to measure.
+class TextTask(SeededTask):
+    """A task on one long text: random sequences for training, all of the validation text to measure.
 
     Args:
         data: token ids.
-        context: N.
+        context: N, tokens of a sequence.
         batch_size: sequences of a step, over all ranks.
         steps_per_epoch: updates between two evaluations.
-        mask: id of the token that hides others: the objective is then to say which stood there; None: the next token.
-        seed, device, world: as in `ImageTask`.
     """
 
     data: TextData
     context: int
     batch_size: int
     steps_per_epoch: int
-    mask: int | None = None
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     best: tuple[str, str] | None = ("val_loss", "min")
     unit: str = "tokens"
+
+
+@dataclass
+class LanguageTask(TextTask):
+    """Language modelling.
+
+    Args:
+        mask: id of the mask token, for BERT's objective: predict the masked tokens; None: predict the next token.
+    """
+
+    mask: int | None = field(default=None, kw_only=True)
 
     def batch(self, epoch: int, step: int) -> Batch:
         text, length = self.data.train, self.context + (self.mask is None)
@@ -50,14 +56,12 @@ class LanguageTask(Task[Batch]):
         part = self.world.share(self.batch_size)
         tokens = text[start[part, None] + torch.arange(length)]
         if self.mask is None:
-            found = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:])
+            tokens, labels = tokens[:, :-1], tokens[:, 1:]
         else:
             hidden = torch.rand(self.batch_size, length, 2, generator=draws)[part]
             other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[part]
-            found = dict(zip(("tokens", "labels"), mask_tokens(tokens, self.mask, hidden, other), strict=True))
-        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()} | {
-            "index": start[part]
-        }
+            tokens, labels = mask_tokens(tokens, self.mask, hidden, other)
+        return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[part]}
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORE).sum())

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
-from ..distributed import ALONE, World
-from ..task import Batch, Task
+from ..task import Batch
+from .items import SeededTask
 from .language import token_loss
 
 SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +31,7 @@ SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class SequenceTask(Task[Batch]):
+class SequenceTask(SeededTask):
     """Batches of random numbers below `symbols` and their answers.
 
     Args:
@@ -40,7 +40,6 @@ class SequenceTask(Task[Batch]):
         batch_size: sequences of a step, over all ranks.
         steps_per_epoch: updates between two evaluations.
         symbols: how many kinds of numbers.
-        seed, device, world: as in `ImageTask`.
     """
 
     name: str
@@ -48,9 +47,6 @@ class SequenceTask(Task[Batch]):
     batch_size: int
     steps_per_epoch: int
     symbols: int = 10
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     best: tuple[str, str] | None = ("val_exact", "max")
     unit: str = "sequences"
 

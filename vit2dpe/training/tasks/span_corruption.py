@@ -15,17 +15,16 @@ Legend: B texts, n tokens of one, V vocabulary with sentinels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ...data.text import TextData
 from ...errors import ConfigError
 from ...seeding import generator
 from ...spec import Plain
-from ..distributed import ALONE, World
 from ..task import Batch, describe_data, to_device
+from .language import TextTask
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -98,28 +97,14 @@ def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tenso
 
 
 @dataclass
-class SpanTask(DecodingTask):
-    """Span corruption on one long text: random sequences for training, the validation text with spans that stay.
+class SpanTask(DecodingTask, TextTask):
+    """Span corruption; the spans of the validation text are the same at every evaluation.
 
     Args:
-        data: token ids.
-        collate: how they are corrupted.
-        context: n.
-        batch_size: sequences of a step, over all ranks.
-        steps_per_epoch: updates between two evaluations.
-        seed, device, world: as in `ImageTask`.
+        collate: how texts are corrupted.
     """
 
-    data: TextData
-    collate: SpanCorruption
-    context: int
-    batch_size: int
-    steps_per_epoch: int
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
-    best: tuple[str, str] | None = ("val_loss", "min")
-    unit: str = "tokens"
+    collate: SpanCorruption = field(kw_only=True)
 
     def batch(self, epoch: int, step: int) -> Batch:
         text, draws = self.data.train, generator(self.seed, epoch, step, "spans")
