@@ -46,7 +46,7 @@ def imported(source, package, modules=MODULES):
     """The modules of vit2dpe that a file of this dotted package names, and the lines.
 
     At any depth of its code: in functions, under TYPE_CHECKING, and in strings "module:name" and "vit2dpe.module".
-    Importing a name of the top is importing the module it comes from.
+    Importing a name of the top is importing the module it comes from, and a part of a package the package too.
     """
     for node in ast.walk(ast.parse(source)):
         names = []
@@ -56,6 +56,9 @@ def imported(source, package, modules=MODULES):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
+            names += (
+                [base] if base in modules and base != "vit2dpe" else []
+            )  # a package runs when a part is taken of it
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(r"[a-z_]\w*(\.\w+)*:\w+", node.value):
                 names = ["vit2dpe." + node.value.partition(":")[0]]
@@ -117,9 +120,10 @@ def circles(graph):
         ("from .signal import Signal", "vit2dpe", {"signal"}),
         ("from ..positions import Positions", "vit2dpe.encodings", {"positions"}),
         ("from .base import Sum", "vit2dpe.encodings", {"encodings.base"}),
+        ("from . import base", "vit2dpe.encodings", {"encodings", "encodings.base"}),
         ("from .. import attention, attend", "vit2dpe.encodings", {"attention"}),
         ("def f():\n    import vit2dpe.models.vit", "vit2dpe", {"models.vit"}),
-        ("if TYPE_CHECKING:\n    from ..models import vit", "vit2dpe.data", {"models.vit"}),
+        ("if TYPE_CHECKING:\n    from ..models import vit", "vit2dpe.data", {"models", "models.vit"}),
         ("from vit2dpe import load_run, ViT", "vit2dpe", {"training.checkpoint", "models"}),
         ("KINDS = {'ViT': 'models.vit:ViT'}", "vit2dpe.data", {"models.vit"}),
         ("import_module('vit2dpe.models.vit')", "vit2dpe.data", {"models.vit"}),
@@ -295,10 +299,7 @@ def test_timm_knows_our_names_whichever_is_imported_first(order):
 
 
 def changing(source):
-    """Lines that change module-level variables after import: `global`, and writes to lists, dicts and sets.
-
-    A dict, list or set at the top of a module counts if a function of the module writes into it.
-    """
+    """Lines that change a module-level object after import: `global`, and writes into its lists, dicts and sets."""
     tree = ast.parse(source)
     mutable = set()
     for node in tree.body:
@@ -313,16 +314,13 @@ def changing(source):
     for node in inside:
         if isinstance(node, ast.Global):
             yield node.lineno
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            if isinstance(node.value, ast.Name) and node.value.id in mutable:
-                yield node.lineno
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in WRITERS
-            and isinstance(node.func.value, ast.Name)
-            and node.func.value.id in mutable
-        ):
+            continue
+        owner = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            owner = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
+            owner = node.func.value
+        if isinstance(owner, ast.Name) and owner.id in mutable:
             yield node.lineno
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.data.pictures import pixels, refused, save
 from vit2dpe.data.datasets import load_images
-from vit2dpe.data.image_cache import decode
+from vit2dpe.data.decode import decode
 from vit2dpe.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vit2dpe.data.datasets import load_images
-from vit2dpe.data.image_cache import decode
+from vit2dpe.data.decode import decode
 from vit2dpe.errors import DataError
 
 fault = pytest.mark.fault

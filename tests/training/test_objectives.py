@@ -94,8 +94,8 @@ def test_a_model_learns_to_fill_spans(text, tmp_path, capsys):
     assert model.about["final"]["val_loss"] < 3.0  # ln 16 symbols is 2.8, and sentinels come in order
     data = load_text(TextDataConfig(path=str(text), context=24))
     collate = SpanCorruption(size + 102, stop=size, start=size + 1)
-    task = SpanTask(data, collate, 24, 6, 3)
-    parts = [SpanTask(data, collate, 24, 6, 3, world=World(rank, 2)).batch(1, 2) for rank in (0, 1)]
+    task = SpanTask(data, 24, 6, 3, collate=collate)
+    parts = [SpanTask(data, 24, 6, 3, collate=collate, world=World(rank, 2)).batch(1, 2) for rank in (0, 1)]
     whole = task.batch(1, 2)
     rows = [row[row >= 0].tolist() for part in parts for row in part["labels"]]
     assert rows == [row[row >= 0].tolist() for row in whole["labels"]]

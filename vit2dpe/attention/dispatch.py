@@ -20,7 +20,7 @@ from ..signal import Bias, Dense, Table
 from .kernels import Selection, table
 
 
-def bias(
+def select_bias(
     q: Tensor,
     k: Tensor,
     terms: Sequence[Bias],
@@ -60,7 +60,7 @@ def trains(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Selection:
+def select_kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Selection:
     """Which implementation of the fused attention torch takes: the first of its order that runs with these tensors."""
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
     for backend in order:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..signal import Bias, Dense, LowRank, Rotation, Signal, Table
-from . import dispatch
+from .dispatch import allowed_kernels, select_bias, trains
 from .kernels import Selection, rotary, table
 
 
@@ -153,7 +153,7 @@ def attend(
             q, k, v = _append_channels(q, k, v, products, factor, temperature)
             terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
         traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
-        selection = dispatch.bias(q, k, terms, mask, dropout, traced, appended, why_plain(q))
+        selection = select_bias(q, k, terms, mask, dropout, traced, appended, why_plain(q))
         if observer is not None:
             observer.selected("bias", selection)
         if selection.path in table.PATHS and isinstance(term := terms[0], Table):
@@ -163,7 +163,7 @@ def attend(
     added = _merge(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
     if observer is not None:
         observer.fused(q, k, v, added, dropout, factor)
-    with nullcontext() if added is None else dispatch.allowed_kernels(added, q, k, v):
+    with nullcontext() if added is None else allowed_kernels(added, q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
     out = out if out.shape[-1] == width else out[..., :width]  # (B, H, Nq, Dv)
     return out if alive is None else out.masked_fill(~alive, 0.0)
@@ -225,7 +225,7 @@ def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
     terms: list[Bias] = []
     for term in signal.bias:
         if isinstance(term, Table):
-            path, why = table.select(term, x, dispatch.trains(term.table, x), why_plain(x))
+            path, why = table.select(term, x, trains(term.table, x), why_plain(x))
             terms.append(Dense(term.dense(), f"{why}; looked up once for all blocks") if path == "matrix" else term)
         else:
             terms.append(term)

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..signal import Signal
-from . import dispatch
+from .dispatch import select_kernel
 from .functional import OBSERVER, rotate_qk
 from .kernels import Selection
 
@@ -263,7 +263,7 @@ class _SelectionReport(Report):
     def fused(
         self, name: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float
     ) -> None:
-        self.selections.setdefault("kernel", dispatch.kernel(q, k, v, added, dropout, scale))
+        self.selections.setdefault("kernel", select_kernel(q, k, v, added, dropout, scale))
 
     def left(self, name: str) -> None:
         none = {what: Selection("none", f"no {what} is asked for") for what in ("rotation", "bias")}

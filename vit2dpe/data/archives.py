@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import cache_dir
 from ..spec import Size
-from .image_cache import SUFFIXES, as_rgb
+from .decode import as_rgb
+from .image_cache import SUFFIXES
 
 SPLITS = ("train", "val", "test")
 ENDINGS = (".tar", ".tar.gz", ".tgz")

@@ -123,12 +123,8 @@ def resized_crop(
     else:
         columns = along[1].expand(b, -1)
     y, x = 2 * (top + along[0] * height) / h - 1, 2 * (left + columns * width) / w - 1  # (B, H'), (B, W')
-    grid = torch.stack(
-        [x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1
-    )  # (B, H', W', 2), x before y
-    out = F.grid_sample(
-        images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )  # (B, C, H', W')
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (B, H', W', 2), x before y
+    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -142,7 +138,7 @@ def erase(images: Tensor, probability: float, generator: torch.Generator, *, sha
     total, samples = share or Share(b)
     box, fits = draw_boxes(total, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     chosen = fits & (torch.rand(total, generator=generator) < probability)
-    inside = _inside(Boxes(*(side[samples] for side in box)), (h, w)) & chosen[samples, None, None]
+    inside = _inside(Boxes(*(side[samples] for side in box)), (h, w)) & chosen[samples, None, None]  # (B, H, W)
     return images.masked_fill(inside[:, None].to(images.device), 0)
 
 
@@ -176,19 +172,19 @@ def mix(
     cut = draws.random(total) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
     weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, total), draws.beta(mixup or 1, mixup or 1, total))
     centre = draws.random((2, total))
-    keep, cut_, at = (
+    keep, cut_, at = (  # (B,), (B,), (2, B)
         torch.from_numpy(np.ascontiguousarray(v[..., samples])).to(images.device) for v in (weight, cut, centre)
     )
     half_h, half_w = h * (1 - keep).sqrt() / 2, w * (1 - keep).sqrt() / 2
     top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()
     bottom, right = (at[0] * h + half_h).clamp(max=h).floor(), (at[1] * w + half_w).clamp(max=w).floor()
-    inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]
+    inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]  # (B, H, W)
     # The box is clipped at the edges: labels are weighted by the area that is left.
     keep = torch.where(cut_, 1 - inside.flatten(1).double().mean(1), keep).float()
     partner = images.flip(0)
     blended = torch.lerp(partner, images, torch.where(cut_, 1.0, keep).to(images.dtype)[:, None, None, None])
     images = torch.where(inside[:, None], partner, blended)
-    target = F.one_hot(labels, classes).float()
+    target = F.one_hot(labels, classes).float()  # (B, classes)
     return images, torch.lerp(target.flip(0), target, keep[:, None])
 
 

@@ -30,21 +30,17 @@ def list_folders(root: Path, *, alone: bool = False) -> tuple[Listing, Listing, 
     splits = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     if "train" not in splits:
         raise DataError(f"there is no folder {root / 'train'}; {LAYOUT}")
-    if len(splits) == 1:
-        if alone:
-            notes: list[str] = []
-            return _two_or_more(root, _by_class(root, "train", notes)), {}, notes
+    if len(splits) == 1 and not alone:
         raise DataError(
             f"{root} has neither val nor test: nothing to measure on; --data.val_fraction 0.1 holds out a tenth of "
             f"train, or move some images of every class out of it; {LAYOUT}"
         )
-    held_out = splits[1]
-    notes = []
-    if len(splits) == 3:
-        notes.append(f"{root} has both val and test: val is used")
+    notes = [f"{root} has both val and test: val is used"] if len(splits) == 3 else []
     train = _by_class(root, "train", notes)
-    test = _by_annotation(root, held_out, notes) if _annotated(root / held_out) else _by_class(root, held_out, notes)
-    _match(root, train, held_out, test)
+    if len(splits) == 1:
+        return _two_or_more(root, train), {}, notes
+    test = _list_split(root, splits[1], notes)
+    _match(root, train, splits[1], test)
     return train, test, notes
 
 
@@ -58,13 +54,13 @@ def list_held_out(root: Path) -> tuple[Path, Listing, list[str]]:
         raise DataError(f"there is no folder {root}; expected class folders, <folder>/<class>/<image>")
     held_out = next((root / split for split in ("val", "test") if (root / split).is_dir()), root).resolve()
     notes: list[str] = []
-    read = _by_annotation if _annotated(held_out) else _by_class
-    return held_out.parent, dict(sorted(read(held_out.parent, held_out.name, notes).items())), notes
+    return held_out.parent, dict(sorted(_list_split(held_out.parent, held_out.name, notes).items())), notes
 
 
-def _annotated(split: Path) -> bool:
-    """Whether a split has Tiny-ImageNet's layout."""
-    return (split / ANNOTATIONS).is_file() and (split / "images").is_dir()
+def _list_split(root: Path, split: str, notes: list[str]) -> Listing:
+    """The images of each class, in class folders or in Tiny-ImageNet's layout."""
+    annotated = (root / split / ANNOTATIONS).is_file() and (root / split / "images").is_dir()
+    return (_by_annotation if annotated else _by_class)(root, split, notes)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, TrainingError
 from ..files import cache_dir, write_atomically
 from ..spec import Size
-from .decode import DECODER, Unreadable, as_rgb, decode
+from .decode import DECODER, Unreadable, decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 Reasons = dict[int, str]  # why a file is unreadable, by its index
@@ -238,12 +238,9 @@ def _check(images: Tensor, counts: str) -> str:
 
 
 def _noted(decoded: Decoded, *notes: str) -> tuple[Tensor, list[str], Reasons]:
-    said = [f"{kind}: {count}" for kind, count in decoded.counts.items()]
-    return decoded.images, [*said, *notes], decoded.unreadable
+    """The return value of `load_files`."""
+    return decoded.images, [*(f"{kind}: {n}" for kind, n in decoded.counts.items()), *notes], decoded.unreadable
 
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
-
-
-__all__ = ["SUFFIXES", "Unreadable", "as_rgb", "cache_dir", "decode", "find_unreadable", "load_files"]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError, DataError
 from ..seeding import generator
 from ..spec import Size
-from .image_cache import decode
+from .decode import decode
 
 SAMPLE = 2048  # images that mean and deviation are estimated from, where not all are in memory
 

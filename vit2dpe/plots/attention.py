@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..attention.maps import rollout
 from ..attention.observe import attention_maps
 from ..data.datasets import normalize
-from ..data.image_cache import Unreadable, decode
+from ..data.decode import Unreadable, decode
 from ..errors import ConfigError, DataError
 from ..models import ViT
 from ..models.timm_api import PretrainedCfg, pretrained_cfg_of

@@ -22,9 +22,9 @@ from ..training.devices import pick_device
 from ..training.task import Task
 from ..training.tasks.language import LanguageTask, token_loss, windows
 from ..training.tasks.sequences import SequenceTask, answers
-from . import trials
 from .plan import Plan, Trial
 from .rows import Row
+from .trials import digest_of, policies_for
 
 STEPS = 100  # updates of an epoch
 LAST = 64  # tokens at the end of a window that are measured by themselves too
@@ -57,14 +57,14 @@ class OverLengths:
         return {}
 
     def digest(self) -> str:
-        return trials.digest_of(
+        return digest_of(
             ([length for _, length in self.plan.sizes], self.plan.config.policies, self.plan.config.temperatures)
         )
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[Row]:
         plan, train_length = self.plan, self.plan.train_size[1]
         lengths = [length for _, length in plan.sizes]
-        policies = trials.policies_for(plan, model)
+        policies = policies_for(plan, model)
         if max(lengths) <= train_length:
             policies = policies_of(model)[:1]  # up to the training length a policy changes nothing
         for policy in policies:

@@ -17,9 +17,9 @@ from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
-from . import trials
 from .plan import Plan, Trial
 from .rows import Row
+from .trials import build, digest_of, policies_for, train
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class OverSizes:
     def digest(self) -> str:
         plan, config = self.plan, self.plan.config
         measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
-        return trials.digest_of((*measured, config.finetune) if config.finetune else measured)
+        return digest_of((*measured, config.finetune) if config.finetune else measured)
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
         plan = self.plan
-        rows = self._sweep(model, trial, plan.sizes, trials.policies_for(plan, model))
+        rows = self._sweep(model, trial, plan.sizes, policies_for(plan, model))
         if plan.config.finetune:
             for size in plan.sizes:
                 rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
@@ -104,10 +104,10 @@ class OverSizes:
         """
         config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
         at_size = OverSizes(replace(self.plan, config=config, train_size=size), self.data)
-        model = trials.build(at_size.model_spec(trial), trial.seed)
+        model = build(at_size.model_spec(trial), trial.seed)
         load_weights(model, trained)
         optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
-        trials.train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
+        train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size
         return [replace(row, policy="finetuned", train_height=height, train_width=width) for row in rows]

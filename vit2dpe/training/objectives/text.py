@@ -91,15 +91,15 @@ def model_spec(config: TextTrainConfig, tokens: int, classes: int = 2, own_mask:
 
 def _language(config: TextTrainConfig, session: TrainSession) -> Prepared:
     data = load_text(config.data)
-    size, context, seed = data.tokenizer.size, config.data.context, config.run.seed
+    size, context = data.tokenizer.size, config.data.context
     steps, batch = config.steps_per_epoch, config.optim.batch_size
     task: Task
     if config.objective == "spans":
-        collate = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS)
-        task = SpanTask(data, collate, context, batch, steps, seed=seed, device=session.device, world=session.world)
+        corrupt = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS)
+        task = SpanTask(data, context, batch, steps, collate=corrupt, **session.where)
     else:
         mask = size if config.objective == "masked" else None
-        task = LanguageTask(data, context, batch, steps, mask, seed=seed, device=session.device, world=session.world)
+        task = LanguageTask(data, context, batch, steps, mask=mask, **session.where)
     amount = f"{len(data.train):,} training and {len(data.val):,} validation tokens, {size} kinds"
     example = _excerpt(data.tokenizer, data.val)
     return _prepared(config, session, model_spec(config, size), task, data.name, data.digest, amount, example)
@@ -107,8 +107,7 @@ def _language(config: TextTrainConfig, session: TrainSession) -> Prepared:
 
 def _translation(config: TextTrainConfig, session: TrainSession) -> Prepared:
     data = load_pairs(config.data)
-    batch, seed = config.optim.batch_size, config.run.seed
-    task = TranslationTask(data, batch, config.smoothing, seed=seed, device=session.device, world=session.world)
+    task = TranslationTask(data, config.optim.batch_size, config.smoothing, **session.where)
     left = f" ({data.left_out} longer ones left out)" if data.left_out else ""
     amount = f"{len(data.train):,} training pairs{left}, {len(data.val):,} of validation, {data.tokenizer.size} tokens"
     spec, example = model_spec(config, data.tokenizer.size), data.test[0][0]
@@ -118,8 +117,7 @@ def _translation(config: TextTrainConfig, session: TrainSession) -> Prepared:
 def _classes(config: TextTrainConfig, session: TrainSession) -> Prepared:
     known, size = tokenizer_of_run(config.init)
     data = load_lines(config.data, known)
-    batch, seed = config.optim.batch_size, config.run.seed
-    task = LineTask(data, batch, config.smoothing, seed=seed, device=session.device, world=session.world)
+    task = LineTask(data, config.optim.batch_size, config.smoothing, **session.where)
     amount = f"{len(data.train):,} training and {len(data.val):,} validation lines, {len(data.classes)} classes"
     own_mask = known is None or size > data.tokenizer.size
     spec, example = model_spec(config, data.tokenizer.size, len(data.classes), own_mask), data.val[0][0]
@@ -152,7 +150,7 @@ def _prepared(
 
 
 def _excerpt(tokenizer: Tokenizer, tokens: Tensor) -> str:
-    """The start of the longest of some lines: a text that this tokenizer knows."""
+    """The start of the longest of some lines: a text whose characters the tokenizer has."""
     return max(tokenizer.decode(tokens[:80].tolist()).split("\n"), key=len)[:24]
 
 

@@ -1,10 +1,10 @@
-"""What tasks over lists of items share: each item once an epoch."""
+"""What tasks share: seed, device and world; and each item once an epoch."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -29,22 +29,34 @@ class Items(Protocol[Item]):
 
 
 @dataclass
-class ItemTask(Task[Batch], Generic[Item]):
+class SeededTask(Task[Batch]):
+    """A task whose draws are keyed.
+
+    Args:
+        seed: of order, augmentation and every other draw.
+        device: where batches go.
+        world: this process among how many.
+    """
+
+    _: KW_ONLY
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+
+
+@dataclass
+class ItemTask(SeededTask, Generic[Item]):
     """Each training item once an epoch, in an order drawn anew.
 
     Args:
         data: items.
         batch_size: items of a step, over all ranks.
         smoothing: label smoothing of the training loss.
-        seed, device, world: as in `ImageTask`.
     """
 
     data: Items[Item]
     batch_size: int
     smoothing: float = 0.0
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:

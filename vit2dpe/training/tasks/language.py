@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,48 +16,52 @@ from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, Task, describe_data
+from ..task import Batch, describe_data, to_device
+from .items import SeededTask
 
 
 @dataclass
-class LanguageTask(Task[Batch]):
-    """Language modelling on one long text: random sequences for training, all of the validation text to measure.
+class TextTask(SeededTask):
+    """A task on one long text: random sequences for training, all of the validation text to measure.
 
     Args:
         data: token ids.
-        context: N.
+        context: N, tokens of a sequence.
         batch_size: sequences of a step, over all ranks.
         steps_per_epoch: updates between two evaluations.
-        mask: id of the token that hides others: the objective is then to say which stood there; None: the next token.
-        seed, device, world: as in `ImageTask`.
     """
 
     data: TextData
     context: int
     batch_size: int
     steps_per_epoch: int
-    mask: int | None = None
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     best: tuple[str, str] | None = ("val_loss", "min")
     unit: str = "tokens"
+
+
+@dataclass
+class LanguageTask(TextTask):
+    """Language modelling.
+
+    Args:
+        mask: id of the mask token, for BERT's objective: predict the masked tokens; None: predict the next token.
+    """
+
+    mask: int | None = field(default=None, kw_only=True)
 
     def batch(self, epoch: int, step: int) -> Batch:
         text, length = self.data.train, self.context + (self.mask is None)
         draws = generator(self.seed, epoch, step, "text")
         start = torch.randint(len(text) - length + 1, (self.batch_size,), generator=draws)
-        part = self.world.share(self.batch_size)
-        tokens = text[start[part, None] + torch.arange(length)]
+        share = self.world.share(self.batch_size)
+        tokens = text[start[share, None] + torch.arange(length)]
         if self.mask is None:
-            found = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:])
+            tokens, labels = tokens[:, :-1], tokens[:, 1:]
         else:
-            hidden = torch.rand(self.batch_size, length, 2, generator=draws)[part]
-            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[part]
-            found = dict(zip(("tokens", "labels"), mask_tokens(tokens, self.mask, hidden, other), strict=True))
-        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()} | {
-            "index": start[part]
-        }
+            hidden = torch.rand(self.batch_size, length, 2, generator=draws)[share]
+            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[share]
+            tokens, labels = mask_tokens(tokens, self.mask, hidden, other)
+        return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[share]}
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORE).sum())
@@ -82,7 +86,7 @@ def windows(
 ) -> Iterator[dict[str, Tensor]]:
     """All whole sequences of a text one after the other, without overlap, in batches; each token predicted once.
 
-    The last rest, shorter than a sequence, is left out. With `mask`, the same tokens are hidden at every call.
+    A remainder shorter than a sequence is left out. With `mask`, the same tokens are masked at every call.
     """
     count = (len(text) - 1) // length
     tokens, labels = text[: count * length].view(count, length), text[1 : count * length + 1].view(count, length)
@@ -91,12 +95,12 @@ def windows(
         hidden = torch.rand(count, length, 2, generator=draws)
         other = torch.randint(int(text.max()) + 1, (count, length), generator=draws)
         tokens, labels = mask_tokens(tokens, mask, hidden, other)
-    mine = world.share(count)
+    own = world.share(count)
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(count / world.size) * length / tokens_a_batch)
     for i in range(batches):
-        part = World(i, batches).share(mine.stop - mine.start)
-        cut = slice(mine.start + part.start, mine.start + part.stop)
+        share = World(i, batches).share(own.stop - own.start)
+        cut = slice(own.start + share.start, own.start + share.stop)
         yield dict(tokens=tokens[cut], labels=labels[cut])
 
 
@@ -143,12 +147,12 @@ def mask_tokens(
         special: ids that are never chosen.
 
     Returns:
-        what the model sees, and labels: the token where one was chosen, IGNORE elsewhere.
+        the masked tokens, and labels: the original token where one was chosen, IGNORE elsewhere.
     """
     chosen = draws[..., 0] < rate
     for token in special:
         chosen = chosen & (tokens != token)
     fate = draws[..., 1]
-    seen = torch.where(chosen & (fate < 0.8), mask, tokens)
-    seen = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, seen)
-    return seen, torch.where(chosen, tokens, IGNORE)
+    masked = torch.where(chosen & (fate < 0.8), mask, tokens)
+    masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, masked)
+    return masked, torch.where(chosen, tokens, IGNORE)

@@ -2,7 +2,7 @@
 
     copy       y_i = x_i             needs no positions
     reverse    y_i = x_(n-1-i)       cannot be done without them
-    sort       y = x in rising order; every place is told by counting, so what a token stands at must be known
+    sort       y = x in rising order; an output depends on its index and on all inputs
 
 The answers are read off an encoder, a class for each token. Source of the setting: UvA deep learning course, tutorial 6
 (reverse: 16 numbers below 10).
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
-from ..distributed import ALONE, World
-from ..task import Batch, Task
+from ..task import Batch
+from .items import SeededTask
 from .language import token_loss
 
 SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +31,7 @@ SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class SequenceTask(Task[Batch]):
+class SequenceTask(SeededTask):
     """Batches of random numbers below `symbols` and their answers.
 
     Args:
@@ -40,7 +40,6 @@ class SequenceTask(Task[Batch]):
         batch_size: sequences of a step, over all ranks.
         steps_per_epoch: updates between two evaluations.
         symbols: how many kinds of numbers.
-        seed, device, world: as in `ImageTask`.
     """
 
     name: str
@@ -48,9 +47,6 @@ class SequenceTask(Task[Batch]):
     batch_size: int
     steps_per_epoch: int
     symbols: int = 10
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
     best: tuple[str, str] | None = ("val_exact", "max")
     unit: str = "sequences"
 

@@ -1,4 +1,4 @@
-"""T5's span corruption, arXiv 1910.10683, section 3.1.4: spans of a text are taken out, and a `Seq2Seq` says them.
+"""T5's span corruption, arXiv 1910.10683, section 3.1.4: spans of a text are taken out, and a `Seq2Seq` predicts them.
 
     tokens   a b c d e f g h i j        spans  c d,  h
     source   a b X₀ e f g X₁ i j </s>
@@ -15,17 +15,16 @@ Legend: B texts, n tokens of one, V vocabulary with sentinels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ...data.text import TextData
 from ...errors import ConfigError
 from ...seeding import generator
 from ...spec import Plain
-from ..distributed import ALONE, World
 from ..task import Batch, describe_data, to_device
+from .language import TextTask
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -50,7 +49,7 @@ class SpanCorruption:
     mean: float = 3.0
 
     def __call__(self, texts: Sequence[Tensor], draws: torch.Generator | None = None) -> dict[str, Tensor]:
-        """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it is asked for."""
+        """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it predicts."""
         return decoding_batch(
             [self.pair(text, self.hidden(len(text), draws)) for text in texts], self.start, self.start
         )
@@ -67,7 +66,7 @@ class SpanCorruption:
         return (torch.arange(2 * spans) % 2 == 1).repeat_interleave(lengths)
 
     def pair(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Source and target of one text (n,); `hidden` (n,) says what is taken out."""
+        """Source and target of one text (n,); `hidden` (n,) marks what is taken out."""
         first = hidden & ~torch.cat([hidden.new_zeros(1), hidden[:-1]])  # where spans begin
         sentinel = self.vocab_size - first.cumsum(0)  # of the span that a hidden token is in
         source = torch.where(first, sentinel, tokens)[~hidden | first]
@@ -86,8 +85,8 @@ class SpanCorruption:
                 inside = spans.setdefault(token, [])
             else:
                 inside.append(token)
-        found = [part for token in source[:-1].tolist() for part in (spans[token] if token >= lowest else [token])]
-        return torch.tensor(found, dtype=source.dtype)
+        ids = [id_ for token in source[:-1].tolist() for id_ in (spans[token] if token >= lowest else [token])]
+        return torch.tensor(ids, dtype=source.dtype)
 
 
 def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tensor:
@@ -98,35 +97,21 @@ def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tenso
 
 
 @dataclass
-class SpanTask(DecodingTask):
-    """Span corruption on one long text: random sequences for training, the validation text with spans that stay.
+class SpanTask(DecodingTask, TextTask):
+    """Span corruption; the spans of the validation text are the same at every evaluation.
 
     Args:
-        data: token ids.
-        collate: how they are corrupted.
-        context: n.
-        batch_size: sequences of a step, over all ranks.
-        steps_per_epoch: updates between two evaluations.
-        seed, device, world: as in `ImageTask`.
+        collate: how texts are corrupted.
     """
 
-    data: TextData
-    collate: SpanCorruption
-    context: int
-    batch_size: int
-    steps_per_epoch: int
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    world: World = ALONE
-    best: tuple[str, str] | None = ("val_loss", "min")
-    unit: str = "tokens"
+    collate: SpanCorruption = field(kw_only=True)
 
     def batch(self, epoch: int, step: int) -> Batch:
         text, draws = self.data.train, generator(self.seed, epoch, step, "spans")
         start = torch.randint(len(text) - self.context + 1, (self.batch_size,), generator=draws).tolist()
         hidden = [self.collate.hidden(self.context, draws) for _ in start]
-        mine = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
-        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in mine]
+        own = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
+        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in own]
         return to_device(decoding_batch(pairs, self.collate.start, self.collate.start), self.device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
