@@ -192,7 +192,7 @@ class Settings:
 
     @classmethod
     def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
-        """Defaults that depend on what was given, both by dotted names; none, if not overridden."""
+        """Defaults that depend on the given settings, both by dotted names; by default none."""
         return {}
 
     @classmethod
@@ -207,12 +207,12 @@ S = TypeVar("S", bound=Settings)
 
 def texts_of(config: type) -> dict[str, _Text]:
     """Field -> how it is read from text and written, of the fields that can be given as text."""
-    found = {}
+    texts = {}
     for name, hint in get_type_hints(config).items():
         kinds = [kind for kind in (hint, *get_args(hint)) if kind in _TEXTS]
         if kinds:
-            found[name] = _TEXTS[kinds[0]]
-    return found
+            texts[name] = _TEXTS[kinds[0]]
+    return texts
 
 
 def plain(config: Settings) -> dict[str, Plain]:
@@ -230,13 +230,13 @@ def plain(config: Settings) -> dict[str, Plain]:
 
 def flat(config: Settings) -> dict[str, Plain]:
     """`plain` by dotted names: {"optim.lr": 0.001, ...}."""
-    found: dict[str, Plain] = {}
+    values: dict[str, Plain] = {}
     for name, value in plain(config).items():
         inner = getattr(config, name)
-        found |= (
+        values |= (
             {f"{name}.{key}": v for key, v in flat(inner).items()} if isinstance(inner, Settings) else {name: value}
         )
-    return found
+    return values
 
 
 def changed(config: S, values: Mapping[str, Plain]) -> S:

@@ -47,7 +47,9 @@ COMMANDS = {
         parallel=True,
     ),
     "text sample": Command(
-        "let a trained text model write", "training.sampling:sample", "training.text_settings:SampleConfig"
+        "sample from a trained text model, or translate",
+        "training.sampling:sample",
+        "training.text_settings:SampleConfig",
     ),
     "pretrain": Command(
         "pretrain an encoder without labels, by hiding patches (MAE, SimMIM), with any encoding",
@@ -78,9 +80,9 @@ COMMANDS = {
 }
 
 
-def usage(of: str = "") -> str:
-    """All commands, or those that begin with the word `of`."""
-    commands = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
+def usage(start: str = "") -> str:
+    """All commands, or those whose names begin with `start`."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(start)}
     width = max(map(len, commands))
     lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
     return (

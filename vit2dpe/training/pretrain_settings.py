@@ -42,9 +42,9 @@ class PretrainConfig(Settings):
         augment: random views of training images.
         optim: optimizer and schedule.
         run: where and how it runs.
-        objective: mae (the encoder sees visible patches only; a ViT) or simmim (it sees a token in place of hidden
-            ones; a ViT or a Swin).
-        mask_ratio: the part that is hidden; default 0.75 for mae, 0.6 for simmim.
+        objective: mae (the encoder gets the visible patches alone; a ViT) or simmim (it gets a mask token in place of
+            hidden ones; a ViT or a Swin).
+        mask_ratio: share of patches that is hidden; default 0.75 for mae, 0.6 for simmim.
         mask_unit: pixels, side, that simmim hides together.
         norm_pix: predict each patch normalised by its own mean and variance; of mae, and its default.
         pictures: how many test images are drawn: original, masked, reconstruction, pasted.

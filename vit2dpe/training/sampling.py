@@ -17,7 +17,7 @@ from .text_settings import SampleConfig
 
 
 def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[str]:
-    """Let the model of a run write; each text is printed behind its prompt, and returned. A translator's is the
+    """Sample from the model of a run; each text is printed behind its prompt, and returned. A translator gives the
     translation.
 
     Raises:

@@ -60,7 +60,7 @@ class TrainSession:
         """Arguments of every task."""
         return Where(seed=self.config.run.seed, device=self.device, world=self.world)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.world.first:
             print(printable(text), flush=True)
@@ -71,7 +71,7 @@ class TrainSession:
         model = spec.build()
         initialize(model)
         if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
-            self.say(f"{self.config.init}: {load_weights(model, self.config.init)}")
+            self.print(f"{self.config.init}: {load_weights(model, self.config.init)}")
         return model
 
     def record(self, data: str, digest: str, more: Mapping[str, Plain]) -> dict[str, Plain]:
@@ -102,7 +102,7 @@ class TrainSession:
         """Write `summary.md`; print the results and what to try next."""
         write_summary(self.folder, title, rows, facts, next_command)
         for line in [*results[:-1], f"{results[-1]}; summary {self.folder / 'summary.md'}", f"next     {next_command}"]:
-            self.say(line)
+            self.print(line)
 
 
 def check_run(config: Trainable) -> None:
@@ -126,7 +126,7 @@ def train_session(config: Trainable, command: str) -> Iterator[TrainSession]:
     with process_group(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
         session = TrainSession(config, command, device, world, folder)
         if config.run.device == "auto" and device.type == "cpu":
-            session.say("note: no GPU was found: training on the CPU")
+            session.print("note: no GPU was found: training on the CPU")
         for change in changed_settings(folder, config) if config.resume and world.first else []:
-            session.say(f"note: {change}")
+            session.print(f"note: {change}")
         yield session

@@ -75,7 +75,7 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
         prepared.adapt(model)
         facts = session.record(prepared.data, prepared.digest, prepared.facts)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        session.say(
+        session.print(
             f"{type(model).__name__} of {millions:.2f} M parameters{prepared.amount}; on {facts['hardware']}; "
             f"into {session.folder}"
         )

@@ -107,7 +107,7 @@ def read_images(config: TrainConfig | PretrainConfig, session: TrainSession) -> 
     """The data, and the size of training images; prints what was odd about them and lists files that were left out."""
     data = load(config.data, config.run.seed)
     for note in data.notes:
-        session.say(f"note: {note}")
+        session.print(f"note: {note}")
     if session.world.first:
         write_unreadable(session.folder, data.unreadable)
     return data, config.data.size or data.native
@@ -144,7 +144,7 @@ def image_task(
     device: torch.device,
     world: World,
 ) -> ImageTask:
-    """Batches of images as the settings say."""
+    """Batches of images by these settings."""
     batch, seed, workers = config.optim.batch_size, config.run.seed, config.data.workers
     return ImageTask(data, size, batch, seed=seed, device=device, augment=augment, world=world, workers=workers)
 
@@ -155,7 +155,7 @@ def best_accuracy(rows: list[Row], by: str) -> list[str]:
 
 
 def next_command(config: TrainConfig, folder: Path, size: Size) -> str:
-    """A short finetune at half as much again: the cheapest way to see how the encoding extrapolates."""
+    """A short finetune at half as much again: the cheapest way to see how the encoding does at another size."""
     patch = config.model.patch or 16
     larger = "x".join(str(max(patch, round(side * 1.5 / patch) * patch)) for side in size)
     words = ["vit2dpe", "train", "--config", str(folder / "config.yaml"), "--init", str(folder), "--data.size", larger]

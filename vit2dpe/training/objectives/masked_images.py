@@ -123,8 +123,8 @@ def masked_spec(config: PretrainConfig, size: Size, channels: int) -> ModelSpec:
         decoder_num_heads=decoder.heads,
         decoder_mlp_ratio=decoder.mlp_ratio,
     )
-    given = {name: value for name, value in sizes.items() if value is not None}
-    return ModelSpec("MAE", dict(encoder=encoder, decoder_position=decoder.position, norm_pix=config.norm_pix) | given)
+    named = {name: value for name, value in sizes.items() if value is not None}
+    return ModelSpec("MAE", dict(encoder=encoder, decoder_position=decoder.position, norm_pix=config.norm_pix) | named)
 
 
 def _mask_ratio(config: PretrainConfig) -> float:

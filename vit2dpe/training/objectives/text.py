@@ -150,7 +150,7 @@ def _prepared(
 
 
 def _excerpt(tokenizer: Tokenizer, tokens: Tensor) -> str:
-    """The start of the longest of some lines: a text that this tokenizer knows."""
+    """The start of the longest of some lines: a text whose characters the tokenizer has."""
     return max(tokenizer.decode(tokens[:80].tolist()).split("\n"), key=len)[:24]
 
 

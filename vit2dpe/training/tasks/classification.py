@@ -107,16 +107,16 @@ class ImageTask(SeededTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Top-1, top-5 where there are more than five classes, and loss, of every held-out split."""
         top = (1, 5) if len(self.data.classes) > 5 else (1,)
-        names, found = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
+        names, numbers = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
         for split in self.data.held_out:
             batches = evaluation_batches(self.data, self.train_size, 256, self.world, split, self.workers)
             score = evaluate(model, batches, top)
             if self.world.size > 1:
-                mine = [score["n"], *(score["n"] * score[name] for name in names)]
-                n, *sums = sum_over_ranks(mine, self.world, next(model.parameters()).device)
+                totals = [score["n"], *(score["n"] * score[name] for name in names)]
+                n, *sums = sum_over_ranks(totals, self.world, next(model.parameters()).device)
                 score = {name: value / n for name, value in zip(names, sums, strict=True)}
-            found |= {f"{split}_{name}": score[name] for name in names}
-        return found
+            numbers |= {f"{split}_{name}": score[name] for name in names}
+        return numbers
 
     def describe(self) -> dict[str, Plain]:
         data, size = self.data, list(self.train_size)
@@ -140,9 +140,9 @@ def evaluation_batches(
     count = len(held)
     cuts = [slice(start, start + batch) for start in range(0, count, batch)]
     if world.size > 1:
-        mine, batches = world.share(count), math.ceil(math.ceil(count / world.size) / batch)
-        parts = [World(i, batches).share(mine.stop - mine.start) for i in range(batches)]
-        cuts = [slice(mine.start + part.start, mine.start + part.stop) for part in parts]
+        own, batches = world.share(count), math.ceil(math.ceil(count / world.size) / batch)
+        parts = [World(i, batches).share(own.stop - own.start) for i in range(batches)]
+        cuts = [slice(own.start + part.start, own.start + part.stop) for part in parts]
     everything = torch.arange(count)
     for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
         images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]

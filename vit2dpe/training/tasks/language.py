@@ -53,15 +53,15 @@ class LanguageTask(TextTask):
         text, length = self.data.train, self.context + (self.mask is None)
         draws = generator(self.seed, epoch, step, "text")
         start = torch.randint(len(text) - length + 1, (self.batch_size,), generator=draws)
-        part = self.world.share(self.batch_size)
-        tokens = text[start[part, None] + torch.arange(length)]
+        share = self.world.share(self.batch_size)
+        tokens = text[start[share, None] + torch.arange(length)]
         if self.mask is None:
             tokens, labels = tokens[:, :-1], tokens[:, 1:]
         else:
-            hidden = torch.rand(self.batch_size, length, 2, generator=draws)[part]
-            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[part]
+            hidden = torch.rand(self.batch_size, length, 2, generator=draws)[share]
+            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[share]
             tokens, labels = mask_tokens(tokens, self.mask, hidden, other)
-        return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[part]}
+        return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[share]}
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORE).sum())
@@ -86,7 +86,7 @@ def windows(
 ) -> Iterator[dict[str, Tensor]]:
     """All whole sequences of a text one after the other, without overlap, in batches; each token predicted once.
 
-    The last rest, shorter than a sequence, is left out. With `mask`, the same tokens are hidden at every call.
+    A remainder shorter than a sequence is left out. With `mask`, the same tokens are masked at every call.
     """
     count = (len(text) - 1) // length
     tokens, labels = text[: count * length].view(count, length), text[1 : count * length + 1].view(count, length)
@@ -95,12 +95,12 @@ def windows(
         hidden = torch.rand(count, length, 2, generator=draws)
         other = torch.randint(int(text.max()) + 1, (count, length), generator=draws)
         tokens, labels = mask_tokens(tokens, mask, hidden, other)
-    mine = world.share(count)
+    own = world.share(count)
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(count / world.size) * length / tokens_a_batch)
     for i in range(batches):
-        part = World(i, batches).share(mine.stop - mine.start)
-        cut = slice(mine.start + part.start, mine.start + part.stop)
+        share = World(i, batches).share(own.stop - own.start)
+        cut = slice(own.start + share.start, own.start + share.stop)
         yield dict(tokens=tokens[cut], labels=labels[cut])
 
 
@@ -147,12 +147,12 @@ def mask_tokens(
         special: ids that are never chosen.
 
     Returns:
-        what the model sees, and labels: the token where one was chosen, IGNORE elsewhere.
+        the masked tokens, and labels: the original token where one was chosen, IGNORE elsewhere.
     """
     chosen = draws[..., 0] < rate
     for token in special:
         chosen = chosen & (tokens != token)
     fate = draws[..., 1]
-    seen = torch.where(chosen & (fate < 0.8), mask, tokens)
-    seen = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, seen)
-    return seen, torch.where(chosen, tokens, IGNORE)
+    masked = torch.where(chosen & (fate < 0.8), mask, tokens)
+    masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, masked)
+    return masked, torch.where(chosen, tokens, IGNORE)

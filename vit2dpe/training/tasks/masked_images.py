@@ -19,12 +19,12 @@ from .classification import ImageTask, evaluation_batches
 
 @dataclass
 class MaskedTask(Task[Batch]):
-    """Reconstruction of hidden patches, for a `MAE`.
+    """Reconstruction of hidden patches, for a `MAE` or a `SimMIM`.
 
     Args:
-        images: batches, augmentation and test images; their labels are not looked at.
+        images: batches, augmentation and test images; their labels are not used.
         grid: patches of an image along both axes.
-        mask_ratio: the part that is hidden.
+        mask_ratio: share of patches that is hidden.
     """
 
     images: ImageTask
@@ -62,16 +62,16 @@ class MaskedTask(Task[Batch]):
         device, count = next(model.parameters()).device, len(task.data.held_out[split])
         noise = torch.rand(count, math.prod(self.grid), generator=generator(task.seed, f"{split} mask"))
         noise = noise[task.world.share(count)]
-        total, seen = 0.0, 0
+        total, counted = 0.0, 0
         batches = evaluation_batches(task.data, task.train_size, world=task.world, split=split, workers=task.workers)
         for images, _ in batches:
-            draw = noise[seen : seen + len(images)]
-            # All ranks meet, with images or without: one may have none left, and takes part all the same.
+            draw = noise[counted : counted + len(images)]
+            # Collectives need every rank in each forward pass, one without images left too.
             loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
             if len(images):
-                total, seen = total + float(loss) * len(images), seen + len(images)
-        everything, images_seen = sum_over_ranks([total, seen], task.world, device)
-        return everything / images_seen
+                total, counted = total + float(loss) * len(images), counted + len(images)
+        total, n = sum_over_ranks([total, counted], task.world, device)
+        return total / n
 
     def describe(self) -> dict[str, Plain]:
         return self.images.describe() | dict(task="masked pretraining", mask_ratio=self.mask_ratio)

@@ -24,7 +24,7 @@ def decoding_batch(pairs: Sequence[Pair], start: int, padding: int) -> Batch:
     """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it predicts.
 
     A decoder reads `start` and the target but its last token. Padding of a target comes last, where no token that
-    counts sees it, so it needs no mask.
+    counts attends to it, so it needs no mask.
     """
     source, source_valid = pad([a for a, _ in pairs], padding)
     tokens, _ = pad([torch.cat([b.new_full((1,), start), b[:-1]]) for _, b in pairs], padding)
@@ -65,16 +65,16 @@ def evaluate_pairs(
     device: torch.device | str,
 ) -> dict[str, float]:
     """val_loss in nats a token of the target and val_perplexity, in evaluation mode, the same on every rank."""
-    mine = pairs[world.share(len(pairs))]
+    own = pairs[world.share(len(pairs))]
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(len(pairs) / world.size) / batch_size)
     total, n = 0.0, 0
     with evaluating(model):
         for i in range(batches):
-            part = mine[World(i, batches).share(len(mine))]
-            batch = to_device(decoding_batch(part or pairs[:1], start, padding), device)
+            share = own[World(i, batches).share(len(own))]
+            batch = to_device(decoding_batch(share or pairs[:1], start, padding), device)
             loss = float(decoding_loss(model, batch, reduction="sum"))
-            if part:
+            if share:
                 total, n = total + loss, n + count_labels(batch)
     total, tokens = sum_over_ranks([total, n], world, torch.device(device))
     return dict(val_loss=total / tokens, val_perplexity=math.exp(min(total / tokens, 700.0)))

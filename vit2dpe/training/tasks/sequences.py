@@ -2,7 +2,7 @@
 
     copy       y_i = x_i             needs no positions
     reverse    y_i = x_(n-1-i)       cannot be done without them
-    sort       y = x in rising order; every place is told by counting, so what a token stands at must be known
+    sort       y = x in rising order; an output depends on its index and on all inputs
 
 The answers are read off an encoder, a class for each token. Source of the setting: UvA deep learning course, tutorial 6
 (reverse: 16 numbers below 10).

@@ -1,4 +1,4 @@
-"""T5's span corruption, arXiv 1910.10683, section 3.1.4: spans of a text are taken out, and a `Seq2Seq` says them.
+"""T5's span corruption, arXiv 1910.10683, section 3.1.4: spans of a text are taken out, and a `Seq2Seq` predicts them.
 
     tokens   a b c d e f g h i j        spans  c d,  h
     source   a b X₀ e f g X₁ i j </s>
@@ -49,7 +49,7 @@ class SpanCorruption:
     mean: float = 3.0
 
     def __call__(self, texts: Sequence[Tensor], draws: torch.Generator | None = None) -> dict[str, Tensor]:
-        """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it is asked for."""
+        """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it predicts."""
         return decoding_batch(
             [self.pair(text, self.hidden(len(text), draws)) for text in texts], self.start, self.start
         )
@@ -66,7 +66,7 @@ class SpanCorruption:
         return (torch.arange(2 * spans) % 2 == 1).repeat_interleave(lengths)
 
     def pair(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Source and target of one text (n,); `hidden` (n,) says what is taken out."""
+        """Source and target of one text (n,); `hidden` (n,) marks what is taken out."""
         first = hidden & ~torch.cat([hidden.new_zeros(1), hidden[:-1]])  # where spans begin
         sentinel = self.vocab_size - first.cumsum(0)  # of the span that a hidden token is in
         source = torch.where(first, sentinel, tokens)[~hidden | first]
@@ -85,8 +85,8 @@ class SpanCorruption:
                 inside = spans.setdefault(token, [])
             else:
                 inside.append(token)
-        found = [part for token in source[:-1].tolist() for part in (spans[token] if token >= lowest else [token])]
-        return torch.tensor(found, dtype=source.dtype)
+        ids = [id_ for token in source[:-1].tolist() for id_ in (spans[token] if token >= lowest else [token])]
+        return torch.tensor(ids, dtype=source.dtype)
 
 
 def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tensor:
@@ -110,8 +110,8 @@ class SpanTask(DecodingTask, TextTask):
         text, draws = self.data.train, generator(self.seed, epoch, step, "spans")
         start = torch.randint(len(text) - self.context + 1, (self.batch_size,), generator=draws).tolist()
         hidden = [self.collate.hidden(self.context, draws) for _ in start]
-        mine = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
-        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in mine]
+        own = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
+        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in own]
         return to_device(decoding_batch(pairs, self.collate.start, self.collate.start), self.device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

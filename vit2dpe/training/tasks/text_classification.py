@@ -44,11 +44,11 @@ class LineTask(ItemTask[Line]):
         right, loss = 0.0, 0.0
         with evaluating(model):
             for cut in cuts:
-                part = lines[cut][self.world.share(len(lines[cut]))]
+                own = lines[cut][self.world.share(len(lines[cut]))]
                 # Sharded models meet in each forward pass.
-                batch = to_device(self.collate(part or lines[:1]), self.device)
+                batch = to_device(self.collate(own or lines[:1]), self.device)
                 logits = model(batch["tokens"], batch["valid"]).float()
-                if part:
+                if own:
                     right += float((logits.argmax(-1) == batch["labels"]).sum())
                     loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
         right, loss = sum_over_ranks([right, loss], self.world, torch.device(self.device))
