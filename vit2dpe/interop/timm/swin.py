@@ -26,10 +26,10 @@ from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
 from ...models.timm_api import pretrained_cfg_of
 
-TimmSwin: TypeAlias = SwinTransformer | SwinTransformerV2
+TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 
 
-def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
+def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
     """Our Swin with the weights of a timm Swin.
 
     Args:
@@ -54,7 +54,7 @@ def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
-def _arguments(theirs: TimmSwin, v2: bool) -> Arguments:
+def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
     """Constructor arguments of a Swin of these sizes and parts."""
     first = [stage.blocks[0] for stage in theirs.layers]
     widths = [block.mlp.fc1.in_features for block in first]
@@ -80,7 +80,7 @@ def _arguments(theirs: TimmSwin, v2: bool) -> Arguments:
     return arguments
 
 
-def _refuse(theirs: TimmSwin) -> bool:
+def _refuse(theirs: TheirSwin) -> bool:
     """Refuse parts that our Swin cannot have; whether it is a V2."""
     name = type(theirs).__name__
     if type(theirs) not in (SwinTransformer, SwinTransformerV2):
