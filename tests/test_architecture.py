@@ -299,10 +299,7 @@ def test_timm_knows_our_names_whichever_is_imported_first(order):
 
 
 def changing(source):
-    """Lines that change module-level variables after import: `global`, and writes to lists, dicts and sets.
-
-    A dict, list or set at the top of a module counts if a function of the module writes into it.
-    """
+    """Lines that change a module-level object after import: `global`, and writes into its lists, dicts and sets."""
     tree = ast.parse(source)
     mutable = set()
     for node in tree.body:
@@ -317,16 +314,13 @@ def changing(source):
     for node in inside:
         if isinstance(node, ast.Global):
             yield node.lineno
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            if isinstance(node.value, ast.Name) and node.value.id in mutable:
-                yield node.lineno
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in WRITERS
-            and isinstance(node.func.value, ast.Name)
-            and node.func.value.id in mutable
-        ):
+            continue
+        owner = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            owner = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
+            owner = node.func.value
+        if isinstance(owner, ast.Name) and owner.id in mutable:
             yield node.lineno
 
 

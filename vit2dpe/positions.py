@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
+from torch.export import register_dataclass
 
 T = TypeVar("T")
 
@@ -171,8 +171,4 @@ def distance(q: Positions, k: Positions) -> Tensor:
     return square.sqrt()
 
 
-_pytree.register_dataclass(
-    Positions,
-    field_names=["coords", "extent", "prefix"],
-    serialized_type_name="vit2dpe.positions.Positions",
-)
+register_dataclass(Positions, serialized_type_name="vit2dpe.positions.Positions")

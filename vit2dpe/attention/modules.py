@@ -142,9 +142,8 @@ class Attention(nn.Module):
     def _qkv_is_private(self) -> bool:
         """Whether nobody but this module holds the output of `qkv`: a plain Linear, no hooks, no norm of q and k."""
         plain = type(self.qkv) is nn.Linear and isinstance(self.q_norm, nn.Identity) and self.logit_scale is None
-        # torch has no public list of a module's hooks, and a hook may keep the output that would be written over.
-        hooks = self.qkv._forward_hooks or self.qkv._backward_hooks or self.qkv._backward_pre_hooks
-        return plain and not hooks and not torch.nn.modules.module._has_any_global_hook()
+        # A forward hook may keep the output that would be written over, and torch has no public list of hooks.
+        return plain and not self.qkv._forward_hooks and not torch.nn.modules.module._has_any_global_hook()
 
 
 class CrossAttention(nn.Module):
