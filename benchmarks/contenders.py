@@ -1,8 +1,8 @@
-"""Who runs against whom: a peer's module, ours with its weights, and ours without an encoding.
+"""The modules of a comparison: a peer's, ours with the peer's weights, and ours without an encoding.
 
-At the level of the encoder these are whole models. Of a block or an attention the inputs are taken from a run of the
-whole models: rotations (and biases of all blocks) are given to both, what a block itself makes in every forward it
-makes here too. Tables alone are made without anything around them.
+At level `encoder` these are whole models. The inputs of a single block or attention are recorded in a forward pass of
+the whole models: rotations, and biases shared by all blocks, are inputs of both sides; what a block computes in every
+forward is computed here too. At level `table` the encodings run alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vit2dpe.errors import ConfigError
 from vit2dpe.interop.timm.convert import from_timm
 from vit2dpe.models import Swin
 from vit2dpe.models.swin.stage import in_full
-from vit2dpe.spec import parse_terms
+from vit2dpe.spec import Plain, parse_terms
 
 LEVELS = ("op", "table", "attention", "block", "encoder")
 TORCHVISION = "torchvision_swin_t"
-WHOLE = {name: package for package in (hf, x_transformers) for name in package.NAMES}  # that have no other level
+WHOLE = {name: package for package in (hf, x_transformers) for name in package.NAMES}  # at level encoder alone
 
 
 def contenders(
@@ -34,7 +34,7 @@ def contenders(
     `fused=true` among the arguments sends all attention of timm's through the fused kernel (TIMM_FUSED_ATTN=2).
 
     Raises:
-        ConfigError: for a name that nobody has, and what has no such level.
+        ConfigError: for an unknown name, and for a level that the model does not have.
     """
     name, options = _read(word)
     if name in WHOLE:
@@ -71,13 +71,13 @@ def contenders(
 
 
 def tokens(modules: dict[str, nn.Module], batch: int, size: tuple[int, int]) -> Tensor:
-    """What goes in: images, or tokens of the `shape` that a peer names."""
+    """Random inputs: images (B, 3, H, W), or tokens of the peer's own `shape`."""
     generator = torch.Generator().manual_seed(0)
-    shape: Any = getattr(modules["peer"], "shape", (3, *size))
+    shape: tuple[int, ...] = getattr(modules["peer"], "shape", (3, *size))
     return torch.randn(batch, *shape, generator=generator)
 
 
-def _read(word: str) -> tuple[str, dict[str, Any]]:
+def _read(word: str) -> tuple[str, dict[str, Plain]]:
     """A model's name and its arguments."""
     import timm
 
@@ -87,7 +87,7 @@ def _read(word: str) -> tuple[str, dict[str, Any]]:
     return spelled[0]
 
 
-def _peer(name: str, options: dict[str, Any], size: tuple[int, int], depth: int | None) -> nn.Module:
+def _peer(name: str, options: dict[str, Plain], size: tuple[int, int], depth: int | None) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
@@ -99,13 +99,13 @@ def _peer(name: str, options: dict[str, Any], size: tuple[int, int], depth: int 
         shape = dict(patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[7, 7])
         return SwinTransformer(**shape, num_classes=10, stochastic_depth_prob=0.0)
     fused = options.pop("fused", False)
-    given: dict[str, Any] = {"img_size": size, "num_classes": 10, "drop_path_rate": 0.0}
+    settings: dict[str, Plain | tuple[int, int]] = {"img_size": size, "num_classes": 10, "drop_path_rate": 0.0}
     if depth is not None:
-        given["depth"] = depth
+        settings["depth"] = depth
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = timm.create_model(name, **given | options)
+            model = timm.create_model(name, **settings | options)
         except TypeError as error:
             raise ConfigError(f"{name} cannot be made: {error}") from None
     for module in model.modules():
@@ -133,7 +133,7 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def _inputs(model: nn.Module, part: nn.Module, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a part of a model is called with."""
+    """The arguments that `part` is called with in a forward pass of `model`."""
     caught: list[Any] = []
     handle = part.register_forward_pre_hook(lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def _inputs(model: nn.Module, part: nn.Module, images: Tensor) -> tuple[tuple[An
 
 
 def _turned(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A rotation that our block makes for itself is given to it, as timm gives one to its blocks."""
+    """The arguments with the block's own rotation in its signal: timm's blocks receive theirs from outside too."""
     own = part.attn.position
     if own is None or "bias" in own.gives:
         return args, kwargs
@@ -155,7 +155,7 @@ def _turned(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 
 
 class _Block(nn.Module):
-    """A block with its further inputs given."""
+    """A block, all inputs but the tokens fixed."""
 
     def __init__(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class _PeerAttention(_Block):
 
 
 class _OurAttention(_Block):
-    """Our attention, and the bias that its block makes for it."""
+    """Our attention, with the bias that its block computes in every forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         signal, at, *windows = self.rest
@@ -223,7 +223,7 @@ class _PeerBiases(nn.Module):
 
 
 class _OurTables(nn.Module):
-    """What the encodings of a model give, made for all blocks: rotations, or whole matrices of biases."""
+    """The signals of a model's encodings for all blocks: rotations, or biases as matrices."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -232,7 +232,9 @@ class _OurTables(nn.Module):
         self.parts = nn.ModuleList([model.position] if own[0] is None else own)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        at = type(self.at)(self.at.coords, self.at.extent, self.at.prefix)  # a new forward shares nothing
+        at = type(self.at)(
+            self.at.coords, self.at.extent, self.at.prefix
+        )  # new Positions: nothing is shared with the forward before
         signals = [part(at) for part in self.parts]
         if signals[0].q_rotation is not None:
             return [tensor for signal in signals for tensor in signal.q_rotation]

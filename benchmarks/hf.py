@@ -16,13 +16,14 @@ from vit2dpe.interop.timm.arguments import exact_ratio
 from vit2dpe.interop.transformers.convert import from_transformers
 from vit2dpe.models import MAE, ViT
 from vit2dpe.models.mae_names import from_transformers as mae_state
+from vit2dpe.spec import Plain
 
 VITMAE, DINOV3 = NAMES = ("transformers_vitmae", "transformers_dinov3")
 SMALL = dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=16)
 DECODER = dict(decoder_hidden_size=192, decoder_num_attention_heads=6, decoder_intermediate_size=768)
 
 
-def contenders(name: str, options: dict[str, Any], size: tuple[int, int], depth: int | None) -> dict[str, nn.Module]:
+def contenders(name: str, options: dict[str, Plain], size: tuple[int, int], depth: int | None) -> dict[str, nn.Module]:
     """{"peer", "ours", "limit"} of one of the two names.
 
     Raises:
@@ -30,23 +31,23 @@ def contenders(name: str, options: dict[str, Any], size: tuple[int, int], depth:
     """
     if size[0] != size[1]:
         raise ConfigError(f"{name} is measured on square images, got {size[0]}x{size[1]}")
-    given = SMALL | (DECODER if name == VITMAE else {}) | dict(image_size=size[0], num_hidden_layers=depth or 12)
+    settings = SMALL | (DECODER if name == VITMAE else {}) | dict(image_size=size[0], num_hidden_layers=depth or 12)
     torch.manual_seed(0)
-    return (_vitmae if name == VITMAE else _dinov3)(given | options, set(options))
+    return (_vitmae if name == VITMAE else _dinov3)(settings | options, set(options))
 
 
-def _config(kind: Any, given: dict[str, Any], asked: set[str]) -> Any:
+def _config(kind: Any, settings: dict[str, Any], asked: set[str]) -> Any:
     known = kind().to_dict()
     if unknown := sorted(asked - set(known)):
         raise ConfigError(f"{kind.__name__} of transformers has no {', '.join(unknown)}")
-    return kind(**given)
+    return kind(**settings)
 
 
-def _vitmae(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
+def _vitmae(settings: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     # 1e-6 is the original's; transformers' own default is 1e-12.
-    config = _config(ViTMAEConfig, dict(decoder_num_hidden_layers=2, layer_norm_eps=1e-6) | given, asked)
+    config = _config(ViTMAEConfig, dict(decoder_num_hidden_layers=2, layer_norm_eps=1e-6) | settings, asked)
     peer = ViTMAEForPreTraining(config)
     # transformers 5.23 leaves both tables at zero in a model that is built and not loaded; these are its own formulas.
     peer.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False  # type: ignore[assignment]
@@ -75,12 +76,12 @@ def _vitmae(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     return {"peer": _Theirs(peer, noise), "ours": _Ours(ours("sincos"), noise), "limit": _Ours(ours("none"), noise)}
 
 
-def _dinov3(given: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
+def _dinov3(settings: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    gated = bool(given.get("use_gated_mlp"))
+    gated = bool(settings.get("use_gated_mlp"))
     more = dict(pos_embed_rescale=None, num_register_tokens=4, hidden_act="silu" if gated else "gelu")
-    config = _config(DINOv3ViTConfig, more | given, asked)
+    config = _config(DINOv3ViTConfig, more | settings, asked)
     peer = DINOv3ViTModel(config)
     with torch.no_grad():
         for parameter in peer.parameters():

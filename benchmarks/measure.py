@@ -1,8 +1,8 @@
-"""What is measured: paired ratios of time, and what needs no clock: operations, saved bytes, peak bytes.
+"""Measurements: paired ratios of time; without a clock, the number of operations, saved bytes and peak bytes.
 
-Contenders run in shuffled order in every repetition, and a ratio is taken within a repetition, so that whatever else
-the machine does falls on all of them. On the CPU the clock is the process's own time: other work does not count, but
-it still takes the caches.
+Contenders run in a shuffled order in every repetition, and ratios are taken within a repetition, so that other load on
+the machine affects all of them alike. On the CPU the clock is the CPU time of this process: other processes do not
+count, although they compete for the caches.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Interval = tuple[float, float, float]
+Outputs = Tensor | Sequence[Tensor]  # of a model or a block; of tables and rotations several
 
 
-def infer(module: nn.Module, x: Tensor) -> Any:
+def infer(module: nn.Module, x: Tensor) -> Outputs:
     with torch.no_grad():
         return module(x)
 
 
 class Step:
-    """Forward and backward of a module, with the gradient that every contender is handed, in the module's own layout.
+    """Forward and backward of a module, with output gradients that are the same for every contender.
 
     Args:
         module: the contender.
@@ -38,8 +38,8 @@ class Step:
 
     def __init__(self, module: nn.Module, like: nn.Module, x: Tensor) -> None:
         generator = torch.Generator().manual_seed(1)
-        given = [torch.randn(y.shape, generator=generator).to(y) for y in outputs(infer(like, x))]
-        self.gradients = module.gradients(given) if hasattr(module, "gradients") else given  # type: ignore[operator]
+        gradients = [torch.randn(y.shape, generator=generator).to(y) for y in outputs(infer(like, x))]
+        self.gradients = module.gradients(gradients) if hasattr(module, "gradients") else gradients  # type: ignore[operator]
 
     def __call__(self, module: nn.Module, x: Tensor) -> None:
         self.backward(module, x)
@@ -54,19 +54,19 @@ def clear(module: nn.Module, x: Tensor) -> None:
     x.grad = None
 
 
-def outputs(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found)
+def outputs(given: Outputs) -> list[Tensor]:
+    return [given] if isinstance(given, Tensor) else list(given)
 
 
 def paired(
-    runs: dict[str, Callable[[], Any]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
+    runs: dict[str, Callable[[], object]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
 ) -> list[Interval]:
     """For each (a, b): the time of a over that of b, median and interval over the repetitions."""
     seconds = interleaved(runs, repeats, device)
     return [interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]) for a, b in ratios]
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every run in every repetition, in each of which the order is another."""
     order, shuffled = list(runs), random.Random(0)
     seconds: dict[str, list[float]] = {kind: [] for kind in runs}
@@ -77,7 +77,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, device: str = 
     return seconds
 
 
-def timed(run: Callable[[], Any], device: str = "cpu") -> float:
+def timed(run: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of one run: of the process on the CPU, between events of the stream on CUDA, of the wall elsewhere."""
     if device == "cpu":
         start = time.process_time()
@@ -118,17 +118,17 @@ class _Count(TorchDispatchMode):
         self.number += not (function.is_view or idle)
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            given = {x.untyped_storage()._cdata for x in _tensors(args)}
+            inputs = {x.untyped_storage()._cdata for x in _tensors(args)}
             for x in _tensors(result):
-                self._meet(x.untyped_storage(), given)
+                self._add(x.untyped_storage(), inputs)
         return result
 
-    def _meet(self, storage: Any, given: set[int]) -> None:
+    def _add(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.seen or key in given:
+        if key in self.seen or key in inputs:
             return
 
-        def gone(_: Any) -> None:
+        def gone(_: weakref.ref) -> None:
             self.live -= size
             self.seen.pop(key, None)
 
@@ -137,7 +137,7 @@ class _Count(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
@@ -157,8 +157,8 @@ def step_kernels(module: nn.Module, x: Tensor) -> int:
     return count.number
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes that tensors made in a run take at once; what a kernel takes inside itself is not seen."""
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once that a run allocates; workspace inside a kernel is not counted."""
     with _Count() as count:
         run()
     return count.peak
@@ -184,6 +184,6 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(size for place, (_, size) in kept.items() if place not in parameters)
 
 
-def in_precision(name: str, device: str) -> Any:
-    """The context that a run goes on in."""
+def in_precision(name: str, device: str) -> AbstractContextManager[object]:
+    """The autocast context of a precision, or none."""
     return torch.autocast(device, torch.bfloat16) if name == "autocast" else nullcontext()

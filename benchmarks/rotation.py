@@ -1,7 +1,7 @@
 """The rotation alone, from the packed projection to q, k and v: ours, a peer's, and the split.
 
-Every contender first copies what it is given, as a projection in front of it would write anew; ours then turns q and k
-where they lie.
+Every contender first copies its input, as a projection in front of it would write a new tensor; ours then rotates q and
+k in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vit2dpe.encodings.base import interleave
 from vit2dpe.errors import ConfigError
 from vit2dpe.signal import Signal
 
-ROPE = "vit_small_patch16_rope_224"  # whose angles the packages are given
+ROPE = "vit_small_patch16_rope_224"  # its angles are the input of the packages
 
 
 def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int, int]) -> dict[str, nn.Module]:
@@ -27,7 +27,7 @@ def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int,
     Args:
         word: a timm name, or one of PACKAGES.
         attention: timm's, with its number of heads and of prefix tokens.
-        rope: what timm's block is given, (..., N, 2 Dh): sines, then cosines, each for both channels of a pair.
+        rope: timm's table (..., N, 2 Dh): sines, then cosines, each for both channels of a pair.
         shape: (N, D) of the tokens.
 
     Raises:
@@ -86,7 +86,7 @@ class _Timm(_Split):
 
 
 class _RotaryEmbeddingTorch(_Split):
-    """rotary-embedding-torch, given the angles (N, Dh/2); it takes their cosines and sines in every call."""
+    """rotary-embedding-torch on angles (N, Dh/2), whose cosines and sines it computes in every call."""
 
     def __init__(self, heads: int, angle: Tensor) -> None:
         super().__init__(heads)
@@ -100,7 +100,7 @@ class _RotaryEmbeddingTorch(_Split):
 
 
 class _XTransformers(_Split):
-    """x-transformers, given the angles as its RotaryEmbedding gives them; cosines and sines are taken in every call."""
+    """x-transformers on the angles of its RotaryEmbedding; it computes cosines and sines in every call."""
 
     def __init__(self, heads: int, angle: Tensor) -> None:
         super().__init__(heads)

@@ -1,7 +1,7 @@
 """`vit2dpe bench`: rows of ours, a peer and no encoding in one process.
 
 Each row first proves that ours computes what the peer computes (same weights, same outputs, same gradients); a row that
-fails prints no ratio. A row that cannot run says why. Rows that the file holds already, measured with the same
+fails has no ratio. A row that cannot run holds the reason. Rows that the file holds already, measured with the same
 settings, versions and hardware, are not measured again, so that the same command goes on where it was stopped.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import contenders as peers
 from benchmarks import measure
-from benchmarks.table import line, markdown
+from benchmarks.table import Row, line, markdown
 from vit2dpe.errors import ConfigError, unknown
 from vit2dpe.files import write_atomically
 from vit2dpe.spec import Settings, parse_size, split_words
@@ -77,7 +77,7 @@ class BenchConfig(Settings):
     table: str = ""
 
 
-def bench(config: BenchConfig, command: str = "") -> list[dict[str, Any]]:
+def bench(config: BenchConfig, command: str = "") -> list[Row]:
     """Run every row, print a table, write it with versions and hardware; returns the rows."""
     if config.table:
         found = [row for file in _files(config.table) for row in json.loads(file.read_text())["rows"]]
@@ -87,7 +87,7 @@ def bench(config: BenchConfig, command: str = "") -> list[dict[str, Any]]:
     torch.set_num_threads(config.threads)
     out, about = Path(config.out), _about(command, config.device)
     known = _known(out, about)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     print("peer/ours [95%], ours/limit [95%]; operations, saved MiB and peak MiB of peer, ours, limit", flush=True)
     for word in split_words(config.models):
         for size in (parse_size(text) for text in split_words(config.sizes)):
@@ -115,8 +115,8 @@ def _check(config: BenchConfig) -> list[str]:
     return modes
 
 
-def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) -> dict[str, Any]:
-    """What a row is about; rows with the same are the same."""
+def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) -> Row:
+    """The settings of a row; equal settings make equal rows."""
     one_block = config.level in ("block", "attention", "op")
     return dict(
         model=word, height=size[0], width=size[1], mode=mode, level=config.level,
@@ -125,7 +125,7 @@ def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) 
     )  # fmt: skip
 
 
-def _row(settings: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
+def _row(settings: Row, config: BenchConfig) -> Row:
     size = (settings["height"], settings["width"])
     try:
         # One block and one attention are the same in a shallow model, but for a Swin, whose stages differ.
@@ -152,9 +152,9 @@ def _row(settings: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
         return row | _measured(modules, x, settings["mode"], config)
 
 
-def _equal(modules: dict[str, nn.Module], x: Tensor, mode: str) -> dict[str, Any]:
+def _equal(modules: dict[str, nn.Module], x: Tensor, mode: str) -> Row:
     """Outputs, and in training gradients to the inputs and to what encodings learn, in float32."""
-    found: dict[str, Any] = dict(difference=difference(modules["peer"], modules["ours"], x))
+    found: Row = dict(difference=difference(modules["peer"], modules["ours"], x))
     if not found["difference"] <= 1e-4:
         return found | dict(failed="ours does not compute what the peer computes")
     if mode == "training":
@@ -171,8 +171,10 @@ def difference(peer: nn.Module, ours: nn.Module, x: Tensor) -> float:
     return _apart(there, here)
 
 
-def _plain(module: Any, found: Any) -> Tensor:
-    return module.plain(found) if hasattr(module, "plain") else found
+def _plain(module: nn.Module, given: measure.Outputs) -> Tensor:
+    """One tensor, in a layout that both sides share."""
+    plain: Callable[[measure.Outputs], Tensor] | None = getattr(module, "plain", None)
+    return measure.outputs(given)[0] if plain is None else plain(given)
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -192,12 +194,12 @@ def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, T
     return found
 
 
-def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> dict[str, Any]:
-    row: dict[str, Any] = {}
+def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> Row:
+    row: Row = {}
     training = mode == "training"
     if training and hasattr(modules["peer"], "shape"):  # tokens ask for gradients, images do not
         x.requires_grad_()
-    steps: dict[str, Callable[..., Any]] = {}
+    steps: dict[str, Callable[[nn.Module, Tensor], object]] = {}
     for kind, module in modules.items():
         step = steps[kind] = measure.Step(module, modules["peer"], x) if training else measure.infer
         module.train(training)
@@ -208,7 +210,7 @@ def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: Bench
             row[f"saved_{kind}"] = measure.saved_bytes(module, x)
     if not config.repeats:
         return row
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     for kind, module in modules.items():
         run: Any = torch.compile(module) if config.compile else module
         runs[kind] = partial(steps[kind], run, x)
@@ -221,7 +223,7 @@ def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: Bench
     return row | {f"{a}_{b}": value for (a, b), value in zip(ratios, found, strict=True)}
 
 
-def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> dict[str, Any]:
+def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> Row:
     """The first forward at a size over the next one there, at sizes from this one on, each seen once."""
     embed: Any = getattr(ours, "patch_embed", None)
     if embed is None:
@@ -230,7 +232,7 @@ def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> dict[
     ours.to(config.device)
     height, width = size
     unseen = torch.randn(config.batch, 3, height + 7 * patch, width, device=config.device)
-    row: dict[str, Any] = {f"kernels_{when}": measure.kernels(ours, unseen) for when in ("first", "later")}
+    row: Row = {f"kernels_{when}": measure.kernels(ours, unseen) for when in ("first", "later")}
     ratios = []
     for i in range(config.repeats):
         shape = (config.batch, 3, height + patch * (i // 7), width + patch * (i % 7))
@@ -240,7 +242,7 @@ def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> dict[
     return row | ({"first_later": measure.interval(ratios)} if ratios else {})
 
 
-def _known(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+def _known(out: Path, about: Row) -> list[Row]:
     """Rows of an earlier run on the same machine with the same versions."""
     if not out.is_file():
         return []
@@ -260,7 +262,7 @@ def _files(words: str) -> list[Path]:
     return found
 
 
-def _about(command: str, device: str) -> dict[str, Any]:
+def _about(command: str, device: str) -> Row:
     import os
 
     import timm

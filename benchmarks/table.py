@@ -1,14 +1,16 @@
-"""Rows of the bench as lines and as a Markdown table, with what was wanted beside what was found."""
+"""Rows of the bench as lines and as a Markdown table, each with its goal and whether it was met."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+# As JSON holds it: settings, `failed` or ratios by name (peer_ours), counts by name and contender (kernels_peer).
+Row = dict[str, Any]
 KINDS = ("peer", "ours", "limit", "first", "later")
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """One row on the terminal."""
     head = f"{about(row)}: "
     if "failed" in row:
@@ -20,8 +22,8 @@ def line(row: dict[str, Any]) -> str:
     return head + "; ".join(part for part in [*parts, verdict(row)] if part)
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines of a table; a row that failed says why."""
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The lines of a table; for a row that failed, the reason."""
     names = ["row", "peer / ours", "ours / limit", "saved MiB", "peak MiB", "buffers MiB", "operations", "wanted"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
@@ -40,8 +42,8 @@ RATIOS = ("peer_ours", "ours_limit", "first_later")
 COUNTS = (("kernels", False), ("saved", True), ("peak", True), ("buffers", True))
 
 
-def about(row: dict[str, Any]) -> str:
-    """What a row is about: the model, the size, and what is not as usual."""
+def about(row: Row) -> str:
+    """The title of a row: model, size, mode, and the settings that differ from the defaults."""
     part = row.get("level", "encoder")
     words = [row["model"], f"{row['height']}x{row['width']}", row["mode"]]
     if part != "encoder":
@@ -53,23 +55,23 @@ def about(row: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def ratio(row: dict[str, Any], kind: str) -> str:
+def ratio(row: Row, kind: str) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*row[kind]) if kind in row else ""
 
 
-def cells(row: dict[str, Any], name: str, mib: bool) -> list[str]:
+def cells(row: Row, name: str, mib: bool) -> list[str]:
     found = [row[f"{name}_{kind}"] for kind in KINDS if f"{name}_{kind}" in row]
     return [f"{value / 2**20:.1f}" if mib else str(value) for value in found]
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """Whether a row is where it was wanted: it misses where its interval lies wholly on the wrong side."""
-    said = []
+def verdict(row: Row) -> str:
+    """Whether a row meets its goals; one is missed where the whole interval lies on the wrong side."""
+    verdicts = []
     for wanted, kind, sign in (("least", "peer_ours", ">="), ("most", "ours_limit", "<=")):
         goal = row.get(wanted)
         if goal is None or kind not in row:
             continue
         _, low, high = row[kind]
         missed = high < goal if sign == ">=" else low > goal
-        said.append(f"{kind.replace('_', '/')} {sign} {goal}: {'missed' if missed else 'met'}")
-    return ", ".join(said)
+        verdicts.append(f"{kind.replace('_', '/')} {sign} {goal}: {'missed' if missed else 'met'}")
+    return ", ".join(verdicts)

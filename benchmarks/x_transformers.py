@@ -28,6 +28,7 @@ from vit2dpe.errors import ConfigError, unknown
 from vit2dpe.models import ViT
 from vit2dpe.models.text.heads import TextEncoder
 from vit2dpe.positions import Positions
+from vit2dpe.spec import Plain
 
 VIT, TEXT = NAMES = ("x_transformers_vit", "x_transformers_text")
 ENCODINGS = {"rotary_pos_emb": "rope", "rel_pos_bias": "t5", "alibi_pos_bias": "alibi"}  # theirs: ours
@@ -50,7 +51,7 @@ def package() -> Any:
     return x_transformers
 
 
-def contenders(name: str, options: dict[str, Any], size: tuple[int, int], depth: int | None) -> dict[str, nn.Module]:
+def contenders(name: str, options: dict[str, Plain], size: tuple[int, int], depth: int | None) -> dict[str, nn.Module]:
     """{"peer", "ours", "limit"} of one of the two names.
 
     Raises:
@@ -62,30 +63,32 @@ def contenders(name: str, options: dict[str, Any], size: tuple[int, int], depth:
         if type(value) is not type(OPTIONS[name][word]) or (value is not False and value < 1):
             kind = "true or false" if word in ENCODINGS else "a whole number of at least 1"
             raise ConfigError(f"{word} of {name} is {kind}, got {value!r}")
-    given: dict[str, Any] = OPTIONS[name] | options
+    settings: dict[str, Any] = OPTIONS[name] | options
     if name == TEXT and not set(ENCODINGS) & set(options):
-        given["rotary_pos_emb"] = True
-    if given["heads"] < 2 or given["dim"] % given["heads"]:  # theirs leaves out the output map of a single head
-        raise ConfigError(f"{name} needs two heads or more, and dim a multiple of them: got {given}")
+        settings["rotary_pos_emb"] = True
+    if (
+        settings["heads"] < 2 or settings["dim"] % settings["heads"]
+    ):  # theirs leaves out the output map of a single head
+        raise ConfigError(f"{name} needs two heads or more, and dim a multiple of them: got {settings}")
     torch.manual_seed(0)
     try:
-        return (_vit if name == VIT else _text)(given, size, 12 if depth is None else depth)
+        return (_vit if name == VIT else _text)(settings, size, 12 if depth is None else depth)
     except AssertionError as error:
-        raise ConfigError(f"x-transformers does not make {name} of {given}: {error}") from None
+        raise ConfigError(f"x-transformers does not make {name} of {settings}: {error}") from None
 
 
-def _vit(given: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str, nn.Module]:
+def _vit(settings: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str, nn.Module]:
     if size[0] != size[1]:
         raise ConfigError(f"{VIT} is measured on square images, got {size[0]}x{size[1]}")
-    dim, patch = given["dim"], given["patch_size"]
-    layers = _encoder(given, depth, attn_flash=True)
+    dim, patch = settings["dim"], settings["patch_size"]
+    layers = _encoder(settings, depth, attn_flash=True)
     theirs = package().ViTransformerWrapper(image_size=size[0], patch_size=patch, num_classes=10, attn_layers=layers)
     peer = _shaken(theirs)
 
     def ours(position: str) -> ViT:
         model = ViT(
-            position, img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=given["heads"],
-            mlp_ratio=given["ff_mult"], qkv_bias=False, norm_eps=1e-5, class_token=False, global_pool="avg",
+            position, img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=settings["heads"],
+            mlp_ratio=settings["ff_mult"], qkv_bias=False, norm_eps=1e-5, class_token=False, global_pool="avg",
             fc_norm=False, num_classes=10,
         )  # fmt: skip
         model.patch_embed = _Patches(patch, dim)  # type: ignore[assignment]
@@ -102,14 +105,14 @@ def _vit(given: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str, 
     return {"peer": peer, "ours": ours("learned"), "limit": ours("none")}
 
 
-def _text(given: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str, nn.Module]:
+def _text(settings: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str, nn.Module]:
     height, length = size
     if height != 1:
         raise ConfigError(f"{TEXT} takes sizes 1xN, N tokens, as in 1x256; got {height}x{length}")
-    asked = [word for word in ENCODINGS if given[word]]
-    dim, heads = given["dim"], given["heads"]
+    asked = [word for word in ENCODINGS if settings[word]]
+    dim, heads = settings["dim"], settings["heads"]
     more = dict.fromkeys(asked, True) | dict(attn_flash="rel_pos_bias" not in asked, rotary_emb_dim=dim // heads)
-    peer = _shaken(_encoder(given, depth, **more))
+    peer = _shaken(_encoder(settings, depth, **more))
     peer.shape = (length, dim)
     state = _blocks(peer)
     if "rel_pos_bias" in asked:
@@ -120,7 +123,7 @@ def _text(given: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str,
     def ours(position: str) -> TextEncoder:
         model = TextEncoder(
             position, pool="", vocab_size=1, context=length, embed_dim=dim, depth=depth, num_heads=heads,
-            mlp_ratio=given["ff_mult"],
+            mlp_ratio=settings["ff_mult"],
         )  # fmt: skip
         model.embed = nn.Identity()  # type: ignore[assignment]
         return _loaded(model, state)
@@ -129,9 +132,9 @@ def _text(given: dict[str, Any], size: tuple[int, int], depth: int) -> dict[str,
     return {"peer": peer, "ours": ours(word or "none"), "limit": ours("none")}
 
 
-def _encoder(given: dict[str, Any], depth: int, **more: Any) -> Any:
-    dim, heads = given["dim"], given["heads"]
-    sizes = dict(dim=dim, depth=depth, heads=heads, attn_dim_head=dim // heads, ff_mult=given["ff_mult"])
+def _encoder(settings: dict[str, Any], depth: int, **more: Any) -> Any:
+    dim, heads = settings["dim"], settings["heads"]
+    sizes = dict(dim=dim, depth=depth, heads=heads, attn_dim_head=dim // heads, ff_mult=settings["ff_mult"])
     return package().Encoder(**sizes, **more, verbose=False)
 
 

@@ -22,10 +22,9 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}  # documented, of 
 MOST_PRIVATE = 6
 PRIVATE = {
     "torch.utils._python_dispatch.TorchDispatchMode is documented, its module's name is private": {"_python_dispatch"},
-    "a Signal's parts must be known to torch.compile and vmap, of which torch.utils._pytree asks": {"_pytree"},
     "whether a transform of torch.func is active, torch._C._functorch alone can tell": {"_C", "_functorch"},
     "whether a hook may see what a module gives": {
-        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_has_any_global_hook",
+        "_forward_hooks", "_forward_pre_hooks", "_has_any_global_hook"
     },
     "the operator of softmax's backward pass, without its forward": {"_softmax_backward_data"},
     "timm.models._input: timm's own rules of set_input_size and of model arguments": {"_input"},

@@ -39,7 +39,7 @@ def taken(monkeypatch):
     count(rotary, "_forward", "in place")
     count(attention, "rotate", "functional")
     count(attention, "_append_channels", "channels")
-    count(attention, "_merge", "merged")
+    count(attention, "merge_bias", "merged")
     return calls
 
 

@@ -113,6 +113,22 @@ def test_entropy_and_distance_show_where_they_were_measured():
     assert point["top1"][2] == 3
 
 
+def test_a_study_of_lengths_is_drawn_over_tokens():
+    at = dict(train_height=1, train_width=64, height=1, mode="all tokens")
+    lengths = [Row(encoding="rope", policy="ntk", seed=0, width=width, top1=50.0 - width / 64, loss=1.5, n=9,
+                   metric="perplexity", value=4.5 + width / 64, **at) for width in (64, 128, 256)]  # fmt: skip
+    read = Reader(page([Study("one", lengths, {})]))
+    assert read.data["axis"] == "length [tokens]"
+    assert [m["key"] for m in read.data["measures"]] == ["top1", "loss", "perplexity"]
+    points = read.data["series"][0]["points"]
+    assert [(p["x"], p["label"], p["perplexity"][0]) for p in points] == [
+        (64, "64", 5.5),
+        (128, "128", 6.5),
+        (256, "256", 8.5),
+    ]
+    assert read.tables[0][1] == ["all tokens", "rope", "ntk", "-1.0", "-3.0"], "top-1 lost at 2 and 4 times the length"
+
+
 def test_studies_of_two_training_sizes_meet_at_multiples():
     small = [row("rope", size, 0, 50.0, train=16) for size in (16, 32)]
     read = Reader(page([Study("big", rows(), {}), Study("same", small, {}), Study("same", small, {})]))

@@ -161,7 +161,7 @@ def attend(
             return table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    added = _merge(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
+    added = merge_bias(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
     if observer is not None:
         observer.fused(q, k, v, added, dropout, factor)
     with nullcontext() if added is None else allowed_kernels(added, q, k, v):
@@ -185,7 +185,9 @@ def _append_channels(
     return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])) if k.shape[-1] > v.shape[-1] else v
 
 
-def _merge(terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
+def merge_bias(
+    terms: list[Bias], mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """Bias terms and mask as the one tensor the kernel takes: 4-D, never expanded to the batch."""
     if not terms:
         return mask

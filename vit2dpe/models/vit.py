@@ -52,15 +52,17 @@ class ViT(TimmViT):
         pool_include_prefix: whether "avg" and "map" include leading tokens.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
-        norm_layer, norm_eps: of all norms, see `Block`.
+        norm_layer, norm_eps: of all norms, see `BlockParts`.
+        embed_norm: a norm in the patch embedding.
         post_norm: norms after attention and MLP instead of before (`PostNormBlock`).
         pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
         fc_norm: the final norm after pooling instead of before; default as timm: with "avg".
         final_norm: whether there is a final norm.
-        in_chans, num_classes, embed_dim, depth, num_heads, embed_norm, drop_rate and the other rates, and in `block`
-            mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm, init_values
-            (LayerScale): as in timm.
+        in_chans, num_classes, embed_dim, depth, num_heads: as in timm.
+        drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
         device, dtype: of the parameters.
+        block: mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm,
+            init_values (LayerScale), as in timm; see `BlockParts`.
 
     Raises:
         ConfigError: for sizes that do not fit each other, an unknown pooling or an unknown encoding.

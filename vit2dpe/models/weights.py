@@ -11,11 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 
-import timm
 from torch import Tensor, nn
 
 from ..encodings import LearnedTable, MixedRoPE, PositionEncoding, Sum, named_encodings
@@ -42,31 +39,6 @@ def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
         if isinstance(inner, Mapping):
             state_dict = inner
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
-def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
-    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this module reads.
-
-    rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
-
-    Raises:
-        CheckpointError: for weights that are missing or too many, by name.
-    """
-    stored = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
-    wanted, state = theirs.state_dict(), encoder_of(unwrapped(stored))
-    if "freqs" in state and "rope.freqs" in wanted:
-        state["rope.freqs"] = state.pop("freqs").reshape(wanted["rope.freqs"].shape)
-        state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
-    timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
-    state = state if timm_filter is None else timm_filter(state, theirs)
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or extra:
-        hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
-        raise CheckpointError(
-            f"the weights do not fit: missing {', '.join(missing[:5]) or 'nothing'}, "
-            f"unexpected {', '.join(extra[:5]) or 'nothing'}{hint}"
-        )
-    theirs.load_state_dict(state)
 
 
 def convert_state_dict(module: TimmViT, state_dict: State, prefix: str, *_: Rest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention.functional import _merge
+from ..attention.functional import merge_bias
 from ..errors import ConfigError
 from ..signal import Signal
 
@@ -31,7 +31,7 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
         )
     if not signal.bias:
         raise ConfigError("this Signal has no bias, so there is no mask to be made; token terms are added to the input")
-    bias = _merge(list(signal.bias), None, 1.0, dtype)
+    bias = merge_bias(list(signal.bias), None, 1.0, dtype)
     if bias is None or bias.shape[0] not in (1, batch):
         raise ConfigError(f"the bias is for {0 if bias is None else bias.shape[0]} samples, the batch has {batch}")
     if bias.shape[:2] == (1, 1):

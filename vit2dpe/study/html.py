@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined, Template
 
 from ..errors import DataError
 from ..files import write_atomically
+from ..spec import Plain
 from .rows import Row, read_rows
 from .tables import METRICS, metric_of, spell
 
-Facts = dict[str, Any]  # the content of env.json
+Facts = dict[str, Plain]  # the content of env.json
 
 MULTIPLES = (1.5, 2.0, 3.0, 4.0)  # of the training side
 
@@ -95,7 +96,7 @@ class Series:
     train: float
     points: list[Point]
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, Plain]:
         points = [dict(x=point.x, label=point.label, **point.values) for point in self.points]
         return vars(self) | dict(points=points)
 

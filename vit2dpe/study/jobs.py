@@ -12,7 +12,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, TypeVar
@@ -126,28 +125,21 @@ def _assign(pipe: Connection, running: dict[Connection, int], pending: Iterator[
 
 
 def _work(run: Callable[[T, Progress], R], pipe: Connection, threads: int) -> None:
-    """Run trials that arrive through the pipe until it is closed."""
+    """Run trials that arrive through the pipe until it is closed; progress and results go back through it."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:  # do not outlive a study that was killed
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     try:
         while True:
-            pipe.send(_result(run, pipe.recv(), partial(_report, pipe)))
+            trial = pipe.recv()
+            try:
+                pipe.send(run(trial, lambda *numbers: pipe.send(_Progress(*numbers))))
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # the parent's traceback ends at the pipe
+                pipe.send(_Failure(error))
     except (EOFError, ConnectionError, KeyboardInterrupt):  # the study ended
         return
-
-
-def _result(run: Callable[[T, Progress], R], trial: T, progress: Progress) -> R | _Failure:
-    try:
-        return run(trial, progress)
-    except Exception as error:
-        error.add_note(traceback.format_exc())  # the parent's traceback ends at the pipe
-        return _Failure(error)
-
-
-def _report(pipe: Connection, name: str, seed: int, numbers: Mapping[str, float]) -> None:
-    pipe.send(_Progress(name, seed, numbers))
 
 
 def _exit_after(parent: BaseProcess) -> None:

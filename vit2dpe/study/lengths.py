@@ -6,7 +6,7 @@ On one axis what `sizes` does on two: a length N is the size (1, N).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..data.text import SHAKESPEARE, TextData, load_text
 from ..data.text_settings import TextDataConfig
-from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of, use_policy
 from ..training.devices import pick_device
 from ..training.task import Task
@@ -24,11 +23,12 @@ from ..training.tasks.language import LanguageTask, token_loss, windows
 from ..training.tasks.sequences import SequenceTask, answers
 from .plan import Plan, Trial
 from .rows import Row
-from .trials import digest_of, policies_for
+from .trials import Measure, digest_of, policies_for
 
 STEPS = 100  # updates of an epoch
 LAST = 64  # tokens at the end of a window that are measured by themselves too
 SYMBOLS = 10  # of the sequence tasks
+FACTS = dict(tables="learned tables start at N(0, 0.02), truncated")
 
 
 class Score(NamedTuple):
@@ -39,27 +39,13 @@ class Score(NamedTuple):
     n: int
 
 
-@dataclass(frozen=True)
-class OverLengths:
-    """A `Measure` of one-dimensional models, abstract in its data and its metric."""
-
-    plan: Plan
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return dict(tables="learned tables start at N(0, 0.02), truncated")
-
-    @property
-    def unreadable(self) -> Mapping[str, str]:
-        return {}
-
-    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
-        return {}
+@dataclass(frozen=True, kw_only=True)
+class OverLengths(Measure):
+    """The metric of one-dimensional models over the length of their input; which, subclasses say."""
 
     def digest(self) -> str:
-        return digest_of(
-            ([length for _, length in self.plan.sizes], self.plan.config.policies, self.plan.config.temperatures)
-        )
+        config, lengths = self.plan.config, [length for _, length in self.plan.sizes]
+        return digest_of((lengths, config.policies, config.temperatures))
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[Row]:
         plan, train_length = self.plan, self.plan.train_size[1]
@@ -93,7 +79,7 @@ class OverLengths:
         raise NotImplementedError(f"{type(self).__name__} has no metric")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Perplexity(OverLengths):
     """exp(mean loss) of a language model, over all tokens of a window and over its last ones."""
 
@@ -105,18 +91,13 @@ class Perplexity(OverLengths):
         config = plan.config
         longest = max(length for _, length in (plan.train_size, *plan.sizes))
         limit = 20 * longest if config.smoke else None
-        source = TextDataConfig(path=config.data.root, context=longest, limit=limit, **SHAKESPEARE)
-        text = load_text(source, option="--root")
+        text = load_text(
+            TextDataConfig(path=config.data.root, context=longest, limit=limit, **SHAKESPEARE), option="--root"
+        )
         if config.data.limit_test and not config.smoke:
             text = text._replace(val=text.val[: max(config.data.limit_test, longest) + 1])
-        return cls(plan, text)
-
-    @property
-    def source(self) -> tuple[str, str]:
-        return self.text.name, self.text.digest
-
-    def model_spec(self, trial: Trial) -> ModelSpec:
-        return self.plan.model_spec(trial, self.text.tokenizer.size)
+        source, classes = (text.name, text.digest), text.tokenizer.size
+        return cls(plan=plan, text=text, source=source, classes=classes, facts=FACTS)
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
@@ -130,16 +111,14 @@ class Perplexity(OverLengths):
             yield mode, "perplexity", math.exp(score.loss), score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExactAnswers(OverLengths):
     """Percent of sequences that are copied, reversed or sorted without an error."""
 
-    @property
-    def source(self) -> tuple[str, str]:
-        return self.plan.config.task, ""
-
-    def model_spec(self, trial: Trial) -> ModelSpec:
-        return self.plan.model_spec(trial, SYMBOLS)
+    @classmethod
+    def load(cls, plan: Plan) -> ExactAnswers:
+        """Nothing is read: sequences are drawn from their seed."""
+        return cls(plan=plan, source=(f"{plan.config.task}, drawn from its seed", ""), classes=SYMBOLS, facts=FACTS)
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
@@ -148,9 +127,9 @@ class ExactAnswers(OverLengths):
 
     def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
         device = next(model.parameters()).device
-        found = answers(model, self.plan.config.task, length, device=device)
-        score = Score(found["loss"], found["top1"], int(found["n"]))
-        yield f"depth {trial.depth}", "exact", found["exact"], score
+        score = answers(model, self.plan.config.task, length, device=device)
+        tokens = Score(score["loss"], score["top1"], int(score["n"]))
+        yield f"depth {trial.depth}", "exact", score["exact"], tokens
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`vit2dpe probe`: what a frozen encoder's features are worth: a linear classifier and k nearest neighbours on them.
+"""`vit2dpe probe`: linear and k-NN evaluation of the features of a frozen encoder.
 
     linear   logits = W (f - mean) / std + b; mean and std over the training features (an affine-free BatchNorm1d)
     k-NN     votes of the k most similar training features, weighted by exp(cosine similarity / 0.07)
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.datasets import load_images, normalize
+from ..data.datasets import load, normalize
+from ..data.settings import DataConfig
 from ..data.splits import resize
 from ..errors import ConfigError, unknown
 from ..files import write_atomically
 from ..seeding import generator
-from ..spec import parse_size
-from ..training.checkpoint import load_run
+from ..training.checkpoint import Meta, load_run
 from ..training.devices import pick_device
 from .settings import ProbeConfig
 
@@ -34,11 +34,35 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 TEMPERATURE = 0.07
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """A model with features: (B, N, D) tokens of which the first are a prefix, or a (B, rows, columns, D) map."""
+
+    num_prefix_tokens: int
+
+    def eval(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def forward_features(self, x: Tensor) -> Tensor: ...
+
+
+class Result(NamedTuple):
+    """A line of `probe.csv`; top1 in percent."""
+
+    method: str
+    pool: str
+    top1: float
+    setting: str
+    n_train: int
+    n_test: int
+
+
 def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     """Measure the features of a run; write `probe.csv` beside it and print it.
 
     Args:
-        config: settings; the data are the run's own where nothing else is said.
+        config: settings; the data default to the run's.
         command: what was typed, for the record.
 
     Returns:
@@ -55,78 +79,69 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    model: Any = load_run(folder, device, which=config.which)
-    about = model.about
+    run = load_run(folder, device, which=config.which)
+    about: Meta = vars(run)["about"]
     if lacking := [name for name in ("data", "mean", "std", "train_size") if name not in about]:
         raise ConfigError(
-            f"{folder} holds a {about['model']} and says nothing of {', '.join(lacking)}: probed is what saw images"
+            f"{folder} holds a {about['model']} without {', '.join(lacking)}: probes are for image models"
         )
-    model = getattr(model, "encoder", model)
-    data = load_images(**data_of(config, folder, about["data"]))
+    encoder = getattr(run, "encoder", run)
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(f"{folder} holds a {about['model']}, which has no features to probe")
+    data = load(*data_of(config, folder, about["data"]))
     if len(data.mean) != len(about["mean"]):
         raise ConfigError(f"the run saw images of {len(about['mean'])} channels, these have {len(data.mean)}")
     if config.data is None and data.digest != about["digest"]:
         print(f"note: not all of the images the run saw, or others: {len(data.train)} for training the probe")
-    size = tuple(about["train_size"])
+    height, width = about["train_size"]
     pools = {"both": ["avg", "token"], None: ["avg"]}.get(config.pool, [str(config.pool)])
-    rows = []
+    results = []
     for pool in pools:
         train, test = (
-            features(model, split.pixels(torch.arange(len(split))), about["mean"], about["std"], size=size, pool=pool)
-            for split in (data.train, data.test)
+            features(encoder, images, about["mean"], about["std"], size=(height, width), pool=pool)
+            for images in (split.pixels(torch.arange(len(split))) for split in (data.train, data.test))
         )
         linear = linear_probe(train, data.train.labels, test, data.test.labels)
         knn = knn_probe(train, data.train.labels, test, data.test.labels, config.k)
-        for method, found, setting in (("linear", linear, "penalty"), ("knn", knn, "k")):
-            row = dict(method=method, pool=pool, top1=round(found["top1"], 2), setting=f"{setting}={found[setting]:g}")
-            rows.append(row | dict(n_train=len(train), n_test=len(test)))
-            print(f"{method:6}  {pool:5}  top-1 {found['top1']:.2f}%  ({row['setting']})")
+        for method, score, name in (("linear", linear, "penalty"), ("knn", knn, "k")):
+            setting = f"{name}={score[name]:g}"
+            results.append(Result(method, pool, round(score["top1"], 2), setting, len(train), len(test)))
+            print(f"{method:6}  {pool:5}  top-1 {score['top1']:.2f}%  ({setting})")
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([Result._fields, *results])
     write_atomically(folder / "probe.csv", text.getvalue().encode())
     return folder / "probe.csv"
 
 
-def data_of(config: ProbeConfig, folder: Path, name: str) -> dict[str, Any]:
-    """Arguments of `load_images`: what the probe is told, else what the run was."""
+def data_of(config: ProbeConfig, folder: Path, name: str) -> tuple[DataConfig, int]:
+    """The run's data but for what the probe's settings change, and the run's seed."""
     import yaml
 
     path = folder / "config.yaml"
-    before: dict[str, Any] = {}
-    seed = 0
-    if config.data is None and path.is_file():
-        settings = yaml.safe_load(path.read_text()) or {}
-        before, seed = settings.get("data") or {}, (settings.get("run") or {}).get("seed") or 0
-    source = before.get("source_size")
-    given = dict(
-        name=config.data or name,
-        root=config.root or before.get("root"),
-        source_size=None if source is None else parse_size(source),
-    )
-    for limit in ("limit_train", "limit_test"):
-        told = getattr(config, limit)
-        given[limit] = before.get(limit) if told is None else told
-    given |= dict(val_fraction=before.get("val_fraction") or 0.0, seed=seed)
-    return given | dict(unreadable=before.get("unreadable") or "error")
+    before = yaml.safe_load(path.read_text()) or {} if config.data is None and path.is_file() else {}
+    names = ("root", "source_size", "limit_train", "limit_test", "val_fraction", "unreadable")
+    data = {key: (before.get("data") or {}).get(key) for key in names}
+    own = dict(root=config.root, limit_train=config.limit_train, limit_test=config.limit_test)
+    data |= {key: value for key, value in own.items() if value is not None}
+    data = {key: value for key, value in data.items() if value is not None}
+    return DataConfig.of(data, name=config.data or name, cache="memory"), (before.get("run") or {}).get("seed") or 0
 
 
 @torch.no_grad()
 def features(
-    model: Any, images: Tensor, mean: Iterable[float], std: Iterable[float], *, size: tuple[int, int], pool: str
+    model: Encoder, images: Tensor, mean: Iterable[float], std: Iterable[float], *, size: tuple[int, int], pool: str
 ) -> Tensor:
     """(N, D) float32 on the CPU: the frozen model's patch tokens averaged ("avg") or its first token ("token")."""
     model.eval()
     device, prefix = next(model.parameters()).device, model.num_prefix_tokens
     if pool == "token" and not prefix:
         raise ConfigError("this model has no class token: --pool avg")
-    found = []
-    for part in images.split(256):
-        x = model.forward_features(normalize(resize(part, size), tuple(mean), tuple(std)).to(device))
+    pooled = []
+    for batch in images.split(256):
+        x = model.forward_features(normalize(resize(batch, size), tuple(mean), tuple(std)).to(device))
         x = x.flatten(1, 2) if x.ndim == 4 else x  # a Swin's feature map (B, rows, columns, D)
-        found.append((x[:, 0] if pool == "token" else x[:, prefix:].mean(dim=1)).float().cpu())
-    return torch.cat(found)
+        pooled.append((x[:, 0] if pool == "token" else x[:, prefix:].mean(dim=1)).float().cpu())
+    return torch.cat(pooled)  # (N, D)
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, answers: Tensor, *, seed: int = 0) -> dict[str, float]:
@@ -153,12 +168,12 @@ def knn_probe(train: Tensor, labels: Tensor, test: Tensor, answers: Tensor, k: i
     if not 1 <= k <= len(train):
         raise ConfigError(f"k must be between 1 and the {len(train)} training images, got {k}")
     train, test, classes = F.normalize(train), F.normalize(test), int(torch.cat([labels, answers]).max()) + 1
-    found = []
-    for part in test.split(512):
-        near = (part @ train.T).topk(k)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
-        found.append(votes)
-    return dict(top1=_top1(torch.cat(found), answers), k=k)
+    votes = []
+    for batch in test.split(512):
+        near = (batch @ train.T).topk(k)  # (B, k)
+        weights = (near.values / TEMPERATURE).exp()
+        votes.append(torch.zeros(len(batch), classes).scatter_add_(1, labels[near.indices], weights))
+    return dict(top1=_top1(torch.cat(votes), answers), k=k)
 
 
 def _linear(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callable[[Tensor], Tensor]:

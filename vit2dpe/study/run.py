@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,5 @@ def study(config: StudyConfig, command: str = "") -> Path:
 
 def prepare(plan: Plan) -> Measure:
     """Load the data of a plan."""
-    if plan.config.task == "images":
-        return OverSizes.load(plan)
-    return Perplexity.load(plan) if plan.config.task == "text" else ExactAnswers(plan)
+    measures: dict[str, Callable[[Plan], Measure]] = {"images": OverSizes.load, "text": Perplexity.load}
+    return measures.get(plan.config.task, ExactAnswers.load)(plan)

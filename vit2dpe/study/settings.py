@@ -9,6 +9,7 @@ from typing import ClassVar
 from ..data.settings import AugmentConfig, DataConfig
 from ..errors import ConfigError
 from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
+from ..training.settings import PRESETS as IMAGE_PRESETS
 from ..training.settings import ModelConfig, OptimConfig, RunConfig
 
 _MODEL = ModelConfig(mlp_ratio=2.0)
@@ -87,21 +88,19 @@ class StudyConfig(Settings):
         return (PRESETS[task] if task in PRESETS else PRESETS.get(data, PRESETS["folder"])) | quick
 
 
-_DEFAULT = "none,learned,sincos,relative,alibi,rope,rope_mixed"
-_FOLDER: dict[str, Plain] = {
-    "encodings": _DEFAULT, "data.size": "32", "sizes": "24,32,48,64,96", "model.patch": 4, "model.width": 192,
-    "model.depth": 9, "model.heads": 3, "optim.epochs": 60, "optim.batch_size": 128, "optim.lr": 1e-3,
-    "augment.shift": 4, "augment.flip": True,
+# Presets by dotted names: models and augmentation of images are those that `vit2dpe train` takes.
+_ENCODINGS = {"encodings": "none,learned,sincos,relative,alibi,rope,rope_mixed"}
+_SHARED = ("model.patch", "model.width", "model.depth", "model.heads", "augment.shift", "augment.flip")
+_FOLDER: dict[str, Plain] = _ENCODINGS | {name: IMAGE_PRESETS[""][name] for name in _SHARED} | {
+    "data.size": "32", "sizes": "24,32,48,64,96", "optim.epochs": 60, "optim.batch_size": 128, "optim.lr": 1e-3,
 }  # fmt: skip
 _SEQUENCES: dict[str, Plain] = {
     "encodings": "sincos,learned,none", "train_length": 16, "lengths": "16", "model.width": 64, "model.depth": 2,
     "model.heads": 2, "optim.epochs": 20, "optim.batch_size": 128, "optim.lr": 2e-3,
 }  # fmt: skip
 PRESETS: Mapping[str, dict[str, Plain]] = {
-    "digits": {
-        "encodings": _DEFAULT, "data.size": "16", "sizes": "12,16,24,32,48", "model.patch": 4, "model.width": 64,
-        "model.depth": 3, "model.heads": 8, "optim.epochs": 40, "optim.batch_size": 64, "optim.lr": 3e-3,
-        "augment.shift": 1, "augment.flip": False,
+    "digits": _ENCODINGS | {name: IMAGE_PRESETS["digits"][name] for name in _SHARED} | {
+        "data.size": "16", "sizes": "12,16,24,32,48", "optim.epochs": 40, "optim.batch_size": 64, "optim.lr": 3e-3,
     },
     "folder": _FOLDER, "cifar10": _FOLDER,
     "text": {

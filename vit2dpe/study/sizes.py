@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..data.datasets import Images, load
-from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
 from ..spec import Size
@@ -19,14 +18,13 @@ from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
 from .plan import Plan, Trial
 from .rows import Row
-from .trials import build, digest_of, policies_for, train
+from .trials import Measure, build, digest_of, policies_for, train
 
 
-@dataclass(frozen=True)
-class OverSizes:
-    """Top-1 accuracy over image sizes; the `Measure` of task images."""
+@dataclass(frozen=True, kw_only=True)
+class OverSizes(Measure):
+    """Top-1 accuracy over image sizes."""
 
-    plan: Plan
     data: Images
 
     @classmethod
@@ -38,22 +36,16 @@ class OverSizes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
         print(f"{counts}; results in {config.run.out}")
-        return cls(plan, data)
-
-    @property
-    def source(self) -> tuple[str, str]:
-        return self.plan.config.data.name, self.data.digest
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return dict(images=self.data.used)
-
-    @property
-    def unreadable(self) -> Mapping[str, str]:
-        return self.data.unreadable
-
-    def model_spec(self, trial: Trial) -> ModelSpec:
-        return self.plan.model_spec(trial, len(self.data.classes), len(self.data.mean))
+        return cls(
+            plan=plan,
+            data=data,
+            source=(config.data.name, data.digest),
+            classes=len(data.classes),
+            channels=len(data.mean),
+            facts=dict(images=data.used),
+            about=dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std)),
+            unreadable=data.unreadable,
+        )
 
     def task(self, seed: int) -> Task:
         config = self.plan.config
@@ -66,9 +58,6 @@ class OverSizes:
             augment=config.augment,
             workers=config.data.workers,
         )
-
-    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
-        return dict(classes=list(self.data.classes), mean=list(self.data.mean), std=list(self.data.std))
 
     def digest(self) -> str:
         plan, config = self.plan, self.plan.config
@@ -103,8 +92,8 @@ class OverSizes:
         differs: all weights are finetuned, not the last layers alone, and the augmentation stays that of training.
         """
         config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
-        at_size = OverSizes(replace(self.plan, config=config, train_size=size), self.data)
-        model = build(at_size.model_spec(trial), trial.seed)
+        at_size = replace(self, plan=replace(self.plan, config=config, train_size=size))
+        model, _ = build(at_size, trial)
         load_weights(model, trained)
         optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
         train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")

@@ -10,10 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..seeding import derive_seed
-from ..spec import flat
+from ..spec import Plain, flat
 from ..training.checkpoint import load_run, read_meta, save_model
 from ..training.devices import pick_device
 from ..training.engine import fit
@@ -45,42 +44,39 @@ _SEQUENCES = ("task", "train_length", "embed_scale")
 _WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|run\.(compile|patience)")  # unless at the default
 
 
-class Measure(Protocol):
-    """What a study trains on, and what it measures a trained model at."""
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What a study trains on, and what it measures a trained model at: over sizes or over lengths.
 
-    @property
-    def plan(self) -> Plan: ...
+    Args:
+        plan: settings.
+        source: name and digest of the data; an empty digest where nothing is read.
+        classes: of images, or the size of the vocabulary.
+        channels: of images.
+        facts: further entries of env.json.
+        about: facts about the data for the checkpoint.
+        unreadable: files that were left out, with the reason.
+    """
 
-    @property
-    def source(self) -> tuple[str, str]:
-        """Name and digest of the data; "" where the name says all."""
-        ...
+    plan: Plan
+    source: tuple[str, str]
+    classes: int
+    channels: int = 3
+    facts: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Plain] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def facts(self) -> dict[str, str]:
-        """Further entries of env.json."""
-        ...
-
-    @property
-    def unreadable(self) -> Mapping[str, str]:
-        """Files that were left out, with the reason."""
-        ...
-
-    def model_spec(self, trial: Trial) -> ModelSpec: ...
-
-    def task(self, seed: int) -> Task: ...
-
-    def about(self) -> Mapping[str, Sequence[str] | Sequence[float]]:
-        """Facts about the data for the checkpoint."""
-        ...
+    def task(self, seed: int) -> Task:
+        """The training of a seed."""
+        raise NotImplementedError(f"{type(self).__name__} trains nothing")
 
     def digest(self) -> str:
         """Digest of the settings that the rows of a trained model depend on."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[Row]:
         """Measure the model that was trained in `folder`."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
 
 def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> list[Row]:
@@ -99,19 +95,19 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     if _finished(folder, trained):
         model = load_run(folder, device)
     else:
-        spec = measure.model_spec(trial)
-        model = build(spec, trial.seed)
+        model, spec = build(measure, trial)
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
-        save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about(), final=final)
+        save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about, final=final)
     rows = measure.rows(model.to(device), trial, folder)
     write_atomically(results, to_csv(rows).encode())
     return read_rows(results)
 
 
-def build(spec: ModelSpec, seed: int) -> nn.Module:
-    """The model with the initial weights of a seed."""
-    torch.manual_seed(derive_seed(seed, "init"))
-    return spec.build()
+def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:
+    """The model of a trial with its initial weights."""
+    torch.manual_seed(derive_seed(trial.seed, "init"))
+    spec = measure.plan.model_spec(trial, measure.classes, measure.channels)
+    return spec.build(), spec
 
 
 def train(
@@ -121,14 +117,14 @@ def train(
     optim: OptimConfig,
     folder: Path,
     progress: Callable[[Mapping[str, float]], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Train a model in place, in its folder; returns the last row of `metrics.csv`."""
     config = measure.plan.config
     run, stop_after = replace(config.run, seed=seed), 2 if config.smoke else None
     return fit(model, measure.task(seed), optim, run, folder=folder, progress=progress, stop_after=stop_after)[-1]
 
 
-def training_settings(measure: Measure, trial: Trial) -> dict[str, Any]:
+def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     """What a training depends on, as JSON values; equal settings need no second training."""
     config, settings, default = measure.plan.config, flat(measure.plan.config), flat(StudyConfig())
     images = config.task == "images"
@@ -136,18 +132,18 @@ def training_settings(measure: Measure, trial: Trial) -> dict[str, Any]:
     used = {name.rpartition(".")[2]: settings[name] for name in names} | trial._asdict()
     used |= dict(train_size=settings["data.size"]) if images else {}
     more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
-    name, digest = measure.source
-    return {n: v for n, v in more.items() if n.rpartition(".")[2] not in used} | used | dict(data=digest or name)
+    used["data"] = measure.source[1] or config.task
+    return {name: value for name, value in more.items() if name.rpartition(".")[2] not in used} | used
 
 
-def folder_name(plan: Plan, trial: Trial, trained: Mapping[str, Any]) -> str:
+def folder_name(plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -> str:
     """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; of images there is one depth."""
     depth = "" if plan.config.task == "images" else f"-depth{trial.depth}"
     encoding = re.sub(r"[^A-Za-z0-9_.+=]+", "_", trial.encoding).strip("_")
     return f"{encoding}{depth}-seed{trial.seed}-{digest_of(trained)}"
 
 
-def digest_of(settings: Mapping[str, Any] | Sequence[Any]) -> str:
+def digest_of(settings: Plain) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -159,5 +155,5 @@ def policies_for(plan: Plan, model: nn.Module) -> Sequence[str]:
     return [p for p in plan.config.policies if p.split("(")[0] in (*able, "default")] or able[:1]
 
 
-def _finished(folder: Path, trained: Mapping[str, Any]) -> bool:
+def _finished(folder: Path, trained: Mapping[str, Plain]) -> bool:
     return (folder / "last" / "model.json").is_file() and read_meta(folder / "last").get("trained") == trained

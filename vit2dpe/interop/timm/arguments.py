@@ -17,10 +17,10 @@ from torch import nn
 from ...errors import ConfigError
 from ...models.spec import Arguments
 
-TimmViT: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
+TheirViT: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
 
 
-def arguments_of(theirs: TimmViT) -> Arguments:
+def arguments_of(theirs: TheirViT) -> Arguments:
     """Constructor arguments of a ViT of the same sizes and parts, beside the position.
 
     Raises:
@@ -78,7 +78,7 @@ _NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}
 _ACTS = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
-def _refuse(theirs: TimmViT) -> None:
+def _refuse(theirs: TheirViT) -> None:
     """Refuse parts that a model of ours cannot have."""
     block = theirs.blocks[0]
     kinds = {type(part).__name__ for part in theirs.blocks}
@@ -116,7 +116,7 @@ _BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "RelPosBlock
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention")
 
 
-def tokens_of(theirs: TimmViT) -> tuple[tuple[str, int], ...]:
+def tokens_of(theirs: TheirViT) -> tuple[tuple[str, int], ...]:
     """Its leading tokens, in order, each with how many there are."""
     tokens = [("cls_token", theirs.cls_token), ("reg_token", getattr(theirs, "reg_token", None))]
     return tuple((name, token.shape[1]) for name, token in tokens if token is not None)

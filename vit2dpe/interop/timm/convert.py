@@ -7,6 +7,7 @@ covered families; the steps between their parameters and ours are in `steps.py`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +19,14 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import CheckpointError, ConfigError
-from ...models.mae_names import State
+from ...models.mae_names import State, encoder_of
 from ...models.swin.model import Swin
-from ...models.swin.weights import to_timm_swin
 from ...models.timm_api import pair, pretrained_cfg_of
 from ...models.vit import ViT
-from ...models.weights import read_weights
+from ...models.weights import unwrapped
 from ...resolution.apply import set_policy
 from .read import Recipe, read
-from .swin import from_timm_swin
+from .swin import from_timm_swin, to_timm_swin
 from .write import native_steps
 
 
@@ -104,6 +104,31 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> 
     lost = [name for name in missing if "position." not in name] + list(unexpected)
     if lost:
         raise CheckpointError(f"weights without a counterpart: {', '.join(lost[:5])}")
+
+
+def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this module reads.
+
+    rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
+
+    Raises:
+        CheckpointError: for weights that are missing or too many, by name.
+    """
+    stored = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
+    wanted, state = theirs.state_dict(), encoder_of(unwrapped(stored))
+    if "freqs" in state and "rope.freqs" in wanted:
+        state["rope.freqs"] = state.pop("freqs").reshape(wanted["rope.freqs"].shape)
+        state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
+    timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
+    state = state if timm_filter is None else timm_filter(state, theirs)
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
+        raise CheckpointError(
+            f"the weights do not fit: missing {', '.join(missing[:5]) or 'nothing'}, "
+            f"unexpected {', '.join(extra[:5]) or 'nothing'}{hint}"
+        )
+    theirs.load_state_dict(state)
 
 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A timm Swin becomes ours: `from_timm_swin`.
+"""A timm Swin becomes ours: `from_timm_swin`; and back: `to_timm_swin`.
 
 The model is rebuilt as one of ours and its weights are loaded strictly. Covered: timm's `SwinTransformer` (Swin, S3)
 and `SwinTransformerV2`. Other parts are refused by name.
@@ -17,16 +17,19 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
+from ...encodings import LogCPB, RelativeBias, named_encodings
 from ...errors import ConfigError
+from ...models.mae_names import State
 from ...models.spec import Arguments
 from ...models.swin.model import Swin
-from ...models.swin.stage import Spec
+from ...models.swin.stage import Spec, SwinBlock, WindowAttention
+from ...models.swin.weights import TABLE
 from ...models.timm_api import pretrained_cfg_of
 
-TimmSwin: TypeAlias = SwinTransformer | SwinTransformerV2
+TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 
 
-def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
+def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
     """Our Swin with the weights of a timm Swin.
 
     Args:
@@ -51,7 +54,7 @@ def from_timm_swin(theirs: TimmSwin, position: Spec | None = None, **kwargs: Any
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
-def _arguments(theirs: TimmSwin, v2: bool) -> Arguments:
+def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
     """Constructor arguments of a Swin of these sizes and parts."""
     first = [stage.blocks[0] for stage in theirs.layers]
     widths = [block.mlp.fc1.in_features for block in first]
@@ -77,7 +80,7 @@ def _arguments(theirs: TimmSwin, v2: bool) -> Arguments:
     return arguments
 
 
-def _refuse(theirs: TimmSwin) -> bool:
+def _refuse(theirs: TheirSwin) -> bool:
     """Refuse parts that our Swin cannot have; whether it is a V2."""
     name = type(theirs).__name__
     if type(theirs) not in (SwinTransformer, SwinTransformerV2):
@@ -99,3 +102,53 @@ def _refuse(theirs: TimmSwin) -> bool:
 
 def _gelu(act: nn.Module) -> bool:
     return type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
+
+
+def to_timm_swin(model: Swin) -> State:
+    """The state of a Swin under timm's names, for `SwinTransformer` or `SwinTransformerV2` of the same sizes.
+
+    A `logcpb` that was trained on other windows than the model's needs timm's `pretrained_window_sizes`.
+
+    Raises:
+        ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) or `logcpb` (V2) in each block.
+    """
+    state: State = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
+    for owner, part in named_encodings(model).items():
+        if not part.gives:
+            continue
+        if not (owner.endswith(".attn.position") and isinstance(part, RelativeBias | LogCPB)):
+            raise _no_such_swin(f"{owner} is a {type(part).__name__}")
+        _check_kind(model, owner, part)
+        for name in [name for name in state if name.startswith(f"{owner}.")]:
+            value = state.pop(name)
+            value = value.flatten(1).t().contiguous() if name.endswith(TABLE) else value
+            state[name.replace(".attn.position.", ".attn.")] = value
+    for owner, attention in model.named_modules():
+        if isinstance(attention, WindowAttention) and attention.position is None:
+            raise _no_such_swin(f"{owner} has no encoding of its own")
+    return state
+
+
+def _check_kind(model: Swin, owner: str, part: RelativeBias | LogCPB) -> None:
+    """timm's V1 is a table and q·k, its V2 a network of 512 hidden units, cosine attention and norms behind."""
+    block = model.get_submodule(owner.removesuffix(".attn.position"))
+    if not isinstance(block, SwinBlock):
+        raise _no_such_swin(f"{owner} is not in a block of a Swin")
+    v2 = block.attn.logit_scale is not None
+    if block.post_norm != v2 or isinstance(part, LogCPB) != v2:
+        came = f"{'logcpb' if isinstance(part, LogCPB) else 'relative'} with qk={'cosine' if v2 else 'dot'}"
+        raise _no_such_swin(f"{owner} is {came}{' and norms behind' * block.post_norm}")
+    if isinstance(part, LogCPB) and (part.form != "swin" or part.cpb_mlp[0].out_features != 512):
+        raise _no_such_swin(
+            f"{owner} is a network of form {part.form} with {part.cpb_mlp[0].out_features} hidden units, timm's is one "
+            "of form swin with 512"
+        )
+    if isinstance(part, RelativeBias) and part.prefix_bias is not None:
+        raise _no_such_swin(f"{owner} has entries for prefix tokens, of which a Swin has none")
+
+
+def _no_such_swin(why: str) -> ConfigError:
+    return ConfigError(
+        f"{why}; timm's Swin is V1 (relative in each block, qk='dot', norms before) or V2 (logcpb in each block, "
+        "qk='cosine', post_norm=True): keep such a model in its own names (state_dict), which vit2dpe loads"
+    )

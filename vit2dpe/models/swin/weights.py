@@ -1,4 +1,4 @@
-"""Names and layouts of Swin checkpoints, translated on the way in and out: timm's, the original's, torchvision's.
+"""Names and layouts of Swin checkpoints, translated on the way in: timm's, the original's, torchvision's.
 
 Differences from ours:
     timm         the table is (T, H), T = (2h - 1)(2w - 1), and it and `cpb_mlp` lie in `attn`, not `attn.position`
@@ -16,10 +16,9 @@ import re
 from torch import Tensor
 
 from ...encodings import LogCPB, RelativeBias, named_encodings
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError
 from ..mae_names import State
 from ..weights import Rest, resize_tables, unwrapped
-from .stage import SwinBlock, WindowAttention
 from .timm_api import TimmSwin
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "k_bias")
@@ -46,56 +45,6 @@ def convert_state_dict(module: TimmSwin, state_dict: State, prefix: str, *_: Res
     state = _into_encodings(module, state)
     resize_tables(module, module.train_extent, state, "")
     state_dict.update({prefix + name: value for name, value in state.items()})
-
-
-def to_timm_swin(model: TimmSwin) -> State:
-    """The state of a Swin under timm's names, for `SwinTransformer` or `SwinTransformerV2` of the same sizes.
-
-    A `logcpb` that was trained on other windows than the model's needs timm's `pretrained_window_sizes`.
-
-    Raises:
-        ConfigError: for encodings that timm's Swin has not: it has `relative` (V1) or `logcpb` (V2) in each block.
-    """
-    state: State = {n: v for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
-    for owner, part in named_encodings(model).items():
-        if not part.gives:
-            continue
-        if not (owner.endswith(".attn.position") and isinstance(part, RelativeBias | LogCPB)):
-            raise _no_such_swin(f"{owner} is a {type(part).__name__}")
-        _check_kind(model, owner, part)
-        for name in [name for name in state if name.startswith(f"{owner}.")]:
-            value = state.pop(name)
-            value = value.flatten(1).t().contiguous() if name.endswith(TABLE) else value
-            state[name.replace(".attn.position.", ".attn.")] = value
-    for owner, attention in model.named_modules():
-        if isinstance(attention, WindowAttention) and attention.position is None:
-            raise _no_such_swin(f"{owner} has no encoding of its own")
-    return state
-
-
-def _check_kind(model: TimmSwin, owner: str, part: RelativeBias | LogCPB) -> None:
-    """timm's V1 is a table and q·k, its V2 a network of 512 hidden units, cosine attention and norms behind."""
-    block = model.get_submodule(owner.removesuffix(".attn.position"))
-    if not isinstance(block, SwinBlock):
-        raise _no_such_swin(f"{owner} is not in a block of a Swin")
-    v2 = block.attn.logit_scale is not None
-    if block.post_norm != v2 or isinstance(part, LogCPB) != v2:
-        came = f"{'logcpb' if isinstance(part, LogCPB) else 'relative'} with qk={'cosine' if v2 else 'dot'}"
-        raise _no_such_swin(f"{owner} is {came}{' and norms behind' * block.post_norm}")
-    if isinstance(part, LogCPB) and (part.form != "swin" or part.cpb_mlp[0].out_features != 512):
-        raise _no_such_swin(
-            f"{owner} is a network of form {part.form} with {part.cpb_mlp[0].out_features} hidden units, timm's is one "
-            "of form swin with 512"
-        )
-    if isinstance(part, RelativeBias) and part.prefix_bias is not None:
-        raise _no_such_swin(f"{owner} has entries for prefix tokens, of which a Swin has none")
-
-
-def _no_such_swin(why: str) -> ConfigError:
-    return ConfigError(
-        f"{why}; timm's Swin is V1 (relative in each block, qk='dot', norms before) or V2 (logcpb in each block, "
-        "qk='cosine', post_norm=True): keep such a model in its own names (state_dict), which vit2dpe loads"
-    )
 
 
 def _from_original(state: State) -> State:
