@@ -114,7 +114,7 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
         (dict(model="vit_tiny_patch16_224(depht=1)"), "unexpected keyword argument 'depht'"),
         (dict(model="vit2dpe_tiny_patch4_32"), "could not make vit2dpe_tiny_patch4_32 with its pretrained weights"),
         (dict(model="levit_128s(num_classes=3)", sizes="160", untrained=True), "does not take 160x160 images"),
-        (dict(model="test_resnet", untrained=True), "tells 1000 classes apart, the data have 3, among them blue"),
+        (dict(model="test_resnet", untrained=True), "the model has 1000 classes, the data have 3, among them blue"),
         (dict(model="test_resnet(num_classes=3)", untrained=True, policies="ntk"), "needs a model of ours"),
         (dict(model="test_resnet(num_classes=3)", untrained=True, sizes="64y"), "a size is written 32 or 32x48"),
         (dict(model="test_resnet(num_classes=3)", untrained=True, modes="scail"), "did you mean 'scale'"),

@@ -216,7 +216,7 @@ def test_the_probe_writes_its_table(run, capsys):
 
 
 def test_what_tells_no_classes_apart_is_not_evaluated(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds a MAE, which tells no classes apart: .* --init"):
+    with pytest.raises(ConfigError, match=r"holds a MAE, which is no classifier: .* --init"):
         evaluate_model(EvaluateConfig(model=str(run), data="digits", out=str(tmp_path)))
 
 
@@ -238,7 +238,7 @@ def test_probes_refuse_what_cannot_work(run, tmp_path):
         probe(ProbeConfig(run=str(run.parent), device="cpu"))
     arguments = dict(position="rope", vocab_size=5, embed_dim=8, depth=1, num_heads=2, context=8)
     save_model(tmp_path / "last", TextDecoder(**arguments), arguments)
-    with pytest.raises(ConfigError, match="holds a TextDecoder and says nothing of data, mean, std, train_size"):
+    with pytest.raises(ConfigError, match="holds a TextDecoder without data, mean, std, train_size"):
         probe(ProbeConfig(run=str(tmp_path), device="cpu"))
 
 

@@ -30,7 +30,8 @@ from ..data.sources import readable
 from ..data.splits import FileSplit, Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
-from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
+from ..resolution.apply import policies_of
+from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size, parse_terms
 from ..training.checkpoint import Meta, load_run
 from ..training.devices import pick_device
@@ -42,10 +43,10 @@ from .tables import table
 
 
 class Subject(NamedTuple):
-    """A model and what a batch must be for it."""
+    """A model, and how images are prepared for it: normalization, crop, numbering of the classes."""
 
     model: nn.Module
-    label: str  # what the table calls it: an encoding for a run of ours, else the name
+    label: str  # in the table: the encoding of a run, else the name
     seed: int | None  # of the training, where it is known
     classes: tuple[str, ...] | None  # by index; None where only their number is known
     strict: bool  # whether data of other classes are out of the question
@@ -112,7 +113,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
             )
         if not getattr(run, "num_classes", 0):
             raise ConfigError(
-                f"{folder} holds a {about['model']}, which tells no classes apart: train a classifier from it, "
+                f"{folder} holds a {about['model']}, which is no classifier: train one from it, "
                 f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
             )
         label, trained = str(about["arguments"].get("position", about["model"])), about.get("trained")
@@ -247,15 +248,15 @@ def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int
 
 
 def _numbering(subject: Subject, classes: tuple[str, ...]) -> Tensor:
-    """(classes of the data,) the model's index of each: by name where the model knows names, else one to one."""
+    """(C,) the model's index of each class of the data: by name where its classes have names, else one to one."""
     if subject.classes is not None and set(classes) <= set(subject.classes):
         return torch.tensor([subject.classes.index(name) for name in classes])
     count: int = getattr(subject.model, "num_classes", len(classes))
     if subject.strict or count != len(classes):
         strange = [name for name in classes if subject.classes and name not in subject.classes][:3]
         raise DataError(
-            f"the model tells {count} classes apart, the data have {len(classes)}"
-            + (f", among them {', '.join(strange)}, which it does not know by name" if strange else "")
+            f"the model has {count} classes, the data have {len(classes)}"
+            + (f", among them {', '.join(strange)}, which are not among the model's" if strange else "")
             + '; give a model of these classes: --model "name(num_classes=...)" --checkpoint weights.safetensors'
         )
     return torch.arange(len(classes))

@@ -127,9 +127,9 @@ class ExactAnswers(OverLengths):
 
     def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
         device = next(model.parameters()).device
-        found = answers(model, self.plan.config.task, length, device=device)
-        score = Score(found["loss"], found["top1"], int(found["n"]))
-        yield f"depth {trial.depth}", "exact", found["exact"], score
+        score = answers(model, self.plan.config.task, length, device=device)
+        tokens = Score(score["loss"], score["top1"], int(score["n"]))
+        yield f"depth {trial.depth}", "exact", score["exact"], tokens
 
 
 @torch.no_grad()

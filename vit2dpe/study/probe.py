@@ -62,7 +62,7 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     """Measure the features of a run; write `probe.csv` beside it and print it.
 
     Args:
-        config: settings; the data are the run's own where nothing else is said.
+        config: settings; the data default to the run's.
         command: what was typed, for the record.
 
     Returns:
@@ -83,7 +83,7 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     about: Meta = vars(run)["about"]
     if lacking := [name for name in ("data", "mean", "std", "train_size") if name not in about]:
         raise ConfigError(
-            f"{folder} holds a {about['model']} and says nothing of {', '.join(lacking)}: probes are for image models"
+            f"{folder} holds a {about['model']} without {', '.join(lacking)}: probes are for image models"
         )
     encoder = getattr(run, "encoder", run)
     if not isinstance(encoder, Encoder):

@@ -50,7 +50,7 @@ class Measure:
 
     Args:
         plan: settings.
-        source: name and digest of the data; without a digest the name says all.
+        source: name and digest of the data; an empty digest where nothing is read.
         classes: of images, or the size of the vocabulary.
         channels: of images.
         facts: further entries of env.json.
