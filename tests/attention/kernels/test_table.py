@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit2dpe import Dims, Positions, Signal, ViT, attend, build
 from vit2dpe.attention.kernels import table as kernels
 from vit2dpe.signal import Table
+from vit2dpe.testing import randomise
 
 B, H, DIM = 3, 2, 8
 GRIDS = [(2, 5), (5, 2), (1, 4), (3, 1), (1, 1)]
@@ -88,6 +90,35 @@ def test_second_derivatives():
     signal = lambda t: Signal(bias=(Table(t, at, at),))  # noqa: E731
     q = q[:1].detach().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda q, t: attend(q, k[:1], v[:1], signal(t)), (q, table))
+
+
+@pytest.mark.parametrize("word", ["t5", "relative(shared=true)", "t5+rope_mixed", "relative"])
+def test_gradients_that_are_differentiated_are_right_where_blocks_share_a_table(word):
+    torch.manual_seed(0)
+    sizes = dict(img_size=(16, 24), patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=3)
+    model = randomise(ViT(word, **sizes)).double()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    parameters = list(model.parameters())
+    along = [torch.randn_like(p) for p in parameters]
+
+    def gradients(create_graph=False):
+        found = torch.autograd.grad(model(images).square().sum(), parameters, create_graph=create_graph)
+        return torch.cat([g.flatten() for g in found])
+
+    def moved(step):
+        with torch.no_grad():
+            for p, d in zip(parameters, along, strict=True):
+                p.add_(d, alpha=step)
+        return gradients()
+
+    with sdpa_kernel(SDPBackend.MATH):  # what torch can differentiate twice
+        plain, kept = gradients(), gradients(create_graph=True)
+        torch.testing.assert_close(kept, plain, rtol=1e-6, atol=1e-9 * float(plain.norm()))
+        second = torch.autograd.grad(kept @ torch.cat([d.flatten() for d in along]), parameters, allow_unused=True)
+        pairs = zip(parameters, second, strict=True)
+        found = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+        expected = (moved(1e-6) - moved(-2e-6)) / 2e-6  # the second step starts where the first ended
+    assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_a_frozen_backbone_trains_its_table_alone(paths):

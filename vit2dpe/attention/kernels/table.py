@@ -149,11 +149,14 @@ class _Learned(torch.autograd.Function):
         q, k, v, table, *kept = ctx.saved_tensors
         grid, prefix, scale = ctx.grid, ctx.prefix, ctx.scale
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain operations, which remember
-            at = Positions.grid(grid).with_prefix(prefix)
+            at, asked = Positions.grid(grid).with_prefix(prefix), [x.requires_grad for x in (q, k, v, table)]
+            # Views: where q was computed from the table, as behind a block that shares it, its gradient by the table
+            # is that of the blocks before, which is not asked for here.
+            q, k, v, table = (x.view_as(x) for x in (q, k, v, table))
             logits = scale * q @ k.transpose(-1, -2) + Table(table, at, at).dense().to(q.dtype)
-            inputs = [x for x in (q, k, v, table) if x.requires_grad]
+            inputs = [x for x, ask in zip((q, k, v, table), asked, strict=True) if ask]
             found = iter(torch.autograd.grad(logits.softmax(-1) @ v, inputs, gradient, create_graph=True))
-            dq, dk, dv, dtable = (next(found) if x.requires_grad else None for x in (q, k, v, table))
+            dq, dk, dv, dtable = (next(found) if ask else None for ask in asked)
             return dq, dk, dv, dtable, None, None, None
         dq, dk, dv = (torch.empty_like(x, dtype=table.dtype) for x in (q, k, v))
         dtable, size = torch.empty_like(table), q.shape[2] ** 2 * table.element_size()
