@@ -10,8 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers import within
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
+from vit2dpe.attention.kernels import table
+from vit2dpe.encodings import ENCODINGS
 from vit2dpe.encodings.alibi import slopes
 from vit2dpe.signal import Dense, LowRank
+from vit2dpe.testing import randomise
 
 HEADS, WIDTH = 3, 8
 CASES = {"line": ((30,), 0), "9x13 behind a prefix": ((9, 13), 3), "32x32": ((32, 32), 0)}
@@ -155,6 +158,34 @@ def test_gradients_are_those_of_the_dense_bias(temperature):
         close(ours, theirs)
         assert float(ours.abs().max()) > 1e-3
         assert torch.equal(tensor, old)
+
+
+WORDS = [*ENCODINGS, "alibi(distance=squared)", "relative(shared=true)", "relative(prefix=true)"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("one", WORDS)
+def test_every_pair_of_encodings_equals_its_dense_biases(one, training, monkeypatch):
+    """Whatever way is taken for the two: a table beside a product has a kernel of its own, with more channels."""
+    monkeypatch.setattr(table, "BUDGET", 100)  # bytes: in inference a whole grid or its parts, no matrix
+    at = places((3, 4), 1 if training else 0)
+    torch.manual_seed(0)
+    given = [torch.randn(2, 2, 12 + at.prefix, 8, dtype=torch.float64) for _ in range(3)]
+    for other in WORDS:
+        encoding = randomise(build(f"{one}+{other}", Dims(16, 2, (3, 4), depth=2))).double().eval()
+        found = []
+        for full in (False, True):
+            q, k, v = inputs = [x.clone().requires_grad_(training) for x in given]
+            with torch.set_grad_enabled(training):
+                signal = encoding(at)
+                out = attend(q, k, v, dense(signal) if full else signal)
+            encoding.zero_grad()
+            if training:
+                out.sin().sum().backward()
+            learned = [p.grad for p in encoding.parameters() if p.grad is not None]
+            found.append([out, *(x.grad for x in inputs if training), *learned])
+        for ours, theirs in zip(*found, strict=True):
+            close(ours, theirs, tolerance=1e-9)
 
 
 # which way is taken ------------------------------------------------------------------------------------------------

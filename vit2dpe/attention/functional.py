@@ -158,7 +158,8 @@ def attend(
         if observer is not None:
             observer.selected("bias", selection)
         if selection.path in table.PATHS and isinstance(term := terms[0], Table):
-            return table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
+            out = table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
+            return out if out.shape[-1] == width else out[..., :width]
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
     added = merge_bias(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
