@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vit2dpe.encodings import ENCODINGS, PositionEncoding
+from vit2dpe.encodings import ENCODINGS, Dims, PositionEncoding, build
+from vit2dpe.errors import ConfigError
 from vit2dpe.positions import distance, exact
 from vit2dpe.testing import ContractError, check_encoding
 
@@ -52,6 +53,62 @@ class Wave(PositionEncoding):
 def test_correct_examples_pass():
     check_encoding(lambda d: Penalty(d.heads), axes=(1, 2))
     check_encoding(lambda d: Wave(d.width), axes=(1, 2))
+
+
+class Turned(PositionEncoding):
+    """Right: fixed angles, learned slopes, and a parameter that is frozen."""
+
+    relative = True
+    gives = frozenset({"rotation", "bias"})
+
+    def __init__(self, head_dim, heads):
+        super().__init__()
+        self.head_dim = head_dim
+        self.slope = torch.nn.Parameter(torch.ones(heads))
+        self.unit = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def angle(self, at):
+        turns = torch.arange(1, self.head_dim // 2 + 1, dtype=torch.float64) / 10
+        return exact(at.coords).sum(-1)[:, None, :, None] * turns
+
+    def bias(self, q, k):
+        return -distance(q, k)[:, None] * (self.unit * self.slope).double()[:, None, None]
+
+
+@pytest.mark.parametrize("word", ["alibi+relative", "relative+rope", "rope+relative", "rope+rope_golden", "logcpb+t5"])
+def test_what_is_fixed_and_what_learns_go_together_in_any_order(word):
+    check_encoding(word, axes=(2,))
+
+
+@pytest.mark.parametrize(
+    "encoding", [Turned, Turned(6, 2), Penalty, Penalty(5), Wave, Wave(10), ENCODINGS["relative"]],
+    ids=["class", "instance", "class", "instance", "class", "instance", "builder"],
+)  # fmt: skip
+def test_a_class_an_instance_and_a_builder_are_taken(encoding):
+    check_encoding(encoding)
+
+
+def test_an_instance_is_checked_for_the_axes_it_accepts():
+    built = build("relative", Dims(24, 2, (5, 7)))
+    state = {name: value.clone() for name, value in built.state_dict().items()}
+    check_encoding(built)
+    assert all(torch.equal(value, state[name]) for name, value in built.state_dict().items())
+    with pytest.raises(ValueError, match="2"):
+        check_encoding(built, axes=(3,))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        (3, "got int"),
+        (torch.nn.Linear(2, 3), "got Linear"),
+        (torch.nn.Linear, "'in_features', which no model knows"),
+        (lambda dims: None, "builds a NoneType"),
+    ],
+)
+def test_what_is_no_encoding_is_refused_by_name(encoding, message):
+    with pytest.raises(ConfigError, match=message):
+        check_encoding(encoding)
 
 
 class WrongFact(Penalty):
@@ -103,6 +160,11 @@ class DropsGradient(Penalty):
         return super().bias(q, k) * (self.slope + self.slope.detach())[:, None, None]
 
 
+class DetachedAngle(Turned):
+    def angle(self, at):
+        return super().angle(at) * self.slope.detach().sum()
+
+
 class IgnoresAxes(Wave):
     def token(self, at):
         k = torch.arange(1, self.dim + 1, dtype=torch.float64)
@@ -134,6 +196,7 @@ FAULTS = [
     (lambda d: SinglePrecision(d.width), "off by"),
     (lambda d: DeadParameter(d.heads), "no gradient"),
     (lambda d: DropsGradient(d.heads), "gradients are wrong"),
+    (lambda d: DetachedAngle(d.head_dim, d.heads), "gradients are wrong"),
     (lambda d: IgnoresAxes(d.width), "ignored"),
     (lambda d: Rounds(d.width), "jumps"),
 ]

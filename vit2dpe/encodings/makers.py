@@ -1,0 +1,83 @@
+"""Whatever names, is or builds an encoding, as functions from `Dims`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..positions import Positions
+from .base import PositionEncoding
+from .registry import Dims, build
+
+Make = Callable[[Dims], PositionEncoding]
+Encoding = str | PositionEncoding | type[PositionEncoding] | Make
+
+
+def makers(encoding: Encoding, grids: Mapping[int, tuple[int, ...]], skip: bool = False) -> list[tuple[Make, Dims]]:
+    """What builds the encoding, and the sizes to build it for, on each of the grids.
+
+    Args:
+        encoding: a spec; an encoding, of which copies are built; its class, whose arguments are found by their names;
+            or a function from Dims.
+        skip: leave out grids that an encoding which is built already does not accept, as long as it accepts one.
+
+    Raises:
+        ConfigError: for anything else, and for a class with arguments that no model knows.
+    """
+    if isinstance(encoding, PositionEncoding):
+        return [(lambda dims: copy.deepcopy(encoding), dims) for dims in _accepted(encoding, grids, skip)]
+    if isinstance(encoding, nn.Module) or not (isinstance(encoding, str) or callable(encoding)):
+        kind = type(encoding).__name__
+        raise ConfigError(f"an encoding is a spec, a PositionEncoding, its class or a function from Dims, got {kind}")
+
+    def make(dims: Dims) -> PositionEncoding:
+        if isinstance(encoding, str):
+            return build(encoding, dims)
+        made = encoding(**_arguments(encoding, dims)) if isinstance(encoding, type) else encoding(dims)
+        if not isinstance(made, PositionEncoding):
+            raise ConfigError(f"{encoding!r} builds a {type(made).__name__}, which is no PositionEncoding")
+        return made
+
+    return [(make, Dims(width=36, heads=3, grid=grid, depth=4)) for grid in grids.values()]
+
+
+def _arguments(encoding: type, dims: Dims) -> dict[str, object]:
+    """The arguments of a class that `dims` has, by their names."""
+    known: dict[str, object] = {"dims": dims, "dim": dims.width, "width": dims.width, "heads": dims.heads}
+    known |= {"head_dim": dims.head_dim, "axes": dims.axes, "grid": dims.grid, "block": dims.block, "depth": dims.depth}
+    parameters = inspect.signature(encoding).parameters
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in parameters.items():
+        if name not in known and parameter.default is parameter.empty and parameter.kind not in starred:
+            raise ConfigError(
+                f"{encoding.__name__} wants {name!r}, which no model knows: give a function that builds it, "
+                f"lambda dims: {encoding.__name__}(...); known are {', '.join(known)}"
+            )
+    return {name: known[name] for name in parameters if name in known}
+
+
+def _accepted(encoding: PositionEncoding, grids: Mapping[int, tuple[int, ...]], skip: bool) -> list[Dims]:
+    """The sizes that an encoding was built for, read from its Signal, on each grid that it accepts."""
+    found, refused = [], None
+    for grid in grids.values():
+        try:
+            signal = copy.deepcopy(encoding).eval()(Positions.grid(grid))
+            biases = [term.dense() for term in signal.bias]
+        except ValueError as error:
+            if not skip:
+                raise
+            refused = error
+            continue
+        turn, token = signal.q_rotation, signal.token
+        head_dim = 12 if turn is None else 2 * turn.cos.shape[-1]
+        heads = max([1, *(bias.shape[1] for bias in biases), *([] if turn is None else [turn.cos.shape[1]])])
+        if token is not None and turn is not None:
+            heads = max(heads, token.shape[-1] // head_dim)
+        found.append(Dims(heads * head_dim if token is None else token.shape[-1], heads, grid, depth=4))
+    if refused is not None and not found:
+        raise refused
+    return found
