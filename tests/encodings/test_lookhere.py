@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.encodings.originals import exchanged
-from vit2dpe import Positions
+from vit2dpe import Positions, ViT
 from vit2dpe.encodings import LookHere
 
 HEADS, DIRECTED = 12, 8
@@ -119,3 +119,12 @@ def test_prefix_tokens_are_seen_by_all_and_see_all():
     assert not bias[:, :2].any()
     assert not bias[:, :, :2].any()
     assert torch.equal(bias[:, 2:, 2:], dense(Positions.grid((3, 5))))
+
+
+def test_an_instance_in_a_model_has_the_slope_of_each_block():
+    slopes = []
+    for position in ("lookhere", LookHere(3), LookHere(3, block=0, depth=3)):
+        model = ViT(position, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+        slopes.append([module.slope_here for module in model.modules() if isinstance(module, LookHere)])
+    assert slopes[0] == slopes[1][-3:] == [1.5, 1.0, 0.5]
+    assert slopes[2][-3:] == [1.5, 1.5, 1.5]

@@ -416,6 +416,46 @@ def test_another_grid_and_a_policy(word):
         stock.set_grid(nn.Linear(2, 2), 3)
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+@pytest.mark.parametrize("word", ["sincos", "learned", "lookhere", "sincos+lookhere+relative", "learned+rope"])
+def test_a_stack_of_rotary_layers_is_our_core(word, norm_first):
+    """Token terms once, before the first layer; slopes by the layer; and what `attach` gives, where it can."""
+    torch.manual_seed(0)
+    rotary = layer(4, norm_first, stock.RotaryEncoderLayer, position=word, **IMAGE)
+    module = randomise(nn.TransformerEncoder(rotary, 3, enable_nested_tensor=False))
+    at, parts = places(**IMAGE), word.split("+")
+    signals = [Signal()] * 3
+    for i, one in enumerate(module.layers):
+        for part, learned in zip(parts, getattr(one.position, "terms", [one.position]), strict=True):
+            fixed = part in ("sincos", "lookhere", "rope")
+            signals[i] += build(part, Dims(WIDTH, 4, (2, 3), block=i, depth=3))(at) if fixed else learned(at)
+    for name in MODES:
+        with mode(module, name):
+            close(module(tokens()), core(module, tokens(), signals))
+    if "rope" not in word:
+        plain = encoder(4, norm_first, depth=3)
+        stock.attach(plain, word, **IMAGE)
+        named = {name.replace(".terms.2.", ".terms.1."): value for name, value in module.state_dict().items()}
+        if word == "learned":
+            named["position.pos_embed"] = named["layers.0.position.pos_embed"]
+        plain.load_state_dict({name: named[name] for name in plain.state_dict()})
+        close(module(tokens()), plain(tokens()))
+    module(tokens()).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    again = copy.deepcopy(module)
+    close(again(tokens()), module(tokens()), 1e-6)
+    single = layer(4, norm_first, stock.RotaryEncoderLayer, position=word, **IMAGE)
+    assert copy.deepcopy(copy.deepcopy(single)).adds_token
+
+
+def test_every_layer_of_a_stack_adds_its_token_terms_where_that_is_asked_for():
+    torch.manual_seed(0)
+    rotary = layer(kind=stock.RotaryEncoderLayer, position="sincos", every_layer=True, **LINE)
+    module = randomise(nn.TransformerEncoder(rotary, DEPTH, enable_nested_tensor=False))
+    signals = [module.layers[0].position(places(**LINE))] * DEPTH
+    close(module(tokens()), core(module, tokens(), signals, token_once=False))
+
+
 def test_a_policy_reaches_both_stacks_of_a_transformer_and_every_rotary_layer():
     torch.manual_seed(0)
     kinds = dict(d_model=WIDTH, nhead=4, dim_feedforward=WIDTH, batch_first=True, dropout=0.0)

@@ -189,6 +189,9 @@ class PositionEncoding(nn.Module):
     def reset_parameters(self) -> None:
         """Draw learned parameters anew. Formulas have none."""
 
+    def set_block(self, block: int, depth: int) -> None:
+        """Become that of one block, of so many. Most are the same in each."""
+
     def set_grid(self, grid: tuple[int, ...]) -> None:
         """Make another grid the one that tables are learned on. Formulas have nothing to change."""
 
@@ -280,6 +283,10 @@ class Sum(PositionEncoding):
     def reset_parameters(self) -> None:
         for part in self.terms:
             part.reset_parameters()  # type: ignore[operator]
+
+    def set_block(self, block: int, depth: int) -> None:
+        for part in terms(self):
+            part.set_block(block, depth)
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
         start = Signal(temperature=self._temperature(k))

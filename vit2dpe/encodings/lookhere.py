@@ -65,8 +65,17 @@ class LookHere(PositionEncoding):
         if heads < 1 or not 0 < view <= 360 or not slope > 0:
             raise ConfigError(f"lookhere needs heads, 0 < view <= 360 and slope > 0: got {heads}, {view} and {slope}")
         self.heads, self.axes, self.view, self.slope = heads, axes, view, slope
-        share = 0.5 if block is None or depth == 1 else block / (depth - 1)
-        self.slope_here = slope * (1.5 - share)
+        self.slope_here, self._any_block = slope, block is None
+        if block is not None:
+            self._slope_of(block, depth)
+
+    def set_block(self, block: int, depth: int) -> None:
+        """The slope of that block, unless it was built for one."""
+        if self._any_block:
+            self._slope_of(block, depth)
+
+    def _slope_of(self, block: int, depth: int) -> None:
+        self.slope_here = self.slope * (1.5 - (0.5 if depth == 1 else block / (depth - 1)))
 
     @property
     def wide_heads(self) -> int:

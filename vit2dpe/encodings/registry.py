@@ -146,4 +146,5 @@ def _copy(term: PositionEncoding, dims: Dims) -> PositionEncoding:
     mine = copy.deepcopy(term)
     if dims.block is not None:
         mine.reset_parameters()
+        mine.set_block(dims.block, dims.depth)
     return mine

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..attention.functional import attend
 from ..encodings import PositionEncoding
+from ..encodings.base import Sum, terms
 from ..signal import Dense, Signal
 from .places import dims_of, instance_of, layout_of, table_dtype
 
@@ -21,11 +24,13 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         args, kwargs: those of `nn.TransformerEncoderLayer`.
         position: a spec or an instance.
         grid, prefix: as for `attach`.
+        every_layer: in an `nn.TransformerEncoder` each layer adds the token terms, and not the first alone.
 
     The parameters, their names and the order in which they are drawn are the stock layer's, and so its state_dict
     loads here and ours there; an encoding that learns adds `position.*`. `nn.TransformerEncoder` copies it as any
-    layer; give that `enable_nested_tensor=False`, or it warns that it cannot nest. `is_causal` without a mask makes the
-    mask.
+    layer; give that `enable_nested_tensor=False`, or it warns that it cannot nest. There token terms are added before
+    the first layer, and belong to all, and what differs from block to block (`lookhere`) is told which one it is in; a
+    layer outside of one is a model of one layer. `is_causal` without a mask makes the mask.
 
     Unlike a subclass that overrides `_sa_block`, which the fast path passes by in inference.
     """
@@ -36,13 +41,16 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         position: str | PositionEncoding = "rope",
         grid: int | tuple[int, ...],
         prefix: int = 0,
+        every_layer: bool = False,
         **kwargs: Any,
     ) -> None:
+        _tell_stacks()
         super().__init__(*args, **kwargs)
         # nn.TransformerEncoder reads this to decide whether the layer takes nested tensors: it does not.
         self.activation_relu_or_gelu = 0
         self.places = layout_of(self, grid, prefix)
         self.train_grid = self.places.grid
+        self.every_layer, self.adds_token = every_layer, True
         like = self.linear1.weight
         self.position = instance_of(position, dims_of(self, self.places)).to(like.device, table_dtype(like))
 
@@ -54,7 +62,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         signal = self.position(self.places.of(src))
-        x = self.places.plus(src, signal)
+        x = self.places.plus(src, signal) if self.adds_token else src
         x = x if x.ndim == 3 else x[None]  # (N, L, E) or (L, N, E)
         x = x if self.places.batch_first or src.ndim == 2 else x.transpose(0, 1)
         signal, mask = self._masks(x, signal, src_mask, src_key_padding_mask, is_causal)
@@ -96,3 +104,37 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
             else:
                 signal = signal.plus(Signal(bias=(Dense(term),)))
         return signal, allowed
+
+
+@cache
+def _tell_stacks() -> None:
+    """From now on every `nn.TransformerEncoder` tells its layers which of how many they are, when it is given them.
+
+    It copies a layer, and hands nothing to a copy that would tell it from the others. The hook runs where modules are
+    put together, and at no other time.
+    """
+    register_module_module_registration_hook(_number_layers)
+
+
+def _number_layers(module: nn.Module, name: str, given: nn.Module | None) -> None:
+    if name != "layers" or not isinstance(module, nn.TransformerEncoder) or not isinstance(given, nn.ModuleList):
+        return
+    layers = [layer for layer in given if isinstance(layer, RotaryEncoderLayer)]
+    for block, layer in enumerate(given):
+        if isinstance(layer, RotaryEncoderLayer):
+            layer.position.set_block(block, len(given))
+            layer.adds_token = layer.every_layer or layer is layers[0]
+            if not layer.adds_token:
+                layer.position = _with_tokens_of(layers[0].position, layer.position)
+
+
+def _with_tokens_of(first: PositionEncoding, position: PositionEncoding) -> PositionEncoding:
+    """`position` with the terms of `first` that are tokens alone, so that no layer keeps a table that it never adds."""
+    if len(terms(first)) != len(terms(position)):
+        return position
+    pairs = list(zip(terms(first), terms(position), strict=True))
+    parts = [one if one.gives == other.gives == {"token"} else other for one, other in pairs]
+    if isinstance(position, Sum):
+        position.terms = nn.ModuleList(parts)
+        return position
+    return parts[0]
