@@ -168,6 +168,13 @@ class PositionEncoding(nn.Module):
         """Where Signals are kept: that of the innermost `vit2dpe.frozen`."""
         return next((settings.caches[self] for settings in overrides() if self in settings.caches), None)
 
+    def measures_extent(self) -> bool:
+        """Whether the extent of their grid, and not their places alone, decides what tokens get: it resizes a table to
+        it, or a policy or a temperature that holds at present scales by it."""
+        policy = self.policy
+        scaled = policy is not None and policy.name not in ("extrapolate", "resize")
+        return scaled or self.temperature is not None or "resize" in self.policies
+
     def token(self, at: Positions) -> Tensor | None:
         """(B|1, N, D) to be added to tokens that have a place."""
         return None

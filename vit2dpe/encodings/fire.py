@@ -72,6 +72,9 @@ class Fire(PositionEncoding):
         self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, heads))
         self.reset_parameters()
 
+    def measures_extent(self) -> bool:
+        return self.reach == "extent" or super().measures_extent()
+
     def reset_parameters(self) -> None:
         nn.init.constant_(self.log_scale, math.log(0.1))
         if self.threshold is not None:

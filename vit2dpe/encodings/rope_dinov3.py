@@ -59,6 +59,9 @@ class CentredRoPE(DirectionalRoPE):
         self.head_dim, self.axes, self.base = head_dim, axes, base
         self.rescale, self.jitter, self.shift = rescale, jitter, shift
 
+    def measures_extent(self) -> bool:
+        return True
+
     def frequencies(self, device: torch.device) -> Tensor:
         bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
         w: Tensor = torch.block_diag(*[bank] * self.axes)

@@ -11,7 +11,7 @@ from vit2dpe.attention import masks
 from vit2dpe.attention.cache import KVCache
 from vit2dpe.attention.functional import attend
 from vit2dpe.attention.modules import Attention
-from vit2dpe.encodings import ENCODINGS, Dims, build
+from vit2dpe.encodings import ENCODINGS, Dims, build, encodings_of
 from vit2dpe.models.text.generate import beam_search, generate, pick
 from vit2dpe.models.text.heads import TextDecoder, TextEncoder
 from vit2dpe.models.text.model import Encoded, pack, pad
@@ -323,6 +323,44 @@ def test_beyond_the_context_the_newer_half_is_read_again(word):
         line = [*(line[-6:] if len(line) == 12 else line), n]
     long = generate(model, torch.cat([ids(1, 30, seed=5), tokens], 1), 2, temperature=0)  # only its end is read
     assert int(long[0, 40]) == int(model(long[:, 28:40])[0, -1].argmax())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+@each_encoding
+def test_each_text_of_a_padded_batch_slides_by_its_own_length(word, left, cached):
+    model, new = drawn(TextDecoder, word), 16
+    texts = [ids(n, seed=n) for n in (1, 15, 7, 12)]
+    tokens, valid = pad(texts, left=left)
+    together = generate(model, tokens, new, valid=valid, temperature=0, cached=cached)
+    for text, row in zip(texts, together, strict=True):
+        assert torch.equal(row[-new:], generate(model, text[None], new, temperature=0, cached=cached)[0, -new:])
+
+
+SCALES = [("default", None), ("interpolate", None), ("ntk", None), ("yarn", "yarn"), ("extrapolate", "log")]
+
+
+@pytest.mark.parametrize(("policy", "temperature"), SCALES)
+@each_encoding
+def test_beyond_the_context_a_text_is_what_it_is_alone_or_refused(word, policy, temperature):
+    model = drawn(TextDecoder, word)
+    if any(policy not in ("default", *e.policies) for e in encodings_of(model)):
+        return
+    measured = temperature or any("resize" in e.policies for e in encodings_of(model)) or "dinov3" in word
+    measured = measured or (encodings_of(model) and policy not in ("default", "extrapolate"))
+    with torch.no_grad(), use_policy(model, policy, temperature=temperature):
+        for lengths in ((17, 17, 17), (5,), (5, 17, 14), (5, 3, 12)):
+            texts = [ids(n, seed=n) for n in lengths]
+            for left in (True, False):
+                tokens, valid = (t[:-1] for t in pad([*texts, ids(19)], left=left))  # with columns of padding alone
+                if lengths == (5, 17, 14) and measured:
+                    with pytest.raises(ConfigError, match=r"of 12 .* and 17 tokens .* neighbours"):
+                        model(tokens, valid)
+                    with pytest.raises(ConfigError, match="neighbours"):
+                        generate(model, tokens, 2, valid=valid, overflow="extend")
+                    continue
+                for text, row, keep in zip(texts, model(tokens, valid), valid, strict=True):
+                    close(row[keep], model(text[None])[0], tolerance=1e-4)
 
 
 def test_beyond_the_context_the_line_may_grow():

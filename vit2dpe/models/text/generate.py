@@ -39,9 +39,9 @@ def generate(
         top_k: draw among the k likeliest; top_p: among the likeliest that together reach p (arXiv 1904.09751).
         seed: of the draws; default: the global generator's.
         stop: the end token; the rest of a text that has ended is filled with it.
-        overflow: how to go on beyond the model's context. "slide": the newer half of the line is read again from
-            place 0, with any encoding. "extend": the line grows to N + new and the encoding meets what it was not
-            trained on, under the policy in force.
+        overflow: how to go on beyond the model's context. "slide": the newer half of a text that fills the line is read
+            again from place 0, with any encoding; padding is not counted. "extend": the line grows to N + new and the
+            encoding meets what it was not trained on, under the policy in force.
         cached: whether keys and values are kept; off, each step reads all again. The tokens are the same.
 
     Raises:
@@ -151,12 +151,18 @@ class _Line:
         cached: bool,
     ) -> None:
         self.model, self.memory, self.cached = model, memory, cached
-        longest = tokens.shape[1] + new
+        self.tokens, self.valid = tokens, valid
+        if valid is not None:  # padding to the left, wherever it was
+            order = valid.int().argsort(dim=1, stable=True)
+            self.tokens, self.valid = tokens.gather(1, order), valid.gather(1, order)
+            self._trim()
+        longest = self.tokens.shape[1] + new
+        if overflow == "extend" and self.valid is not None:
+            model.one_line(self.valid, new)
         self.limit = max(2, model.context) if overflow == "slide" else longest
         self.length = max(2, min(longest, self.limit))
-        self.tokens, self.valid = tokens, valid
-        if tokens.shape[1] > self.limit:  # a longer prompt than the model reads: its end
-            self._cut(self.limit)
+        if self.tokens.shape[1] > self.limit:  # a longer prompt than the model reads: its end
+            self._keep(self.limit)
         self.cache = KVCache(self.length)
         self.unread = self.tokens.shape[1]
 
@@ -174,7 +180,7 @@ class _Line:
 
     def add(self, token: Tensor) -> None:
         if self.tokens.shape[1] == self.limit:
-            self._cut(self.limit // 2)
+            self._slide(self.limit // 2)
             self.cache.reset()
             self.unread = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
@@ -188,9 +194,24 @@ class _Line:
         self.memory = None if self.memory is None else self.memory.take(index)
         self.cache.reorder(index)
 
-    def _cut(self, keep: int) -> None:
-        self.tokens = self.tokens[:, -keep:]
-        self.valid = None if self.valid is None else self.valid[:, -keep:]
+    def _slide(self, keep: int) -> None:
+        """Of texts that fill the line the last tokens alone; the others are as they would be by themselves."""
+        if self.valid is None:
+            self._keep(keep)
+            return
+        full = self.valid[:, :1]  # padding is on the left
+        old = torch.arange(self.tokens.shape[1], device=full.device) < self.tokens.shape[1] - keep
+        self.valid = self.valid & ~(full & old)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Without columns that are padding in every text."""
+        if self.valid is not None:
+            self._keep(max(1, int(self.valid.sum(dim=1).max()) if len(self.valid) else 1))
+
+    def _keep(self, last: int) -> None:
+        self.tokens = self.tokens[:, -last:]
+        self.valid = None if self.valid is None else self.valid[:, -last:]
 
 
 def _check(

@@ -27,8 +27,9 @@ from ...encodings import (
     modules_outside_encodings,
     split_shared_and_per_block,
 )
+from ...encodings.find import named_encodings
 from ...errors import ConfigError
-from ...positions import Positions, checkable
+from ...positions import Positions, checkable, is_tracing
 from ..layers import block_inputs, norm_factory, run_block
 from .block import Memory, TextBlock, signal_of
 
@@ -176,10 +177,12 @@ class TextModel(nn.Module):
                 attention stays within it.
             cache: keys and values of earlier tokens; those of these tokens are appended.
             memory: an encoder's output, for cross-attention.
-            length: the extent of the line, where that is longer than the context and N (or, packed, than the context).
+            length: the extent of the line, where that is longer than the context and N (or, packed, than the context):
+                one for all texts of the batch.
 
         Raises:
-            ConfigError: for a nested tensor, or a combination that has no meaning.
+            ConfigError: for a nested tensor, or a combination that has no meaning; for texts of different lengths
+                beyond the context, padded, where the answer depends on the length of the line (see `one_line`).
         """
         if tokens.is_nested:
             raise ConfigError("nested tensors are not taken: pad the batch and give `valid`, or join it with `pack`")
@@ -230,6 +233,8 @@ class TextModel(nn.Module):
                 )
             return Positions(places.float()[..., None], (line,))
         line = max(self.context, n if cache is None else cache.length, length or 0)
+        if valid is not None and cache is None and line == n > self.context:
+            line = self.one_line(valid)
         cached = 0 if cache is None else cache.size
         before = None if cache is None else cache.valid
         if valid is None and before is None:
@@ -239,6 +244,31 @@ class TextModel(nn.Module):
         # Padding stands where the token before it stands, or at 0: inside the line, and never attended to.
         places = (count + new.cumsum(dim=1) - 1).clamp(min=0)
         return Positions(places.float()[..., None], (line,))
+
+    def one_line(self, valid: Tensor, new: int = 0) -> int:
+        """The extent of the line of a padded batch whose texts, `new` tokens longer, may go beyond the context.
+
+        A resized table, a policy or a temperature act by the length of the line. Were that of the longest text taken
+        for all, a short one would change with its neighbours. Tested in eager mode alone.
+
+        Raises:
+            ConfigError: where texts that want lines of different lengths stand in one batch, and it matters.
+        """
+        line = max(self.context, valid.shape[1] + new)
+        if line == self.context or torch.compiler.is_compiling() or is_tracing() or valid.is_meta:
+            return line
+        measuring = [e for e in named_encodings(self).values() if e.measures_extent()]
+        if not measuring:
+            return line
+        shortest, longest = ((valid.sum(dim=1) + new).clamp(min=self.context).aminmax()) if len(valid) else (line, line)
+        if shortest != longest:
+            raise ConfigError(
+                f"texts of {int(shortest)} (or fewer) and {int(longest)} tokens in one batch, beyond a context of "
+                f"{self.context}: {type(measuring[0]).__name__} goes by the length of the line, and the short text "
+                "would change with its neighbours. Give texts of one length together, or name the length of the line "
+                "for all: length= or a KVCache"
+            )
+        return int(longest)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
