@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.encodings.originals import exchanged
-from vit2dpe import Positions, ViT
+from vit2dpe import Positions, ViT, attend
 from vit2dpe.encodings import LookHere
 
 HEADS, DIRECTED = 12, 8
@@ -119,6 +119,15 @@ def test_prefix_tokens_are_seen_by_all_and_see_all():
     assert not bias[:, :2].any()
     assert not bias[:, :, :2].any()
     assert torch.equal(bias[:, 2:, 2:], dense(Positions.grid((3, 5))))
+
+
+def test_a_query_that_sees_no_key_that_is_left_gets_their_mean():
+    at, mask = Positions.grid((3, 4)), torch.zeros(12, 12, dtype=torch.bool)
+    mask[:, 8:] = True  # the last row alone; the first head looks up
+    q, k, v = (torch.randn(1, HEADS, 12, 6) for _ in range(3))
+    out = attend(q, k, v, LookHere(HEADS)(at), mask)
+    torch.testing.assert_close(out[:, 0, :8], v[:, 0, 8:].mean(1, keepdim=True).expand(-1, 8, -1))
+    assert bool(out.isfinite().all())
 
 
 def test_an_instance_in_a_model_has_the_slope_of_each_block():

@@ -12,7 +12,8 @@ How ours differs: any number of heads (theirs: 6, 12, 16): a third of them sees 
 evenly over the others, from "up" on (for 45 degrees, half a step on, as theirs); any places, no square root of a
 count; nothing is kept in buffers (theirs: 4.8 GB at 1,024 px), what all blocks share is built once a forward; "not
 seen" is -1e9 times the slope, which no softmax tells from minus infinity, and which leaves a row that sees nothing
-finite. Prefix tokens are seen by all and see all.
+finite: where a mask hides all that a query sees, it gets the mean of the keys that are left, as under theirs, the
+largest negative bfloat16; minus infinity would give NaN. Prefix tokens are seen by all and see all.
 
 Limits: one axis (before, behind) or two.
 """

@@ -8,7 +8,9 @@ golden ratio. On more, directions are Gaussian quantiles of a golden (R_d) seque
 Source: N-dimensional rotary embeddings, jerryxio.ng/posts/nd-rope (2025; code archibox/ropend).
 
 How ours differs: places are measured in patches, by one step on all axes (the original's step differs by axis on grids
-that are not square), so another size extrapolates by default; `interpolate` is the original's behaviour.
+that are not square), so another size extrapolates by default; `interpolate` is the original's behaviour. On three axes
+and more the golden sequence is (1/2 + (n + 1) a) mod 1, that of R_d as published, where the original takes n a mod 1: a
+pair has another direction (off by up to 1.34), as evenly spread, and its frequencies do not carry over.
 """
 
 from __future__ import annotations

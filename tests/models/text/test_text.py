@@ -613,6 +613,19 @@ def test_heads_that_turn_differently_need_keys_of_their_own():
         layer(torch.zeros(1, 5, 24), signal, cache=KVCache(5).layer(0))
 
 
+@pytest.mark.parametrize("word", ["rope_mixed", "rope_golden", "alibi+rope_mixed"])
+def test_a_decoder_whose_heads_turn_differently_has_keys_for_each(word):
+    """Refused when it is built, not when it first writes; an encoder keeps no keys."""
+    for kv_heads in (1, 2):
+        with pytest.raises(ConfigError, match=f"turn differently and cannot share {kv_heads} heads"):
+            drawn(TextDecoder, word, num_heads=4, kv_heads=kv_heads)
+    drawn(TextEncoder, word, num_heads=4, kv_heads=2)(ids(1, 5))
+    generate(drawn(TextDecoder, word, num_heads=4, kv_heads=4), ids(1, 3), 2)
+    generate(drawn(TextDecoder, word.replace("mixed", "dinov3").replace("golden", "dinov3"), kv_heads=1), ids(1, 3), 2)
+    with torch.device("meta"):
+        TextDecoder("rope", kv_heads=1, **SIZES)
+
+
 def test_training_models_do_not_write():
     model = drawn(TextDecoder, "rope")
     with pytest.raises(ConfigError, match="training mode"):

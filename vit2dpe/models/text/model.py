@@ -27,6 +27,7 @@ from ...encodings import (
     modules_outside_encodings,
     split_shared_and_per_block,
 )
+from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
 from ...positions import Positions, checkable, is_tracing
@@ -76,7 +77,8 @@ class TextModel(nn.Module):
         drop_rate, attn_drop_rate, drop_path_rate: dropout of embedding and outputs, of weights, of whole branches.
 
     Raises:
-        ConfigError: for sizes that do not fit each other, or an unknown encoding, norm or MLP.
+        ConfigError: for sizes that do not fit each other, or an unknown encoding, norm or MLP; for a decoder with fewer
+            `kv_heads` under an encoding whose heads turn differently ("rope_mixed", "rope_golden").
     """
 
     causal = False
@@ -132,6 +134,8 @@ class TextModel(nn.Module):
         self.embed_norm = make_norm(embed_dim) if embed_norm else nn.Identity()
         self.embed_drop = nn.Dropout(drop_rate)
         self.position, own = split_shared_and_per_block(position, dims, block_position)
+        if self.causal and kv_heads not in (None, num_heads):
+            _check_shared_keys([self.position, *own], num_heads, kv_heads or num_heads)
         self.cross_position = _cross_position(cross_position, cross, dims)
         self.blocks = nn.ModuleList(
             TextBlock(
@@ -303,6 +307,21 @@ class TextModel(nn.Module):
         extent = (max(at.extent[0], memory.at.extent[0]),)
         q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
         return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
+
+
+def _check_shared_keys(encodings: list[PositionEncoding | None], heads: int, kv_heads: int) -> None:
+    """A decoder keeps its keys turned: heads that share one must turn alike."""
+    for encoding in [e for part in encodings if part is not None for e in terms(part) if "rotation" in e.gives]:
+        device = next((p.device for p in encoding.parameters()), None)
+        training = encoding.training
+        with torch.no_grad():
+            turn = encoding.eval()(Positions.sequence(1, device=device)).q_rotation
+        encoding.train(training)
+        if turn is not None and turn.cos.shape[1] not in (1, kv_heads):
+            raise ConfigError(
+                f"the {heads} heads of {type(encoding).__name__} turn differently and cannot share {kv_heads} heads of "
+                "keys, which a decoder keeps turned: give kv_heads as many as num_heads, or another encoding"
+            )
 
 
 def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
