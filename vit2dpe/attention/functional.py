@@ -1,6 +1,6 @@
 """The one attention of the project: rotate, merge bias and mask, call the fused kernel.
 
-Encoding-blind: what an encoding asks for arrives as a `Signal`. Pairs of channels are (2i, 2i+1) everywhere.
+Encoding-blind: the effect of an encoding arrives as a `Signal`. Pairs of channels are (2i, 2i+1) everywhere.
 
 Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "may attend".
 """
