@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vit2dpe import MAE, ConfigError, Seq2Seq, Swin, TextDecoder, TextEncoder, ViT, stock, use_policy
 from vit2dpe.encodings import ENCODINGS, Dims, build
-from vit2dpe.resolution.sweep import policies_of
+from vit2dpe.resolution.apply import policies_of
 
 Built = tuple[nn.Module, Callable[[bool], Tensor]]  # the model, and its output; True: at the other size
 IMAGES = torch.linspace(-1, 1, 1152).view(1, 3, 16, 24), torch.linspace(-1, 1, 2304).view(1, 3, 24, 32)

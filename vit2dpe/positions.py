@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
 T = TypeVar("T")
+is_tracing: Callable[[], bool] = torch.jit.is_tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
-    _memo: dict = field(default_factory=dict, init=False, repr=False)  # see `memoize`
+    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
         if not isinstance(self.coords, Tensor):
@@ -127,7 +128,8 @@ class Positions:
         key = (key, torch.is_inference_mode_enabled())  # inference tensors cannot serve a later training step
         if key not in self._memo:
             self._memo[key] = make()
-        return self._memo[key]
+        found: T = self._memo[key]
+        return found
 
     def places(self) -> Tensor:
         """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
@@ -148,7 +150,7 @@ class Positions:
 def checkable(tensor: Tensor) -> bool:
     """Whether its values can be tested at no cost but the test: eager mode, on the CPU, a real tensor."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return plain and not torch.compiler.is_compiling() and not is_tracing()
 
 
 def exact(coords: Tensor) -> Tensor:

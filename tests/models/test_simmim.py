@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers import randn
 from vit2dpe import ENCODINGS, ConfigError, Swin, ViT, set_policy, use_policy
 from vit2dpe.models.simmim import SimMIM
-from vit2dpe.resolution.sweep import policies_of
+from vit2dpe.resolution.apply import policies_of
 from vit2dpe.testing import randomise
 
 SIZE = (16, 48)  # units of 8 x 16: 2 rows and 3 columns; patches of 4 x 8

@@ -9,8 +9,9 @@ import torch
 from vit2dpe import ViT
 from vit2dpe.encodings import AxialRoPE, Dims, MixedRoPE, SinCos, build
 from vit2dpe.positions import Positions
+from vit2dpe.resolution.apply import policies_of, use_policy
 from vit2dpe.resolution.policies import NTK, Interpolate, LogTemperature, YaRN, YaRNTemperature
-from vit2dpe.resolution.sweep import evaluate, fit_size, policies_of, sweep, use_policy
+from vit2dpe.resolution.sweep import evaluate, fit_size, sweep
 from vit2dpe.spec import parse_size
 from vit2dpe.testing import randomise, tensors
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..positions import is_tracing
 from ..signal import Bias, Dense, LowRank, Rotation, Signal, Table
 from .dispatch import allowed_kernels, select_bias, trains
 from .kernels import Selection, rotary, table
@@ -238,7 +239,7 @@ def why_plain(x: Tensor) -> str | None:
     """Why nothing but plain operations may run on x; None where kernels of our own may."""
     if torch.compiler.is_compiling():
         return "compiling or exporting"
-    if torch.jit.is_tracing():
+    if is_tracing():
         return "tracing"
     if type(x) is not Tensor:
         return f"a tensor of another kind, {type(x).__name__}"

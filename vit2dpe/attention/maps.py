@@ -43,7 +43,8 @@ def rollout(maps: Mapping[str, Tensor] | Sequence[Tensor], residual: float = 0.5
 
 def entropy(one: Tensor) -> Tensor:
     """(H,) mean over samples and queries of -Σ a ln a of a map (B, H, Lq, Lk), in nats: 0 one key, ln Lk all alike."""
-    return torch.special.entr(one).sum(-1).mean(dim=(0, 2))
+    nats: Tensor = torch.special.entr(one).sum(-1)  # (B, H, Lq)
+    return nats.mean(dim=(0, 2))
 
 
 def mean_distance(one: Tensor, q: Positions, k: Positions | None = None) -> Tensor:

@@ -114,7 +114,8 @@ class Attention(nn.Module):
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))
+        mixed: Tensor = self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))  # (B, N, D)
+        return mixed
 
     def split(
         self, x: Tensor, signal: Signal, private: bool = True
@@ -195,4 +196,5 @@ class CrossAttention(nn.Module):
             cache.memory = (k, v)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, signal, mask, self.scale, dropout=dropout)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        mixed: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, Nq, D)
+        return mixed

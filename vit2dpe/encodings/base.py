@@ -248,7 +248,7 @@ class PositionEncoding(nn.Module):
         return (Dense(F.pad(bias.to(q.coords.device, self.dtype), (k.prefix, 0, q.prefix, 0))),)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionEncoding:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
         # A formula has nothing that .double() could cast, so it asks what would have happened to a table.
         probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         self.dtype = torch.float64 if probe.dtype == torch.float64 else torch.float32

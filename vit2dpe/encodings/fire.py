@@ -101,4 +101,4 @@ class Fire(PositionEncoding):
 
 
 def _diagonal(extent: Sequence[int]) -> float:
-    return sum((size - 1) ** 2 for size in extent) ** 0.5
+    return float(sum((size - 1) ** 2 for size in extent) ** 0.5)

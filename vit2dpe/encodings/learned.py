@@ -14,6 +14,7 @@ Limits: whole coordinates only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,15 @@ from ..positions import Positions
 from .base import PositionEncoding
 from .tables import flat_index, resize
 
-MODES: dict[str, dict] = {
+
+class ResizeOptions(TypedDict, total=False):
+    """How a table is resized; arguments of `tables.resize`."""
+
+    antialias: bool
+    offset: float
+
+
+MODES: dict[str, ResizeOptions] = {
     "antialias": {"antialias": True},
     "plain": {"antialias": False},
     "dino": {"antialias": False, "offset": 0.1},

@@ -154,7 +154,8 @@ class AxialRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])[:, None]  # (d, 1, Dh/2)
+        w: Tensor = torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])
+        return w[:, None]  # (d, 1, Dh/2)
 
     def angle(self, at: Positions) -> LinearAngles:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
@@ -214,7 +215,8 @@ def _random_axes(axes: int, device: torch.device) -> Tensor:
         phi = torch.rand((), dtype=torch.float64, device=device) * (2 * math.pi)
         return torch.stack([phi.sin(), phi.cos(), phi.cos(), -phi.sin()]).view(2, 2)
     q, r = torch.linalg.qr(torch.randn(axes, axes, dtype=torch.float64, device=device))
-    return q * r.diagonal().sign()
+    rows: Tensor = q * r.diagonal().sign()
+    return rows
 
 
 def check_widths(head_dim: int, axes: int, base: float) -> None:

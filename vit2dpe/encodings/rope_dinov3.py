@@ -61,7 +61,8 @@ class CentredRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return torch.block_diag(*[bank] * self.axes)[:, None]  # (d, 1, Dh/2) radians per unit of c
+        w: Tensor = torch.block_diag(*[bank] * self.axes)
+        return w[:, None]  # (d, 1, Dh/2) radians per unit of c
 
     def angle(self, at: Positions) -> LinearAngles:
         if at.axes != self.axes:

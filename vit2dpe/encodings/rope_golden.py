@@ -56,8 +56,9 @@ class GoldenRoPE(OnGrid, DirectionalRoPE):
         # Tensors, not numbers: an ONNX file keeps a number in float32, and place 100 turns by it a hundred times.
         ratio, slowest = torch.tensor([self.high / self.low, 2 * self.low / (side - 1)], dtype=torch.float64)
         omega = ratio**step * slowest
-        directions = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
-        return (directions * omega).to(device if device.type != "mps" else "cpu")
+        directions: Tensor = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
+        w: Tensor = directions * omega
+        return w.to(device if device.type != "mps" else "cpu")
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, heads={self.heads}, grid={self.grid}, low={self.low:g}, high={self.high:g}"
@@ -77,4 +78,5 @@ def golden_directions(count: int, axes: int) -> Tensor:
     steps = torch.tensor([golden ** -(axis + 1) for axis in range(axes)], dtype=torch.float64)
     quantile = (0.5 + (n + 1) * steps[:, None]).remainder(1.0)  # (d, count) in (0, 1)
     gauss = torch.erfinv((2 * quantile - 1).clamp(-1 + 1e-12, 1 - 1e-12))
-    return gauss / gauss.norm(dim=0, keepdim=True)
+    directions: Tensor = gauss / gauss.norm(dim=0, keepdim=True)
+    return directions

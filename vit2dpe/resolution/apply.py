@@ -5,7 +5,7 @@ The policies themselves are in `policies.py`. A policy is chosen at evaluation, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,11 +69,13 @@ def position_groups(model: nn.Module) -> list[PositionGroup]:
     raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
 
 
-def _groups(model: Any) -> list[PositionGroup]:
-    if hasattr(model, "position_groups"):
-        return model.position_groups()
-    if hasattr(model, "position") and hasattr(model, "train_grid"):
-        return [(model.position, model, tuple(model.train_grid))]
+def _groups(model: nn.Module) -> list[PositionGroup]:
+    own: Callable[[], list[PositionGroup]] | None = getattr(model, "position_groups", None)
+    if own is not None:
+        return own()
+    position, train_grid = getattr(model, "position", None), getattr(model, "train_grid", None)
+    if isinstance(position, PositionEncoding) and train_grid is not None:
+        return [(position, model, tuple(train_grid))]
     return [group for child in model.children() for group in _groups(child)]
 
 
@@ -175,7 +177,7 @@ def _policy(word: str, train: Extent) -> Keep:
     return kind(train, name=name, **options)
 
 
-def _temperature(word: str | bool | None, train: Extent):
+def _temperature(word: str | bool | None, train: Extent) -> Temperature | None:
     if word in (None, False, "none"):
         return None
     name = "log" if word is True else str(word)

@@ -176,7 +176,7 @@ def _is_one(growth: float | Tensor) -> bool:
 
 
 POLICIES = {"extrapolate": Keep, "resize": Keep, "interpolate": Interpolate, "ntk": NTK, "yarn": YaRN}
-TEMPERATURES = {"log": LogTemperature, "yarn": YaRNTemperature}
+TEMPERATURES: dict[str, type[LogTemperature] | type[YaRNTemperature]] = {"log": LogTemperature, "yarn": YaRNTemperature}
 WHY_NOT = {
     "extrapolate": "a table has no entries beyond the grid it was learned on",
     "resize": "it is a formula and has no table to resize",

@@ -1,6 +1,6 @@
 """What happens at a resolution a model was not trained at: `use_policy` chooses, `sweep` measures.
 
-How a policy is put on a model is in `scopes.py`, the policies themselves are in `policies.py`.
+How a policy is put on a model is in `apply.py`, the policies themselves are in `policies.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
 from ..spec import Size
-from .apply import encodings_of, policies_of, position_groups, set_policy, use_policy, windows_of  # noqa: F401
+from .apply import policies_of, use_policy
 
 MODES = ("scale", "canvas")
 

@@ -30,7 +30,8 @@ from ..data.sources import readable
 from ..data.splits import FileSplit, Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
-from ..resolution.sweep import MODES, policies_of, sweep, train_size_of
+from ..resolution.apply import policies_of
+from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size, parse_terms
 from ..training.checkpoint import Meta, load_run
 from ..training.devices import pick_device

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,16 +14,12 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.spec import ModelSpec
 from ..seeding import derive_seed
-from ..spec import Plain
 from .devices import pick_device, precision
 from .distributed import World, local_device, process_group
-from .engine import fit
 from .initial_weights import load_weights
-from .log import Row
 from .pretrain_settings import PretrainConfig
-from .run_folder import changed_settings, environment, printable, run_folder, write_facts, write_summary
+from .run_folder import changed_settings, printable, run_folder
 from .settings import TrainConfig, check_numbers
-from .task import Task
 from .text_settings import TextTrainConfig
 
 Trainable = TrainConfig | PretrainConfig | TextTrainConfig
@@ -73,36 +69,6 @@ class TrainSession:
         if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
             self.print(f"{self.config.init}: {load_weights(model, self.config.init)}")
         return model
-
-    def record(self, data: str, digest: str, more: Mapping[str, Plain]) -> dict[str, Plain]:
-        """Command, versions, hardware and data, and `more`; config.yaml and env.json are written."""
-        facts = environment(self.command, self.device, data, digest) | dict(more)
-        if self.world.first:
-            write_facts(self.folder, self.config, facts)
-        return facts
-
-    def fit(self, model: nn.Module, task: Task, spec: ModelSpec, stop_after: int | None = None) -> list[Row]:
-        """`engine.fit` with these settings; returns its rows."""
-        return fit(
-            model,
-            task,
-            self.config.optim,
-            replace(self.config.run, device=str(self.device)),
-            folder=self.folder,
-            spec=spec,
-            resume=self.config.resume,
-            world=self.world,
-            about=dict(command=self.command),
-            stop_after=stop_after,
-        )
-
-    def finish(
-        self, title: str, rows: list[Row], facts: Mapping[str, Plain], results: Sequence[str], next_command: str
-    ) -> None:
-        """Write `summary.md`; print the results and what to try next."""
-        write_summary(self.folder, title, rows, facts, next_command)
-        for line in [*results[:-1], f"{results[-1]}; summary {self.folder / 'summary.md'}", f"next     {next_command}"]:
-            self.print(line)
 
 
 def check_run(config: Trainable) -> None:

@@ -15,7 +15,7 @@ from tests.helpers import randn
 from vit2dpe import ConfigError, PositionEncoding, Positions, set_policy, sweep, use_policy
 from vit2dpe.encodings import ENCODINGS, Alibi, MixedRoPE, RelativeBias
 from vit2dpe.models import Swin
-from vit2dpe.resolution.sweep import policies_of
+from vit2dpe.resolution.apply import policies_of
 from vit2dpe.testing import randomise
 
 NAME = "vit2dpe_swin_tiny_patch2_window4_32"

@@ -11,6 +11,8 @@ Legend: B batch, N tokens, H heads, Dh head width.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,8 @@ def split_and_rotate(qkv: Tensor, rotation: Rotation, heads: int) -> tuple[Tenso
     """
     cos, sin = rotation
     if torch.is_grad_enabled() and (qkv.requires_grad or cos.requires_grad or sin.requires_grad):
-        return _SplitAndRotate.apply(qkv, cos, sin, heads)
+        q, k, v = _SplitAndRotate.apply(qkv, cos, sin, heads)
+        return q, k, v
     return _forward(qkv, cos, sin, heads)
 
 
@@ -72,16 +75,25 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor,
     return q, k, v
 
 
+class _Context(Protocol):
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int):
+    def forward(ctx: _Context, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _forward(qkv, cos, sin, heads)
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(cos, sin, *((q, k) if learned else ()))
         return q, k, v
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+    def backward(
+        ctx: _Context, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         cos, sin, *turned = ctx.saved_tensors
         dcos = dsin = None
         if turned:
@@ -102,7 +114,9 @@ class _SplitAndRotate(torch.autograd.Function):
         return packed.flatten(2), dcos, dsin, None
 
 
-def _table_gradient(cos: Tensor, sin: Tensor, turned: list[Tensor], gradients: tuple[Tensor, Tensor]):
+def _table_gradient(
+    cos: Tensor, sin: Tensor, turned: list[Tensor], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Gradients to cos and sin, such that the one to the angle is right: dθ = Im(g · conj(R x)) over what shares θ.
 
     Only the part along the circle is given, (-sin, cos) dθ: cos and sin are made of an angle, which asks for no other.

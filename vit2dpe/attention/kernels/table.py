@@ -21,6 +21,7 @@ Legend: B batch, H heads, N tokens, Dh head width, P prefix tokens, R x C grid.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: f
     """(B, H, Nq, Dv) by the named path; `factor` multiplies the table."""
     table = term.table if factor == 1.0 else term.table * factor
     if path == "learned":
-        return _Learned.apply(q, k, v, table, term.q.extent, term.q.prefix, scale)
+        out: Tensor = _Learned.apply(q, k, v, table, term.q.extent, term.q.prefix, scale)
+        return out
     with torch.no_grad():
         if path == "view":
             return _view(q, k, v, table, term.q.extent, scale)
@@ -109,12 +111,33 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float) -> Tens
     return torch.cat(out, dim=2)
 
 
+class _Context(Protocol):
+    grid: tuple[int, ...]
+    prefix: int
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None]
+
+
 class _Learned(torch.autograd.Function):
     """Keeps q, k, v and the table, and the matrix of biases where the backward would make all of it at once anyway; a
     plain attention keeps any matrix, and the weights of every image too."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int], prefix: int, scale: float):
+    def forward(
+        ctx: _Context,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor,
+        grid: tuple[int, ...],
+        prefix: int,
+        scale: float,
+    ) -> Tensor:
         bias = matrix(table.to(q.dtype), grid, prefix)
         kept = q.dtype == table.dtype and bias.nbytes <= MATRICES
         ctx.save_for_backward(q, k, v, table, *([bias] if kept else []))
@@ -122,7 +145,7 @@ class _Learned(torch.autograd.Function):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: _Context, gradient: Tensor) -> Gradients:
         q, k, v, table, *kept = ctx.saved_tensors
         grid, prefix, scale = ctx.grid, ctx.prefix, ctx.scale
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain operations, which remember
@@ -130,8 +153,8 @@ class _Learned(torch.autograd.Function):
             logits = scale * q @ k.transpose(-1, -2) + Table(table, at, at).dense().to(q.dtype)
             inputs = [x for x in (q, k, v, table) if x.requires_grad]
             found = iter(torch.autograd.grad(logits.softmax(-1) @ v, inputs, gradient, create_graph=True))
-            gradients = [next(found) if x.requires_grad else None for x in (q, k, v, table)]
-            return (*gradients, None, None, None)
+            dq, dk, dv, dtable = (next(found) if x.requires_grad else None for x in (q, k, v, table))
+            return dq, dk, dv, dtable, None, None, None
         dq, dk, dv = (torch.empty_like(x, dtype=table.dtype) for x in (q, k, v))
         dtable, size = torch.empty_like(table), q.shape[2] ** 2 * table.element_size()
         most, several = max(1, CACHE // size), max(1, MATRICES // size)
@@ -165,12 +188,12 @@ def _backward(bias: Tensor, scale: float, space: Tensor, given: list[Tensor], wa
         given: q, k, v and the gradient of the output, each (S, N, Dh) of S images or heads.
     """
     (q, k, v, gradient), (dq, dk, dv) = given, wanted
-    p, ds = space[:, : q.shape[0]]
+    p, ds = space[:, : q.shape[0]].unbind(0)
     torch.baddbmm(bias, q, k.mT, alpha=scale, out=p)
     torch.softmax(p, dim=-1, out=p)
     dv.baddbmm_(p.mT, gradient, beta=0)
     torch.bmm(gradient, v.mT, out=ds)
-    # ds = p (dp - Σ p dp), in one pass.
+    # ds = p (dp - Σ p dp), in one pass; public operations take three.
     torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
     dq.baddbmm_(ds, k, beta=0, alpha=scale)
     dk.baddbmm_(ds.mT, q, beta=0, alpha=scale)
@@ -183,7 +206,8 @@ def matrix(table: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
     runs = _stretch(table, cols).flatten(2)  # (H, C, (2R - 1) C)
     # The biases of one query row are R C numbers of a run; those of the last row come first.
     whole = runs.unfold(2, rows * cols, cols).transpose(1, 2).flip(1).flatten(1, 2)
-    return F.pad(whole, (prefix, 0, prefix, 0)) if prefix else whole
+    biases: Tensor = F.pad(whole, (prefix, 0, prefix, 0)) if prefix else whole
+    return biases
 
 
 def _stretch(table: Tensor, cols: int) -> Tensor:
@@ -203,7 +227,8 @@ def _fold(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
     skewed = runs.new_zeros(heads, cols, 2 * rows - 1, 2 * cols - 1)
     head, column, row, _ = skewed.stride()
     skewed.as_strided(runs.shape, (head, column - 1, row, 1), cols - 1).copy_(runs)
-    return skewed.sum(1).flip(1, 2)
+    folded: Tensor = skewed.sum(1).flip(1, 2)
+    return folded
 
 
 def _whole_grid(term: Table) -> bool:

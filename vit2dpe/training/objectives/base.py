@@ -6,6 +6,7 @@ An objective is a function `prepare(config, session)` that reads the data and re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +14,9 @@ from torch import nn
 
 from ...models.spec import ModelSpec
 from ...spec import Plain
+from ..engine import fit
 from ..log import Row
+from ..run_folder import environment, write_facts, write_summary
 from ..session import Trainable, TrainSession, train_session
 from ..task import Batch, Task
 
@@ -73,14 +76,30 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
         prepared = prepare(config, session)
         model = session.build_model(prepared.spec, prepared.initialize)
         prepared.adapt(model)
-        facts = session.record(prepared.data, prepared.digest, prepared.facts)
+        folder, first = session.folder, session.world.first
+        facts = environment(command, session.device, prepared.data, prepared.digest) | dict(prepared.facts)
+        if first:
+            write_facts(folder, config, facts)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         session.print(
             f"{type(model).__name__} of {millions:.2f} M parameters{prepared.amount}; on {facts['hardware']}; "
-            f"into {session.folder}"
+            f"into {folder}"
         )
-        rows = session.fit(model, prepared.task, prepared.spec, stop_after=2 if config.smoke else None)
-        if session.world.first:
-            results = prepared.results(rows)
-            session.finish(prepared.title, rows, facts, results, prepared.next_command)
-    return session.folder
+        rows = fit(
+            model,
+            prepared.task,
+            config.optim,
+            replace(config.run, device=str(session.device)),
+            folder=folder,
+            spec=prepared.spec,
+            resume=config.resume,
+            world=session.world,
+            about=dict(command=command),
+            stop_after=2 if config.smoke else None,
+        )
+        if first:
+            *lines, last = prepared.results(rows)
+            write_summary(folder, prepared.title, rows, facts, prepared.next_command)
+            for line in [*lines, f"{last}; summary {folder / 'summary.md'}", f"next     {prepared.next_command}"]:
+                session.print(line)
+    return folder

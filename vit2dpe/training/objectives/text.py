@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..checkpoint import load_run, read_meta
 from ..log import Row
 from ..session import TrainSession, check_run
 from ..settings import model_arguments
-from ..task import Task
+from ..task import Batch, Dataset, Task
 from ..tasks.language import LanguageTask
 from ..tasks.span_corruption import SpanCorruption, SpanTask
 from ..tasks.text_classification import LineTask
@@ -38,8 +39,33 @@ SENTINELS = 100
 
 def train_text(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
     """Train a model of text by `config.objective`; arguments, result and errors are those of `run`."""
-    config = check(config)
-    return run(config, command, OBJECTIVES[config.objective])
+    return run(check(config), command, prepare)
+
+
+class TextSource(NamedTuple):
+    """Model, task and data of an objective of text; `amount` of data and an `example` of them, for people."""
+
+    spec: ModelSpec
+    task: Task[Batch]
+    data: Dataset
+    amount: str
+    example: str
+
+
+def prepare(config: TextTrainConfig, session: TrainSession) -> Prepared:
+    """The objective that the settings name."""
+    source = OBJECTIVES[config.objective](config, session)
+    data, folder = source.data, session.folder
+    return Prepared(
+        source.spec,
+        source.task,
+        data.name,
+        data.digest,
+        f"; {source.amount}",
+        f"{config.model.position} on {data.name}",
+        next_command(config, folder, source.example),
+        partial(results, config, folder, session.device, data),
+    )
 
 
 def check(config: TextTrainConfig) -> TextTrainConfig:
@@ -89,7 +115,7 @@ def model_spec(config: TextTrainConfig, tokens: int, classes: int = 2, own_mask:
     return ModelSpec("TextDecoder" if objective == "causal" else "TextEncoder", arguments | model.options)
 
 
-def _language(config: TextTrainConfig, session: TrainSession) -> Prepared:
+def _language(config: TextTrainConfig, session: TrainSession) -> TextSource:
     data = load_text(config.data)
     size, context = data.tokenizer.size, config.data.context
     steps, batch = config.steps_per_epoch, config.optim.batch_size
@@ -101,52 +127,34 @@ def _language(config: TextTrainConfig, session: TrainSession) -> Prepared:
         mask = size if config.objective == "masked" else None
         task = LanguageTask(data, context, batch, steps, mask=mask, **session.where)
     amount = f"{len(data.train):,} training and {len(data.val):,} validation tokens, {size} kinds"
-    example = _excerpt(data.tokenizer, data.val)
-    return _prepared(config, session, model_spec(config, size), task, data.name, data.digest, amount, example)
+    return TextSource(model_spec(config, size), task, data, amount, _excerpt(data.tokenizer, data.val))
 
 
-def _translation(config: TextTrainConfig, session: TrainSession) -> Prepared:
+def _translation(config: TextTrainConfig, session: TrainSession) -> TextSource:
     data = load_pairs(config.data)
     task = TranslationTask(data, config.optim.batch_size, config.smoothing, **session.where)
     left = f" ({data.left_out} longer ones left out)" if data.left_out else ""
     amount = f"{len(data.train):,} training pairs{left}, {len(data.val):,} of validation, {data.tokenizer.size} tokens"
-    spec, example = model_spec(config, data.tokenizer.size), data.test[0][0]
-    return _prepared(config, session, spec, task, data.name, data.digest, amount, example, data)
+    return TextSource(model_spec(config, data.tokenizer.size), task, data, amount, data.test[0][0])
 
 
-def _classes(config: TextTrainConfig, session: TrainSession) -> Prepared:
+def _classes(config: TextTrainConfig, session: TrainSession) -> TextSource:
     known, size = tokenizer_of_run(config.init)
     data = load_lines(config.data, known)
     task = LineTask(data, config.optim.batch_size, config.smoothing, **session.where)
     amount = f"{len(data.train):,} training and {len(data.val):,} validation lines, {len(data.classes)} classes"
     own_mask = known is None or size > data.tokenizer.size
-    spec, example = model_spec(config, data.tokenizer.size, len(data.classes), own_mask), data.val[0][0]
-    excerpt = _excerpt(data.tokenizer, example)
-    return _prepared(config, session, spec, task, data.name, data.digest, amount, excerpt)
+    spec = model_spec(config, data.tokenizer.size, len(data.classes), own_mask)
+    return TextSource(spec, task, data, amount, _excerpt(data.tokenizer, data.val[0][0]))
 
 
-OBJECTIVES: dict[str, Callable[[TextTrainConfig, TrainSession], Prepared]] = {
+OBJECTIVES: dict[str, Callable[[TextTrainConfig, TrainSession], TextSource]] = {
     "causal": _language,
     "masked": _language,
     "spans": _language,
     "translate": _translation,
     "classify": _classes,
 }
-
-
-def _prepared(
-    config: TextTrainConfig,
-    session: TrainSession,
-    spec: ModelSpec,
-    task: Task,
-    name: str,
-    digest: str,
-    amount: str,
-    example: str,
-    pairs: Pairs | None = None,
-) -> Prepared:
-    title, following = f"{config.model.position} on {name}", next_command(config, session.folder, example)
-    return Prepared(spec, task, name, digest, f"; {amount}", title, following, partial(results, config, session, pairs))
 
 
 def _excerpt(tokenizer: Tokenizer, tokens: Tensor) -> str:
@@ -166,29 +174,29 @@ def tokenizer_of_run(init: str | None) -> tuple[Tokenizer | None, int]:
     return from_json(about["tokenizer"]), int(about["arguments"].get("vocab_size", 0))
 
 
-def results(config: TextTrainConfig, session: TrainSession, pairs: Pairs | None, rows: list[Row]) -> list[str]:
+def results(config: TextTrainConfig, folder: Path, device: torch.device, data: Dataset, rows: list[Row]) -> list[str]:
     """Loss, accuracy of a classifier, BLEU of a translator."""
     best = min((row["val_loss"] for row in rows), default=float("nan"))
     unit = "line" if config.objective == "classify" else "token"
     lines = [f"validation loss {rows[-1]['val_loss']:.4f} nats a {unit} (best {best:.4f})"]
     if config.objective == "classify":
         lines += [f"right {rows[-1]['val_top1']:.1f}% (best {max(row['val_top1'] for row in rows):.1f}%)"]
-    if pairs is not None:
-        lines += [translate_test_set(config, session, pairs)]
+    if isinstance(data, Pairs):
+        lines += [translate_test_set(config, folder, device, data)]
     return lines
 
 
-def translate_test_set(config: TextTrainConfig, session: TrainSession, pairs: Pairs) -> str:
+def translate_test_set(config: TextTrainConfig, folder: Path, device: torch.device, pairs: Pairs) -> str:
     """Translate the test set with the best weights; write translations.txt and bleu.json, return a line about them."""
-    model = load_run(session.folder, session.device, which="best")
+    model = load_run(folder, device, which="best")
     if not isinstance(model, Seq2Seq):
-        raise CheckpointError(f"{session.folder} holds a {type(model).__name__}, not the Seq2Seq that was trained")
+        raise CheckpointError(f"{folder} holds a {type(model).__name__}, not the Seq2Seq that was trained")
     sources, references = zip(*pairs.test, strict=True)
     written = translate(model, pairs.tokenizer, sources, beams=config.beams)
     score = bleu(written, references)
-    write_atomically(session.folder / "translations.txt", "".join(f"{line}\n" for line in written).encode())
+    write_atomically(folder / "translations.txt", "".join(f"{line}\n" for line in written).encode())
     facts = dict(bleu=score.bleu, signature=score.signature, set=config.data.test, n=len(written), beams=config.beams)
-    write_atomically(session.folder / "bleu.json", json.dumps(facts, indent=1).encode())
+    write_atomically(folder / "bleu.json", json.dumps(facts, indent=1).encode())
     return f"BLEU {score.bleu:.2f} on {len(written)} sentences of {config.data.test} ({score.signature})"
 
 

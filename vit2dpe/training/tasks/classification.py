@@ -145,5 +145,6 @@ def evaluation_batches(
         cuts = [slice(own.start + part.start, own.start + part.stop) for part in parts]
     everything = torch.arange(count)
     for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
-        images = resize(images, size or tuple(images.shape[-2:]))  # type: ignore[arg-type]
+        height, width = images.shape[-2:]
+        images = resize(images, size or (height, width))
         yield normalize(images, data.mean, data.std), held.labels[cut]
