@@ -56,7 +56,7 @@ def select_bias(
 
 
 def trains(*inputs: Tensor) -> bool:
-    """Whether gradients are on and one of the inputs asks for them."""
+    """Whether gradients are on and one of the inputs requires them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 

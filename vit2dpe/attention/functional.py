@@ -143,7 +143,7 @@ def attend(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # (B|1, H|1, Nq, Nk)
         if not full:
-            # A row that sees nothing is opened, then zeroed: the softmax of an empty row is nobody's promise.
+            # An empty row is opened, then zeroed: torch does not define the softmax of an empty row.
             alive = mask.any(dim=-1, keepdim=True)
             mask = mask | ~alive
     width, terms = v.shape[-1], list(signal.bias)
@@ -205,7 +205,7 @@ def merge_bias(
         top = bias.detach().amax(dim=-1, keepdim=True)
         bias = bias - top.masked_fill(top.isneginf(), 0.0)
     bias = bias.to(dtype)
-    # A tensor that asks for gradients loses the fused kernel on the CPU, even where gradients are off.
+    # A tensor that requires gradients loses the fused kernel on the CPU, even where gradients are off.
     return bias if torch.is_grad_enabled() else bias.detach()
 
 

@@ -1,6 +1,7 @@
 """Which keys a query may attend to, from where they are: boolean, True may attend, (B|1, 1, Nq, Nk).
 
-Masks are combined with `&`, before attention, once. Prefix tokens stand nowhere: they see all and are seen by all.
+Masks are combined with `&`, before attention, once. Prefix tokens have no place: they attend to all keys, and all
+queries attend to them.
 """
 
 from __future__ import annotations

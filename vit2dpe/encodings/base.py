@@ -249,7 +249,7 @@ class PositionEncoding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionEncoding:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
-        # A formula has nothing that .double() could cast, so it asks what would have happened to a table.
+        # A formula has nothing that .double() could cast: an empty tensor shows what would happen to a table.
         probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         self.dtype = torch.float64 if probe.dtype == torch.float64 else torch.float32
         return self
@@ -306,7 +306,7 @@ class OnGrid(PositionEncoding):
         self.grid = tuple(int(size) for size in state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # Weights of others do not say it: then what the model was built for stands.
+        # Other people's weights do not have it: then the grid that the model was built for is kept.
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -63,7 +63,7 @@ class Dims:
 
 @dataclass(frozen=True)
 class Builder:
-    """An encoding's class and the arguments that come from the model; options come from the word."""
+    """An encoding's class and the arguments that come from the model; options come from its specification."""
 
     encoding: type[PositionEncoding]
     arguments: Callable[[Dims], dict[str, Any]]
@@ -98,18 +98,18 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
 }
 
 
-def build(word: str, dims: Dims) -> PositionEncoding:
-    """The encoding a word spells: names joined by `+`, options in parentheses: `sincos+rope(base=10)`.
+def build(spec: str, dims: Dims) -> PositionEncoding:
+    """The encoding of a specification: names joined by `+`, options in parentheses: `sincos+rope(base=10)`.
 
     Raises:
-        ConfigError: for a word that cannot be read, an unknown name or option, or sizes it cannot take.
+        ConfigError: for a specification that cannot be read, an unknown name or option, or sizes it cannot take.
     """
-    return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(word)))
+    return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(spec)))
 
 
-def parse(word: str) -> list[Term]:
+def parse(spec: str) -> list[Term]:
     """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`."""
-    return parse_terms(word, "encoding", ENCODINGS)
+    return parse_terms(spec, "encoding", ENCODINGS)
 
 
 def split_shared_and_per_block(
@@ -134,7 +134,7 @@ def split_shared_and_per_block(
 
 
 def _makers(position: str | PositionEncoding) -> list[Callable[[Dims], PositionEncoding]]:
-    """For each term of a word or an instance, what builds it for a model or a block."""
+    """For each term of a specification or an instance, a function that builds it for a model or a block."""
     if isinstance(position, str):
         return [partial(ENCODINGS[name], **options) for name, options in parse(position)]
     if isinstance(position, PositionEncoding):

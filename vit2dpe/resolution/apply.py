@@ -85,7 +85,7 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
 
     Args:
         model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
-        policy: a word: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
+        policy: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
             "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
             Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
@@ -115,13 +115,13 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
         yield
 
 
-def _split(word: str, model: nn.Module) -> tuple[str | None, str]:
+def _split(spec: str, model: nn.Module) -> tuple[str | None, str]:
     """What windows do (None: as before) and what encodings do, of "scale+interpolate", "scale" or "interpolate"."""
-    first, _, rest = word.partition("+")
+    first, _, rest = spec.partition("+")
     if first.strip() not in WINDOW_POLICIES:
-        return None, word
+        return None, spec
     if not windows_of(model):
-        raise ConfigError(f"policy {word!r} says what windows do, and {type(model).__name__} has none")
+        raise ConfigError(f"policy {spec!r} says what windows do, and {type(model).__name__} has none")
     return first.strip(), rest.strip() or "default"
 
 
@@ -138,7 +138,7 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
     state_dict changes, so the policy is not saved with the weights.
 
     Args:
-        policy: a word as for `use_policy`, but for "default".
+        policy: a specification as for `use_policy`, but for "default".
         train: the grid that the policy scales to; default: what each part of the model was trained on.
 
     Raises:
@@ -164,10 +164,10 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
     _set_windows(model, windows)
 
 
-def _policy(word: str, train: Extent) -> Keep:
-    (name, options), *more = parse_terms(word, "policy", [*POLICIES, "default"])
+def _policy(spec: str, train: Extent) -> Keep:
+    (name, options), *more = parse_terms(spec, "policy", [*POLICIES, "default"])
     if more or name == "default":
-        raise ConfigError(f"a policy is one name, such as 'interpolate(align=corner)'; got {word!r}")
+        raise ConfigError(f"a policy is one name, such as 'interpolate(align=corner)'; got {spec!r}")
     kind = POLICIES[name]
     allowed = [field for field in kind.__dataclass_fields__ if field not in ("train", "name")]
     for option in options:
@@ -177,10 +177,10 @@ def _policy(word: str, train: Extent) -> Keep:
     return kind(train, name=name, **options)
 
 
-def _temperature(word: str | bool | None, train: Extent) -> Temperature | None:
-    if word in (None, False, "none"):
+def _temperature(spec: str | bool | None, train: Extent) -> Temperature | None:
+    if spec in (None, False, "none"):
         return None
-    name = "log" if word is True else str(word)
+    name = "log" if spec is True else str(spec)
     if name not in TEMPERATURES:
         raise unknown("temperature", name, ["none", *TEMPERATURES])
     return TEMPERATURES[name](train)

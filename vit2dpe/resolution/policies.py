@@ -34,7 +34,7 @@ class Keep:
 
     Args:
         train: the training extent.
-        name: the word.
+        name: as it is specified.
     """
 
     train: Extent

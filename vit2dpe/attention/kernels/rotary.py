@@ -119,7 +119,7 @@ def _table_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to cos and sin, such that the one to the angle is right: dθ = Im(g · conj(R x)) over what shares θ.
 
-    Only the part along the circle is given, (-sin, cos) dθ: cos and sin are made of an angle, which asks for no other.
+    Only the part along the circle is given, (-sin, cos) dθ: cos and sin are made of an angle, which needs no other.
     """
     angle = torch.zeros_like(cos)
     for x, gradient in zip(turned, gradients, strict=True):
