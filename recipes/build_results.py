@@ -21,7 +21,6 @@ from typing import NamedTuple
 from scipy.stats import t as student
 
 from benchmarks.table import markdown
-from vit2dpe.encodings import ENCODINGS
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
 from vit2dpe.study.rows import Row, read_rows
@@ -72,7 +71,8 @@ def _seeds_of(rows: list[Row], folder: Path) -> str:
     for row in rows:
         seeds.setdefault(row.encoding, set()).add(int(row.seed or 0))
     told = json.loads((folder / "env.json").read_text())["config"]["encodings"]
-    planned = list(ENCODINGS) if told == "all" else split_words(told)
+    # "all" was what existed then; encodings that came later are not missing.
+    planned = list(seeds) if told == "all" else split_words(told)
     counts = {word: len(found) for word, found in seeds.items()}
     most = max(counts.values())
     fewer = [f"`{word}` has {n}" for word, n in counts.items() if n < most]

@@ -76,7 +76,8 @@ def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Sig
 def split_heads(
     qkv: Tensor, signal: Signal, heads: int, private: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Signal]:
-    """q, k, v (B, H, N, Dh), strided views of the packed projection, and what of the signal is still to be done.
+    """q, k, v (B, H, N, Dh), strided views of the packed projection, and the signal: without its
+    rotations where they are applied already.
 
     Args:
         qkv: (B, N, 3 D).
