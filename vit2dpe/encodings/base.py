@@ -130,7 +130,7 @@ class PositionEncoding(nn.Module):
     Facts; `vit2dpe.testing.check_encoding` proves the first two and `gives`:
         relative: moving all tokens that have a place together changes no logit between them.
         continuous: fractional coordinates are accepted.
-        per_block: every block of a model owns an instance, as layers with tables of their own do, instead of sharing one.
+        per_block: every block of a model owns an instance (learned per layer); else all share one.
         gives: which fields of the Signal it fills, of "token", "rotation", "bias".
         policies: what it can do at another resolution, the default first.
     """
