@@ -1,22 +1,25 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from functools import partial
 from pkgutil import resolve_name
 
 import pytest
+import timm
 import torch
 import yaml
 
 from tests.helpers import read_csv
-from vit2dpe import PositionEncoding, Positions, ViT, load_run
+from vit2dpe import MAE, PositionEncoding, Positions, Swin, ViT, load_run
 from vit2dpe.cli.commands import COMMANDS, main
 from vit2dpe.cli.options import options_of, settings
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError
+from vit2dpe.models.simmim import SimMIM
 from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
@@ -254,6 +257,35 @@ def test_inits_draw_what_they_say(how):
     assert down.std().item() == pytest.approx(wanted[1], rel=0.1)
     assert not model.blocks[0].mlp.fc1.bias.any()
     assert all(torch.equal(a, b) for a, b in zip(encoding, model.position.parameters(), strict=True))
+
+
+SWIN = dict(img_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2, 4], window_size=4,
+            num_classes=0)  # fmt: skip
+ENCODER = dict(num_classes=0, img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3)
+
+
+@pytest.mark.parametrize(("make", "depths"), [
+    (lambda: ViT("rope", **ENCODER), {"blocks": 3}),
+    (lambda: ViT("rope", **ENCODER, global_pool="map"), {"blocks": 3, "attn_pool": 3}),
+    (lambda: Swin("relative", **SWIN), {"layers": 6}),
+    (lambda: SimMIM(Swin("relative", **SWIN)), {"encoder": 6}),
+    (lambda: MAE(ViT("rope", **ENCODER), decoder_position="sincos", decoder_embed_dim=32, decoder_depth=5,
+                 decoder_num_heads=2), {"encoder": 3, "decoder_blocks": 5}),
+    (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=24,
+                               depths=(2, 4), num_heads=(2, 4)), {"layers": 6}),
+])  # fmt: skip
+def test_gpt2_divides_by_the_depth_of_the_stream_that_a_block_adds_to(make, depths):
+    """GPT-2, section 2.3: by the square root of the number of residual layers, two a block."""
+    model = make()
+    initialize(model, "gpt2")
+    for owner, depth in depths.items():
+        last = [
+            module.weight for name, module in model.named_modules()
+            if name.startswith(f"{owner}.") and name.endswith(("attn.proj", "mlp.fc2"))
+        ]  # fmt: skip
+        assert len(last) == 2 * depth or owner == "attn_pool"
+        for weight in last:
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * depth), rel=0.15)
 
 
 def test_everything_on_images_at_once(tmp_path):
