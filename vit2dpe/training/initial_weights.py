@@ -147,7 +147,8 @@ def _compose(first: Perturb, second: Perturb) -> Perturb:
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from ..models import ViT
     from ..models.mae_names import encoder_of
-    from ..models.weights import checkpoint_filter_fn, unwrapped
+    from ..models.unwrap import unwrapped
+    from ..models.weights import checkpoint_filter_fn
 
     state = unwrapped(state)
     if not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on

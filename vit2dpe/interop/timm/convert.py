@@ -25,8 +25,8 @@ from ...errors import CheckpointError, ConfigError
 from ...models.mae_names import State, encoder_of
 from ...models.swin.model import Swin
 from ...models.timm_api import pair, pretrained_cfg_of
+from ...models.unwrap import unwrapped
 from ...models.vit import ViT
-from ...models.weights import unwrapped
 from ...resolution.apply import set_policy
 from ...spec import Term
 from .read import Recipe, read
@@ -169,6 +169,8 @@ def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[st
         state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
     timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
     state = state if timm_filter is None else timm_filter(state, theirs)
+    if "mask_token" not in wanted:  # of BEiT's own files, and others of pretrainings
+        state.pop("mask_token", None)
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
