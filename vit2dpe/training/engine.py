@@ -106,7 +106,8 @@ class Trainer(Generic[B]):
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
         about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
-        trackers = Trackers(self.folder, first and self.run.tensorboard, self.run.wandb if first else None, about)
+        wandb = self.run.wandb if first else None
+        trackers = Trackers(self.folder, first and self.run.tensorboard, wandb, about, resume)
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
