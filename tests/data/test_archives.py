@@ -125,7 +125,7 @@ def test_labels_that_are_no_class_are_refused_before_anything_is_trained(monkeyp
         DataError, match=rf"3 of the 4 labels of hf:someone/pets's {word} images.*2 classes.*{label}, of image 1"
     ):
         load_images("hf:someone/pets")
-    with pytest.raises(DataError, match="are not among its 2 classes"):
+    with pytest.raises(DataError, match="are none of its 2 classes"):
         load_images("hf:someone/pets", limit_train=1, limit_test=1, val_fraction=0.5)
 
 

@@ -136,11 +136,11 @@ def _check_labels(name: str, split: str, part: Split | FileSplit | None, classes
     """Refuse labels that are no index of a class: public test sets have -1 where the label is kept secret."""
     if part is None or not bool((wrong := (part.labels < 0) | (part.labels >= classes)).any()):
         return
-    first = int(wrong.nonzero()[0])
+    first, images = int(wrong.nonzero()[0]), "training" if split == "train" else "held-out"
     raise DataError(
-        f"{int(wrong.sum())} of the {len(part)} labels of {name}'s {'training' if split == 'train' else 'held-out'} images "
-        f"are not among its {classes} classes, 0 to {classes - 1}: the first is {int(part.labels[first])}, of image "
-        f"{first}; a split whose labels are kept secret (-1) cannot be measured on: give data whose held-out split has them"
+        f"{int(wrong.sum())} of the {len(part)} labels of {name}'s {images} images are none of its {classes} classes, "
+        f"0 to {classes - 1}: the first is {int(part.labels[first])}, of image {first}; a split whose labels are kept "
+        "secret (-1) cannot be measured on: give data whose held-out split has them"
     )
 
 
