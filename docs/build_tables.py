@@ -85,7 +85,7 @@ makes its own.
 - **gives**: `token` is added to tokens at the input, `rotation` turns queries and keys, `bias` is added to the logits.
 - **relative**: moving all tokens together changes no logit between them.
 - **continuous**: fractional coordinates are accepted.
-- **policies**: what it can do at a size it was not trained at, the default first. See `vit2dpe/policies.py`.
+- **policies**: what it can do at a size it was not trained at, the default first. See `vit2dpe/resolution/policies.py`.
 
 ![every encoding, drawn](gallery.png)
 

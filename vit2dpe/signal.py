@@ -134,7 +134,7 @@ class LowRank(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Everything an encoding may ask of attention. A field that is None (or empty) asks nothing.
+    """Every effect that an encoding may have on attention. A field that is None (or empty) has none.
 
     Signals add: tokens sum, rotations multiply, bias terms concatenate, temperatures multiply. So
     encodings compose with `+`, and the empty Signal is the ablation.

@@ -140,9 +140,8 @@ def scaled(config, seq_len=None):
 def ours_under(policy, length, width=WIDTH, base=10_000.0):
     """(N, Dh/2) angles of all places of a line."""
     encoding = AxialRoPE(width, axes=1, base=base)
-    encoding.own_policy = policy
     at = Positions.sequence(length)
-    return encoding.angle(at if policy is None else policy.place(at)).dense()[0, 0]
+    return encoding.angle(at if policy is None else policy.place(at)).resolve(policy, at.extent, 0)[0, 0]
 
 
 def check(ours, frequencies, plain):
@@ -194,8 +193,8 @@ def test_an_image_is_scaled_by_axis(kind):
     for place, size in ((at, train), (exchanged(at), train[::-1])):
         ours = AxialRoPE(2 * WIDTH, axes=2)
         policies = {"linear": Interpolate(size, align="corner"), "dynamic": NTK(size), "yarn": YaRN(size, **named)}
-        ours.own_policy = policies[kind]
-        got.append(ours.angle(ours.policy.place(place)).dense()[0, 0])
+        policy = policies[kind]
+        got.append(ours.angle(policy.place(place)).resolve(policy, place.extent, 0)[0, 0])
     same(got[0], theirs, got[1], 2e-5)  # angles up to 47
 
 

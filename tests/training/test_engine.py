@@ -11,11 +11,13 @@ from vit2dpe import ViT
 from vit2dpe.data.augment import shift_and_flip
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
-from vit2dpe.errors import TrainingError
+from vit2dpe.errors import ConfigError, TrainingError
 from vit2dpe.seeding import derive_seed
 from vit2dpe.training.devices import pick_device
 from vit2dpe.training.engine import fit
+from vit2dpe.training.optimizer import make_optimizer
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import Task
 from vit2dpe.training.tasks.classification import ImageTask
 
 OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=2, batch_size=32)
@@ -91,14 +93,38 @@ def test_bfloat16_trains(data, tmp_path):
 
 
 def test_tables_and_frequencies_do_not_decay():
-    from timm.optim import create_optimizer_v2
-
     net = model()
-    optimizer = create_optimizer_v2(net, opt="adamw", weight_decay=0.05)
+    optimizer = make_optimizer(net, OptimConfig(weight_decay=0.05))
     free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     exempt = {name for name, p in net.named_parameters() if id(p) in free}
     assert {"position.pos_embed", "blocks.0.attn.position.freqs"} <= exempt
     assert "blocks.0.attn.qkv.weight" not in exempt
+
+
+def test_a_task_that_lacks_something_is_refused_by_name(tmp_path):
+    class Half(Task):
+        steps_per_epoch = 1
+
+        def batch(self, epoch, step):
+            return torch.zeros(2, 3)
+
+        def loss(self, model, batch):
+            return model(batch).square().mean(), {}
+
+        def describe(self):
+            return {}
+
+    with pytest.raises(TypeError, match=r"abstract class Half .*evaluate"):
+        Half()
+
+    class Whole(Half):
+        best = ("test_los", "min")
+
+        def evaluate(self, model):
+            return {"test_loss": 0.0}
+
+    with pytest.raises(ConfigError, match=r"Whole\.best.*'test_los'.*'test_loss'"):
+        fit(torch.nn.Linear(3, 1), Whole(), OptimConfig(epochs=1, warmup_epochs=0), RunConfig(), folder=tmp_path)
 
 
 def test_keys_and_devices():

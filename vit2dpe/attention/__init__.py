@@ -1,4 +1,4 @@
-"""The one attention of the project: what an encoding asks for arrives as a `Signal`. Imports the ground floor alone."""
+"""The one attention of the project: the effect of an encoding arrives as a `Signal`. Imports the ground floor alone."""
 
 from .cache import KVCache
 from .functional import attend, rotate

@@ -1,6 +1,6 @@
 """The one attention of the project: rotate, merge bias and mask, call the fused kernel.
 
-Encoding-blind: what an encoding asks for arrives as a `Signal`. Pairs of channels are (2i, 2i+1) everywhere.
+Encoding-blind: the effect of an encoding arrives as a `Signal`. Pairs of channels are (2i, 2i+1) everywhere.
 
 Legend: B batch, H heads, Nq, Nk tokens, Dh head width. True in a mask means "may attend".
 """
@@ -76,7 +76,8 @@ def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Sig
 def split_heads(
     qkv: Tensor, signal: Signal, heads: int, private: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Signal]:
-    """q, k, v (B, H, N, Dh), strided views of the packed projection, and what of the signal is still to be done.
+    """q, k, v (B, H, N, Dh), strided views of the packed projection, and the signal: without its
+    rotations where they are applied already.
 
     Args:
         qkv: (B, N, 3 D).

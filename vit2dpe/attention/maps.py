@@ -70,7 +70,7 @@ def mean_distance(one: Tensor, q: Positions, k: Positions | None = None) -> Tens
 
 
 class ImageModel(Protocol):
-    """A model of images that says where its tokens are, such as a `ViT`."""
+    """A model of images with the `Positions` of its tokens, such as a `ViT`."""
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions: ...
 

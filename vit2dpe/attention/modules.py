@@ -102,6 +102,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D). With a cache, keys and values of earlier tokens come before those of x."""
+        # In eager mode q and k may come rotated already, in place; the signal then has no rotations left for `attend`.
         q, k, v, signal, scale = self.split(x, signal, private=cache is None)
         if cache is not None:
             if signal.k_rotation is not None and signal.k_rotation.cos.shape[1] not in (1, self.kv_heads):
@@ -120,7 +121,7 @@ class Attention(nn.Module):
     def split(
         self, x: Tensor, signal: Signal, private: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Signal, float | None]:
-        """(B, N, D) -> q, k, v (B, H, N, Dh), what of the signal is still to be done, and the scale of q·k.
+        """(B, N, D) -> q, k, v (B, H, N, Dh), the signal without what is applied already, and the scale of q·k.
 
         A scale of None is 1/sqrt(Dh). Without `private` the output of `qkv` is kept as it is.
         """

@@ -36,7 +36,7 @@ Maps = dict[str, Tensor]
 
 
 class Report:
-    """What is recorded of one model; a subclass overrides what it wants to know."""
+    """What is recorded of one model; subclasses override the events that they record."""
 
     active = True
 

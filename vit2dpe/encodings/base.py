@@ -1,6 +1,6 @@
 """The contract of an encoding: a pure function from where tokens are to what attention should do about it.
 
-An author overrides one or more of three hooks and declares four facts; `forward` is final. It calls the hooks,
+An author overrides one or more of three hooks and declares facts; `forward` is final. It calls the hooks,
 applies the resolution policy and the rule for prefix tokens in one place (no token row, identity rotation, no bias),
 takes cosine and sine once in float64 and casts once. Nothing is cached: a second call computes again.
 
@@ -127,10 +127,10 @@ def _set_overrides(settings: tuple[Overrides, ...]) -> None:
 class PositionEncoding(nn.Module):
     """Base class: override `token`, `angle` or `bias`; declare the facts; never override `forward`.
 
-    Facts, each proved by `vit2dpe.testing.check_encoding`:
+    Facts; `vit2dpe.testing.check_encoding` proves the first two and `gives`:
         relative: moving all tokens that have a place together changes no logit between them.
         continuous: fractional coordinates are accepted.
-        per_block: every block of a model owns an instance (learned per layer) instead of sharing one.
+        per_block: every block of a model owns an instance (learned per layer); else all share one.
         gives: which fields of the Signal it fills, of "token", "rotation", "bias".
         policies: what it can do at another resolution, the default first.
     """

@@ -35,7 +35,7 @@ from .windowed import WindowedTable
 
 @dataclass(frozen=True)
 class Dims:
-    """What a model tells an encoding about itself.
+    """Sizes of a model, from which an encoding is built.
 
     Args:
         width: D, channels of a token.

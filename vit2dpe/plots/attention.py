@@ -79,7 +79,7 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
 
 
 def save(model: nn.Module, file: str | Path, out: str | Path, size: tuple[int, int] | None = None) -> Path:
-    """Draw a model's attention to an image file into `out`, whose ending says the format.
+    """Draw a model's attention to an image file into `out`; its suffix selects the format.
 
     Args:
         model: a `ViT`, or a masked autoencoder, whose encoder is shown all patches; normalisation is taken from a run's

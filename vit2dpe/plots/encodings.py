@@ -85,7 +85,7 @@ def save(
     heads: int = 3,
     seed: int = 0,
 ) -> Path:
-    """Draw into a file whose ending says the format (.png, .svg, .pdf); arguments as for `draw`."""
+    """Draw into a file; its suffix selects the format (.png, .svg, .pdf); arguments as for `draw`."""
     return save_figure(draw(specs, grid, width=width, heads=heads, seed=seed), path)
 
 

@@ -28,7 +28,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: float | None = None) -> Path:
-    """Write a figure into a file whose ending says the format (.png, .svg, .pdf), its folder made if need be."""
+    """Write a figure into a file; its suffix selects the format (.png, .svg, .pdf), and its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi="figure" if dpi is None else dpi)

@@ -78,7 +78,7 @@ def save(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Path:
-    """Draw into a file whose ending says the format; arguments as for `draw`."""
+    """Draw into a file; its suffix selects the format; arguments as for `draw`."""
     return save_figure(draw(model, images, mean, std, mask_ratio, noise, generator), path)
 
 

@@ -97,5 +97,5 @@ def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def save(model: nn.Module, text: str, out: str | Path) -> Path:
-    """Draw a model's attention to a text into `out`, whose ending says the format."""
+    """Draw a model's attention to a text into `out`; its suffix selects the format."""
     return save_figure(figure_of(model, text), out, dpi=120)

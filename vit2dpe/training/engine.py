@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import lost_worker, watch_workers
-from ..errors import Stopped, TrainingError
+from ..errors import Stopped, TrainingError, unknown
 from ..models.spec import ModelSpec
 from ..spec import Plain
 from .distributed import ALONE, World, sum_over_ranks
@@ -226,6 +226,8 @@ class Trainer(Generic[B]):
         if self.task.best is None:
             return None
         name, direction = self.task.best
+        if name not in score:
+            raise unknown(f"number that decides best/, {type(self.task).__name__}.best,", name, score)
         value, best = score[name], self.state.best
         better = best is None or (value > best if direction == "max" else value < best)
         return value if better and math.isfinite(value) else None

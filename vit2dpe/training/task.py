@@ -6,6 +6,7 @@ Image classification, masked images, language modelling and others implement it,
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -25,9 +26,10 @@ class Task(Protocol[B]):
     """A problem that `engine.fit` can train. Subclass it to inherit the methods that have a body."""
 
     steps_per_epoch: int
-    best: tuple[str, str] | None  # the number of `evaluate` that decides best/, and "max" or "min"
+    best: tuple[str, str] | None = None  # the number of `evaluate` that decides best/, and "max" or "min"
     unit: str = "items"  # what `count` counts; names the column of the throughput
 
+    @abstractmethod
     def batch(self, epoch: int, step: int) -> B:
         """This rank's share of step `step` of epoch `epoch`, on its device.
 
@@ -37,14 +39,17 @@ class Task(Protocol[B]):
         """
         ...
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: B) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The mean loss of a batch, and further numbers to average over the epoch. `model` may be wrapped."""
         ...
 
+    @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Numbers such as test_top1 and test_loss: the same on every rank, every sample counted once."""
         ...
 
+    @abstractmethod
     def describe(self) -> Mapping[str, Plain]:
         """Metadata of the checkpoint (classes, mean, std, digest of the data)."""
         ...

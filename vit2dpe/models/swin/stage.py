@@ -88,7 +88,7 @@ class SwinStage(nn.Module):
 
     @property
     def window_policy(self) -> str:
-        """What windows do at another size: as the innermost `vit2dpe.use_policy` says, else this stage's own."""
+        """Window policy at another size: that of the innermost `vit2dpe.use_policy`, else this stage's own."""
         for settings in overrides():
             if self in settings.window_policies:
                 return settings.window_policies[self]
