@@ -51,6 +51,15 @@ class Uneven(Task):
     steps_per_epoch = 1
     best = None
 
+    def batch(self, epoch, step):
+        raise NotImplementedError("a test hands batches in")
+
+    def evaluate(self, model):
+        return {}
+
+    def describe(self):
+        return {}
+
     def count(self, batch):
         return int(batch[1].sum())
 

@@ -28,6 +28,15 @@ class Fit(Task):
     steps_per_epoch = 4
     best = None
 
+    def batch(self, epoch, step):
+        raise NotImplementedError("a test hands batches in")
+
+    def evaluate(self, model):
+        return {}
+
+    def describe(self):
+        return {}
+
     def loss(self, model, batch):
         x, y = batch
         error = (model(x) - y).square()
