@@ -112,3 +112,24 @@ def test_a_dataset_of_the_hub(monkeypatch):
         load_images("hf:someone/pets")
     with pytest.raises(ConfigError, match="hf:<name>"):
         load_images("hf:")
+
+
+@pytest.mark.parametrize(("split", "word"), [("train", "training"), ("test", "held-out")])
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_that_are_no_class_are_refused_before_anything_is_trained(monkeypatch, split, word, label):
+    """Test sets of the hub have -1 for every image, where their labels are kept secret."""
+    rows = [{"img": Image.fromarray(np.full((4, 6), v, np.uint8)), "label": v % 2} for v in range(4)]
+    splits = {"train": rows, "test": rows} | {split: [rows[0], *({**row, "label": label} for row in rows[1:])]}
+    hub(monkeypatch, splits)
+    with pytest.raises(
+        DataError, match=rf"3 of the 4 labels of hf:someone/pets's {word} images.*2 classes.*{label}, of image 1"
+    ):
+        load_images("hf:someone/pets")
+    with pytest.raises(DataError, match="are none of its 2 classes"):
+        load_images("hf:someone/pets", limit_train=1, limit_test=1, val_fraction=0.5)
+
+
+def test_a_validation_split_is_taken_before_a_test_split_without_labels(monkeypatch):
+    rows = [{"img": Image.fromarray(np.full((4, 6), v, np.uint8)), "label": v % 2} for v in range(4)]
+    hub(monkeypatch, {"train": rows, "test": [{**row, "label": -1} for row in rows], "validation": rows[:2]})
+    assert load_images("hf:someone/pets").test.labels.tolist() == [0, 1]

@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tests.training.interrupted import after_updates
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.seeding import derive_seed
-from vit2dpe.training.distributed import process_group
+from vit2dpe.training.distributed import full_tensor, process_group
 from vit2dpe.training.engine import fit
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import Task
 from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.update import Updater
 
 SPEC = ModelSpec(
     "ViT",
@@ -42,6 +45,46 @@ def go(folder, world, *, epochs=3, resume=False, **run):
     )
 
 
+class Uneven(Task):
+    """Least squares over the items that count: all on the first rank; its mean is not a number elsewhere."""
+
+    steps_per_epoch = 1
+    best = None
+
+    def batch(self, epoch, step):
+        raise NotImplementedError("a test hands batches in")
+
+    def evaluate(self, model):
+        return {}
+
+    def describe(self):
+        return {}
+
+    def count(self, batch):
+        return int(batch[1].sum())
+
+    def loss(self, model, batch):
+        x, counts = batch
+        return (model(x).square()[:, 0] * counts).sum() / counts.sum(), {"one": 1.0}
+
+
+def uneven(folder, world, how):
+    """An update to which the last rank has nothing to add, and the gradient that it ends with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    optim, run = OptimConfig(lr=0.1, epochs=1, warmup_epochs=0, clip_grad=0.0), replace(RUN, parallel=how)
+    updater = Updater(model, Uneven(), optim, run, world)
+    updater.optimizer.step = lambda *_: None
+    x = torch.arange(12.0).view(4, 3)
+    counts = torch.tensor([True, True, False, False])
+    own = world.share(4)
+    found = updater.step((x[own], counts[own]), 0, 0, 0)
+    gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+    torch.save(
+        (found.numbers, found.items, found.finite, gradients), folder / f"uneven-{how}-{world.size}-{world.rank}.pt"
+    )
+
+
 def main(what, folder):
     torch.set_num_threads(1)
     with process_group(torch.device("cpu"), timeout_s=45) as world:
@@ -56,6 +99,7 @@ def main(what, folder):
         for how in ("ddp", "fsdp"):
             go(folder / how, world, parallel=how)
             go(folder / f"resumed-{how}", world, epochs=2, resume=True, parallel=how)  # begun by one process
+            uneven(folder, world, how)
         if world.first:
             (folder / "size.json").write_text(json.dumps(world.size))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.ranks import go
+from tests.faults.ranks import go, uneven
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.training.checkpoint import read_meta, read_tensors
@@ -71,6 +71,19 @@ def test_a_run_goes_from_one_process_to_two_and_back(both, how):
     ]
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_rank_without_an_item_adds_nothing(both, how):
+    """And takes part in every exchange; the others' gradient is that of one process."""
+    uneven(both, ALONE, how)
+    numbers, items, finite, wanted = torch.load(both / f"uneven-{how}-1-0.pt")
+    assert (items, finite) == (2, True)
+    for rank in (0, 1):
+        found = torch.load(both / f"uneven-{how}-2-{rank}.pt")
+        assert found[:3] == ({name: pytest.approx(value) for name, value in numbers.items()}, 2, True)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[3][name], gradient)
 
 
 @fault("F56")

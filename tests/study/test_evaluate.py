@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from tests.helpers import read_csv
 from vit2dpe import ConfigError, DataError, sweep
 from vit2dpe.cli import main
+from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import EvaluateConfig, StudyConfig, evaluate_model, study
 from vit2dpe.study.rows import COLUMNS
+from vit2dpe.training.checkpoint import write_checkpoint
 
 MICRO = "embed_dim=48, depth=1, num_heads=3, num_classes=3"
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -103,6 +105,53 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
     data, total = _load_data(config, load_subject(config), (32, 32))
     ((images, labels),) = data
     assert (total, labels.tolist(), images.shape) == (2, [0, 281], (2, 3, 32, 32))
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Twelve class folders, 0 to 11, with 1 to 12 images: text has 10 before 2, timm's reader after 9."""
+    for k in range(12):
+        (tmp_path / "data" / str(k)).mkdir(parents=True)
+        for i in range(k + 1):
+            Image.new("RGB", (32, 32), (20 * k, 99, 0)).save(tmp_path / "data" / str(k) / f"{i}.png")
+    return tmp_path / "data"
+
+
+def always(index):
+    """A model that says one class, whatever it sees."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3, num_classes=12)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.nn.functional.one_hot(torch.tensor(index), 12).float()
+    return model
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 9, 10, 11])
+def test_a_timm_model_has_the_classes_in_the_order_of_timms_reader(numbered, tmp_path, index):
+    model, reader = always(index), timm.data.create_dataset("", str(numbered))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    labels = torch.tensor([label for _, label in reader.reader.samples])  # without opening a file
+    (row,) = run(
+        tmp_path, model=f"vit_tiny_patch16_224(img_size=32, {MICRO[:-1]}12)", data=str(numbered),
+        sizes="32", checkpoint=str(tmp_path / "weights.safetensors"), modes="scale",
+    )  # fmt: skip
+    assert row.top1 == pytest.approx(100 * (labels == index).double().mean().item())
+    assert row.n == len(labels) == 78
+
+
+@pytest.mark.parametrize("index", [2, 10])
+def test_weights_that_were_trained_here_have_the_classes_they_were_trained_with(numbered, tmp_path, index):
+    """As a run, and as the file in it that a timm model takes."""
+    classes = [str(k) for k in sorted(range(12), key=str)]
+    spec = dict(model_name="vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3, num_classes=12)
+    about = dict(classes=classes, mean=[0.5] * 3, std=[0.25] * 3)
+    tensors = {"model": dict(always(index).state_dict())}
+    write_checkpoint(tmp_path / "run" / "last", ModelSpec("timm", spec), tensors, grid=None, **about)
+    name = f"vit_tiny_patch16_224(img_size=32, {MICRO[:-1]}12)"
+    weights = tmp_path / "run" / "last" / "model.safetensors"
+    for settings in (dict(model=str(tmp_path / "run")), dict(model=name, checkpoint=str(weights))):
+        (row,) = run(tmp_path, data=str(numbered), sizes="32", modes="scale", train_size="32", **settings)
+        assert row.top1 == pytest.approx(100 * (int(classes[index]) + 1) / 78)
 
 
 @pytest.mark.parametrize(

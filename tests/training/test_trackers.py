@@ -1,13 +1,16 @@
 """TensorBoard's and W&B's own readers find the numbers of metrics.csv in what a run writes for them."""
 
 import json
+import re
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 
 from tests.training.test_train import MICRO, at
 from vit2dpe.errors import ConfigError
-from vit2dpe.training.log import read_table
+from vit2dpe.training.log import Trackers, read_table
 from vit2dpe.training.objectives.images import train
 
 
@@ -49,7 +52,7 @@ def test_wandb_keeps_what_was_logged(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     out = train(at(MICRO, tmp_path / "a run: 1", wandb="micro"))
     (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
-    assert path.name == "run-a_run_1.wandb"
+    assert re.fullmatch(r"run-a_run_1-[0-9a-f]{8}\.wandb", path.name)
     logged, told = [], {}
     for data in records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -61,6 +64,45 @@ def test_wandb_keeps_what_was_logged(tmp_path, monkeypatch):
             told |= {item.key: item.value_json for item in record.run.config.update}
     assert logged == [(row["step"], pytest.approx(row["train_loss"])) for row in read_table(out / "metrics.csv")]
     assert json.loads(told["optim"])["batch_size"] == 32
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """What `wandb.init` is called with, instead of W&B."""
+    calls = []
+    module = types.ModuleType("wandb")
+    module.init = lambda **given: (
+        calls.append(given) or types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_folders_of_one_name_are_runs_of_their_own_and_a_resumed_one_is_the_same(tmp_path, runs):
+    for folder in ("a", "b"):
+        train(at(MICRO, tmp_path / folder / "train", wandb="micro"))
+    train(
+        replace(at(MICRO, tmp_path / "a" / "train", wandb="micro"), resume=True, optim=replace(MICRO.optim, epochs=3))
+    )
+    ids = [given["id"] for given in runs]
+    assert ids[0] != ids[1]
+    assert ids[2] == ids[0] == (tmp_path / "a" / "train" / "wandb_id").read_text()
+    assert [given["name"] for given in runs] == ["train"] * 3
+    assert all(re.fullmatch(r"[\w.-]{1,64}", one) for one in ids)
+
+
+def test_an_id_is_new_for_another_training_in_a_folder_and_that_of_before_for_older_versions(tmp_path, runs):
+    folder = tmp_path / ("a long name, " * 9)
+    folder.mkdir()
+    for resume in (False, False, True):
+        Trackers(folder, False, "micro", {}, resume)
+    first, second, third = (given["id"] for given in runs)
+    assert first != second == third
+    assert len(first) == 64
+    (folder / "wandb_id").unlink()
+    (folder / "wandb").mkdir()
+    Trackers(folder, False, "micro", {}, resume=True)
+    assert runs[-1]["id"] == re.sub(r"[^\w.-]+", "_", folder.name)[:64]
 
 
 @pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -1,28 +1,35 @@
 """`vit2dpe train`: what a run folder holds, what is refused and how, starting from other weights."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from functools import partial
 from pkgutil import resolve_name
 
 import pytest
+import timm
 import torch
 import yaml
+from torch import nn
 
 from tests.helpers import read_csv
-from vit2dpe import PositionEncoding, Positions, ViT, load_run
+from vit2dpe import MAE, PositionEncoding, Positions, Swin, ViT, load_run
 from vit2dpe.cli.commands import COMMANDS, main
 from vit2dpe.cli.options import options_of, settings
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.errors import CheckpointError, ConfigError
+from vit2dpe.models.simmim import SimMIM
 from vit2dpe.training.checkpoint import read_meta
 from vit2dpe.training.initial_weights import initialize, jitter_positions, load_weights
 from vit2dpe.training.log import read_table
 from vit2dpe.training.objectives.images import check, model_spec, train
+from vit2dpe.training.optimizer import make_optimizer, make_schedule
+from vit2dpe.training.pretrain_settings import PretrainConfig
+from vit2dpe.training.pretrain_settings import resolve as resolve_pretraining
 from vit2dpe.training.run_folder import run_folder
-from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, TrainConfig, check_numbers, resolve
 from vit2dpe.training.tasks.classification import ImageTask
 
 MICRO = TrainConfig(
@@ -254,6 +261,65 @@ def test_inits_draw_what_they_say(how):
     assert down.std().item() == pytest.approx(wanted[1], rel=0.1)
     assert not model.blocks[0].mlp.fc1.bias.any()
     assert all(torch.equal(a, b) for a, b in zip(encoding, model.position.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
+@pytest.mark.parametrize(("epochs", "wanted"), [(1, 0.1), (3, 0.3), (5, 0.5), (6, 5), (100, 5), (300, 5)])
+def test_the_default_warm_up_fits_the_epochs_that_were_asked_for(kind, epochs, wanted):
+    """The learning rate reaches its peak within it, and falls from there."""
+    resolved = {TrainConfig: resolve, PretrainConfig: resolve_pretraining}[kind]
+    config = kind()
+    config = resolved(replace(config, optim=replace(config.optim, epochs=epochs)))
+    check_numbers(config.optim, config.run)
+    assert config.optim.warmup_epochs == config.optim.warmup == pytest.approx(wanted)
+    schedule = make_schedule(make_optimizer(nn.Linear(1, 1), config.optim), config.optim, 20)
+    rates = [schedule._get_lr(step)[0] for step in range(20 * epochs)]
+    peak = max(range(len(rates)), key=rates.__getitem__)
+    assert rates[peak] == pytest.approx(config.optim.lr, rel=0.15 if epochs <= 5 else 0.03)
+    assert abs(peak - 20 * wanted) <= 1
+    told = replace(config, optim=replace(config.optim, epochs=3, warmup_epochs=5))
+    with pytest.raises(ConfigError, match=r"must be below optim\.epochs: got 5 of 3"):
+        check_numbers(told.optim, told.run)
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_three_epochs_need_no_word_on_warm_up(tmp_path, command):
+    words = ["--optim.epochs", "3", "--data.limit_train", "20", "--data.limit_test", "20", "--run.device", "cpu"]
+    words += ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--run.out", str(tmp_path / "run")]
+    words += ["--data.name", "digits"]
+    assert main([command, *words]) == 0
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["optim"]["warmup_epochs"] == pytest.approx(0.3)
+    assert len(read_table(tmp_path / "run" / "metrics.csv")) == 3
+
+
+SWIN = dict(img_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2, 4], window_size=4,
+            num_classes=0)  # fmt: skip
+ENCODER = dict(num_classes=0, img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3)
+
+
+@pytest.mark.parametrize(("make", "depths"), [
+    (lambda: ViT("rope", **ENCODER), {"blocks": 3}),
+    (lambda: ViT("rope", **ENCODER, global_pool="map"), {"blocks": 3, "attn_pool": 3}),
+    (lambda: Swin("relative", **SWIN), {"layers": 6}),
+    (lambda: SimMIM(Swin("relative", **SWIN)), {"encoder": 6}),
+    (lambda: MAE(ViT("rope", **ENCODER), decoder_position="sincos", decoder_embed_dim=32, decoder_depth=5,
+                 decoder_num_heads=2), {"encoder": 3, "decoder_blocks": 5}),
+    (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=24,
+                               depths=(2, 4), num_heads=(2, 4)), {"layers": 6}),
+])  # fmt: skip
+def test_gpt2_divides_by_the_depth_of_the_stream_that_a_block_adds_to(make, depths):
+    """GPT-2, section 2.3: by the square root of the number of residual layers, two a block."""
+    model = make()
+    initialize(model, "gpt2")
+    for owner, depth in depths.items():
+        last = [
+            module.weight for name, module in model.named_modules()
+            if name.startswith(f"{owner}.") and name.endswith(("attn.proj", "mlp.fc2"))
+        ]  # fmt: skip
+        assert len(last) == 2 * depth or owner == "attn_pool"
+        for weight in last:
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * depth), rel=0.15)
 
 
 def test_everything_on_images_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """One update, by hand: what reaches the optimizer is the gradient of the mean over the batch, clipped as told."""
 
+import copy
 import math
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch import nn
 
 from vit2dpe import ViT
+from vit2dpe.data.text import IGNORE, TextData
+from vit2dpe.data.tokenizers import Bytes
 from vit2dpe.errors import TrainingError
+from vit2dpe.models.text.heads import TextEncoder
 from vit2dpe.training.distributed import ALONE
 from vit2dpe.training.settings import OptimConfig, RunConfig
 from vit2dpe.training.task import Task
+from vit2dpe.training.tasks.language import LanguageTask, token_loss
 from vit2dpe.training.update import Updater
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 2.0], [-1.0, 4.0]])
@@ -22,6 +27,15 @@ class Fit(Task):
 
     steps_per_epoch = 4
     best = None
+
+    def batch(self, epoch, step):
+        raise NotImplementedError("a test hands batches in")
+
+    def evaluate(self, model):
+        return {}
+
+    def describe(self):
+        return {}
 
     def loss(self, model, batch):
         x, y = batch
@@ -182,3 +196,67 @@ def test_draws_within_the_model_are_keyed_by_the_update():
         drawn.append(updater.model.drawn)
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 4
+
+
+class Hidden(Fit):
+    """Least squares over the rows that are hidden; the mean of none is not a number, nor is its gradient."""
+
+    def count(self, batch):
+        return int(batch[2].sum())
+
+    def loss(self, model, batch):
+        x, y, hidden = batch
+        error = ((model(x) - y).square()[:, 0] * hidden).sum() / hidden.sum()
+        return error, {"twice": 2 * error}
+
+
+@pytest.mark.parametrize("hidden", [[0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 0, 1, 0]])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_a_part_without_an_item_adds_nothing(parts, hidden):
+    """Such as a part of masked tokens in which none is hidden."""
+    updater, rows = Watched(accumulate=parts), torch.tensor(hidden, dtype=torch.bool)
+    updater.task = Hidden()
+    found = updater.step((X, Y, rows), epoch=0, step=0, done=0)
+    loss, gradient = by_hand(X[rows], Y[rows])
+    torch.testing.assert_close(updater.given[0], gradient)
+    assert found.numbers == {"train_loss": pytest.approx(loss, rel=1e-6), "twice": pytest.approx(2 * loss, rel=1e-6)}
+    assert (found.items, found.finite) == (sum(hidden), True)
+
+
+def test_a_batch_without_an_item_takes_no_step_and_is_no_bad_loss():
+    updater = Watched(accumulate=2)
+    updater.task = Hidden()
+    found = updater.step((X, Y, torch.zeros(5, dtype=torch.bool)), epoch=0, step=0, done=0)
+    assert not updater.given
+    assert (found.numbers, found.items, found.finite) == ({}, 0, True)
+
+
+@pytest.mark.parametrize("parts", [1, 4, 8])
+def test_masked_tokens_in_parts_are_those_of_the_batch(parts):
+    """The library's own task: of 8 sequences of 4 tokens about half have none that is hidden."""
+    tokenizer = Bytes()
+    text = TextData("bytes", torch.arange(60) * 7 % 50, torch.arange(20), tokenizer, "")
+    task = LanguageTask(text, 4, 8, 4, mask=tokenizer.size)
+    batch = task.batch(0, 0)
+    empty = (batch["labels"] == IGNORE).all(1).sum().item()
+    assert 0 < empty < 8, "else this shows nothing"
+    torch.manual_seed(0)
+    model = TextEncoder(
+        vocab_size=tokenizer.size + 1,
+        position="rope",
+        context=4,
+        embed_dim=8,
+        depth=1,
+        num_heads=2,
+        pool="",
+        masked_lm=True,
+    )
+    wanted = copy.deepcopy(model)
+    token_loss(wanted(batch["tokens"]), batch["labels"]).backward()
+    optim = OptimConfig(epochs=2, warmup_epochs=0, clip_grad=0.0, accumulate=parts, batch_size=8)
+    updater = Updater(model, task, optim, RunConfig(device="cpu"), ALONE)
+    updater.optimizer.step = lambda *_: None
+    found = updater.step(batch, epoch=0, step=0, done=0)
+    assert found.finite
+    for one, other in zip(model.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

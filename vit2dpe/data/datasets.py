@@ -99,7 +99,7 @@ def load_images(
 
     Raises:
         ConfigError: for an unknown name, or a setting that the source does not take.
-        DataError: for data that are missing, unreadable or not laid out as required.
+        DataError: for data that are missing, unreadable, not laid out as required, or without labels.
     """
     check_source(name, cache=cache, unreadable=unreadable)
     kind, _, what = name.partition(":")
@@ -107,6 +107,8 @@ def load_images(
     if kind in FOLDERS:
         source = partial(source, cache=cache, alone=val_fraction > 0, unreadable=unreadable)
     classes, train, test, notes, lost = source(Path(where).expanduser() if where else None, source_size)
+    for split, part in (("train", train), ("test", test)):
+        _check_labels(name, split, part, len(classes))
     total = dict(train=len(train) + len(lost[0])) | ({} if test is None else dict(test=len(test) + len(lost[1])))
     for split, reasons in zip(total, lost, strict=False):
         if reasons:
@@ -128,6 +130,18 @@ def load_images(
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes.append(f"same image in train and test: {leaked}")
     return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, lost[0] | lost[1])
+
+
+def _check_labels(name: str, split: str, part: Split | FileSplit | None, classes: int) -> None:
+    """Refuse labels that are no index of a class: public test sets have -1 where the label is kept secret."""
+    if part is None or not bool((wrong := (part.labels < 0) | (part.labels >= classes)).any()):
+        return
+    first, images = int(wrong.nonzero()[0]), "training" if split == "train" else "held-out"
+    raise DataError(
+        f"{int(wrong.sum())} of the {len(part)} labels of {name}'s {images} images are none of its {classes} classes, "
+        f"0 to {classes - 1}: the first is {int(part.labels[first])}, of image {first}; a split whose labels are kept "
+        "secret (-1) cannot be measured on: give data whose held-out split has them"
+    )
 
 
 def load(data: DataConfig, seed: int = 0) -> Images:

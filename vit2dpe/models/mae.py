@@ -33,8 +33,9 @@ from .layers import Block, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
 from .masked import MaskedModel, keep_count
+from .unwrap import Rest
 from .vit import ViT
-from .weights import Rest, resize_tables
+from .weights import resize_tables
 
 __all__ = ["MAE", "keep_count"]
 

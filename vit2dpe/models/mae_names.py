@@ -84,11 +84,12 @@ def _newer(name: str) -> str:
 def encoder_of(state: State) -> State:
     """The encoder of a masked autoencoder, of ours, the original or transformers, under plain names; else as it is.
 
-    Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`.
+    Ours has its parts under `encoder.`; the original's decoder has names of its own, `decoder_*` and `mask_token`. The
+    latter alone makes no autoencoder: DINOv2's, DINOv3's, BEiT's and EVA's files have it too.
     """
     if is_transformers(state):
         state = from_transformers(state)
-    if "mask_token" not in state and not any(name.startswith("decoder_") for name in state):
-        return state
     ours = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    if not any(name.startswith("decoder_") for name in state) and not (ours and "mask_token" in state):
+        return state
     return ours or {n: v for n, v in state.items() if n != "mask_token" and not n.startswith("decoder_")}

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..encodings import LearnedTable, PositionEncoding
 from ..errors import CheckpointError
 from .mae_names import State, from_transformers, is_transformers
-from .weights import check_formula, is_formula, rewrite, unwrapped
+from .unwrap import rewrite, unwrapped
+from .weights import check_formula, is_formula
 
 _FLAT = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.)")
 

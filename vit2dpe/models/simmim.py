@@ -24,6 +24,7 @@ from ..positions import Positions
 from .masked import MaskedModel
 from .swin.model import Swin
 from .timm_api import pair
+from .unwrap import unwrap_names
 from .vit import ViT
 
 
@@ -45,6 +46,7 @@ class SimMIM(MaskedModel):
 
     def __init__(self, encoder: ViT | Swin, *, mask_unit: int | tuple[int, int] = 32) -> None:
         super().__init__()
+        nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
         if encoder.num_classes > 0:
             raise ConfigError("a classifier gets no gradient here: build the encoder with num_classes=0")
         self.encoder, self.mask_unit = encoder, pair(mask_unit)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -20,9 +20,9 @@ from ..errors import CheckpointError
 from ..positions import Positions
 from .mae_names import State, encoder_of
 from .timm_api import TimmViT, pretrained_cfg_of
+from .unwrap import Rest, rewrite, unwrapped
 
 log = logging.getLogger(__name__)
-Rest = dict[str, str] | bool | list[str]  # further arguments of a load pre-hook
 
 
 def checkpoint_filter_fn(state_dict: State, model: TimmViT) -> State:
@@ -32,33 +32,31 @@ def checkpoint_filter_fn(state_dict: State, model: TimmViT) -> State:
     return state
 
 
-def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
-    """The tensors by name, of a file that may keep them under "model" or the like, "module." in front of each name."""
-    for wrapper in ("model", "state_dict", "model_ema", "state_dict_ema"):
-        inner = state_dict.get(wrapper)
-        if isinstance(inner, Mapping):
-            state_dict = inner
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
 def convert_state_dict(module: TimmViT, state_dict: State, prefix: str, *_: Rest) -> None:
     """Load pre-hook of ViT, in place: other people's files, timm's `pos_embed` and `rope.freqs`, tables of other grids.
 
     Of the file of a masked autoencoder the encoder is taken.
     """
     if not prefix:
-        rewrite(state_dict, encoder_of(unwrapped(state_dict)))
+        rewrite(state_dict, _from_dinov2(encoder_of(unwrapped(state_dict))))
     _split_frequencies(module, state_dict, prefix)
     _fold_flat_table(module, state_dict, prefix)
     _drop_formula(module, state_dict, prefix)
     resize_tables(module, module.train_extent, state_dict, prefix)
 
 
-def rewrite(state_dict: State, state: State) -> None:
-    """Replace the contents of `state_dict` by `state`, where names differ."""
-    if state.keys() != state_dict.keys():
-        state_dict.clear()
-        state_dict.update(state)
+def _from_dinov2(state: State) -> State:
+    """DINOv2's own names: a mask token that only its training uses, registers, and maps of a gated MLP."""
+    if "mask_token" not in state:
+        return state
+    names = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
+    renamed: State = {}
+    for name, value in state.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    del renamed["mask_token"]
+    return renamed
 
 
 def _split_frequencies(module: TimmViT, state_dict: State, prefix: str) -> None:

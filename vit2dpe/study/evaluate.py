@@ -21,19 +21,20 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_checkpoint
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
 from ..data.datasets import SOURCES, check_source, load_images, normalize, write_unreadable
 from ..data.folders import list_held_out
 from ..data.image_cache import Reasons, find_unreadable
-from ..data.sources import readable
+from ..data.sources import FOLDERS, readable
 from ..data.splits import FileSplit, Split
 from ..errors import ConfigError, DataError
 from ..files import write_atomically
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size, parse_terms
-from ..training.checkpoint import Meta, load_run
+from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
 from .plan import known
 from .report import about_study
@@ -122,10 +123,23 @@ def load_subject(config: EvaluateConfig) -> Subject:
     name, model = _timm_model(config)
     data = resolve_model_data_config(model)
     subset, classes = infer_imagenet_subset(model), None
+    trained_here = _beside(config.checkpoint)
+    if trained_here is not None:
+        of = trained_here
+        return Subject(model, name, None, tuple(of["classes"]), True, of["mean"], of["std"], 1.0)
     if subset:
         classes = tuple(ImageNetInfo(subset).label_names())
     crop = 1.0 if config.data in SOURCES else data["crop_pct"]
     return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
+
+
+def _beside(checkpoint: str | None) -> Meta | None:
+    """What the model.json beside a file of weights says, if they are a classifier that was trained here."""
+    folder = None if checkpoint is None else Path(checkpoint).expanduser().parent
+    if folder is None or not (folder / "model.json").is_file():
+        return None
+    about = read_meta(folder)
+    return about if {"classes", "mean", "std"} <= about.keys() else None
 
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
@@ -209,7 +223,7 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
     if config.data in SOURCES and config.data != "folder":
         data = load_images(config.data, config.root, unreadable=config.unreadable)
         split = data.test if config.limit is None else data.test.subsample(config.limit)
-        labels = _numbering(subject, data.classes)[split.labels]
+        labels = _numbering(subject, data.classes, folders=config.data in FOLDERS)[split.labels]
         for note in data.notes:
             print(f"note: {note}")
         batches = Batches(split, labels, subject, config.batch_size, data.digest, data.unreadable)
@@ -225,7 +239,7 @@ def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> t
     files = np.array([os.fsencode(names[i]) for i in index.tolist()])
     split = FileSplit(root, files, labels[index], source_size, source_size, source_size)
     unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
-    labels = _numbering(subject, tuple(listing))[split.labels]
+    labels = _numbering(subject, tuple(listing), folders=True)[split.labels]
     return Batches(split, labels, subject, config.batch_size, f"{len(names)} files", unreadable), len(names)
 
 
@@ -247,8 +261,12 @@ def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int
     return index, wrong
 
 
-def _numbering(subject: Subject, classes: tuple[str, ...]) -> Tensor:
-    """(C,) the model's index of each class of the data: by name where its classes have names, else one to one."""
+def _numbering(subject: Subject, classes: tuple[str, ...], folders: bool) -> Tensor:
+    """(C,) the model's index of each class of the data.
+
+    By name where the model's classes have names. Else one to one, but that of `folders` which timm's reader gives them:
+    there 2 comes before 10.
+    """
     if subject.classes is not None and set(classes) <= set(subject.classes):
         return torch.tensor([subject.classes.index(name) for name in classes])
     count: int = getattr(subject.model, "num_classes", len(classes))
@@ -259,4 +277,5 @@ def _numbering(subject: Subject, classes: tuple[str, ...]) -> Tensor:
             + (f", among them {', '.join(strange)}, which are not among the model's" if strange else "")
             + '; give a model of these classes: --model "name(num_classes=...)" --checkpoint weights.safetensors'
         )
-    return torch.arange(len(classes))
+    theirs = sorted(classes, key=natural_key) if folders else list(classes)
+    return torch.tensor([theirs.index(name) for name in classes])

@@ -62,7 +62,7 @@ class Plan:
         optim = self.config.optim
         if self.config.task == "images":
             return optim
-        return replace(optim, warmup_epochs=min(optim.warmup_epochs, optim.epochs / 10))
+        return replace(optim, warmup_epochs=min(optim.warmup, optim.epochs / 10))
 
     def model_name(self, trial: Trial) -> str:
         """The encoding, and the depth where there are several."""

@@ -93,7 +93,7 @@ class Trainer(Generic[B]):
         self.model, self.device = self.updater.model, self.updater.device
         trained = (self.model, self.updater.averaged, self.updater.optimizer, self.updater.scaler)
         self.snapshots = Snapshots(self.folder, self.spec, *trained, self.world)
-        self.state = TrainingState()
+        self.state = TrainingState(batch_size=self.optim.batch_size, steps_per_epoch=self.task.steps_per_epoch)
         self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
 
@@ -106,13 +106,14 @@ class Trainer(Generic[B]):
         first = self.world.first
         self.table = Table(self.folder / "metrics.csv", self.state.rows) if first else None
         about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
-        trackers = Trackers(self.folder, first and self.run.tensorboard, self.run.wandb if first else None, about)
+        wandb = self.run.wandb if first else None
+        trackers = Trackers(self.folder, first and self.run.tensorboard, wandb, about, resume)
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
         with (
             Interrupts(listen=self.spec is not None) as self.interrupts,
-            Bar(total, self.folder.name, self.state.step, first) as self.bar,
+            Bar(total, self.folder.name, self.state.place, first) as self.bar,
             watch_workers() as streams,
         ):
             try:
@@ -134,7 +135,7 @@ class Trainer(Generic[B]):
         """The remaining steps of an epoch."""
         steps = self.task.steps_per_epoch
         began, self.waited, counted = time.monotonic(), 0.0, self.state.count
-        for step in range(self.state.step - epoch * steps, steps):
+        for step in range(self.state.place - epoch * steps, steps):
             if self._stop_reached():
                 break
             self._update(epoch, step)
@@ -148,7 +149,7 @@ class Trainer(Generic[B]):
 
     def _update(self, epoch: int, step: int) -> None:
         state = self.state
-        self.updater.schedule.step_update(state.step)
+        self.updater.schedule.step_update(state.place)
         began = time.monotonic()
         batch = self.task.batch(epoch, step)
         self.waited += time.monotonic() - began
@@ -274,4 +275,5 @@ class Trainer(Generic[B]):
     def load(self) -> None:
         digest = self.task.describe().get("digest")
         self.state = self.snapshots.load(None if digest is None else str(digest))
-        self.updater.schedule.step_update(max(0, self.state.step - 1))  # the rate of the last update
+        self.state.count_in(self.task.steps_per_epoch, self.optim.batch_size)
+        self.updater.schedule.step_update(max(0, self.state.place - 1))  # the rate of the last update

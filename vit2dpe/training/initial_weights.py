@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from .checkpoint import check_finite, read_meta, read_tensors
 
 Move = Callable[[Positions], Positions]
 Perturb = Callable[[Positions], Move | None]  # draws a move for one forward pass
+_LAST = ("attn.proj", "mlp.fc2")  # of a residual branch
+_INDEX = re.compile(r"\.\d+\.")
 INITS = ("default", "xavier", "trunc_normal", "gpt2")
 
 
@@ -85,26 +89,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def initialize(model: nn.Module, how: str) -> None:
     """Initialize linear layers, biases zero: xavier (uniform), trunc_normal (0.02), gpt2 (normal 0.02, the last layer
-    of each residual branch over sqrt(2 depth)). Encodings, and everything else, keep their own initialization."""
+    of each residual branch over sqrt(2 depth), the blocks of all stages and of each stack for itself). Encodings, and
+    everything else, keep their own initialization."""
     if how not in INITS:
         raise unknown("init", how, INITS)
     if how == "default":
         return
     from ..encodings import modules_outside_encodings
 
-    depth = max(1, len(getattr(model, "blocks", ())))
-    for name, module in modules_outside_encodings(model):
-        if not isinstance(module, nn.Linear):
-            continue
+    linear = {name: module for name, module in modules_outside_encodings(model) if isinstance(module, nn.Linear)}
+    depths = Counter(_stack(name) for name in linear if name.endswith(_LAST))
+    deepest = max(depths.values(), default=1)
+    for name, module in linear.items():
         if how == "xavier":
             nn.init.xavier_uniform_(module.weight)
         elif how == "trunc_normal":
             nn.init.trunc_normal_(module.weight, std=0.02)
         else:
-            last = name.endswith(("attn.proj", "mlp.fc2"))
-            nn.init.normal_(module.weight, std=0.02 / ((2 * depth) ** 0.5 if last else 1))
+            depth = depths[_stack(name)] if _INDEX.search(name) else deepest  # a pooling behind the blocks
+            nn.init.normal_(module.weight, std=0.02 / ((2 * depth) ** 0.5 if name.endswith(_LAST) else 1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _stack(name: str) -> str:
+    """The same for all blocks of a residual stream: of a Swin those of all stages, of an MAE the encoder's alone."""
+    return _INDEX.sub(".#.", name)
 
 
 def jitter_positions(model: nn.Module, amount: float) -> None:
@@ -137,7 +147,8 @@ def _compose(first: Perturb, second: Perturb) -> Perturb:
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from ..models import ViT
     from ..models.mae_names import encoder_of
-    from ..models.weights import checkpoint_filter_fn, unwrapped
+    from ..models.unwrap import unwrapped
+    from ..models.weights import checkpoint_filter_fn
 
     state = unwrapped(state)
     if not hasattr(model, "mask_token"):  # of a masked pretraining the encoder goes on

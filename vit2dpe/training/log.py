@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -107,11 +108,14 @@ class Trackers:
     Args:
         folder: of the run; events go to `folder/tensorboard`, W&B's files to `folder/wandb`.
         tensorboard: whether TensorBoard's events are written.
-        wandb: the name of a W&B project. A resumed run goes on under the same id; WANDB_MODE=offline needs no account.
+        wandb: the name of a W&B project. WANDB_MODE=offline needs no account.
         about: settings that W&B shows beside the curves.
+        resume: go on with W&B's run of this folder, by the id in `folder/wandb_id`; else it is a new one.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Plain]) -> None:
+    def __init__(
+        self, folder: Path, tensorboard: bool, wandb: str | None, about: Mapping[str, Plain], resume: bool = False
+    ) -> None:
         self.writer: SummaryWriter | None = None
         self.run: Any = None  # wandb has no types where it is not installed
         if tensorboard:
@@ -131,7 +135,7 @@ class Trackers:
                 project=wandb,
                 name=folder.name,
                 dir=str(folder),
-                id=re.sub(r"[^\w.-]+", "_", folder.name)[:64],
+                id=_wandb_id(folder, resume),
                 resume="allow",
                 config=dict(about),
             )
@@ -150,3 +154,14 @@ class Trackers:
             self.writer.close()
         if self.run is not None:
             self.run.finish()
+
+
+def _wandb_id(folder: Path, resume: bool) -> str:
+    """The id of this folder's run: unlike that of any other folder of its name, and kept in `folder/wandb_id`."""
+    path, name = folder / "wandb_id", re.sub(r"[^\w.-]+", "_", folder.name)
+    if resume and path.is_file() and (kept := path.read_text().strip()):
+        return kept
+    # Versions that kept no id took the name alone.
+    new = name[:64] if resume and (folder / "wandb").is_dir() else f"{name[:55]}-{secrets.token_hex(4)}"
+    write_atomically(path, new.encode())
+    return new

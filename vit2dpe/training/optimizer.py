@@ -59,14 +59,14 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: i
     if optim.schedule not in SCHEDULES:
         raise unknown("schedule", optim.schedule, SCHEDULES)
     if optim.schedule == "noam":
-        return Noam(optimizer, optim.warmup_epochs * steps)
+        return Noam(optimizer, optim.warmup * steps)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=optim.schedule,
         num_epochs=optim.epochs,
         min_lr=optim.lr / 100 if optim.min_lr is None else optim.min_lr,
         warmup_lr=optim.lr / 100,
-        warmup_epochs=optim.warmup_epochs,  # parts of an epoch are fine
+        warmup_epochs=optim.warmup,  # parts of an epoch are fine
         warmup_prefix=False,
         step_on_epochs=False,
         updates_per_epoch=steps,

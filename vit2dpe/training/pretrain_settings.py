@@ -58,7 +58,7 @@ class PretrainConfig(Settings):
     data: DataConfig = DataConfig()
     augment: ViewConfig = ViewConfig()  # noqa: RUF009
     optim: OptimConfig = OptimConfig(  # noqa: RUF009
-        lr=1.5e-3, betas=(0.9, 0.95), clip_grad=0.0, epochs=100, warmup_epochs=5, batch_size=128
+        lr=1.5e-3, betas=(0.9, 0.95), clip_grad=0.0, epochs=100, batch_size=128
     )
     run: RunConfig = RunConfig(out="runs/pretrain")  # noqa: RUF009
     objective: str = "mae"
@@ -83,5 +83,5 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     named = {"model.position": "rope", "model.pool": "avg"} if mae else {}
     preset = image_preset(config.data, config.model, config.augment, named)
     preset |= dict(DECODERS.get(config.data.name, DECODERS[""])) | {"mask_ratio": 0.75 if mae else 0.6, "norm_pix": mae}
-    config = filled(config, preset)
+    config = filled(config, preset | {"optim.warmup_epochs": config.optim.warmup})
     return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config

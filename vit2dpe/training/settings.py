@@ -23,7 +23,7 @@ class OptimConfig(Settings):
         betas: of Adam and its kin; two numbers.
         schedule: of timm, once for every update: cosine, tanh, step, poly; or noam (the inverse square root).
         min_lr: where the schedule ends; default lr / 100.
-        warmup_epochs: linear warm-up, from lr / 100.
+        warmup_epochs: linear warm-up, from lr / 100; default 5, in trainings of 5 epochs or fewer a tenth of them.
         epochs: passes over the training data.
         batch_size: samples of an update, over all processes and parts.
         accumulate: parts that a batch is cut into where it does not fit in memory.
@@ -39,7 +39,7 @@ class OptimConfig(Settings):
     betas: tuple[float, float] | None = None
     schedule: str = "cosine"
     min_lr: float | None = None
-    warmup_epochs: float = 5
+    warmup_epochs: float | None = None
     epochs: int = 100
     batch_size: int = 128
     accumulate: int = 1
@@ -47,6 +47,13 @@ class OptimConfig(Settings):
     layer_decay: float = 1.0
     ema: float = 0.0
     ema_warmup: bool = True
+
+    @property
+    def warmup(self) -> float:
+        """`warmup_epochs`, or its default."""
+        if self.warmup_epochs is None:
+            return 5 if self.epochs > 5 else self.epochs / 10
+        return self.warmup_epochs
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.init is not None:
         config = replace(config, model=like_run(config.model, config.init))
     named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
-    config = filled(config, image_preset(config.data, config.model, config.augment, named))
+    preset = image_preset(config.data, config.model, config.augment, named)
+    config = filled(config, preset | {"optim.warmup_epochs": config.optim.warmup})
     return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config
 
 
@@ -224,7 +232,7 @@ def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
     above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
     above_zero |= {"optim.layer_decay": optim.layer_decay}
     not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
-    not_negative |= {"optim.warmup_epochs": optim.warmup_epochs, "optim.min_lr": optim.min_lr or 0.0}
+    not_negative |= {"optim.warmup_epochs": optim.warmup, "optim.min_lr": optim.min_lr or 0.0}
     not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
     for name, value in above_zero.items():
         if not 0 < value < math.inf:
@@ -241,7 +249,5 @@ def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
             f"optim.accumulate cuts a batch into parts: at most optim.batch_size = {optim.batch_size} of them, "
             f"got {optim.accumulate}"
         )
-    if optim.warmup_epochs >= optim.epochs > 1:
-        raise ConfigError(
-            f"optim.warmup_epochs must be below optim.epochs: got {optim.warmup_epochs} of {optim.epochs}"
-        )
+    if optim.warmup >= optim.epochs > 1:
+        raise ConfigError(f"optim.warmup_epochs must be below optim.epochs: got {optim.warmup} of {optim.epochs}")

@@ -35,6 +35,38 @@ class TrainingState:
     bad: int = 0  # losses in a row that were not finite
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of the first process; 0 in what older versions wrote
+    shift: int = 0  # `step` less the place in the schedule: not 0 where a part before had other steps
+    batch_size: int = 0  # that `step` was counted with, and steps of an epoch; 0 in what older versions wrote
+    steps_per_epoch: int = 0
+
+    @property
+    def place(self) -> int:
+        """Updates of the present size that the epochs so far, and the part of this one, are worth."""
+        return self.step - self.shift
+
+    def count_in(self, steps_per_epoch: int, batch_size: int) -> None:
+        """Go on with other steps: `place` is where as many samples have been seen, rounded down within an epoch.
+
+        Finished epochs stay finished, and `step` goes on counting updates. Where the same batches are cut into more or
+        fewer steps an epoch, those of this epoch that were trained are not trained again.
+
+        Raises:
+            CheckpointError: if an older version wrote the state, and does not say how many steps an epoch had.
+        """
+        within = self.place - self.epoch * (self.steps_per_epoch or steps_per_epoch)
+        known = self.steps_per_epoch > 0 or self.batch_size in (0, batch_size)
+        if not known or not 0 <= within <= (self.steps_per_epoch or steps_per_epoch):
+            raise CheckpointError(
+                f"the run stopped at step {self.step}, in epoch {self.epoch + 1}, with optim.batch_size "
+                f"{self.batch_size or 'unknown'}; how many steps an epoch had was not written then, and here it has "
+                f"{steps_per_epoch} of {batch_size} samples: resume with the batch size and steps of before, or start "
+                "another run from its weights with --init"
+            )
+        if self.batch_size not in (0, batch_size):
+            whole = within == self.steps_per_epoch
+            within = steps_per_epoch if whole else within * self.batch_size // batch_size
+        self.shift = self.step - self.epoch * steps_per_epoch - min(within, steps_per_epoch)
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -123,6 +155,9 @@ class Snapshots:
         moments = unflatten(state.pop("optimizer"), read_tensors(folder, meta, "optimizer"))
         load_optimizer(self.model, self.optimizer, moments)
         self.scaler.load_state_dict(state.pop("scaler"))
+        if "batch_size" not in state:  # an older version's: its settings say it
+            optim = meta.get("optim")
+            state["batch_size"] = optim.get("batch_size", 0) if isinstance(optim, dict) else 0
         return TrainingState(**state)
 
 

@@ -16,18 +16,19 @@ from .devices import pick_device, precision
 from .distributed import World, full_tensor, parallelize, sum_over_ranks, unsynchronized
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
-from .task import B, Task, split_batch
+from .task import B, Task, split_batch, tensors_of
 
 
 class StepResult(NamedTuple):
     """Numbers of one update.
 
     Args:
-        numbers: train_loss, and those that the task adds: means over the items of all ranks.
+        numbers: train_loss, and those that the task adds: means over the items of all ranks; none without an item.
         norm: of the gradient, before it is clipped.
         items: how many items, over all ranks.
         finite: whether loss and gradient were; if not, no step was taken. In float16 whether the loss was: a gradient
-            that overflowed is left out by the scaler, which then halves its factor.
+            that overflowed is left out by the scaler, which then halves its factor. True of a batch without an item,
+            such as one of masked tokens in which none is hidden, which takes no step either.
     """
 
     numbers: dict[str, float]
@@ -86,12 +87,16 @@ class Updater(Generic[B]):
         items = sum(counts)
         if self.world.size > 1:
             items = int(sum_over_ranks([items], self.world, self.device)[0])
+        if not items:
+            return StepResult({}, 0.0, 0, True)
+        if self.world.size == 1:  # the mean of a part without an item is 0 / 0; other ranks wait for each backward pass
+            parts, counts = [part for part, n in zip(parts, counts, strict=True) if n], [n for n in counts if n]
         sums: dict[str, Tensor] = {}
         try:
             for i, (part, n) in enumerate(zip(parts, counts, strict=True)):
                 last = i + 1 == len(parts) or self.world.size == 1
                 with nullcontext() if last else unsynchronized(self.net), self._precision():
-                    loss, more = self.task.loss(self.forward, part)
+                    loss, more = self.task.loss(self.forward, part) if n else self._nothing(part)
                     share = n / items  # the mean over all ranks and parts; wrappers average over ranks
                     self.scaler.scale(loss * (share * self.world.size)).backward()
                 for name, value in {"train_loss": loss, **more}.items():
@@ -115,6 +120,17 @@ class Updater(Generic[B]):
                 self.ema.update(self.model, step=done + 1)
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
         return StepResult(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
+
+    def _nothing(self, part: B) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Zero with zero gradients, through the same forward and backward passes, in which other ranks wait."""
+        outputs: list[Tensor] = []
+        watch = self.forward.register_forward_hook(lambda module, given, found: outputs.extend(tensors_of(found)))
+        try:
+            _, more = self.task.loss(self.forward, part)
+        finally:
+            watch.remove()
+        zeros = [(output.float() * 0).sum() for output in outputs if output.requires_grad]
+        return torch.stack(zeros).sum(), dict.fromkeys(more, 0.0)
 
     def _precision(self) -> nullcontext[None] | torch.autocast:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)

@@ -7,24 +7,28 @@ covered families; the steps between their parameters and ours are in `steps.py`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from ...encodings import PositionEncoding
+from ...encodings import PositionEncoding, Sum, named_encodings
+from ...encodings.registry import parse
 from ...errors import CheckpointError, ConfigError
 from ...models.mae_names import State, encoder_of
 from ...models.swin.model import Swin
 from ...models.timm_api import pair, pretrained_cfg_of
+from ...models.unwrap import unwrapped
 from ...models.vit import ViT
-from ...models.weights import unwrapped
 from ...resolution.apply import set_policy
+from ...spec import Term
 from .read import Recipe, read
 from .swin import from_timm_swin, to_timm_swin
 from .write import native_steps
@@ -46,7 +50,9 @@ def from_timm(
     Args:
         model: a timm name, or a timm model.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
-            kept either way, and the rows that a table adds to leading tokens stay with them.
+            kept either way, and the rows that a table adds to leading tokens stay with them. A word that names the
+            model's own encoding, alone or in a sum, keeps its weights and options too, but for the options that
+            it names: "learned(resize=dino)" is the trained table, "learned+rope" the same and a rotation.
         policy: of sizes it was not trained at, from now on (`set_policy`), measured from the size the weights come
             with; for a Swin also of its windows, "scale" or "keep+resize". Default: its family's: EVA-02 interpolates,
             tables are resized, rope-vit extrapolates, windows are kept.
@@ -77,33 +83,75 @@ def from_timm(
         return swin
     recipe = read(theirs)
     sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
+    if isinstance(position, str):
+        position = with_own_options(position, recipe.position)
+    same = position is None or (isinstance(position, str) and _names(position) == _names(recipe.position))
     ours = recipe.model(recipe.position if position is None else position, **recipe.arguments | sizes)
-    _load(ours, theirs, recipe, keep_position=position is None)
+    complete = _load(ours, theirs, recipe, position)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
-    if position is None:
+    if same and complete:
         ours.timm_steps = recipe.steps
-    chosen = policy or (recipe.policy if position is None else None)
+    chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)
     like = theirs.get_parameter("patch_embed.proj.weight")
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
-def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, keep_position: bool) -> None:
+def with_own_options(position: str, own: str) -> str:
+    """`position` with the options of the terms of `own` that it names, where it does not say otherwise."""
+    options = dict(parse(own))
+    return "+".join(str(Term(name, {**options.get(name, {}), **given})) for name, given in parse(position))
+
+
+def _names(spec: str) -> list[str]:
+    return [name for name, _ in parse(spec)]
+
+
+def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | PositionEncoding | None) -> bool:
+    """Load their weights into ours; whether all of ours are theirs."""
     state: State = dict(theirs.state_dict())
     for step in recipe.steps:
         step.into(state)
     kernel = "patch_embed.proj.weight"
     if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
         state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
-    if keep_position:
+    if position is None:
         ours.load_state_dict(state)
-        return
+        return True
     kept = {name: value for name, value in state.items() if "position." not in name}
+    if isinstance(position, str) and set(_names(position)) & set(_names(recipe.position)):
+        kept |= _own_weights(recipe, position, state)
     missing, unexpected = ours.load_state_dict(kept, strict=False)
     lost = [name for name in missing if "position." not in name] + list(unexpected)
     if lost:
         raise CheckpointError(f"weights without a counterpart: {', '.join(lost[:5])}")
+    return not missing
+
+
+def _own_weights(recipe: Recipe, position: str, state: State) -> State:
+    """Of the encodings of `position` that are the model's own, the weights in `state`, under the names they get.
+
+    An option that gives a parameter another shape, or takes it away, leaves that parameter as it is drawn.
+    """
+    with torch.device("meta"):
+        own, new = (recipe.model(spec, **recipe.arguments) for spec in (recipe.position, position))
+    sources = {(_place(owner), type(part)): (owner, part) for owner, part in named_encodings(own).items()}
+    found: State = {}
+    for owner, part in named_encodings(new).items():
+        source = sources.get((_place(owner), type(part))) or sources.get(("position", type(part)))  # now of each block
+        if source is None or isinstance(part, Sum):
+            continue
+        stored = {name: f"{source[0]}.{name}" for name, _ in source[1].named_parameters()}
+        for name, value in part.named_parameters():
+            if name in stored and state[stored[name]].shape == value.shape:
+                found[f"{owner}.{name}"] = state[stored[name]]
+    return found
+
+
+def _place(owner: str) -> str:
+    """The name of an encoding, or of the sum that it is a term of."""
+    return re.sub(r"\.terms\.\d+$", "", owner)
 
 
 def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -121,6 +169,8 @@ def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[st
         state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
     timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
     state = state if timm_filter is None else timm_filter(state, theirs)
+    if "mask_token" not in wanted:  # of BEiT's own files, and others of pretrainings
+        state.pop("mask_token", None)
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""

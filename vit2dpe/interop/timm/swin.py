@@ -35,7 +35,7 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
     Args:
         theirs: a timm `SwinTransformer` or `SwinTransformerV2`.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
-            kept either way.
+            kept either way, and those of its own encoding where a word names it.
         kwargs: further arguments of `Swin`: `window_policy`, `padding`, drop rates.
 
     Raises:
@@ -45,13 +45,26 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
     ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
     state = theirs.state_dict()
     if position is not None:
-        # Their tables and networks are left out; the encoding's own parameters are drawn.
+        # Their tables and networks are left out where another encoding's parameters are drawn.
+        own = _own_weights(ours, state, LogCPB if v2 else RelativeBias) if isinstance(position, str) else {}
         state = {name: value for name, value in state.items() if "bias_table" not in name and "cpb_mlp" not in name}
-        state |= {name: value for name, value in ours.state_dict().items() if "position." in name}
+        state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
     like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
+
+
+def _own_weights(ours: Swin, state: State, kind: type[RelativeBias] | type[LogCPB]) -> State:
+    """Of the encodings of their kind that a block of ours has, alone or in a sum, their tables and networks."""
+    found: State = {}
+    for owner, part in named_encodings(ours).items():
+        attention, inside, _ = owner.partition(".attn.position")
+        for name, value in part.named_parameters() if inside and isinstance(part, kind) else ():
+            stored = state.get(f"{attention}.attn.{name}")
+            if stored is not None and stored.numel() == value.numel():  # an option may ask for another network
+                found[f"{owner}.{name}"] = stored.t().reshape(value.shape) if name == TABLE else stored
+    return found
 
 
 def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:

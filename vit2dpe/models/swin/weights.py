@@ -18,7 +18,8 @@ from torch import Tensor
 from ...encodings import LogCPB, RelativeBias, named_encodings
 from ...errors import CheckpointError
 from ..mae_names import State
-from ..weights import Rest, resize_tables, unwrapped
+from ..unwrap import Rest, unwrapped
+from ..weights import resize_tables
 from .timm_api import TimmSwin
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "k_bias")
@@ -37,6 +38,7 @@ def convert_state_dict(module: TimmSwin, state_dict: State, prefix: str, *_: Res
     state = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     for name in state:
         del state_dict[prefix + name]
+    state = state if prefix else unwrapped(state)
     state = {name: value for name, value in state.items() if name.rsplit(".", 1)[-1] not in BUFFERS}
     if any(name.startswith("features.") for name in state):
         state = _from_torchvision(state)

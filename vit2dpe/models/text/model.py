@@ -32,6 +32,7 @@ from ...encodings.find import named_encodings
 from ...errors import ConfigError
 from ...positions import Positions, checkable, is_tracing
 from ..layers import block_inputs, norm_factory, run_block
+from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
 
 
@@ -114,6 +115,7 @@ class TextModel(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
         if embed_dim % num_heads or num_heads % (kv_heads or 1):
             raise ConfigError(
                 "embed_dim must be a multiple of num_heads, and this of kv_heads: "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import ConfigError
+from ..unwrap import unwrap_names
 from .heads import TextDecoder, TextEncoder
 from .model import Encoded
 
@@ -45,6 +46,7 @@ class Seq2Seq(nn.Module):
         **model: Any,
     ) -> None:
         super().__init__()
+        nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
         if shared and source_vocab != target_vocab:
             raise ConfigError(f"a shared embedding needs one vocabulary, got {source_vocab} and {target_vocab} tokens")
         self.encoder = TextEncoder(position, pool="", vocab_size=source_vocab, depth=depth, **model)

@@ -1,0 +1,55 @@
+"""What wrappers and training scripts put around a state_dict and in front of its names, taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from .mae_names import State
+
+Rest = dict[str, str] | bool | list[str]  # further arguments of a load pre-hook
+
+KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")  # under which files keep their tensors
+# Parts of a dotted name that belong to torch.compile, FSDP, activation checkpointing and Lightning's Fabric, wherever
+# they stand: blocks and layers are wrapped one by one too.
+INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# What holds a model as a whole: DDP, timm's and torch's averages; a LightningModule.
+IN_FRONT = ("module.", "model.")
+
+
+def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
+    """The tensors by name, of a file that may keep them under "model" or the like, without the prefixes of wrappers.
+
+    `module.` is taken off name by name, `model.` where every name has it; both as often as they are there. The count of
+    torch's AveragedModel is left out.
+    """
+    while key := next((key for key in KEYS if isinstance(state_dict.get(key), Mapping)), None):
+        state_dict = cast("Mapping[str, Tensor]", state_dict[key])
+    state = {_without_parts(name): value for name, value in state_dict.items()}
+    if any(name.startswith("module.") for name in state):
+        state.pop("n_averaged", None)
+    for _ in range(8):  # nested: a compiled model in DDP in a LightningModule
+        shared = [prefix for prefix in IN_FRONT if state and all(name.startswith(prefix) for name in state)]
+        if not shared:
+            break
+        state = {name.removeprefix(shared[0]): value for name, value in state.items()}
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _without_parts(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in INSIDE) if "_" in name else name
+
+
+def rewrite(state_dict: State, state: State) -> None:
+    """Replace the contents of `state_dict` by `state`, where names differ."""
+    if state.keys() != state_dict.keys():
+        state_dict.clear()
+        state_dict.update(state)
+
+
+def unwrap_names(module: nn.Module, state_dict: State, prefix: str, *_: Rest) -> None:
+    """Load pre-hook, in place, of models that read nobody else's names."""
+    if not prefix:
+        rewrite(state_dict, unwrapped(state_dict))
