@@ -29,8 +29,8 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
     The parameters, their names and the order in which they are drawn are the stock layer's, and so its state_dict
     loads here and ours there; an encoding that learns adds `position.*`. `nn.TransformerEncoder` copies it as any
     layer; give that `enable_nested_tensor=False`, or it warns that it cannot nest. There token terms are added before
-    the first layer, and belong to all, and what differs from block to block (`lookhere`) is told which one it is in; a
-    layer outside of one is a model of one layer. `is_causal` without a mask makes the mask.
+    the first layer, and belong to all, and an encoding that differs from block to block (`lookhere`) is that of its
+    layer; a layer outside of one is a model of one layer. `is_causal` without a mask makes the mask.
 
     Unlike a subclass that overrides `_sa_block`, which the fast path passes by in inference.
     """
@@ -44,7 +44,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         every_layer: bool = False,
         **kwargs: Any,
     ) -> None:
-        _tell_stacks()
+        _watch_stacks()
         super().__init__(*args, **kwargs)
         # nn.TransformerEncoder reads this to decide whether the layer takes nested tensors: it does not.
         self.activation_relu_or_gelu = 0
@@ -107,11 +107,11 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
 
 
 @cache
-def _tell_stacks() -> None:
-    """From now on every `nn.TransformerEncoder` tells its layers which of how many they are, when it is given them.
+def _watch_stacks() -> None:
+    """From now on the layers of every `nn.TransformerEncoder` are numbered when it is built.
 
-    It copies a layer, and hands nothing to a copy that would tell it from the others. The hook runs where modules are
-    put together, and at no other time.
+    It makes equal copies of one layer. The hook, which is torch's and serves the process, runs where modules are
+    assigned to one another, and at no other time.
     """
     register_module_module_registration_hook(_number_layers)
 
