@@ -35,6 +35,7 @@ def numbers(rows):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_is_training(backend, tmp_path, monkeypatch):
     """Through the whole of the compiler but, in the quick case, for the code that it writes last."""
+    torch.compiler.reset()  # sizes that an earlier test saw would make those here dynamic
     used, compiled = [], torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda net: used.append(net) or partial(compiled, fullgraph=True, backend=backend)(net)
