@@ -241,7 +241,7 @@ def flat(config: Settings) -> dict[str, Plain]:
 
 def changed(config: S, values: Mapping[str, Plain]) -> S:
     """The settings with these values, by dotted names: `changed(config, {"optim.epochs": 3})`."""
-    own: dict[str, object] = {}
+    own: dict[str, Plain | Settings] = {}
     nested: dict[str, dict[str, Plain]] = {}
     for name, value in values.items():
         head, dot, rest = name.partition(".")

@@ -273,7 +273,7 @@ class _SelectionReport(Report):
             self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel")))
 
 
-def explain(model: nn.Module, *inputs: object, training: bool = False) -> list[Explanation]:
+def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training: bool = False) -> list[Explanation]:
     """Which implementation each attention of a model uses, and why, as selected in one forward pass.
 
         for line in explain(model, (1024, 1024)):

@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -24,7 +25,7 @@ def load_benchmarks() -> ModuleType:
     return importlib.import_module("benchmarks")
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in ("bench", "BenchConfig"):
         return getattr(load_benchmarks(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

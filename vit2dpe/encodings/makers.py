@@ -14,6 +14,7 @@ from .base import PositionEncoding
 from .registry import Dims, build
 
 Make = Callable[[Dims], PositionEncoding]
+Argument = Dims | int | tuple[int, ...] | None  # of an encoding's class
 Encoding = str | PositionEncoding | type[PositionEncoding] | Make
 
 
@@ -45,9 +46,9 @@ def makers(encoding: Encoding, grids: Mapping[int, tuple[int, ...]], skip: bool 
     return [(make, Dims(width=36, heads=3, grid=grid, depth=4)) for grid in grids.values()]
 
 
-def _arguments(encoding: type, dims: Dims) -> dict[str, object]:
+def _arguments(encoding: type, dims: Dims) -> dict[str, Argument]:
     """The arguments of a class that `dims` has, by their names."""
-    known: dict[str, object] = {"dims": dims, "dim": dims.width, "width": dims.width, "heads": dims.heads}
+    known: dict[str, Argument] = {"dims": dims, "dim": dims.width, "width": dims.width, "heads": dims.heads}
     known |= {"head_dim": dims.head_dim, "axes": dims.axes, "grid": dims.grid, "block": dims.block, "depth": dims.depth}
     parameters = inspect.signature(encoding).parameters
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

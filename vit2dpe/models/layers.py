@@ -312,7 +312,7 @@ def run_block(
     x: Tensor,
     signal: Signal,
     at: Positions,
-    *args: object,
+    *args: Any,
     recompute: bool = False,
     **kwargs: Any,
 ) -> Tensor:
