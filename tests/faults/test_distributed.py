@@ -77,10 +77,10 @@ def test_a_run_goes_from_one_process_to_two_and_back(both, how):
 def test_a_rank_without_an_item_adds_nothing(both, how):
     """And takes part in every exchange; the others' gradient is that of one process."""
     uneven(both, ALONE, how)
-    numbers, items, finite, wanted = torch.load(both / f"uneven-{how}-1-0.pt")
+    numbers, items, finite, wanted = torch.load(both / f"uneven-{how}-1-0.pt", weights_only=True)
     assert (items, finite) == (2, True)
     for rank in (0, 1):
-        found = torch.load(both / f"uneven-{how}-2-{rank}.pt")
+        found = torch.load(both / f"uneven-{how}-2-{rank}.pt", weights_only=True)
         assert found[:3] == ({name: pytest.approx(value) for name, value in numbers.items()}, 2, True)
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[3][name], gradient)
