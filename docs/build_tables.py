@@ -176,7 +176,7 @@ PRICED: dict[str, Callable[[str], tuple[int, int]]] = {
 
 def faults() -> str:
     """docs/faults.md: the board of tests/faults."""
-    board = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "faults" / "conftest.py"))
+    board = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "faults" / "rows.py"))
     rows = [f"| {name} | {fault} | {expected} |" for name, (fault, expected) in board["FAULTS"].items()]
     return f"""# Faults
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.boards import Board
+from tests.faults.rows import FAULTS
+from tests.needs.rows import NEEDS, OPEN
+
 torch.set_num_threads(1)  # `pytest -n 2` has a process for each core
 
 
@@ -31,7 +35,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 KINDS = {"none", "learned", "relative", "alibi", "rope_mixed", "sincos+rope_mixed"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--board", action="store_true", help="print the tables of faults and of needs")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Board("fault", FAULTS))
+    config.pluginmanager.register(Board("need", NEEDS, OPEN))
     config.addinivalue_line("markers", f"one_of_each_kind: slow, but for the encodings {', '.join(sorted(KINDS))}")
 
 

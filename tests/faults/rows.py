@@ -1,11 +1,4 @@
-"""The fault board: `pytest tests/faults --board` prints every fault, what is expected, and whether it came about.
-
-A test says which fault it causes with `@pytest.mark.fault("F01", ...)`; several tests of one fault must all pass.
-"""
-
-from __future__ import annotations
-
-import pytest
+"""Faults that are caused on purpose, and what is promised: the rows of `pytest tests/faults --board`."""
 
 FAULTS = {
     "F01": ("truncated JPEG or PNG", "refused, with the path; or left out, counted and listed"),
@@ -74,54 +67,3 @@ FAULTS = {
     "F64": ("PYTHONHASHSEED", "equal bits"),
     "F65": ("no network, no HOME", "works"),
 }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--board", action="store_true", help="print the table of faults")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(*ids): the faults of the board that a test causes")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for mark in item.iter_markers("fault"):
-            if unknown := set(mark.args) - set(FAULTS):
-                raise pytest.UsageError(f"{item.nodeid} causes {', '.join(sorted(unknown))}: no fault of the board")
-
-
-_RESULTS: dict[str, list[str]] = {}
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    report = yield
-    if report.when == "call" or report.outcome != "passed":
-        report.user_properties += [("fault", fault) for mark in item.iter_markers("fault") for fault in mark.args]
-    return report
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Also called for what another process of `pytest -n 2` ran."""
-    for name, value in report.user_properties if report.when == "call" or report.outcome != "passed" else ():
-        if name == "fault":
-            _RESULTS.setdefault(str(value), []).append(report.outcome)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not config.getoption("--board", default=False):
-        return
-    lines, right = [], 0
-    for fault, (what, expected) in FAULTS.items():
-        outcomes = _RESULTS.get(fault, [])
-        if not outcomes:
-            result = "not run"
-        else:
-            good = set(outcomes) == {"passed"}
-            right += good
-            result = f"right ({len(outcomes)})" if good else f"WRONG ({', '.join(sorted(set(outcomes)))})"
-        lines.append(f"{fault} | {what:45} | {expected:60} | {result}")
-    terminalreporter.section("fault board")
-    terminalreporter.write_line("\n".join(lines))
-    terminalreporter.write_line(f"{right} of {len(FAULTS)} right")
