@@ -13,11 +13,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, unknown
+from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ OTHERS = ("config", "preset", "print_config", "help")  # options that are no set
 
 
 class Option(NamedTuple):
-    """A setting as an option, under the title of its group in the help."""
+    """A setting as an option, under the title of its group in the help; `range`: of a number."""
 
     name: str
     hint: type | UnionType
@@ -36,13 +39,14 @@ class Option(NamedTuple):
     help: str
     title: str
     positional: bool
+    range: Range | None
 
     @property
     def type(self) -> str:
-        """The type in words: "int or null"."""
+        """The type in words, and the range: "int or null, at least 1"."""
         kinds = get_args(self.hint) if isinstance(self.hint, UnionType) else (self.hint,)
         names = [kind.__name__ if type(kind) is type else str(kind) for kind in kinds]
-        return " or ".join(names).replace("NoneType", "null")
+        return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
 def settings(name: str, config: type[S], args: list[str]) -> S:
@@ -66,15 +70,23 @@ def settings(name: str, config: type[S], args: list[str]) -> S:
 def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[Option]:
     """Every setting as an option, by dotted names; those of nested settings under their own titles."""
     kind, defaults = type(config), flat(config)
-    hints, texts, docs = get_type_hints(kind), texts_of(kind), _documented(kind)
+    hints, texts, numbers, docs = get_type_hints(kind), texts_of(kind), numbers_of(kind), _documented(kind)
     for field in fields(config):
         value, name = getattr(config, field.name), field.name
         if isinstance(value, Settings):
             nested = (inspect.getdoc(type(value)) or name).partition("\n")[0]
             yield from options_of(value, f"{prefix}{name}.", nested.rstrip("."))
         else:
-            hint = str | int | list | None if name in texts else hints[name]
-            yield Option(prefix + name, hint, defaults[name], docs.get(name, ""), title, "positional" in field.metadata)
+            hint = str | int | list | None if name in texts else _union(hints[name])
+            range_, text = numbers[name].range if name in numbers else None, docs.get(name, "")
+            text = f"{text.rstrip('.')}; {range_}." if range_ else text
+            positional = "positional" in field.metadata
+            yield Option(prefix + name, hint, defaults[name], text, title, positional, range_)
+
+
+def _union(hint: type | UnionType) -> type | UnionType:
+    """int | None of Optional[int], which is what Python makes of a type with a range."""
+    return reduce(or_, get_args(hint)) if get_origin(hint) is Union else hint
 
 
 def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
@@ -105,10 +117,10 @@ def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> di
         values = parser.parse_args(args, defaults=any(arg.startswith("--print_config") for arg in args))
     except (ArgumentError, TypeError) as error:
         message = " ".join(str(error).split())
-        match = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
+        match = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): ?(.*)', message)
         for option in options:
             if match and match[1] == option.name:
-                message = f"{option.name} must be of type {option.type}, got {match[2]}"
+                message = f"{option.name} must be of type {option.type}, got {match[2] or repr('')}"
         raise ConfigError(message) from None
     return {option.name: values[option.name] for option in options if option.name in values}
 
