@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple, Self, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -200,7 +200,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, text in texts_of(type(self)).items():
-            if (value := getattr(self, name)) is not None or not text.optional:
+            value = getattr(self, name)
+            if text.optional and text.parse is not parse_words and value in ("none", "None"):
+                object.__setattr__(self, name, None)
+            elif value is not None or not text.optional:
                 try:
                     object.__setattr__(self, name, text.parse(value))
                 except ConfigError as error:
@@ -295,9 +298,12 @@ def full_name(config: type[Settings], name: str) -> str:
     return fits[0]
 
 
-def full_names(config: type[Settings], name: str) -> list[str]:
-    """The dotted names that a short one may stand for: `epochs` for optim.epochs, `data` for data.name."""
-    known, name = list(flat(config())), config.SHORT.get(name, name)
+def full_names(config: type[Settings], name: str, known: Collection[str] | None = None) -> list[str]:
+    """The dotted names that a short one may stand for: `epochs` for optim.epochs, `data` for data.name.
+
+    `known`: all of them, where that is at hand.
+    """
+    known, name = list(flat(config())) if known is None else known, config.SHORT.get(name, name)
     if name in known:
         return [name]
     return [full for full in known if full.endswith(f".{name}")] or [full for full in known if full == f"{name}.name"]

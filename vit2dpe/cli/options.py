@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import reduce
+from itertools import pairwise
 from operator import or_
 from pathlib import Path
 from types import UnionType
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_orig
 from ..errors import ConfigError, unknown
 from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
+from .yaml_files import Others, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -42,6 +44,11 @@ class Option(NamedTuple):
     range: Range | None
 
     @property
+    def nullable(self) -> bool:
+        """Whether it may be null and takes no text."""
+        return type(None) in get_args(self.hint) and str not in get_args(self.hint)
+
+    @property
     def type(self) -> str:
         """The type in words, and the range: "int or null, at least 1"."""
         kinds = get_args(self.hint) if isinstance(self.hint, UnionType) else (self.hint,)
@@ -49,8 +56,11 @@ class Option(NamedTuple):
         return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str]) -> S:
+def settings(name: str, config: type[S], args: list[str], others: Others = dict) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
+
+    Args:
+        others: gives the settings of other commands, by which a file of theirs is recognized.
 
     Raises:
         ConfigError: for what cannot be understood.
@@ -64,7 +74,10 @@ def settings(name: str, config: type[S], args: list[str]) -> S:
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
     words = _with_preset([word for arg in args for word in _full_option(arg, config)])
-    return config.of(_parse(parser, _with_files(words, config), options))
+    words, read = _with_files(words, config, others)
+    words = [_null(last, word, options) for last, word in pairwise(["", *words])]
+    given = _parse(parser, words, options)
+    return config.of(read | {name: value for name, value in given.items() if value != [] or name not in read})
 
 
 def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[Option]:
@@ -107,6 +120,14 @@ def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
     return parser
+
+
+def _null(last: str, word: str, options: list[Option]) -> str:
+    """The word none as null, where it is the value of an option that may be null and is no text."""
+    name, equals, value = word.partition("=")
+    name, start, value = (name, f"{name}=", value) if equals else (last, "", word)
+    able = [option for option in options if f"--{option.name}" == name and option.nullable]
+    return f"{start}null" if able and value.lower() == "none" else word
 
 
 def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> dict[str, Plain]:
@@ -157,51 +178,16 @@ def _with_preset(words: list[str]) -> list[str]:
     return [*words[:at], "--config", variants[preset], *words[at:]]
 
 
-def _with_files(words: list[str], config: type[Settings]) -> list[str]:
-    """What files hold, as JSON, in place of their names: the parser takes either."""
-    pairs = zip(["", *words], words, strict=False)
-    return [json.dumps(read_yaml(word, config), default=str) if last == "--config" else word for last, word in pairs]
-
-
-def read_yaml(path: str, config: type[Settings]) -> dict[str, Plain]:
-    """The settings of a file, by dotted names; what YAML would take silently is refused.
-
-    Raises:
-        ConfigError: for a file that is not there or no YAML, a key given twice, a number that is not finite, and a
-            setting that does not exist, with the nearest one.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no file {path}")
-    known, values, seen = list(flat(config())), dict[str, Plain](), set[str]()
-    loader = yaml.SafeLoader("")
-
-    def read(node: yaml.MappingNode, prefix: str) -> None:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            group = isinstance(value, yaml.MappingNode) and any(full.startswith(f"{name}.") for full in known)
-            full = [name] if group else full_names(config, name)
-            if len(full) != 1:
-                raise unknown(f"setting in {path}", name, sorted(known))
-            if full[0] in seen:
-                raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
-            seen.add(full[0])
-            if group:
-                read(value, f"{name}.")
-            elif isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
-                raise ConfigError(f"{path}: {name} must be a finite number, got {value.value}")
-            else:
-                values[full[0]] = loader.construct_object(value, deep=True)
-
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path} holds no settings: write name: value")
-        read(root or yaml.MappingNode("", []), "")
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is no YAML file: {error}") from None
-    return values
+def _with_files(words: list[str], config: type[Settings], others: Others) -> tuple[list[str], dict[str, Plain]]:
+    """What files hold, as JSON, in place of their names, which the parser takes; positional settings by themselves."""
+    positional = [option.name for option in options_of(config()) if option.positional]
+    read: dict[str, Plain] = {}
+    for i, word in enumerate(words):
+        if i and words[i - 1] == "--config":
+            values = read_yaml(word, config, others)
+            read |= {name: values.pop(name) for name in positional if name in values}
+            words = [*words[:i], json.dumps(values, default=str), *words[i + 1 :]]
+    return words, read
 
 
 def _documented(config: type[Settings]) -> dict[str, str]:

@@ -141,7 +141,9 @@ def check_task(config: StudyConfig) -> None:
         if (name.startswith(start) if start.endswith(".") else name == start) and now[name] != default[name]
     ]
     if strange:
-        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out")
+        of_train = any(now[name] != default[name] for name in _OF_NONE)
+        hint = "; a file of settings of vit2dpe train is for vit2dpe train --config" if of_train else ""
+        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out{hint}")
     if config.quick and (config.task, config.data.name) != ("images", "digits"):
         raise ConfigError(
             "quick is for the built-in digits; elsewhere set --encodings, --sizes and --epochs, or --smoke"

@@ -126,6 +126,11 @@ class ModelConfig(Settings):
     init: str = "default"
     options: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "none":
+            object.__setattr__(self, "name", None)
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
