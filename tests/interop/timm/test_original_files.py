@@ -59,6 +59,7 @@ FILES = {
 }
 
 
+@pytest.mark.need("B1")
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # timm resizes a table to its own size
 @pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous:UserWarning")
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -74,6 +75,7 @@ def test_from_timm_reads_them_as_timm_does(name, wrapped):
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.need("B1")
 @pytest.mark.parametrize("name", [name for name, of in FILES.items() if of is dinov2])
 @torch.no_grad()
 def test_a_vit_reads_dinov2_itself(name, tmp_path):
