@@ -74,6 +74,8 @@ NEEDS = {
     "F2": ("pictures of a trained encoding", "show --run"),
     "F3": ("maps of a model that is not ours", "attention_maps(timm_model)"),
     "F4": ("letters of other scripts in pictures", "missing glyphs"),
+    "F4a": ("folders whose names are not UTF-8 in reports and on the screen", "surrogates"),
+    "F4b": ("a picture that cannot be written, and its suffix", "show --out"),
 }
 
 OPEN = {
