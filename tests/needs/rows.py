@@ -76,6 +76,7 @@ NEEDS = {
     "F4": ("letters of other scripts in pictures", "missing glyphs"),
     "F4a": ("folders whose names are not UTF-8 in reports and on the screen", "surrogates"),
     "F4b": ("a picture that cannot be written, and its suffix", "show --out"),
+    "F4c": ("whose attention to an image can be drawn", "other channels, a SimMIM of a Swin, a name that timm lacks"),
 }
 
 OPEN = {
