@@ -25,6 +25,7 @@ NEEDS = {
     "B2": ("a trained table stays when its encoding is named", "transformers#35411, dinov2#270"),
     "B3": ("vision checkpoints of transformers and torchvision", "transformers#26219, tao-pytorch#87, DEIMv2#68"),
     "B4": ("other channels and classes than the file's", "timm#2445, #2780, torchgeo#2324"),
+    "B4a": ("--init and timm's loader with other channels and classes", "models of ours"),
     "B5": ("a timm model that was built by its class", "VisionTransformer(...)"),
     "B5a": ("every option of its class", "global_pool, fc_norm, reg_tokens, rates"),
     "B5b": ("a timm model that is wrapped, in half precision, or on the meta device", "torch.compile, DDP, averages"),

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...models.mae_names import State, encoder_of
 from ...models.timm_api import pretrained_cfg_of
 from ...models.unwrap import unwrapped
+from ...models.weights import adapt_channels
 from .names import create
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def create_with(name: str, weights: Weights, sizes: Mapping[str, tuple[int, int]
 def read_weights(theirs: nn.Module, weights: Weights, classes_named: bool = False) -> bool:
     """Load a checkpoint into a timm model that was made by its name.
 
-    An image of other channels than the file's has the kernel adapted as timm does (`adapt_input_conv`), and that is
+    An image of other channels than the file's has the kernel adapted as timm does (`adapt_channels`), and that is
     logged. A head for other classes is left out, and logged, where the caller named the classes.
 
     Args:
@@ -211,7 +211,7 @@ def _adapt_channels(state: State, wanted: State) -> None:
         return
     came, channels = state[name].shape[1], wanted[name].shape[1]
     if came != channels:
-        state[name] = adapt_input_conv(channels, state[name], base_chans=came)
+        state[name] = adapt_channels(state[name], channels)
         log.warning("%s adapted from %d to %d channels", name, came, channels)
 
 
