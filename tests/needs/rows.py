@@ -76,9 +76,13 @@ NEEDS = {
     "E8": ("texts packed without a dense mask", "varlen"),
     # Looking inside
     "F1": ("a table of depth and encoding for images", "--depths"),
+    "F1a": ("a text study that goes on with other numbers of depths", "--depths"),
     "F2": ("pictures of a trained encoding", "show --run"),
     "F3": ("maps of a model that is not ours", "attention_maps(timm_model)"),
     "F4": ("letters of other scripts in pictures", "missing glyphs"),
+    "F4a": ("folders whose names are not UTF-8 in reports and on the screen", "surrogates"),
+    "F4b": ("a picture that cannot be written, and its suffix", "show --out"),
+    "F4c": ("whose attention to an image can be drawn", "other channels, a SimMIM of a Swin, a name that timm lacks"),
 }
 
 OPEN = {
