@@ -89,7 +89,10 @@ def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
         window_size=[tuple(block.window_size) for block in first],
         mlp_ratio=[block.mlp.fc1.out_features / width for block, width in zip(first, widths, strict=True)],
         qkv_bias=(first[0].attn.q_bias if v2 else first[0].attn.qkv.bias) is not None,
-        drop_path_rate=0.0,
+        drop_rate=theirs.head.drop.p,
+        proj_drop_rate=first[0].attn.proj_drop.p,
+        attn_drop_rate=first[0].attn.attn_drop.p,
+        drop_path_rate=getattr(theirs.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0,
     )
     if v2:
         arguments |= dict(qk="cosine", post_norm=True)
