@@ -5,6 +5,7 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -76,6 +77,39 @@ class PatchEmbed(nn.Module):
                 f"the image must be a multiple of the patch {p_rows}x{p_cols}: got {height}x{width}; nearest: {near}"
             )
         return height // p_rows, width // p_cols
+
+    # timm's names.
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches along each axis at the model's own size."""
+        return self.grid(*self.img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid_size)
+
+    @property
+    def strict_img_size(self) -> bool:
+        """Whether other sizes than `img_size` are refused."""
+        return not self.any_size
+
+    @strict_img_size.setter
+    def strict_img_size(self, strict: bool) -> None:
+        self.any_size = not strict
+
+    @property
+    def dynamic_img_pad(self) -> bool:
+        """Whether images are filled up to a multiple of the patch."""
+        return self.pad
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """`grid` of a size (height, width)."""
+        return self.grid(*img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels a token covers along the axes, or the larger of both."""
+        return max(self.patch_size) if as_scalar else self.patch_size
 
     def resample(self, patch: tuple[int, int]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
-from ..timm_api import Groups, ImageSize, TimmModel, pair, take_indices
+from ..features import take_indices
+from ..timm_api import Groups, ImageSize, TimmModel, pair
 from .stage import SwinStage, WindowPositions
 from .windows import Size
 
