@@ -30,7 +30,7 @@ from ...models.vit import ViT
 from ...resolution.apply import set_policy
 from ...spec import Term
 from .read import Recipe, read
-from .swin import from_timm_swin, to_timm_swin
+from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .write import native_steps
 
 
@@ -76,6 +76,8 @@ def from_timm(
     if weights is not None:
         read_weights(theirs, weights)
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if isinstance(position, str):
+            position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
         if policy is not None:
             set_policy(swin, policy)

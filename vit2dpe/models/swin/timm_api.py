@@ -19,6 +19,7 @@ from .stage import SwinStage, WindowPositions
 from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+PADDINGS = ("mask", "attend", "timm")
 WindowSize = int | Size | Sequence[int | Size]
 
 
@@ -50,6 +51,18 @@ class TimmSwin(TimmModel):
             raise unknown("window_policy", policy, ("keep", "scale"))
         for stage in self.stages:
             stage.own_window_policy = policy
+
+    @property
+    def padding(self) -> str:
+        """What stands where windows do not fill the grid: see `Swin`."""
+        return self.stages[0].padding
+
+    @padding.setter
+    def padding(self, padding: str) -> None:
+        if padding not in PADDINGS:
+            raise unknown("padding", padding, PADDINGS)
+        for stage in self.stages:
+            stage.padding = padding
 
     @property
     def window_sizes(self) -> tuple[Size, ...]:
