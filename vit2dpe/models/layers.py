@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention.functional import materialize_shared_bias
 from ..attention.modules import Attention
 from ..encodings.base import PositionEncoding
+from ..encodings.tables import replace
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -113,13 +114,10 @@ class PatchEmbed(nn.Module):
 
     def resample(self, patch: tuple[int, int]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
-        weight, bias = self.proj.weight, self.proj.bias
         with torch.no_grad():
-            kernel = resample_patch_embed(weight, list(patch))
-        dim, channels = weight.shape[:2]
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias is not None, device="meta")
-        self.proj.weight, self.proj.bias = nn.Parameter(kernel, weight.requires_grad), bias
-        self.patch_size = patch
+            kernel = resample_patch_embed(self.proj.weight, list(patch))
+        replace(self.proj.weight, kernel)
+        self.proj.kernel_size = self.proj.stride = self.patch_size = patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""

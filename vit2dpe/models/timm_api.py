@@ -165,7 +165,10 @@ class TimmViT(Features, TimmModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` (0: none), and another pooling if named."""
+        """A new head of `num_classes` (0: none), and another pooling if named.
+
+        Its parameters are new, as in timm: an optimizer is made afterwards.
+        """
         if global_pool is not None:
             check_pool(global_pool, self.cls_token is not None)
             if global_pool == "map" and self.attn_pool is None:
@@ -191,7 +194,8 @@ class TimmViT(Features, TimmModel):
     def set_input_size(self, img_size: ImageSize | None = None, patch_size: ImageSize | None = None) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
 
-        Not needed to run another size.
+        Not needed to run another size. Parameters stay the objects that they are, so that an optimizer made before goes
+        on training them; where it has moments of the old shape, torch refuses its next step.
 
         Args:
             img_size: pixels, H or (H, W); None keeps it.

@@ -93,6 +93,8 @@ class TimmSwin(TimmModel):
     ) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
 
+        Parameters stay the objects that they are, see `ViT.set_input_size`.
+
         Args:
             img_size: pixels, H or (H, W); None keeps it.
             patch_size: another patch, P or (rows, columns): its kernel is resampled as `from_timm` does.
@@ -174,7 +176,10 @@ class TimmSwin(TimmModel):
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` (0: none), and another pooling if named."""
+        """A new head of `num_classes` (0: none), and another pooling if named.
+
+        Its parameters are new, as in timm: an optimizer is made afterwards.
+        """
         if global_pool is not None:
             check_pool(global_pool)
             self.global_pool = global_pool
