@@ -48,16 +48,16 @@ class ViT(TimmViT):
         patch_size: P or (rows, columns).
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
-        global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of these two),
-            "map" (attention pooling) or "" (all tokens to the head).
-        pool_include_prefix: whether pooling over patches includes leading tokens.
+        global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of both), "map"
+            (attention pooling) or "" (all tokens to the head).
+        pool_include_prefix: whether all but "token" include leading tokens.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
         norm_layer, norm_eps: of all norms, see `BlockParts`.
         embed_norm: a norm in the patch embedding.
         post_norm: norms after attention and MLP instead of before (`PostNormBlock`).
         pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
-        fc_norm: the final norm after pooling instead of before; default as timm: with "avg", "max", "avgmax".
+        fc_norm: the final norm after pooling instead of before; default as timm: with "avg", "max" and "avgmax".
         final_norm: whether there is a final norm.
         in_chans, num_classes, embed_dim, depth, num_heads: as in timm.
         drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
@@ -123,7 +123,7 @@ class ViT(TimmViT):
         self.grad_checkpointing = False
         self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
         norm = norm_factory(norm_layer, norm_eps)
-        after = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+        after = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         make_block = PostNormBlock if post_norm else Block
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
         with torch.device(device) if device is not None else nullcontext():
