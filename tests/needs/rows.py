@@ -30,6 +30,7 @@ NEEDS = {
     "B5a": ("every option of its class", "global_pool, fc_norm, reg_tokens, rates"),
     "B5b": ("a timm model that is wrapped, in half precision, or on the meta device", "torch.compile, DDP, averages"),
     "B5c": ("rates of dropout and of stochastic depth of a Swin", "fine-tuning"),
+    "B5d": ("what is frozen in a timm model, and gradient checkpointing", "linear probes, fine-tuning of a part"),
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
