@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from tests.helpers import shaken
 from vit2dpe import MAE, ConfigError, Swin, ViT, use_policy
@@ -146,6 +147,17 @@ def test_what_cannot_be_drawn():
     ):
         with pytest.raises(ConfigError, match=message):
             show.draw(model, **more)
+
+
+def test_a_published_model_keeps_its_weights(tmp_path, monkeypatch):
+    model = shaken(
+        timm.create_model("vit2dpe_tiny_patch4_32", position="relative(shared=true)", depth=1, num_classes=2)
+    )
+    save_for_hf(model, tmp_path / "hub")
+    drawn = []
+    monkeypatch.setattr(show, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    assert main(["show", "--model", f"local-dir:{tmp_path / 'hub'}"]) == 0
+    close(drawn[0], [model.position], [(8, 8)])
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
