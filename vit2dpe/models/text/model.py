@@ -34,6 +34,7 @@ from ...positions import Positions, checkable, is_tracing
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
+from .word_scale import read_scale, scale_words
 
 
 class Encoded(NamedTuple):
@@ -72,7 +73,8 @@ class TextModel(nn.Module):
         block_position: a further encoding that every block owns.
         cross: whether blocks read a memory; `cross_position` is the encoding between the two sequences (default: none).
         norm, norm_eps, post_norm, mlp, bias, scale: see `TextBlock` and `Attention`.
-        embed_norm: a norm after the embedding; embed_scale: a factor on it (√D in arXiv 1706.03762).
+        embed_norm: a norm after the embedding; embed_scale: a factor on it (default: √D beside the sines of "sincos",
+            as in arXiv 1706.03762, else 1; weights that were trained without keep 1, see `word_scale.py`).
         token_types: kinds of segments with an embedding of their own (BERT: 2).
         window: how many tokens back (and, without causality, ahead) attention reaches; default all.
         drop_rate, attn_drop_rate, drop_path_rate: dropout of embedding and outputs, of weights, of whole branches.
@@ -107,7 +109,7 @@ class TextModel(nn.Module):
         qk_norm: bool = False,
         scale: float | None = None,
         embed_norm: bool = False,
-        embed_scale: float = 1.0,
+        embed_scale: float | None = None,
         token_types: int = 0,
         window: int | None = None,
         drop_rate: float = 0.0,
@@ -127,7 +129,7 @@ class TextModel(nn.Module):
                 f"got vocab_size={vocab_size}, context={context}, depth={depth}, window={window}"
             )
         self.vocab_size, self.context, self.embed_dim, self.window = vocab_size, context, embed_dim, window
-        self.embed_scale, self.grad_checkpointing = embed_scale, False
+        self.embed_scale, self.grad_checkpointing = 1.0 if embed_scale is None else embed_scale, False
         self.train_grid = (context,)
         dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
         make_norm = norm_factory(norm, norm_eps)
@@ -138,6 +140,8 @@ class TextModel(nn.Module):
         self.position, own = split_shared_and_per_block(position, dims, block_position)
         if self.causal and kv_heads not in (None, num_heads):
             _check_shared_keys([self.position, *own], num_heads, kv_heads or num_heads)
+        self.word_scale = scale_words(embed_dim, (self.position, *own)) if embed_scale is None else nn.Identity()
+        nn.Module.register_load_state_dict_pre_hook(self, read_scale)
         self.cross_position = _cross_position(cross_position, cross, dims)
         self.blocks = nn.ModuleList(
             TextBlock(
@@ -293,7 +297,7 @@ class TextModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
-        x: Tensor = self.embed(tokens)
+        x: Tensor = self.word_scale(self.embed(tokens))
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if self.type_embed is None:
