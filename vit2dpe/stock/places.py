@@ -36,7 +36,8 @@ class InputLayout:
         n = x.shape[-2] if self.batch_first or x.ndim == 2 else x.shape[0]
         if len(self.grid) == 1:
             n -= self.prefix
-            at = Positions.sequence(n, length=max(n, self.grid[0]), device=x.device)
+            # An exported program may have a length that is free: sym_max makes no case of it.
+            at = Positions.sequence(n, length=torch.sym_max(n, self.grid[0]), device=x.device)
             return at.with_prefix(self.prefix)
         if n != math.prod(self.grid) + self.prefix:
             raise ConfigError(

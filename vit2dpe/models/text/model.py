@@ -242,8 +242,9 @@ class TextModel(nn.Module):
                     f"a packed document has {longest} tokens, the line {line}: name the longest with length="
                 )
             return Positions(places.float()[..., None], (line,))
-        line = max(self.context, n if cache is None else cache.length, length or 0)
-        if valid is not None and cache is None and line == n > self.context:
+        # An exported program may have a length that is free: sym_max makes no case of it.
+        line = torch.sym_max(max(self.context, length or 0), n if cache is None else cache.length)
+        if valid is not None and cache is None and not _is_traced(valid) and line == n > self.context:
             line = self.one_line(valid)
         cached = 0 if cache is None else cache.size
         before = None if cache is None else cache.valid
@@ -265,7 +266,7 @@ class TextModel(nn.Module):
             ConfigError: where texts that want lines of different lengths stand in one batch, and it matters.
         """
         line = max(self.context, valid.shape[1] + new)
-        if line == self.context or torch.compiler.is_compiling() or is_tracing() or valid.is_meta:
+        if line == self.context or _is_traced(valid):
             return line
         measuring = [e for e in named_encodings(self).values() if e.measures_extent()]
         if not measuring:
@@ -313,6 +314,11 @@ class TextModel(nn.Module):
         extent = (max(at.extent[0], memory.at.extent[0]),)
         q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
         return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether the numbers in `x` cannot be looked at."""
+    return torch.compiler.is_compiling() or is_tracing() or x.is_meta
 
 
 def _check_shared_keys(encodings: list[PositionEncoding | None], heads: int, kv_heads: int) -> None:
