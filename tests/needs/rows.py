@@ -68,7 +68,6 @@ NEEDS = {
     "E5": ("special tokens in masked language modelling", "BERT"),
     "E5a": ("special tokens in span corruption", "T5"),
     "E6": ("export of a text model at any length", "torch.export"),
-    "E6a": ("export of torch's own layers with an encoding, at any length", "torch.export"),
     "E7": ("masks of each sample, and a lone MultiheadAttention", "nn.MultiheadAttention"),
     "E8": ("texts packed without a dense mask", "varlen"),
     # Looking inside

@@ -485,8 +485,9 @@ def test_a_shorter_line_takes_its_first_places():
     assert torch.equal(module.position(at).token[0], module.position.pos_embed[0, :4])
 
 
-@pytest.mark.need("E6a")
-@pytest.mark.parametrize("kind", ["attached", pytest.param("rotary", marks=pytest.mark.slow)])
+@pytest.mark.need("E6")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attached", "rotary"])
 def test_an_exported_layer_serves_every_length(kind):
     """Within the line that it was built for, and beyond."""
     if kind == "attached":

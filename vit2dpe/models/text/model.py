@@ -30,7 +30,7 @@ from ...encodings import (
 from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
-from ...positions import Positions, checkable, is_tracing
+from ...positions import Positions, checkable, is_tracing, longer
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
@@ -242,8 +242,7 @@ class TextModel(nn.Module):
                     f"a packed document has {longest} tokens, the line {line}: name the longest with length="
                 )
             return Positions(places.float()[..., None], (line,))
-        # An exported program may have a length that is free: sym_max makes no case of it.
-        line = torch.sym_max(max(self.context, length or 0), n if cache is None else cache.length)
+        line = longer(max(self.context, length or 0), n if cache is None else cache.length)
         if valid is not None and cache is None and not _is_traced(valid) and line == n > self.context:
             line = self.one_line(valid)
         cached = 0 if cache is None else cache.size
