@@ -33,6 +33,7 @@ class PretrainedCfg(TypedDict, total=False):
 
     architecture: str
     input_size: tuple[int, int, int]
+    first_conv: str | tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
