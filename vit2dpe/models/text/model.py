@@ -73,6 +73,7 @@ class TextModel(nn.Module):
         block_position: a further encoding that every block owns.
         cross: whether blocks read a memory; `cross_position` is the encoding between the two sequences (default: none).
         norm, norm_eps, post_norm, mlp, bias, scale: see `TextBlock` and `Attention`.
+        final_norm: a norm behind the last block (default: with norms before each branch, not with `post_norm`).
         embed_norm: a norm after the embedding; embed_scale: a factor on it (default: √D beside the sines of "sincos",
             as in arXiv 1706.03762, else 1; weights that were trained without keep 1, see `word_scale.py`).
         token_types: kinds of segments with an embedding of their own (BERT: 2).
@@ -104,6 +105,7 @@ class TextModel(nn.Module):
         norm: str = "layer",
         norm_eps: float = 1e-5,
         post_norm: bool = False,
+        final_norm: bool | None = None,
         mlp: str = "gelu",
         bias: bool = True,
         qk_norm: bool = False,
@@ -164,7 +166,7 @@ class TextModel(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = nn.Identity() if post_norm else make_norm(embed_dim)
+        self.norm = make_norm(embed_dim) if (not post_norm if final_norm is None else final_norm) else nn.Identity()
         self.init_weights()
 
     def forward_features(
