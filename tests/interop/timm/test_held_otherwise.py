@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tests.helpers import randn, shaken
-from vit2dpe import from_timm, to_timm
+from vit2dpe import ConfigError, from_timm, to_timm
 from vit2dpe.models.timm_api import pretrained_cfg_of
 
 MICRO = dict(img_size=(32, 48), patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -73,6 +73,9 @@ OPTIONS = {
     "all tokens": dict(global_pool=""),
     "attention pooling": dict(global_pool="map"),
     "average": dict(global_pool="avg"),
+    "maximum": dict(global_pool="max"),
+    "average and maximum": dict(global_pool="avgmax", fc_norm=False),
+    "maximum of everything": dict(global_pool="max", pool_include_prefix=True, reg_tokens=1),
     "average of everything": dict(global_pool="avg", pool_include_prefix=True, reg_tokens=1),
     "average, norm before": dict(global_pool="avg", fc_norm=False),
     "class token, norm behind": dict(fc_norm=True),
@@ -112,6 +115,36 @@ def test_rates_of_training_come_along():
     assert {name: ours.get_submodule(name).p for name in drops} == drops
     assert (ours.patch_drop.rate, ours.blocks[1].attn.attn_drop) == (0.3, 0.5)
     assert ours.blocks[1].drop_path1.drop_prob == pytest.approx(0.6)
+
+
+@pytest.mark.need("B5c")
+@pytest.mark.parametrize("cls", [SwinTransformer, SwinTransformerV2])
+def test_rates_of_a_swin_come_along(cls):
+    theirs = made(cls, drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.6)
+    ours = from_timm(theirs)
+    rates = {name: part.p for name, part in theirs.named_modules() if isinstance(part, nn.Dropout) and part.p}
+    found = {name: part.p for name, part in ours.named_modules() if isinstance(part, nn.Dropout) and part.p}
+    assert found == {name: rate for name, rate in rates.items() if not name.endswith("attn_drop")}
+    assert {block.attn.attn_drop for stage in ours.layers for block in stage.blocks} == {0.3}
+    for stage, own in zip(theirs.layers, ours.layers, strict=True):
+        for block, other in zip(stage.blocks, own.blocks, strict=True):
+            rate = getattr(block.drop_path1, "drop_prob", 0.0)
+            assert getattr(other.drop_path1, "drop_prob", 0.0) == pytest.approx(rate)
+    assert rates["head.drop"] == 0.1
+
+
+def test_registers_of_a_distilled_model_are_refused():
+    with pytest.raises(ConfigError, match="VisionTransformerDistilled: registers beside a distillation token"):
+        from_timm(made(VisionTransformerDistilled, reg_tokens=2))
+
+
+@pytest.mark.need("B7")
+@torch.no_grad()
+def test_a_size_that_the_patch_does_not_divide_is_the_size_it_is_cut_to():
+    theirs, x = made(VisionTransformer, img_size=(38, 52)), randn(2, 3, 38, 52)
+    with pytest.raises(ConfigError, match=r"no multiple of its patch 8x8.*img_size=\(32, 48\) makes it the same"):
+        from_timm(theirs)
+    same(from_timm(theirs, img_size=(32, 48))(x[..., :32, :48]), theirs(x))
 
 
 PADDED = {

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...models.spec import Arguments
+from ...models.timm_api import POOLS
 
 TheirViT: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
 
@@ -113,7 +114,7 @@ def _refuse(theirs: TheirViT) -> None:
             "norms both before and after pooling": not (
                 _is_identity(theirs, "norm") or _is_identity(theirs, "fc_norm")
             ),
-            f"a pooling of another kind ({theirs.global_pool})": theirs.global_pool not in ("token", "avg", "map", ""),
+            f"a pooling of another kind ({theirs.global_pool})": theirs.global_pool not in POOLS,
             "attention pooling of another kind": theirs.global_pool == "map"
             and not (type(theirs.attn_pool) is AttentionPoolLatent and theirs.attn_pool.mlp is not None),
             "a classifier of another kind": type(theirs.head) not in (nn.Linear, nn.Identity),

@@ -62,7 +62,8 @@ def vision_transformer(theirs: VisionTransformer) -> Recipe:
 def distilled(theirs: VisionTransformerDistilled) -> Recipe:
     """`VisionTransformerDistilled`: DeiT with a distillation token."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
-    del arguments["reg_tokens"]
+    if arguments.pop("reg_tokens"):
+        raise ConfigError("registers beside a distillation token, which timm has and does not use, are not covered")
     table = FlatTable("position.pos_embed", grid, (("cls_token", 1), ("dist_token", 1)))
     return Recipe(DistilledViT, "learned", arguments, (table,), grid)
 
