@@ -73,6 +73,7 @@ NEEDS = {
     "E3": ("a stack of torch's layers with rotation and token terms", "nn.TransformerEncoder"),
     "E4": ("an encoder-decoder learns with its default encoding", "reversed sequences"),
     "E5": ("special tokens in masked language modelling", "BERT"),
+    "E5a": ("special tokens in span corruption", "T5"),
     "E6": ("export of a text model at any length", "torch.export"),
     "E7": ("masks of each sample, and a lone MultiheadAttention", "nn.MultiheadAttention"),
     "E8": ("texts packed without a dense mask", "varlen"),

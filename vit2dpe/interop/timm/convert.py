@@ -200,7 +200,10 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, Swin):
         return to_timm_swin(model)
     if not isinstance(model, ViT):
-        raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
+        raise ConfigError(
+            f"to_timm takes a ViT or a Swin of ours, got {type(model).__name__}: of a masked autoencoder give its "
+            "`encoder`; text models go to torch's own Transformer by to_torch"
+        )
     steps = native_steps(model) if model.timm_steps is None else model.timm_steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):
