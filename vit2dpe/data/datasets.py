@@ -267,7 +267,8 @@ def check_source(
     if unreadable not in UNREADABLE:
         raise unknown("data.unreadable", unreadable, UNREADABLE)
     if unreadable == "skip" and kind not in FILES:
-        raise ConfigError(f"data.unreadable skip is of files in class folders and their like ({', '.join(FILES)}), not of {name}")
+        kinds = ", ".join(FILES)
+        raise ConfigError(f"data.unreadable skip is of files in class folders and their like ({kinds}), not of {name}")
 
 
 def check_data(data: DataConfig) -> None:

@@ -110,20 +110,22 @@ def estimate(plan: Plan, found: Survey, enough: float = float("inf")) -> float:
     Args:
         plan: of the study.
         found: its images.
-        enough: stop where so many minutes are surely exceeded; what is returned is then too small.
+        enough: where so many minutes are surely exceeded, the models that are left are taken to be like those before.
     """
     config, device = plan.config, pick_device(plan.config.run.device)
     jobs = count(config.jobs, config.run.threads, device, len(plan.trials))
     trained = min(found.images, config.data.limit_train or found.images) * (1 - HELD_OUT)
     tested = min(found.images * HELD_OUT, config.data.limit_test or found.images)
-    rounds = config.seeds * len(plan.depths) / jobs * MARGIN
+    rounds = config.seeds / jobs * MARGIN
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or (threads if jobs == 1 else 1))
     seconds = START_S if jobs > 1 else 0.0
     try:
-        for encoding in plan.encodings:
-            seconds += rounds * _seconds(plan, Trial(encoding, plan.depths[0], 0), trained, tested, device)
-            if seconds > 1.25 * enough * 60:
+        trials = [trial for trial in plan.trials if trial.seed == 0]
+        for done, trial in enumerate(trials, 1):
+            seconds += rounds * _seconds(plan, trial, trained, tested, device)
+            if seconds * len(trials) / done > 1.5 * enough * 60:  # encodings differ by less
+                seconds *= len(trials) / done
                 break
     finally:
         torch.set_num_threads(threads)
