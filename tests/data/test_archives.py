@@ -64,6 +64,19 @@ def test_train_alone_where_a_part_of_it_is_held_out(tmp_path):
     assert any("2 of 8 images, 0.2 of every class" in note for note in load_images("tar", tmp_path).notes)
 
 
+@pytest.mark.need("D3")
+def test_archives_of_splits_by_their_usual_names(tmp_path):
+    members = {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)}
+    for name in ("Training", "valid", "test"):
+        archive(tmp_path / f"{name}.tar", {f"{k[:-4]}{name}.png": png(len(name) + i) for i, k in enumerate(members)})
+    data = load_images("tar", tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (4, 4, 4)
+    assert data.val.images[0, 0, 0, 0] == 5
+    (tmp_path / "val.tgz").write_bytes((tmp_path / "valid.tar").read_bytes())
+    with pytest.raises(DataError, match=r"has val\.tgz and valid\.tar: which is the split val\?"):
+        load_images("tar", tmp_path)
+
+
 def test_what_no_tar_can_be_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no archive of a split.*train\.tar"):
         load_images("tar", tmp_path)

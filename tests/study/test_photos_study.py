@@ -105,7 +105,7 @@ def test_a_named_folder_of_images_of_one_size_is_studied_as_ever(tmp_path: Path,
 
 def test_few_photos_and_many(mine: Path, tmp_path: Path) -> None:
     few = resolve(StudyConfig.of(root=str(mine)))
-    assert (few.model.width, few.model.depth, few.optim.batch_size, few.optim.epochs) == (96, 6, 4, 60)
+    assert (few.model.width, few.model.depth, few.optim.batch_size, few.optim.epochs) == (96, 4, 4, 40)
     (tmp_path / "many.csv").write_text("path,label\n" + "x,1\n" * 7000)
     many = resolve(StudyConfig.of(root=str(tmp_path / "many.csv")))
     assert (many.data.source, many.model.width, many.optim.batch_size) == ("csv", 192, 128)
@@ -117,8 +117,8 @@ def test_the_estimate_counts_every_training_and_measurement(mine: Path, monkeypa
     found = survey(config.data)
     plan = check(at_size(config, (32, 32)))
     total = estimate(plan, found)
-    steps = 24 * 0.8 / 8 * 60  # of eight images, which are what is timed
-    forward = 24 * 0.2 / 2 * 60  # each epoch
+    steps = 24 * 0.8 / 8 * 40  # of eight images, which are what is timed
+    forward = 24 * 0.2 / 2 * 40  # each epoch
     rows = 24 * 0.2 / 2 * 4 * 2  # four sizes, two modes
     policies = 1 + 4
     expected = 0.001 * module.MARGIN * (2 * (steps + forward) + rows * policies) / 60

@@ -23,7 +23,6 @@ from .image_cache import SizesDiffer
 from .label_files import LABELS, in_order
 from .layout import ROLES, role_of
 
-SPLITS = ("train", "val", "test")
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 LAYOUT = "expected <root>/train.tar and <root>/val.tar (or test; .tar.gz, .tgz too), in each <class>/<image>"
 
@@ -37,7 +36,7 @@ def unpack(root: Path) -> Path:
     Raises:
         DataError: for a missing or damaged archive.
     """
-    archives = {split: path for split in SPLITS for end in ENDINGS if (path := root / f"{split}{end}").is_file()}
+    archives = _archives(root)
     if "train" not in archives:
         raise DataError(
             f"{root} holds {', '.join(p.name for p in archives.values()) or 'no archive of a split'}; {LAYOUT}"
@@ -58,6 +57,23 @@ def unpack(root: Path) -> Path:
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return target
+
+
+def _archives(root: Path) -> dict[str, Path]:
+    """The archive of each split, by its role, in the order of `ROLES`; valid.tar is that of val.
+
+    Raises:
+        DataError: for two archives of one split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        ending = next((end for end in ENDINGS if path.name.lower().endswith(end)), None)
+        role = ending and role_of(path.name[: -len(ending)])
+        if role and path.is_file():
+            if role in found:
+                raise DataError(f"{root} has {found[role].name} and {path.name}: which is the split {role}?")
+            found[role] = path
+    return {role: found[role] for role in ROLES if role in found}
 
 
 def _unpack_one(path: Path, into: Path) -> None:

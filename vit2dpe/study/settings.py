@@ -113,7 +113,7 @@ _FOLDER: dict[str, Plain] = _ENCODINGS | {name: IMAGE_PRESETS[""][name] for name
 }  # fmt: skip
 PHOTOS = ("folder", "csv", "tar", "hf")  # sources whose images may be of any sizes
 OPEN = ("data.size", "sizes", "model.patch", "augment.shift")  # what depends on those
-_FEW: dict[str, Plain] = {"model.width": 96, "model.depth": 6}
+_FEW: dict[str, Plain] = {"model.width": 96, "model.depth": 4, "optim.epochs": 40}
 _SEQUENCES: dict[str, Plain] = {
     "encodings": "sincos,learned,none", "train_length": 16, "lengths": "16", "model.width": 64, "model.depth": 2,
     "model.heads": 2, "optim.epochs": 20, "optim.batch_size": 128, "optim.lr": 2e-3,
