@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from tests.helpers import shaken
 from vit2dpe import MAE, ConfigError, Swin, ViT, use_policy
@@ -148,6 +149,17 @@ def test_what_cannot_be_drawn():
             show.draw(model, **more)
 
 
+def test_a_published_model_keeps_its_weights(tmp_path, monkeypatch):
+    model = shaken(
+        timm.create_model("vit2dpe_tiny_patch4_32", position="relative(shared=true)", depth=1, num_classes=2)
+    )
+    save_for_hf(model, tmp_path / "hub")
+    drawn = []
+    monkeypatch.setattr(show, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    assert main(["show", "--model", f"local-dir:{tmp_path / 'hub'}"]) == 0
+    close(drawn[0], [model.position], [(8, 8)])
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = shaken(ViT("learned+rope_mixed", **MICRO))
@@ -162,6 +174,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     close(drawn[-1], [model.position], [(4, 6)])
     assert main(["show", "--run", "run/best", "--size", "40x64", "--policy", "resize", "learned"]) == 2
     assert "MixedRoPE cannot resize" in capsys.readouterr().err
+    assert show.grid_at(model, (40, 64)) == (5, 8)
+    with pytest.raises(ConfigError, match="VisionTransformer has no encoding of this library"):
+        show.grid_at(timm.create_model("test_vit"), (40, 64))
+    with pytest.raises(ConfigError, match="this TextDecoder reads tokens: give a grid"):
+        show.grid_at(TextDecoder("rope", **TEXT), (40, 64))
     assert main(["show", "--run", "run/best", "--size", "40x64", "rope_mixed"]) == 0
     assert "trained at 4x6, drawn at 5x8" in titles(drawn[-1])[0]
     for more, says in (
@@ -170,6 +187,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--run", "run", "--image", "cat.jpg"], "--image: add --attention"),
         (["--run", "run", "--size", "32", "--grid", "4x4"], "one of them"),
         (["--run", "run", "--size", "33"], "multiple of the patch"),
+        (["--model", "vit2dpe_tiny_patch4_23"], "is no model of timm; did you mean 'vit2dpe_tiny_patch4_32'"),
+        (["--attention", "--image", "a.png", "--model", "nothing_like_it"], "is no model of timm; timm.list_models"),
         (["--run", "run", "alibi"], "unknown encoding of this model 'alibi'"),
         (["rope", "--policy", "ntk"], "--policy: add --run"),
     ):

@@ -16,7 +16,8 @@ from vit2dpe.models.card import card
 from vit2dpe.study import StudyConfig, trials
 from vit2dpe.study.heatmaps import cells, draw
 from vit2dpe.study.html import Study, page
-from vit2dpe.study.plan import check
+from vit2dpe.study.lengths import Perplexity
+from vit2dpe.study.plan import Trial, check
 from vit2dpe.study.rows import COLUMNS, Row, read_rows, to_csv
 from vit2dpe.study.tables import table
 
@@ -124,3 +125,13 @@ def test_a_card_is_of_one_model():
     of_two = [{c: str(getattr(one, c)) for c in COLUMNS} for one in rows(encodings=("rope",), seeds=(0,))]
     with pytest.raises(ConfigError, match="of 2 models"):
         card(ViT(img_size=32, depth=1, embed_dim=48, num_heads=3), results=of_two)
+
+
+@pytest.mark.need("F1a")
+def test_rows_that_were_measured_in_another_study_of_text_are_named_as_in_this_one():
+    at = dict(train_height=1, train_width=16, height=1, width=16, policy="default", encoding="rope", value=9.0)
+    one, named = Row(mode="all tokens", **at), Row(mode="all tokens, depth 2", depth=2, **at)
+    for depths, rows_of in (("1,2", named), ("2", one)):
+        plan = check(StudyConfig.of(task="text", depths=depths, encodings="rope", width=16, heads=2))
+        measure = Perplexity(plan=plan, text=None, source=("", ""), classes=9)
+        assert [measure.label(row, Trial("rope", 2, 0)) for row in (one, named)] == [rows_of] * 2

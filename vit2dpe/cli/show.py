@@ -26,7 +26,7 @@ class ShowConfig(Settings):
         image: an image file, for --run or --model.
         text: a sentence, for a --run of text.
         run: the folder of a finished run, whose encodings are drawn as trained.
-        model: a timm name; vit2dpe_* has its initial weights.
+        model: a timm name; vit2dpe_* has its initial weights, hf-hub:user/name and local-dir:folder those published.
         size: of the image for the model, 48 or 48x64.
         policy: what the encodings of the model do at another grid or size: interpolate, ntk, ...
     """
@@ -71,15 +71,12 @@ def draw_trained(config: ShowConfig) -> Path:
     """`vit2dpe show --run FOLDER`: what the encodings of a model do, at its grid or another one."""
     refuse_data(config, "image", "text")
     model, grid = load_model(config.run, config.model), None if config.grid is None else parse_grid(config.grid)
-    if config.size is not None:
-        patches = getattr(getattr(model, "encoder", model), "patch_embed", None)
-        if grid is not None or patches is None:
-            raise ConfigError(
-                "--size is that of an image, --grid counts patches or tokens: one of them, as the model has"
-            )
-        grid = patches.grid(*config.size)
-    from ..plots.trained import save
+    from ..plots.trained import grid_at, save
 
+    if config.size is not None:
+        if grid is not None:
+            raise ConfigError("--size is that of an image in pixels, --grid counts its patches: give one of them")
+        grid = grid_at(model, config.size)
     return Path(save(model, config.out or "encodings.png", config.encodings, grid, policy=config.policy))
 
 
@@ -116,15 +113,28 @@ def parse_grid(text: str) -> tuple[int, ...]:
 
 def load_model(run: str | None, name: str | None) -> nn.Module:
     """The model of a finished run's folder, or one by its timm name: a `vit2dpe_*` one is as initialised, any other has
-    timm's pretrained weights."""
+    timm's pretrained weights; `hf-hub:user/name` and `local-dir:folder` are published models, ours among them."""
     if name is None and run is not None:
         from ..training.checkpoint import load_run
 
         return load_run(run)
     if name is None or run is not None:
         raise ConfigError("say which model: --run FOLDER of a finished run, or --model NAME of timm, one of the two")
+    import difflib
+
     import timm
 
     from ..interop.timm.convert import from_timm
+    from ..models.timm_api import TimmModel
 
-    return timm.create_model(name) if name.startswith("vit2dpe_") else from_timm(name, pretrained=True)
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{name!r} is no model of timm; {hint}timm.list_models('*vit*') in Python lists names")
+    try:
+        if ":" not in name:
+            return timm.create_model(name) if name.startswith("vit2dpe_") else from_timm(name, pretrained=True)
+        published = timm.create_model(name, pretrained=True)
+        return published.eval() if isinstance(published, TimmModel) else from_timm(published)
+    except (RuntimeError, OSError) as error:  # timm's ways to refuse; no network
+        raise ConfigError(f"timm could not make {name} with its pretrained weights: {error}") from error

@@ -23,7 +23,7 @@ from ..positions import Positions
 from ..signal import Signal
 from .layers import PatchEmbed, run_block
 
-POOLS = ("token", "avg", "map", "")
+POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
 Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]  # of layer decay: regular expressions, and order
 
@@ -33,6 +33,7 @@ class PretrainedCfg(TypedDict, total=False):
 
     architecture: str
     input_size: tuple[int, int, int]
+    first_conv: str | tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -47,16 +47,16 @@ class ViT(TimmViT):
         patch_size: P or (rows, columns).
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
-        global_pool: "token" (the class token), "avg" (mean over patches), "map" (attention pooling) or ""
-            (all tokens to the head).
-        pool_include_prefix: whether "avg" and "map" include leading tokens.
+        global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of both), "map"
+            (attention pooling) or "" (all tokens to the head).
+        pool_include_prefix: whether all but "token" include leading tokens.
         attn_pool_num_heads, attn_pool_mlp_ratio: of "map"; default: those of the blocks.
         class_token, reg_tokens: leading tokens that have no place.
         norm_layer, norm_eps: of all norms, see `BlockParts`.
         embed_norm: a norm in the patch embedding.
         post_norm: norms after attention and MLP instead of before (`PostNormBlock`).
         pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
-        fc_norm: the final norm after pooling instead of before; default as timm: with "avg".
+        fc_norm: the final norm after pooling instead of before; default as timm: with "avg", "max" and "avgmax".
         final_norm: whether there is a final norm.
         in_chans, num_classes, embed_dim, depth, num_heads: as in timm.
         drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
@@ -121,7 +121,7 @@ class ViT(TimmViT):
         self.grad_checkpointing = False
         self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
         norm = norm_factory(norm_layer, norm_eps)
-        after = global_pool == "avg" if fc_norm is None else fc_norm
+        after = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         make_block = PostNormBlock if post_norm else Block
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
         with torch.device(device) if device is not None else nullcontext():
@@ -214,7 +214,12 @@ class ViT(TimmViT):
         if self.global_pool == "":
             return x
         x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
-        return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
+        if self.attn_pool is not None:
+            pooled: Tensor = self.attn_pool(x)
+            return pooled
+        if self.global_pool == "max":
+            return x.amax(dim=1)
+        return x.mean(dim=1) if self.global_pool == "avg" else (x.mean(dim=1) + x.amax(dim=1)) / 2
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..encodings import ENCODINGS, Builder, PositionEncoding, named_encodings, terms
 from ..errors import ConfigError, unknown
+from ..models.layers import PatchEmbed
 from ..models.swin.stage import SwinStage
 from ..resolution.apply import position_groups, use_policy
 from .encodings import Panel, figure_of, panels_of
@@ -53,9 +54,7 @@ def draw(model: nn.Module, names: Sequence[str] = (), grid: Grid | None = None, 
         ConfigError: for a model without encodings, names it does not have, a grid of another number of axes, and a
             policy that its encodings cannot take.
     """
-    if not named_encodings(model):
-        hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
-        raise ConfigError(f"this {type(model).__name__} has no encoding of this library{hint}")
+    _check(model)
     with use_policy(model, policy):
         rows = [row for one in _chosen(placed(model, grid), names) for row in _rows(one, policy)]
     return figure_of(rows)
@@ -71,6 +70,27 @@ def save(
 ) -> Path:
     """Draw into a file; its suffix selects the format (.png, .svg, .pdf); arguments as for `draw`."""
     return save_figure(draw(model, names, grid, policy=policy), path)
+
+
+def grid_at(model: nn.Module, size: tuple[int, int]) -> Grid:
+    """The patches of a model where its images have this size, rows before columns.
+
+    Raises:
+        ConfigError: for a model of text, and a size that patches do not divide.
+    """
+    _check(model)
+    patches = getattr(getattr(model, "encoder", model), "patch_embed", None)
+    if not isinstance(patches, PatchEmbed):
+        raise ConfigError(
+            f"a size is that of an image, this {type(model).__name__} reads tokens: give a grid, such as 64"
+        )
+    return patches.grid(*size)
+
+
+def _check(model: nn.Module) -> None:
+    if not named_encodings(model):
+        hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
+        raise ConfigError(f"this {type(model).__name__} has no encoding of this library{hint}")
 
 
 def placed(model: nn.Module, grid: Grid | None = None) -> list[Placed]:

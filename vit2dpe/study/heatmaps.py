@@ -109,6 +109,8 @@ def _paint(ax: Axes, one: Cells, scale: Normalize, colours: str, named: bool) ->
             ax.text(x, y, f"{value:.1f}" if measured else "–", ha="center", va="center", fontsize=8, color=ink)
     ax.set_xticks(range(len(one.columns)), one.columns, fontsize=8)
     ax.set_yticks(range(len(one.encodings)), one.encodings if named else [], fontsize=8)
+    for label in ax.get_yticklabels():
+        label.set_parse_math(False)  # names of other people's models
     ax.tick_params(length=0)
     ax.set_title(one.title, fontsize=9)
     ax.set_xlabel(one.over, fontsize=9)

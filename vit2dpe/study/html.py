@@ -138,8 +138,13 @@ def merge(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:
     if not runs:
         raise DataError("name at least one folder with the results.csv of a study")
     path = Path(out)
-    write_atomically(path, page([read_study(run) for run in runs]).encode())
+    write_atomically(path, encoded(page([read_study(run) for run in runs])))
     return path
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; a byte of a file's name that is none is written as an escape."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def page(studies: Sequence[Study]) -> str:

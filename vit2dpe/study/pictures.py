@@ -45,7 +45,10 @@ def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | No
             panel.set_title(mode + MODES.get(shown[0].part, ""), fontsize=10)
         for panel in panels[::across]:
             panel.set_ylabel(metric.unit)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+        handles = panels[0].get_legend_handles_labels()
+        legend = figure.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names of other people's models
     else:
         for name, curve in (curves or {}).items():
             panels[0].plot(*zip(*curve, strict=True), label=name)

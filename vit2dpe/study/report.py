@@ -15,7 +15,7 @@ from ..files import write_atomically
 from ..spec import Settings, plain
 from ..training.run_folder import environment
 from .heatmaps import draw as draw_cells
-from .html import Facts, Study, page
+from .html import Facts, Study, encoded, page
 from .pictures import draw
 from .rows import Row, to_csv
 from .tables import best, depths_of, metric_of, table
@@ -124,9 +124,9 @@ class Report:
             *(["![accuracy of each depth and size](heatmaps.png)", ""] if depths_of(self.rows) else []),
         ]
         text = "\n".join(lines)
-        write_atomically(self.out / "summary.md", text.encode())
+        write_atomically(self.out / "summary.md", encoded(text))
         study = Study(self.out.resolve().name, self.rows, self.about)
-        write_atomically(self.out / "report.html", page([study]).encode())
+        write_atomically(self.out / "report.html", encoded(page([study])))
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -11,8 +11,10 @@ size; ours shifts where there are several, as timm's does after `set_input_size`
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
@@ -25,6 +27,7 @@ from ...models.swin.model import Swin
 from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
 from ...models.timm_api import pretrained_cfg_of
+from .read import SWINS, refusal
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 
@@ -42,7 +45,9 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         ConfigError: for a family or a part that is not covered.
     """
     v2 = _refuse(theirs)
-    ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
+    like = theirs.patch_embed.proj.weight
+    with torch.device("meta") if like.is_meta else nullcontext():
+        ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks are left out where another encoding's parameters are drawn.
@@ -51,7 +56,6 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
-    like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
@@ -85,7 +89,10 @@ def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
         window_size=[tuple(block.window_size) for block in first],
         mlp_ratio=[block.mlp.fc1.out_features / width for block, width in zip(first, widths, strict=True)],
         qkv_bias=(first[0].attn.q_bias if v2 else first[0].attn.qkv.bias) is not None,
-        drop_path_rate=0.0,
+        drop_rate=theirs.head.drop.p,
+        proj_drop_rate=first[0].attn.proj_drop.p,
+        attn_drop_rate=first[0].attn.attn_drop.p,
+        drop_path_rate=getattr(theirs.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0,
     )
     if v2:
         arguments |= dict(qk="cosine", post_norm=True)
@@ -97,7 +104,7 @@ def _refuse(theirs: TheirSwin) -> bool:
     """Refuse parts that our Swin cannot have; whether it is a V2."""
     name = type(theirs).__name__
     if type(theirs) not in (SwinTransformer, SwinTransformerV2):
-        raise ConfigError(f"{name} is not covered; covered: timm's SwinTransformer and SwinTransformerV2")
+        raise refusal(theirs, f"{name} is not covered; covered: timm's {' and '.join(SWINS)}")
     blocks = [block for stage in theirs.layers for block in stage.blocks]
     norms = [theirs.norm, theirs.patch_embed.norm, *(block.norm1 for block in blocks)]
     refused = {
@@ -109,7 +116,7 @@ def _refuse(theirs: TheirSwin) -> bool:
     }
     reasons = [part for part, present in refused.items() if present]
     if reasons:
-        raise ConfigError(f"this {name} has {', '.join(reasons)}, which is not covered")
+        raise refusal(theirs, f"this {name} has {', '.join(reasons)}, which is not covered")
     return type(theirs) is SwinTransformerV2
 
 
