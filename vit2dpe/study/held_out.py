@@ -188,7 +188,7 @@ def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int
         index = files.subsample(limit, wrong).images
         tried += new
     lost = {place: wrong[number] for place, number in enumerate(tried) if number in wrong}
-    readable(lost, [names[i] for i in tried], labels[tried], {"the held-out split": len(tried)})
+    readable(lost, [names[i] for i in tried], labels[tried], {names[0].partition("/")[0]: len(tried)})
     return index, wrong
 
 
