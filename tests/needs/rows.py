@@ -34,6 +34,7 @@ NEEDS = {
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
     "B9": ("the rest of timm's ViT: masks, causal attention, attributes", "timm#2686, dinov3#112"),
+    "B9a": ("pooling by the largest, in the head and at a call", "global_pool='avgmax'"),
     "B10": ("weights of torch's own Transformer, in and out", "nn.TransformerEncoder, nn.TransformerDecoder"),
     "B11": ("a Swin of timm at a size that windows do not divide", "README: the same function"),
     "B12": ("an optimizer that was made before another input size", "set_input_size"),

@@ -202,7 +202,7 @@ def test_train_and_sample(file, tmp_path, capsys, more):
     main(sample)
     assert capsys.readouterr().out == first
     assert main([*sample[:-4], "--length", "-1"]) == 2
-    assert "a length and a count of at least 1" in capsys.readouterr().err
+    assert "length must be at least 1, got -1" in capsys.readouterr().err
     assert run(file, out, *more) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from ..data.datasets import HELD_OUT
 from ..data.photos import Survey, sizes_for, survey
-from ..errors import ConfigError
 from ..files import write_atomically
 from ..spec import Size, filled, flat, show_size
 from ..training.devices import pick_device
@@ -50,8 +49,6 @@ def settle(config: StudyConfig) -> Plan:
         return check(filled(config, {name: PRESETS["folder"][name] for name in OPEN}))
     if config.data.source_size is not None:
         found = found._replace(short=min(config.data.source_size))
-    if not config.minutes > 0:
-        raise ConfigError(f"minutes must be above 0, got {config.minutes}")
     if config.data.size is not None:
         return check(at_size(config, config.data.size))
     side, note = _choose(config, found)

@@ -31,7 +31,7 @@ from ...resolution.apply import set_policy
 from ...spec import Term
 from .names import create
 from .read import Recipe, read, refusal
-from .swin import from_timm_swin, to_timm_swin
+from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .weights import create_with
 from .write import native_steps
 
@@ -88,6 +88,8 @@ def from_timm(
     if isinstance(theirs, TimmModel):
         raise ConfigError(f"a {type(theirs).__name__} is a model of ours already: use it as it is")
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if isinstance(position, str):
+            position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
         if policy is not None:
             set_policy(swin, policy)

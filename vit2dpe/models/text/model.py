@@ -116,11 +116,14 @@ class TextModel(nn.Module):
     ) -> None:
         super().__init__()
         nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
-        if embed_dim % num_heads or num_heads % (kv_heads or 1):
+        if num_heads < 1 or embed_dim % num_heads or num_heads % (kv_heads or 1):
             raise ConfigError(
                 "embed_dim must be a multiple of num_heads, and this of kv_heads: "
                 f"got {embed_dim}, {num_heads} and {kv_heads}"
             )
+        hidden = hidden or int(embed_dim * mlp_ratio)
+        if hidden < 1:
+            raise ConfigError(f"the MLP needs hidden channels: got mlp_ratio={mlp_ratio}, hidden={hidden}")
         if vocab_size < 1 or context < 1 or depth < 0 or (window is not None and window < 0):
             raise ConfigError(
                 "a text model needs a vocabulary, a context, and no negative depth or window: "
@@ -144,7 +147,7 @@ class TextModel(nn.Module):
                 embed_dim,
                 num_heads,
                 kv_heads=kv_heads,
-                hidden=hidden or int(embed_dim * mlp_ratio),
+                hidden=hidden,
                 norm=norm,
                 eps=norm_eps,
                 mlp=mlp,
