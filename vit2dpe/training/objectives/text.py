@@ -116,7 +116,8 @@ def _language(config: TextTrainConfig, session: TrainSession) -> TextSource:
     steps, batch = config.steps_per_epoch, config.optim.batch_size
     task: Task
     if config.objective == "spans":
-        corrupt = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS)
+        special = data.tokenizer.special
+        corrupt = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS, special=special)
         task = SpanTask(data, context, batch, steps, collate=corrupt, **session.where)
     else:
         mask = size if config.objective == "masked" else None
