@@ -16,6 +16,7 @@ NEEDS = {
     "A8": ("each cell of a study keeps its device and precision", "studies over two machines"),
     "A9": ("places that a table does not have are refused on a GPU too", "device-side assert"),
     "A10": ("no float64 and nothing of another device on MPS", "transformers#46159, diffusers#11315"),
+    "A10a": ("masks of text, mixup, maps and pictures of a model on a device", "text decoders on MPS"),
     "A11": ("rotary on three axes at head widths 64 and 128", "video models"),
     "A12": ("golden directions on three axes", "the source's directions"),
     "A13": ("a LookHere query that may look at nothing", "LookHere"),

@@ -89,13 +89,13 @@ class Fire(PositionEncoding):
             raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
         place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])
         far = (place[..., :, None] - other[..., None, :]).abs()  # (B|1, Nq, Nk)
-        reach = torch.maximum(place.abs()[..., None], self.threshold.abs())
+        reach = torch.maximum(place.abs()[..., None], self.threshold.abs().to(place.device))
         return self._network(far, reach).movedim(-1, 1)
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:
         """(...) distances, reach broadcast to them -> (..., H)."""
         c = lifted(self.log_scale).exp()
-        far, reach = far.to(c.device, c.dtype), reach.to(c.device, c.dtype)
+        far, reach = (x.to(c.dtype).to(c.device) for x in (far, reach))  # and back: no float64 where there is none
         share = torch.log1p(c * far) / torch.log1p(c * reach).clamp(min=1e-6)
         return lifted_mlp(self.mlp, share[..., None])
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable
+from ..positions import Positions, checkable, float64_device
 
 
 def resize(
@@ -102,14 +102,13 @@ def check_extents(q: Positions, k: Positions, axes: int) -> None:
         raise ValueError(f"this bias was built for {axes} axes, the positions have {q.axes}")
 
 
-def axis_offsets(q: Positions, k: Positions, axes: int) -> list[Tensor]:
+def axis_offsets(q: Positions, k: Positions, axes: int, device: torch.device) -> list[Tensor]:
     """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
     check_extents(q, k, axes)
-    return [torch.arange(1 - size, size, device=q.coords.device) for size in q.extent]
+    return [torch.arange(1 - size, size, device=device) for size in q.extent]
 
 
 def offset_grid(q: Positions, k: Positions, axes: int) -> Tensor:
-    """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64 (float32 where a device has no other)."""
-    dtype = torch.float32 if q.coords.device.type == "mps" else torch.float64
-    along = [offset.to(dtype) for offset in axis_offsets(q, k, axes)]
+    """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64, on the `float64_device`."""
+    along = [offset.double() for offset in axis_offsets(q, k, axes, float64_device(q.coords.device))]
     return torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1)
