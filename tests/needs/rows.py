@@ -37,6 +37,7 @@ NEEDS = {
     "B14": ("fewer heads of keys under frequencies of each head", "grouped queries"),
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
+    "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
     "C2": ("torch.jit.trace, and operations that converters have", "coremltools#1747, dinov2#102"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
@@ -78,6 +79,7 @@ NEEDS = {
 }
 
 OPEN = {
+    **dict.fromkeys(["C3", "C4"], "open"),
     **dict.fromkeys(["D3", "D9", "D11", "D12", "D19", "D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",

@@ -154,8 +154,7 @@ class AxialRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        w: Tensor = torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])
-        return w[:, None]  # (d, 1, Dh/2)
+        return along_axes([bank if step == 1 else bank * step for step in self.steps])
 
     def angle(self, at: Positions) -> LinearAngles:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
@@ -200,6 +199,13 @@ class MixedRoPE(DirectionalRoPE):
     def extra_repr(self) -> str:
         axes, heads, pairs = self.freqs.shape
         return f"head_dim={2 * pairs}, heads={heads}, axes={axes}, base={self.base:g}"
+
+
+def along_axes(banks: list[Tensor]) -> Tensor:
+    """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix, by padding, which converters
+    of traced graphs have."""
+    count, last = len(banks[0]), len(banks) - 1
+    return torch.stack([F.pad(bank, (i * count, (last - i) * count)) for i, bank in enumerate(banks)])[:, None]
 
 
 def magnitudes(count: int, base: float, device: torch.device) -> Tensor:

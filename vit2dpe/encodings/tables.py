@@ -9,6 +9,11 @@ from torch import Tensor
 from ..positions import Positions, checkable, float64_device
 
 
+def channels_first(x: Tensor) -> Tensor:
+    """(..., C) -> (C, ...), by an operation that converters of traced graphs have."""
+    return x.permute(-1, *range(x.ndim - 1))
+
+
 def resize(
     table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True, offset: float = 0.0
 ) -> Tensor:
@@ -27,13 +32,13 @@ def resize(
     for axis, size in enumerate(sizes, start=1):
         if not offset and not torch.compiler.is_compiling() and wide.shape[axis] == size:
             continue
-        moved = wide.movedim(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
+        moved = wide.transpose(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
         image = moved.reshape(1, 1, -1, moved.shape[-1])
         if offset:
             image = F.interpolate(image, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
         else:
             image = F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
-        wide = image.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+        wide = image.reshape(*moved.shape[:-1], size).transpose(axis, -1)
     return wide.to(dtype)
 
 
