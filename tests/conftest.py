@@ -40,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Board("fault", FAULTS))
-    config.pluginmanager.register(Board("need", NEEDS, OPEN))
+    config.pluginmanager.register(Board("fault", FAULTS), "fault board")
+    config.pluginmanager.register(Board("need", NEEDS, OPEN), "need board")
     config.addinivalue_line("markers", f"one_of_each_kind: slow, but for the encodings {', '.join(sorted(KINDS))}")
 
 

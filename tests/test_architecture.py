@@ -302,6 +302,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.need("A7")
 @pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_our_names_whichever_is_imported_first(order):
     code = f"{order}\nprint(timm.is_model('vit2dpe_tiny_patch16_224'), vit2dpe.Positions.__name__)"

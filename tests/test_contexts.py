@@ -43,6 +43,7 @@ def elsewhere(function, *args):
 POLICIES = [(vit, "interpolate"), (vit, "ntk"), (swin, "scale+interpolate")]
 
 
+@pytest.mark.need("A5")
 @pytest.mark.parametrize(("make", "policy"), POLICIES)
 def test_a_policy_is_not_seen_by_another_thread(make, policy):
     model = make()
@@ -54,6 +55,7 @@ def test_a_policy_is_not_seen_by_another_thread(make, policy):
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.need("A5")
 def test_two_threads_follow_policies_of_their_own_at_once():
     model, both_inside = vit(), threading.Barrier(2)
 
@@ -71,6 +73,7 @@ def test_two_threads_follow_policies_of_their_own_at_once():
             assert torch.equal(out, logits(model))
 
 
+@pytest.mark.need("A5")
 def test_two_tasks_follow_policies_of_their_own_at_once():
     model = vit()
 
@@ -92,6 +95,7 @@ def test_two_tasks_follow_policies_of_their_own_at_once():
         assert torch.equal(after, plain)
 
 
+@pytest.mark.need("A5")
 @pytest.mark.parametrize(("make", "policy"), POLICIES)
 def test_contexts_left_in_the_order_they_were_entered_leave_nothing_behind(make, policy):
     model = make()
@@ -116,6 +120,7 @@ def test_a_policy_for_good_holds_in_every_thread():
         assert torch.equal(logits(model), elsewhere(logits, model))
 
 
+@pytest.mark.need("A5")
 def test_frozen_tables_are_not_seen_by_another_thread():
     model = vit("rope_mixed")
     position = model.blocks[0].attn.position
@@ -164,6 +169,7 @@ def test_a_compiled_model_follows_the_policies_of_its_thread(make, old):
                 torch.testing.assert_close(elsewhere(logits, compiled), elsewhere(logits, model))
 
 
+@pytest.mark.need("A6")
 def test_maps_are_those_of_the_model_that_was_given():
     a, b = vit(), vit(depth=3)
     with attention_maps(a) as maps:
@@ -178,6 +184,7 @@ def test_maps_are_those_of_the_model_that_was_given():
     assert all(torch.equal(one, kept[name]) for name, one in maps.items())
 
 
+@pytest.mark.need("A6")
 def test_two_threads_look_into_one_model_at_once():
     model, both_inside = vit(), threading.Barrier(2)
 
@@ -198,6 +205,7 @@ def test_two_threads_look_into_one_model_at_once():
         assert len(maps) == len(alone) == 2
 
 
+@pytest.mark.need("A6")
 def test_a_task_looks_into_a_model_while_another_runs_it():
     model, seen = vit(), {}
 
@@ -219,6 +227,7 @@ def test_a_task_looks_into_a_model_while_another_runs_it():
     assert seen == {}
 
 
+@pytest.mark.need("A6")
 @torch.no_grad()
 def test_explain_reports_its_own_thread_and_model():
     a, b = vit(), vit("alibi", depth=3)

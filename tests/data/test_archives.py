@@ -114,6 +114,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
         load_images("hf:")
 
 
+@pytest.mark.need("D8")
 @pytest.mark.parametrize(("split", "word"), [("train", "training"), ("test", "held-out")])
 @pytest.mark.parametrize("label", [-1, 2])
 def test_labels_that_are_no_class_are_refused_before_anything_is_trained(monkeypatch, split, word, label):
@@ -129,6 +130,7 @@ def test_labels_that_are_no_class_are_refused_before_anything_is_trained(monkeyp
         load_images("hf:someone/pets", limit_train=1, limit_test=1, val_fraction=0.5)
 
 
+@pytest.mark.need("D8")
 def test_a_validation_split_is_taken_before_a_test_split_without_labels(monkeypatch):
     rows = [{"img": Image.fromarray(np.full((4, 6), v, np.uint8)), "label": v % 2} for v in range(4)]
     hub(monkeypatch, {"train": rows, "test": [{**row, "label": -1} for row in rows], "validation": rows[:2]})

@@ -75,11 +75,13 @@ class Turned(PositionEncoding):
         return -distance(q, k)[:, None] * (self.unit * self.slope).double()[:, None, None]
 
 
+@pytest.mark.need("A3")
 @pytest.mark.parametrize("word", ["alibi+relative", "relative+rope", "rope+relative", "rope+rope_golden", "logcpb+t5"])
 def test_what_is_fixed_and_what_learns_go_together_in_any_order(word):
     check_encoding(word, axes=(2,))
 
 
+@pytest.mark.need("A4")
 @pytest.mark.parametrize(
     "encoding", [Turned, Turned(6, 2), Penalty, Penalty(5), Wave, Wave(10), ENCODINGS["relative"]],
     ids=["class", "instance", "class", "instance", "class", "instance", "builder"],
@@ -88,6 +90,7 @@ def test_a_class_an_instance_and_a_builder_are_taken(encoding):
     check_encoding(encoding)
 
 
+@pytest.mark.need("A4")
 def test_an_instance_is_checked_for_the_axes_it_accepts():
     built = build("relative", Dims(24, 2, (5, 7)))
     state = {name: value.clone() for name, value in built.state_dict().items()}
@@ -97,6 +100,7 @@ def test_an_instance_is_checked_for_the_axes_it_accepts():
         check_encoding(built, axes=(3,))
 
 
+@pytest.mark.need("A4")
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [

@@ -121,6 +121,7 @@ def test_prefix_tokens_are_seen_by_all_and_see_all():
     assert torch.equal(bias[:, 2:, 2:], dense(Positions.grid((3, 5))))
 
 
+@pytest.mark.need("A13")
 def test_a_query_that_sees_no_key_that_is_left_gets_their_mean():
     at, mask = Positions.grid((3, 4)), torch.zeros(12, 12, dtype=torch.bool)
     mask[:, 8:] = True  # the last row alone; the first head looks up
@@ -130,6 +131,7 @@ def test_a_query_that_sees_no_key_that_is_left_gets_their_mean():
     assert bool(out.isfinite().all())
 
 
+@pytest.mark.need("E3")
 def test_an_instance_in_a_model_has_the_slope_of_each_block():
     slopes = []
     for position in ("lookhere", LookHere(3), LookHere(3, block=0, depth=3)):

@@ -163,6 +163,7 @@ def test_gradients_are_those_of_the_dense_bias(temperature):
 WORDS = [*ENCODINGS, "alibi(distance=squared)", "relative(shared=true)", "relative(prefix=true)"]
 
 
+@pytest.mark.need("A2")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("one", WORDS)
 def test_every_pair_of_encodings_equals_its_dense_biases(one, training, monkeypatch):

@@ -99,6 +99,7 @@ def test_any_eight_neighbours_are_spread_evenly():
     assert sum(gap(torch.stack([turns.sin(), turns.cos()])) for turns in random) / 200 > 2
 
 
+@pytest.mark.need("A12")
 def test_three_axes_follow_the_golden_sequence():
     ours, golden = golden_directions(50, 3), 1.2207440846057596  # g⁴ = 1 + g
     assert golden**4 == pytest.approx(1 + golden, rel=1e-12)

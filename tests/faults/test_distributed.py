@@ -73,6 +73,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(both, how):
         torch.testing.assert_close(states[0][name], states[1][name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.need("D5")
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_rank_without_an_item_adds_nothing(both, how):
     """And takes part in every exchange; the others' gradient is that of one process."""

@@ -225,6 +225,7 @@ def test_no_gpu(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "cuda").exists()
 
 
+@pytest.mark.need("D10")
 @fault("F60")
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     seen = []
@@ -245,6 +246,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "lock").exists()
 
 
+@pytest.mark.need("D10")
 @fault("F60")
 def test_a_killed_run_lets_go_of_its_folder_whatever_its_workers_do(tmp_path):
     hold = "import os, sys, time; from vit2dpe.training.run_folder import run_folder\n"

@@ -75,6 +75,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.need("B8")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_plain_model_takes_them(kind, wrapper, tmp_path):
@@ -96,6 +97,7 @@ def test_the_plain_model_takes_them(kind, wrapper, tmp_path):
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.need("B8")
 def test_names_that_only_look_like_a_wrapper_stay():
     state = {"model.layers.0": torch.zeros(1), "head": torch.zeros(1)}
     assert unwrapped(state).keys() == state.keys()

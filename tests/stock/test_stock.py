@@ -416,6 +416,7 @@ def test_another_grid_and_a_policy(word):
         stock.set_grid(nn.Linear(2, 2), 3)
 
 
+@pytest.mark.need("E3")
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("word", ["sincos", "learned", "lookhere", "sincos+lookhere+relative", "learned+rope"])
 def test_a_stack_of_rotary_layers_is_our_core(word, norm_first):
@@ -448,6 +449,7 @@ def test_a_stack_of_rotary_layers_is_our_core(word, norm_first):
     assert copy.deepcopy(copy.deepcopy(single)).adds_token
 
 
+@pytest.mark.need("E3")
 def test_every_layer_of_a_stack_adds_its_token_terms_where_that_is_asked_for():
     torch.manual_seed(0)
     rotary = layer(kind=stock.RotaryEncoderLayer, position="sincos", every_layer=True, **LINE)

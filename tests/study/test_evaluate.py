@@ -52,7 +52,7 @@ def test_a_model_of_timm_at_sizes_and_modes(folder, tmp_path, capsys):
     assert "images: 9 used of 9" in said
     assert "| scale | vit_tiny_patch16_224 | default | none |" in said
     table = read_csv(tmp_path / "out" / "results.csv")
-    assert tuple(table[0]) == COLUMNS
+    assert tuple(table[0]) == COLUMNS[:-1]
     assert [float(row["value"]) for row in table] == [row.top1 for row in rows]
     assert json.loads((tmp_path / "out" / "env.json").read_text())["timm"] == timm.__version__
 
@@ -126,6 +126,7 @@ def always(index):
     return model
 
 
+@pytest.mark.need("D2")
 @pytest.mark.parametrize("index", [0, 1, 2, 3, 9, 10, 11])
 def test_a_timm_model_has_the_classes_in_the_order_of_timms_reader(numbered, tmp_path, index):
     model, reader = always(index), timm.data.create_dataset("", str(numbered))
@@ -139,6 +140,7 @@ def test_a_timm_model_has_the_classes_in_the_order_of_timms_reader(numbered, tmp
     assert row.n == len(labels) == 78
 
 
+@pytest.mark.need("D2")
 @pytest.mark.parametrize("index", [2, 10])
 def test_weights_that_were_trained_here_have_the_classes_they_were_trained_with(numbered, tmp_path, index):
     """As a run, and as the file in it that a timm model takes."""

@@ -56,6 +56,7 @@ def go(folder, data, size, *, resume=False, kill=None, **optim):
     return task.seen, rates
 
 
+@pytest.mark.need("D1")
 @pytest.mark.parametrize(
     ("kill", "size"), [(2, 48), (2, 16), (4, 12), (5, 97), (5, 6), (7, 16), (10, 48), (1, 24), (3, 9)]
 )
@@ -81,6 +82,7 @@ def test_another_batch_size_goes_on_by_samples_seen(data, tmp_path, kill, size):
     assert rows[-1]["step"] == len(before) + len(after), "updates are counted, so that curves go on"
 
 
+@pytest.mark.need("D1")
 @pytest.mark.parametrize(("size", "again"), [(48, 24), (17, 7), (64, 24)])
 def test_less_than_a_batch_is_seen_again_where_samples_are_no_whole_batches(data, tmp_path, size, again):
     before, _ = go(tmp_path, data, 24, kill=1)
@@ -90,6 +92,7 @@ def test_less_than_a_batch_is_seen_again_where_samples_are_no_whole_batches(data
     assert len(seen) - 97 == again < size
 
 
+@pytest.mark.need("D1")
 def test_going_on_twice_with_other_sizes(data, tmp_path):
     parts = [go(tmp_path, data, 24, kill=2)[0], go(tmp_path, data, 16, resume=True, kill=5)[0]]
     parts.append(go(tmp_path, data, 8, resume=True)[0])
@@ -105,6 +108,7 @@ class Long(Regression):
         return super().batch(epoch, step)
 
 
+@pytest.mark.need("D1")
 @pytest.mark.parametrize(("kill", "steps", "wanted"), [
     (3, 5, [(1, s) for s in range(5)] + [(2, s) for s in range(5)]),
     (3, 2, [(1, 0), (1, 1), (2, 0), (2, 1)]),
@@ -129,6 +133,7 @@ def test_other_steps_an_epoch(tmp_path, kill, steps, wanted):
     assert all(math.isfinite(row["train_loss"]) for row in read_table(tmp_path / "metrics.csv"))
 
 
+@pytest.mark.need("D1")
 def test_a_state_that_does_not_say_its_steps_goes_on_with_the_same_ones_alone(data, tmp_path):
     go(tmp_path, data, 24, kill=7)
     meta = read_meta(tmp_path / "last")

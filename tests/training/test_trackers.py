@@ -78,6 +78,7 @@ def runs(monkeypatch):
     return calls
 
 
+@pytest.mark.need("D4")
 def test_folders_of_one_name_are_runs_of_their_own_and_a_resumed_one_is_the_same(tmp_path, runs):
     for folder in ("a", "b"):
         train(at(MICRO, tmp_path / folder / "train", wandb="micro"))
@@ -91,6 +92,7 @@ def test_folders_of_one_name_are_runs_of_their_own_and_a_resumed_one_is_the_same
     assert all(re.fullmatch(r"[\w.-]{1,64}", one) for one in ids)
 
 
+@pytest.mark.need("D4")
 def test_an_id_is_new_for_another_training_in_a_folder_and_that_of_before_for_older_versions(tmp_path, runs):
     folder = tmp_path / ("a long name, " * 9)
     folder.mkdir()

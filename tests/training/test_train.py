@@ -263,6 +263,7 @@ def test_inits_draw_what_they_say(how):
     assert all(torch.equal(a, b) for a, b in zip(encoding, model.position.parameters(), strict=True))
 
 
+@pytest.mark.need("D14")
 @pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
 @pytest.mark.parametrize(("epochs", "wanted"), [(1, 0.1), (3, 0.3), (5, 0.5), (6, 5), (100, 5), (300, 5)])
 def test_the_default_warm_up_fits_the_epochs_that_were_asked_for(kind, epochs, wanted):
@@ -282,6 +283,7 @@ def test_the_default_warm_up_fits_the_epochs_that_were_asked_for(kind, epochs, w
         check_numbers(told.optim, told.run)
 
 
+@pytest.mark.need("D14")
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_three_epochs_need_no_word_on_warm_up(tmp_path, command):
     words = ["--optim.epochs", "3", "--data.limit_train", "20", "--data.limit_test", "20", "--run.device", "cpu"]
@@ -298,6 +300,7 @@ SWIN = dict(img_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2
 ENCODER = dict(num_classes=0, img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3)
 
 
+@pytest.mark.need("D6")
 @pytest.mark.parametrize(("make", "depths"), [
     (lambda: ViT("rope", **ENCODER), {"blocks": 3}),
     (lambda: ViT("rope", **ENCODER, global_pool="map"), {"blocks": 3, "attn_pool": 3}),

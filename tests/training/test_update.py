@@ -210,6 +210,7 @@ class Hidden(Fit):
         return error, {"twice": 2 * error}
 
 
+@pytest.mark.need("D5")
 @pytest.mark.parametrize("hidden", [[0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 0, 1, 0]])
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_a_part_without_an_item_adds_nothing(parts, hidden):
@@ -223,6 +224,7 @@ def test_a_part_without_an_item_adds_nothing(parts, hidden):
     assert (found.items, found.finite) == (sum(hidden), True)
 
 
+@pytest.mark.need("D5")
 def test_a_batch_without_an_item_takes_no_step_and_is_no_bad_loss():
     updater = Watched(accumulate=2)
     updater.task = Hidden()
@@ -231,6 +233,7 @@ def test_a_batch_without_an_item_takes_no_step_and_is_no_bad_loss():
     assert (found.numbers, found.items, found.finite) == ({}, 0, True)
 
 
+@pytest.mark.need("D5")
 @pytest.mark.parametrize("parts", [1, 4, 8])
 def test_masked_tokens_in_parts_are_those_of_the_batch(parts):
     """The library's own task: of 8 sequences of 4 tokens about half have none that is hidden."""

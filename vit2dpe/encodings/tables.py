@@ -14,6 +14,17 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(-1, *range(x.ndim - 1))
 
 
+def replace(parameter: Tensor, value: Tensor) -> None:
+    """Other values for a parameter, of another shape too; it stays the object that an optimizer was given.
+
+    A gradient of another shape is dropped. What an optimizer keeps for a parameter (moments) has the old shape: torch
+    refuses its next step.
+    """
+    if value.shape != parameter.shape:
+        parameter.grad = None
+    parameter.data = value
+
+
 def resize(
     table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True, offset: float = 0.0
 ) -> Tensor:

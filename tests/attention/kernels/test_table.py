@@ -92,6 +92,7 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda q, t: attend(q, k[:1], v[:1], signal(t)), (q, table))
 
 
+@pytest.mark.need("A1")
 @pytest.mark.parametrize("word", ["t5", "relative(shared=true)", "t5+rope_mixed", "relative"])
 def test_gradients_that_are_differentiated_are_right_where_blocks_share_a_table(word):
     torch.manual_seed(0)

@@ -38,6 +38,7 @@ def images(model):
     return randn(2, 3, *model.patch_embed.img_size)
 
 
+@pytest.mark.need("B2")
 @pytest.mark.parametrize(("name", "word"), NAMES.items())
 @torch.no_grad()
 def test_the_plain_word_is_the_model(name, word):
@@ -54,6 +55,7 @@ def test_the_plain_word_is_the_model(name, word):
     assert torch.equal(ours(larger), wanted(larger)), "the family's policy too"
 
 
+@pytest.mark.need("B2")
 @torch.no_grad()
 def test_the_rule_of_resizing_is_what_an_option_changes():
     """Not the table, which is resized by that rule, from the one that was trained."""
@@ -69,6 +71,7 @@ def test_the_rule_of_resizing_is_what_an_option_changes():
     assert torch.equal(from_timm(theirs, position="learned(resize=dino)", img_size=(128, 160))(larger), wanted(larger))
 
 
+@pytest.mark.need("B2")
 @torch.no_grad()
 def test_a_sum_has_the_weights_of_the_terms_that_were_there():
     theirs = create("vit_tiny_patch16_224")
@@ -84,6 +87,7 @@ def test_a_sum_has_the_weights_of_the_terms_that_were_there():
     assert alone(images(mixed)).isfinite().all()
 
 
+@pytest.mark.need("B2")
 @torch.no_grad()
 def test_a_bias_keeps_the_entries_that_an_option_does_not_touch():
     theirs = create("beit_base_patch16_224")
@@ -102,12 +106,14 @@ def test_a_bias_keeps_the_entries_that_an_option_does_not_touch():
     assert len([part for part in each.modules() if isinstance(part, RelativeBias)]) == 2
 
 
+@pytest.mark.need("B2")
 @torch.no_grad()
 def test_another_network_is_drawn():
     theirs = create("vit_relpos_small_patch16_224")
     assert from_timm(theirs, position="logcpb(hidden=8)")(images(theirs)).isfinite().all()
 
 
+@pytest.mark.need("B2")
 def test_options_that_are_not_named_stay():
     own = "learned+rope(base=10000.0, start=1)"
     assert with_own_options("rope(base=7)+alibi", own) == "rope(base=7, start=1)+alibi"
@@ -115,6 +121,7 @@ def test_options_that_are_not_named_stay():
     assert with_own_options("rope_mixed", own) == "rope_mixed"
 
 
+@pytest.mark.need("B2")
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @torch.no_grad()
 def test_a_swin_keeps_its_own_too(name):

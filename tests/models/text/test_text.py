@@ -325,6 +325,7 @@ def test_beyond_the_context_the_newer_half_is_read_again(word):
     assert int(long[0, 40]) == int(model(long[:, 28:40])[0, -1].argmax())
 
 
+@pytest.mark.need("E2")
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("left", [True, False])
 @each_encoding
@@ -340,6 +341,7 @@ def test_each_text_of_a_padded_batch_slides_by_its_own_length(word, left, cached
 SCALES = [("default", None), ("interpolate", None), ("ntk", None), ("yarn", "yarn"), ("extrapolate", "log")]
 
 
+@pytest.mark.need("E1")
 @pytest.mark.parametrize(("policy", "temperature"), SCALES)
 @each_encoding
 def test_beyond_the_context_a_text_is_what_it_is_alone_or_refused(word, policy, temperature):
@@ -613,6 +615,7 @@ def test_heads_that_turn_differently_need_keys_of_their_own():
         layer(torch.zeros(1, 5, 24), signal, cache=KVCache(5).layer(0))
 
 
+@pytest.mark.need("B14")
 @pytest.mark.parametrize("word", ["rope_mixed", "rope_golden", "alibi+rope_mixed"])
 def test_a_decoder_whose_heads_turn_differently_has_keys_for_each(word):
     """Refused when it is built, not when it first writes; an encoder keeps no keys."""
