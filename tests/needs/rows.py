@@ -30,6 +30,7 @@ NEEDS = {
     "B5a": ("every option of its class", "global_pool, fc_norm, reg_tokens, rates"),
     "B5b": ("a timm model that is wrapped, in half precision, or on the meta device", "torch.compile, DDP, averages"),
     "B5c": ("rates of dropout and of stochastic depth of a Swin", "fine-tuning"),
+    "B5d": ("what is frozen in a timm model, and gradient checkpointing", "linear probes, fine-tuning of a part"),
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
@@ -65,7 +66,9 @@ NEEDS = {
     "D17": ("a recipe given to another command", "--config"),
     "D18": ("a tokenizer and --smoke together", "--data.tokenizer bpe"),
     "D19": ("a prediction for one image or one line", "timm#1817, pycls#95"),
-    "D20": ("labels in a CSV, balanced sampling, numbers by class", "classification of one's own images"),
+    "D20": ("balanced sampling, numbers by class", "classification of one's own images"),
+    "D20a": ("labels in a CSV", "classification of one's own images"),
+    "D20b": ("hub datasets with train alone, plain labels, chosen columns", "datasets"),
     # Text and torch's own Transformer
     "E1": ("a short text beside a long one", "Qwen#401, transformers#25104"),
     "E2": ("left-padded generation beyond the context", "batched generation"),
@@ -88,7 +91,7 @@ NEEDS = {
 }
 
 OPEN = {
-    **dict.fromkeys(["D3", "D9", "D11", "D12", "D19", "D20"], "open, issue 17"),
+    **dict.fromkeys(["D19", "D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",
     "E8": "open, issue 21",

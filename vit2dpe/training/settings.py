@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from ..data.settings import AugmentConfig, DataConfig, ViewConfig
+from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
 from ..errors import ConfigError
 from ..ranges import Count, Depth, Natural, NotNegative, Positive, Rate, Seed, Share, Threads
-from ..spec import Plain, Settings, changed, filled, plain
+from ..spec import Plain, Settings, Size, changed, filled, flat, plain
+
+MANY = 5000  # training images from which on they are no few photos
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ class TrainConfig(Settings):
     init: str | None = None
     smoke: bool = False
 
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Of photos that are named by their folder alone."""
+        return photos_preset(given)
+
 
 # Presets of the data, by dotted names, for settings that are null. A named model has its own sizes.
 PRESETS: Mapping[str, Mapping[str, Plain]] = {
@@ -173,8 +181,20 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = {
 }  # fmt: skip
 
 
+def photos_preset(given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """The preset of photos that are named by `data.root` alone: batches of 32, and of few photos a quarter at most."""
+    root = given.get("data.root")
+    if given.get("data.name") or not root:
+        return {}
+    trained = count_files(str(root)) * 4 // 5
+    return {"optim.batch_size": 128 if trained > MANY else max(2, min(32, trained // 4))}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Every setting that is None filled from the preset of the data; `smoke` applied."""
+    """Every setting that is None filled from the preset of the data; `smoke` applied.
+
+    What depends on the size of the images stays open until they are read (`sized`).
+    """
     if config.init is not None:
         config = replace(config, model=like_run(config.model, config.init))
     named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
@@ -187,10 +207,37 @@ def image_preset(
     data: DataConfig, model: ModelConfig, augment: ViewConfig, named: Mapping[str, Plain]
 ) -> dict[str, Plain]:
     """The preset of the data, without a shift where images are cropped; `named`: that of a named model."""
-    preset = dict(PRESETS.get(data.name, PRESETS[""]))
+    preset = dict(PRESETS.get(data.source, PRESETS[""]))
+    if data.source not in PRESETS:
+        preset |= of_size(data.size or data.source_size, photos=data.name is None)
+    if data.root is None:
+        preset |= {"data.name": data.source}
     if model.name is not None:
         preset = {name: value for name, value in preset.items() if not name.startswith("model.")} | dict(named)
     return preset | ({"augment.shift": 0} if augment.crop is not None else {})
+
+
+def of_size(size: Size | None, *, photos: bool) -> dict[str, Plain]:
+    """Presets that depend on the size of training images, None where it is still open.
+
+    Args:
+        size: (H, W).
+        photos: whether patches and shifts grow with the size; else they are those of pictures of 32 pixels.
+    """
+    if size is None:
+        return dict.fromkeys(("model.patch", "augment.shift"))
+    return {"model.patch": patch_for(size), "augment.shift": min(size) // 8} if photos else {}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def sized(config: S, size: Size, *, photos: bool) -> S:
+    """The settings with what depended on the size of the images."""
+    own = {name: PRESETS[""][name] for name in ("model.patch", "augment.shift")} | of_size(size, photos=photos)
+    if flat(config)["model.name"] is not None:
+        del own["model.patch"]
+    return filled(config, own)
 
 
 def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
