@@ -68,7 +68,9 @@ NEEDS = {
     "D17": ("a recipe given to another command", "--config"),
     "D18": ("a tokenizer and --smoke together", "--data.tokenizer bpe"),
     "D19": ("a prediction for one image or one line", "timm#1817, pycls#95"),
-    "D20": ("labels in a CSV, balanced sampling, numbers by class", "classification of one's own images"),
+    "D20": ("balanced sampling, numbers by class", "classification of one's own images"),
+    "D20a": ("labels in a CSV", "classification of one's own images"),
+    "D20b": ("hub datasets with train alone, plain labels, chosen columns", "datasets"),
     # Text and torch's own Transformer
     "E1": ("a short text beside a long one", "Qwen#401, transformers#25104"),
     "E2": ("left-padded generation beyond the context", "batched generation"),
@@ -92,7 +94,7 @@ NEEDS = {
 
 OPEN = {
     **dict.fromkeys(["C3", "C4"], "open"),
-    **dict.fromkeys(["D3", "D9", "D11", "D12", "D19", "D20"], "open, issue 17"),
+    **dict.fromkeys(["D19", "D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",
     "E8": "open, issue 21",
