@@ -52,7 +52,7 @@ def test_a_model_of_timm_at_sizes_and_modes(folder, tmp_path, capsys):
     assert "images: 9 used of 9" in said
     assert "| scale | vit_tiny_patch16_224 | default | none |" in said
     table = read_csv(tmp_path / "out" / "results.csv")
-    assert tuple(table[0]) == COLUMNS
+    assert tuple(table[0]) == COLUMNS[:-1]
     assert [float(row["value"]) for row in table] == [row.top1 for row in rows]
     assert json.loads((tmp_path / "out" / "env.json").read_text())["timm"] == timm.__version__
 
@@ -99,10 +99,10 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
     for synset in ("n01440764", "n02123045"):  # 0 and 281
         (tmp_path / synset).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / synset / "a.png")
-    from vit2dpe.study.evaluate import _load_data, load_subject
+    from vit2dpe.study.evaluate import load_subject, load_test_images
 
     config = EvaluateConfig(model="test_resnet", data=str(tmp_path), untrained=True)
-    data, total = _load_data(config, load_subject(config), (32, 32))
+    data, total = load_test_images(config, load_subject(config), (32, 32))
     ((images, labels),) = data
     assert (total, labels.tolist(), images.shape) == (2, [0, 281], (2, 3, 32, 32))
 

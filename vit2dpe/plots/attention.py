@@ -18,6 +18,7 @@ from ..data.datasets import normalize
 from ..data.decode import Unreadable, decode
 from ..errors import ConfigError, DataError
 from ..models import ViT
+from ..models.masked import MaskedModel
 from ..models.timm_api import PretrainedCfg, pretrained_cfg_of
 from .figures import HEADS, choose_blocks, new_figure, save_figure
 
@@ -42,7 +43,7 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     tokens = prefix + grid[0] * grid[1]
     with torch.no_grad(), attention_maps(model) as every:
         model(image)
-    maps = {name: one for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # each (1, H, N, N)
+    maps = {name: one.cpu() for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # (1, H, N, N)
     if not maps:
         raise ConfigError(f"no attention of this {type(model).__name__} is over all {tokens} tokens of the image")
     place = (grid[0] // 2, grid[1] // 2)
@@ -57,7 +58,8 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    picture = (image[0] * torch.as_tensor(std).reshape(-1, 1, 1) + torch.as_tensor(mean).reshape(-1, 1, 1)).clamp(0, 1)
+    factor, offset = (torch.as_tensor(values).reshape(-1, 1, 1) for values in (std, mean))
+    picture = (image[0].cpu() * factor + offset).clamp(0, 1)
     picture = picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
     axes[0][0].imshow(picture.permute(1, 2, 0).numpy())
     axes[0][0].set_title("image", fontsize=9)
@@ -91,14 +93,20 @@ def save(model: nn.Module, file: str | Path, out: str | Path, size: tuple[int, i
         DataError: if the file cannot be read.
     """
     cfg: PretrainedCfg = getattr(model, "about", None) or pretrained_cfg_of(model)
-    vit = getattr(model, "encoder", model)
+    vit = model.encoder if isinstance(model, MaskedModel) else model
     if not isinstance(vit, ViT):
         hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
+        inside = "" if vit is model else f" around a {type(vit).__name__}"
         raise ConfigError(
-            f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{hint}"
+            f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{inside}{hint}"
         )
     size = size or vit.patch_embed.img_size
     channels = vit.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"this {type(vit).__name__} takes images of {channels} channels, a file has 3: "
+            "vit2dpe.plots.attention.draw takes them as a tensor"
+        )
     mean, std = (tuple(values or [0.5] * channels) for values in (cfg.get("mean"), cfg.get("std")))
     try:
         pixels, _ = decode(file, size)

@@ -20,6 +20,7 @@ from ..models.text.model import TextModel
 from ..models.text.seq2seq import Seq2Seq
 from ..models.text.translate import translate
 from .figures import HEADS, choose_blocks, new_figure, save_figure
+from .letters import legible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,22 +37,29 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
 
     Args:
         maps: (1, H, queries, keys) by the name of the attention.
-        queries, keys: names of the tokens.
+        queries, keys: names of the tokens; letters that no font here has, and those that cannot be seen, are written
+            by their numbers.
     """
     chosen = choose_blocks(list(maps))
     columns = 1 + min(HEADS, max(one.shape[1] for one in maps.values()))
-    wide, high = (max(2.4, 0.13 * len(tokens) + 1.0) for tokens in (keys, queries))
+    written = legible([token.translate(MARKS) for token in (*queries, *keys)])
+    names = written.texts
+    beside = max(1.0, 0.4 + 0.07 * max(map(len, names)))  # inches, of the longest name
+    wide, high = (max(2.4, 0.13 * len(tokens) + beside) for tokens in (keys, queries))
     figure = new_figure(columns * wide, len(chosen) * (high + 0.3) + 0.4, "constrained")
     for name, row in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
-        one = maps[name][0]
+        one = maps[name][0].cpu()
         panels = [(f"{name}: mean", one.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(one))]
         for ax in row[len(panels) :]:
             ax.axis("off")
         for ax, (label, values) in zip(row, panels, strict=False):
             ax.imshow(values.numpy(), vmin=0.0, cmap="viridis", aspect="equal")
-            ax.set_xticks(range(len(keys)), [token.translate(MARKS) for token in keys], rotation=90, fontsize=7)
-            ax.set_yticks(range(len(queries)), [token.translate(MARKS) for token in queries], fontsize=7)
+            ax.set_xticks(range(len(keys)), names[len(queries) :], rotation=90, fontsize=7)
+            ax.set_yticks(range(len(queries)), names[: len(queries)], fontsize=7)
             ax.set_title(f"{label}, to {float(values.max()):.2g}", fontsize=9)
+            ax.set_ylabel("query" if ax is row[0] else "", fontsize=8)
+            ax.set_xlabel("key" if name == chosen[-1] else "", fontsize=8)
+            written.style([*ax.get_xticklabels(), *ax.get_yticklabels()])
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -70,12 +78,12 @@ def figure_of(model: nn.Module, text: str) -> Figure:
     if "tokenizer" not in about or not isinstance(model, Seq2Seq | TextModel):
         raise CheckpointError(f"--text is for a run of `vit2dpe text train`; this one holds a {type(model).__name__}")
     tokenizer = from_json(about["tokenizer"])
-    model = model.eval()
+    model, device = model.eval(), next(model.parameters()).device
     if isinstance(model, TextModel):
         ids = tokenizer.encode(text)
         names = _names(tokenizer, ids)
         with torch.no_grad(), attention_maps(model) as maps:
-            model.forward_features(torch.tensor([ids]))
+            model.forward_features(torch.tensor([ids], device=device))
         how = "a token sees those before it" if model.causal else "every token sees every token"
         return draw(maps, names, names, f"attention of each token (rows) to the others: {how}")
     if about.get("task") != "translation" or not isinstance(tokenizer, Subwords):
@@ -83,7 +91,8 @@ def figure_of(model: nn.Module, text: str) -> Figure:
     encode = Encoder(tokenizer)
     source, target = encode(text), encode(translate(model, tokenizer, [text])[0])
     with torch.no_grad(), attention_maps(model) as maps:
-        model(source[None], torch.cat([torch.tensor([encode.start]), target[:-1]])[None])
+        written = torch.cat([torch.tensor([encode.start]), target[:-1]])
+        model(source[None].to(device), written[None].to(device))
     across = {name: one for name, one in maps.items() if name.endswith(".cross")}
     title = "attention of each token that is written (rows) to those that are read"
     return draw(across, _names(tokenizer, target.tolist()), _names(tokenizer, source.tolist()), title)

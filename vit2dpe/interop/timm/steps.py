@@ -7,13 +7,17 @@ reads sizes from its fields and from the shapes of tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...models.mae_names import State
+from ...models.swin.model import Swin
+from ...models.timm_api import Step
+from ...models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,22 @@ class Rename:
 
     def back(self, state: State) -> None:
         _rename(state, self.ours, self.theirs)
+
+
+def keep_training(ours: ViT | Swin, theirs: nn.Module, steps: Iterable[Step]) -> None:
+    """What is frozen there is frozen here; evaluation mode and gradient checkpointing come along too."""
+    ours.train(theirs.training)
+    if any(getattr(part, "grad_checkpointing", False) for part in theirs.modules()):  # a Swin's are in its stages
+        ours.set_grad_checkpointing()
+    state = theirs.state_dict(keep_vars=True)
+    if all(value.requires_grad or value.is_meta for value in state.values() if isinstance(value, nn.Parameter)):
+        return
+    learns: State = {name: torch.full_like(value, float(value.requires_grad)) for name, value in state.items()}
+    for step in steps:
+        step.into(learns)
+    for name, parameter in ours.named_parameters():
+        if name in learns:
+            parameter.requires_grad_(bool(learns[name].any()))
 
 
 @dataclass(frozen=True)
@@ -64,10 +84,10 @@ class Reorder:
     order: tuple[int, ...]
 
     def into(self, state: State) -> None:
-        self._apply(state, torch.tensor(self.order))
+        self._apply(state, torch.tensor(self.order, device="cpu"))
 
     def back(self, state: State) -> None:
-        self._apply(state, torch.tensor(self.order).argsort())
+        self._apply(state, torch.tensor(self.order, device="cpu").argsort())
 
     def _apply(self, state: State, order: Tensor) -> None:
         for key in state:
@@ -87,12 +107,12 @@ class Reorder:
 
 def halves(width: int) -> tuple[int, ...]:
     """Pairs (i, i + Dh/2), as in DINOv3, become (2i, 2i+1)."""
-    return tuple(torch.arange(width).view(2, -1).t().flatten().tolist())
+    return tuple(i + half for i in range(width // 2) for half in (0, width // 2))
 
 
 def columns_first(width: int) -> tuple[int, ...]:
     """Columns in the first half of a head's channels, as in rope-vit, become rows first."""
-    return tuple(torch.arange(width).roll(width // 2).tolist())
+    return tuple((i - width // 2) % width for i in range(width))
 
 
 @dataclass(frozen=True)
