@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from torch.export import register_dataclass
 
 T = TypeVar("T")
 is_tracing: Callable[[], bool] = torch.jit.is_tracing
+
+
+def longer(length: int, other: int) -> int:
+    """The larger of two lengths; an exported program in which one is free keeps it free."""
+    return cast(int, torch.sym_max(length, other))
 
 
 @dataclass(frozen=True, eq=False)

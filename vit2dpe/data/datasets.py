@@ -190,10 +190,6 @@ def check_source(
 def check_data(data: DataConfig) -> None:
     """Refuse settings that cannot work, without reading any data."""
     check_source(data.name, data.root, data.cache, data.unreadable)
-    if not 0 <= data.val_fraction < 1:
-        raise ConfigError(f"data.val_fraction is a part of the training images, in [0, 1), got {data.val_fraction}")
-    if data.workers is not None and data.workers < 0:
-        raise ConfigError(f"data.workers must be 0 or above, got {data.workers}")
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ranges import Count, Natural, NotNegative, Probability, Processes, Rate, Share
 from ..spec import Settings, Size, Sizes, Term
 
 
@@ -32,11 +33,11 @@ class DataConfig(Settings):
     root: str | None = None
     size: Size | None = None
     source_size: Size | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    val_fraction: float = 0.0
+    limit_train: Count | None = None
+    limit_test: Count | None = None
+    val_fraction: Rate = 0.0
     cache: str = "auto"
-    workers: int | None = None
+    workers: Processes | None = None
     unreadable: str = "error"
 
 
@@ -51,9 +52,9 @@ class ViewConfig(Settings):
             0.8 one for small images, 0.2 MAE's on ImageNet.
     """
 
-    shift: int | None = None
+    shift: Natural | None = None
     flip: bool | None = None
-    crop: float | None = None
+    crop: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class AugmentConfig(ViewConfig):
     """
 
     policy: Term = Term("none", {})  # noqa: RUF009 - never written to
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.1
+    erase: Probability = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    label_smoothing: Rate = 0.1
     train_sizes: Sizes | None = None

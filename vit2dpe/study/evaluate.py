@@ -75,8 +75,6 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     modes = known("mode", config.modes, MODES)
     policies = policies_of(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
-    if not 0 < crop <= 1 or config.batch_size < 1:
-        raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
     _check_sizes(model, len(subject.mean), sizes)
 
     height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))

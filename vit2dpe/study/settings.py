@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from ..data.settings import AugmentConfig, DataConfig
 from ..errors import ConfigError
+from ..ranges import Count, Natural, Positive, Range, Share, Threads
 from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
 from ..training.settings import PRESETS as IMAGE_PRESETS
 from ..training.settings import ModelConfig, OptimConfig, RunConfig
@@ -59,24 +60,24 @@ class StudyConfig(Settings):
     task: str = "images"
     encodings: Words | None = None
     sizes: Sizes | None = None
-    train_length: int | None = None
+    train_length: Count | None = None
     lengths: Numbers | None = None
-    embed_scale: float = 1.0
+    embed_scale: Positive = 1.0
     depths: Numbers | None = None
     modes: Words = ("scale", "canvas")
     policies: Words = ("all",)
     temperatures: Words = ("none",)
-    seeds: int = 1
+    seeds: Annotated[int, Range(1, 10_000)] = 1
     arch: str = "vit"
     stages: Numbers = (2, 2)
-    window: int = 4
-    finetune: int = 0
+    window: Count = 4
+    finetune: Natural = 0
     model: ModelConfig = _MODEL
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = _OPTIM
     run: RunConfig = _RUN
-    jobs: int | None = None
+    jobs: Annotated[int, Range(1, 1024)] | None = None
     quick: bool = False
     smoke: bool = False
 
@@ -140,7 +141,9 @@ def check_task(config: StudyConfig) -> None:
         if (name.startswith(start) if start.endswith(".") else name == start) and now[name] != default[name]
     ]
     if strange:
-        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out")
+        of_train = any(now[name] != default[name] for name in _OF_NONE)
+        hint = "; a file of settings of vit2dpe train is for vit2dpe train --config" if of_train else ""
+        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out{hint}")
     if config.quick and (config.task, config.data.name) != ("images", "digits"):
         raise ConfigError(
             "quick is for the built-in digits; elsewhere set --encodings, --sizes and --epochs, or --smoke"
@@ -192,10 +195,10 @@ class EvaluateConfig(Settings):
     checkpoint: str | None = None
     untrained: bool = False
     train_size: Size | None = None
-    crop: float | None = None
-    limit: int | None = None
+    crop: Share | None = None
+    limit: Count | None = None
     unreadable: str = "error"
-    batch_size: int = 64
+    batch_size: Count = 64
     device: str = "auto"
     out: str = "runs/evaluate"
 
@@ -220,10 +223,10 @@ class ProbeConfig(Settings):
     run: str | None = None
     which: str = "last"
     pool: str | None = None
-    k: int = 20
+    k: Count = 20
     data: str | None = None
     root: str | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
+    limit_train: Count | None = None
+    limit_test: Count | None = None
     device: str = "auto"
-    threads: int | None = None
+    threads: Threads | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..data.settings import DataConfig, ViewConfig
+from ..ranges import Count, Depth, Part, Positive, Range
 from ..spec import Plain, Settings, changed, filled
 from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke
 
@@ -23,10 +25,10 @@ class DecoderConfig(Settings):
     """
 
     position: str = "sincos"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
+    width: Count | None = None
+    depth: Depth | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class PretrainConfig(Settings):
     )
     run: RunConfig = RunConfig(out="runs/pretrain")  # noqa: RUF009
     objective: str = "mae"
-    mask_ratio: float | None = None
-    mask_unit: int = 8
+    mask_ratio: Part | None = None
+    mask_unit: Count = 8
     norm_pix: bool | None = None
-    pictures: int = 8
+    pictures: Annotated[int, Range(0, 1000)] = 8
     resume: bool = False
     init: str | None = None
     smoke: bool = False

@@ -77,7 +77,7 @@ def check_run(config: Trainable) -> None:
     Raises:
         ConfigError: naming the setting, what it must be and what came.
     """
-    check_numbers(config.optim, config.run)
+    check_numbers(config.optim)
     precision(config.run.precision, pick_device(local_device(config.run.device)))
     if config.init is not None and not Path(config.init).expanduser().exists():
         raise ConfigError(f"there is nothing at {config.init} to start from")

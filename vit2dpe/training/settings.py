@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..data.settings import AugmentConfig, DataConfig, ViewConfig
 from ..errors import ConfigError
+from ..ranges import Count, Depth, Natural, NotNegative, Positive, Rate, Seed, Share, Threads
 from ..spec import Plain, Settings, changed, filled, plain
 
 
@@ -34,18 +34,18 @@ class OptimConfig(Settings):
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] | None = None
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Rate, Rate] | None = None
     schedule: str = "cosine"
-    min_lr: float | None = None
-    warmup_epochs: float | None = None
-    epochs: int = 100
-    batch_size: int = 128
-    accumulate: int = 1
-    clip_grad: float = 1.0
-    layer_decay: float = 1.0
-    ema: float = 0.0
+    min_lr: NotNegative | None = None
+    warmup_epochs: NotNegative | None = None
+    epochs: Count = 100
+    batch_size: Count = 128
+    accumulate: Count = 1
+    clip_grad: NotNegative = 1.0
+    layer_decay: Share = 1.0
+    ema: Rate = 0.0
     ema_warmup: bool = True
 
     @property
@@ -77,16 +77,16 @@ class RunConfig(Settings):
     """
 
     out: str = "runs/train"
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     precision: str = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     compile: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
-    save_minutes: float = 10
-    patience: int = 0
-    bad_losses: int = 3
+    save_minutes: NotNegative = 10
+    patience: Natural = 0
+    bad_losses: Count = 3
     tensorboard: bool = False
     wandb: str | None = None
 
@@ -114,17 +114,22 @@ class ModelConfig(Settings):
 
     name: str | None = None
     position: str | None = None
-    patch: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
+    patch: Count | None = None
+    width: Count | None = None
+    depth: Depth | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
     pool: str | None = None
     class_token: bool | None = None
-    drop_path: float = 0.0
-    jitter: float = 0.0
+    drop_path: Rate = 0.0
+    jitter: NotNegative = 0.0
     init: str = "default"
     options: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "none":
+            object.__setattr__(self, "name", None)
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,21 @@ def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
     return {argument: values[name] for name, argument in names.items() if values[name] is not None}
 
 
+def own_options(options: Mapping[str, Plain], decided: Mapping[str, str]) -> dict[str, Plain]:
+    """`model.options`, further arguments of a model.
+
+    Args:
+        decided: arguments that are none of them, and what decides on each.
+
+    Raises:
+        ConfigError: naming one of those.
+    """
+    for name in options:
+        if name in decided:
+            raise ConfigError(f"model.options: {name} is decided by {decided[name]}, leave it out")
+    return dict(options)
+
+
 def like_run(model: ModelConfig, init: str) -> ModelConfig:
     """What is open in `model` as it was in the run that is started from, where that is a run of ours."""
     path = Path(init).expanduser() / "config.yaml"
@@ -222,28 +242,12 @@ def like_run(model: ModelConfig, init: str) -> ModelConfig:
     return filled(model, {name: before.get(name) for name in names})
 
 
-def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
-    """Refuse numbers that cannot work, whatever is trained.
+def check_numbers(optim: OptimConfig) -> None:
+    """Refuse numbers that do not go together, whatever is trained.
 
     Raises:
         ConfigError: naming the setting, what it must be and what came.
     """
-    above_zero = {"optim.lr": optim.lr, "optim.epochs": optim.epochs, "optim.batch_size": optim.batch_size}
-    above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
-    above_zero |= {"optim.layer_decay": optim.layer_decay}
-    not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
-    not_negative |= {"optim.warmup_epochs": optim.warmup, "optim.min_lr": optim.min_lr or 0.0}
-    not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
-    for name, value in above_zero.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be 0 or above and finite, got {value}")
-    if not 0 <= optim.ema < 1:
-        raise ConfigError(f"optim.ema is the decay of an average, in [0, 1) (0: none), got {optim.ema}")
-    if optim.layer_decay > 1:
-        raise ConfigError(f"optim.layer_decay must be at most 1, got {optim.layer_decay}")
     if optim.accumulate > optim.batch_size:
         raise ConfigError(
             f"optim.accumulate cuts a batch into parts: at most optim.batch_size = {optim.batch_size} of them, "

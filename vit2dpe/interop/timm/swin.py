@@ -33,6 +33,7 @@ from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
 from ...models.timm_api import pretrained_cfg_of
 from .read import SWINS, refusal
+from .steps import Rename, keep_training
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 OWN_WORDS = {SwinTransformer: "relative(resize=geometric)", SwinTransformerV2: "logcpb"}  # as timm resizes a table
@@ -62,7 +63,8 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
-    return ours.to(like.device, like.dtype).train(theirs.training)
+    keep_training(ours, theirs, [Rename(f"attn.{name}", f"attn.position.{name}") for name in ("cpb_mlp", TABLE)])
+    return ours.to(like.device, like.dtype)
 
 
 def _own_weights(ours: Swin, state: State, kind: type[RelativeBias] | type[LogCPB]) -> State:

@@ -22,7 +22,7 @@ from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, check_run
-from ..settings import ModelConfig, TrainConfig, model_arguments, resolve
+from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve
 from ..tasks.classification import ImageTask
 from .base import Prepared, keep, run
 
@@ -76,15 +76,8 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def check_augment(augment: AugmentConfig) -> None:
-    for name in ("label_smoothing", "erase"):
-        if not 0 <= getattr(augment, name) < 1 + (name == "erase"):
-            raise ConfigError(f"augment.{name} must be in [0, 1{')]'[name == 'erase']}, got {getattr(augment, name)}")
-    if augment.crop is not None and not 0 < augment.crop <= 1:
-        raise ConfigError(f"augment.crop is the smallest share of the area that is kept, in (0, 1], got {augment.crop}")
     if augment.crop is not None and augment.shift:
         raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
-    if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
-        raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
     name, options = augment.policy
     if name not in AUGMENTATIONS:
         raise unknown("policy", name, AUGMENTATIONS)
@@ -119,11 +112,14 @@ def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> M
     arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
     if model.pool is not None and model.class_token is None:
         arguments["class_token"] = model.pool == "token"
+    if "" in (model.pool, model.options.get("global_pool")) and classes:
+        raise ConfigError("a classifier pools its tokens: --model.pool avg, token or map")
+    options = own_options(model.options, dict(num_classes="the data", in_chans="the data", device="run.device"))
     if model.name is None:
-        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | model.options)
+        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | options)
     if _takes_size(model.name):
         arguments["img_size"] = list(size)
-    return ModelSpec("timm", dict(model_name=model.name) | arguments | model.options)
+    return ModelSpec("timm", dict(model_name=model.name) | arguments | options)
 
 
 def _takes_size(name: str) -> bool:

@@ -86,8 +86,6 @@ def check(config: PretrainConfig) -> PretrainConfig:
             parse(position)
     if config.model.pool == "map":
         raise ConfigError("masking trains no attention pooling: --model.pool avg or token")
-    if config.pictures < 0:
-        raise ConfigError(f"pictures must be 0 or more, got {config.pictures}")
     size = likely_size(config)
     with torch.device("meta"):
         model = masked_model(masked_spec(config, size, 3).build())
