@@ -135,7 +135,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_data_are_read(args, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load_fitted", None)
     assert main(["train", "--run.out", str(tmp_path / "out"), *args]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -16,15 +16,14 @@ from ..models import Swin, ViT
 from ..models.spec import ModelSpec
 from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
-from ..spec import Numbers, Size, Sizes, Words, parse_terms
+from ..spec import Numbers, Plain, Size, Sizes, Words, filled, parse_terms, show_size
 from ..training.devices import pick_device, precision
 from ..training.objectives.images import check_augment
-from ..training.settings import OptimConfig, check_numbers, model_arguments, own_options
+from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
 from ..training.tasks.sequences import SEQUENCES
 from .settings import StudyConfig, resolve
 
 TASKS = ("images", "text", *SEQUENCES)
-SOURCES = ("digits", "folder", "cifar10")
 ARCHITECTURES = {"vit": "ViT", "swin": "Swin"}
 
 
@@ -107,8 +106,7 @@ def check(config: StudyConfig) -> Plan:
         raise unknown("task", config.task, TASKS)
     config, images = resolve(config), config.task == "images"
     if images:
-        if config.data.name not in SOURCES:
-            raise unknown("data source", config.data.name, SOURCES)
+        config = filled(config, _stand_ins(config))
         check_data(config.data)
         check_augment(config.augment)
     if config.arch not in ARCHITECTURES:
@@ -135,6 +133,14 @@ def check(config: StudyConfig) -> Plan:
     plan = Plan(config, encodings, tuple(dict.fromkeys(config.depths or (depth,))), train_size, sizes)
     _build(plan)
     return plan
+
+
+def _stand_ins(config: StudyConfig) -> dict[str, Plain]:
+    """What only the images decide, for the checks before they are read."""
+    patch = config.model.patch or of_size(config.data.size, photos=True)["model.patch"] or 4
+    side = int(str(patch)) * 8
+    size = show_size(config.data.size or (side, side))
+    return {"data.size": size, "sizes": size, "model.patch": patch, "augment.shift": 0}
 
 
 def _build(plan: Plan) -> None:

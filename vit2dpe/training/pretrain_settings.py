@@ -9,7 +9,7 @@ from typing import Annotated
 from ..data.settings import DataConfig, ViewConfig
 from ..ranges import Count, Depth, Part, Positive, Range
 from ..spec import Plain, Settings, changed, filled
-from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke
+from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke, photos_preset
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PretrainConfig(Settings):
     Args:
         model: the encoder.
         decoder: predicts the hidden patches; mae only.
-        data: the images; labels are not used.
+        data: the images; labels are not used, and one folder of images, or any tree of them, is enough.
         augment: random views of training images.
         optim: optimizer and schedule.
         run: where and how it runs.
@@ -72,6 +72,11 @@ class PretrainConfig(Settings):
     init: str | None = None
     smoke: bool = False
 
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Of photos that are named by their folder alone."""
+        return photos_preset(given)
+
 
 DECODERS: Mapping[str, Mapping[str, Plain]] = {  # presets of the decoder, by the data
     "digits": {"decoder.width": 32, "decoder.depth": 1, "decoder.heads": 4, "decoder.mlp_ratio": 2.0},
@@ -84,6 +89,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     mae = config.objective == "mae"
     named = {"model.position": "rope", "model.pool": "avg"} if mae else {}
     preset = image_preset(config.data, config.model, config.augment, named)
-    preset |= dict(DECODERS.get(config.data.name, DECODERS[""])) | {"mask_ratio": 0.75 if mae else 0.6, "norm_pix": mae}
+    preset |= dict(DECODERS.get(config.data.source, DECODERS[""])) | {
+        "mask_ratio": 0.75 if mae else 0.6,
+        "norm_pix": mae,
+    }
     config = filled(config, preset | {"optim.warmup_epochs": config.optim.warmup})
     return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config

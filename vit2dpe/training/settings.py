@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, TypeVar
 
-from ..data.settings import AugmentConfig, DataConfig, ViewConfig
+from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
 from ..errors import ConfigError
-from ..ranges import Count, Depth, Natural, NotNegative, Positive, Rate, Seed, Share, Threads
-from ..spec import Plain, Settings, changed, filled, plain
+from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, Seed, Share, Threads
+from ..spec import Plain, Settings, Size, changed, filled, flat, plain
+
+MANY = 5000  # training images from which on they are no few photos
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class RunConfig(Settings):
         compile: torch.compile the model.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
+        wait_minutes: under torchrun: how long processes wait for results that the first one alone makes at the end.
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
@@ -84,6 +88,7 @@ class RunConfig(Settings):
     compile: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
+    wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
     save_minutes: NotNegative = 10
     patience: Natural = 0
     bad_losses: Count = 3
@@ -159,6 +164,11 @@ class TrainConfig(Settings):
     init: str | None = None
     smoke: bool = False
 
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Of photos that are named by their folder alone."""
+        return photos_preset(given)
+
 
 # Presets of the data, by dotted names, for settings that are null. A named model has its own sizes.
 PRESETS: Mapping[str, Mapping[str, Plain]] = {
@@ -173,8 +183,20 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = {
 }  # fmt: skip
 
 
+def photos_preset(given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """The preset of photos that are named by `data.root` alone: batches of 32, and of few photos a quarter at most."""
+    root = given.get("data.root")
+    if given.get("data.name") or not root:
+        return {}
+    trained = count_files(str(root)) * 4 // 5
+    return {"optim.batch_size": 128 if trained > MANY else max(2, min(32, trained // 4))}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Every setting that is None filled from the preset of the data; `smoke` applied."""
+    """Every setting that is None filled from the preset of the data; `smoke` applied.
+
+    What depends on the size of the images stays open until they are read (`sized`).
+    """
     if config.init is not None:
         config = replace(config, model=like_run(config.model, config.init))
     named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
@@ -187,10 +209,37 @@ def image_preset(
     data: DataConfig, model: ModelConfig, augment: ViewConfig, named: Mapping[str, Plain]
 ) -> dict[str, Plain]:
     """The preset of the data, without a shift where images are cropped; `named`: that of a named model."""
-    preset = dict(PRESETS.get(data.name, PRESETS[""]))
+    preset = dict(PRESETS.get(data.source, PRESETS[""]))
+    if data.source not in PRESETS:
+        preset |= of_size(data.size or data.source_size, photos=data.name is None)
+    if data.root is None:
+        preset |= {"data.name": data.source}
     if model.name is not None:
         preset = {name: value for name, value in preset.items() if not name.startswith("model.")} | dict(named)
     return preset | ({"augment.shift": 0} if augment.crop is not None else {})
+
+
+def of_size(size: Size | None, *, photos: bool) -> dict[str, Plain]:
+    """Presets that depend on the size of training images, None where it is still open.
+
+    Args:
+        size: (H, W).
+        photos: whether patches and shifts grow with the size; else they are those of pictures of 32 pixels.
+    """
+    if size is None:
+        return dict.fromkeys(("model.patch", "augment.shift"))
+    return {"model.patch": patch_for(size), "augment.shift": min(size) // 8} if photos else {}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def sized(config: S, size: Size, *, photos: bool) -> S:
+    """The settings with what depended on the size of the images."""
+    own = {name: PRESETS[""][name] for name in ("model.patch", "augment.shift")} | of_size(size, photos=photos)
+    if flat(config)["model.name"] is not None:
+        del own["model.patch"]
+    return filled(config, own)
 
 
 def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
@@ -199,8 +248,13 @@ def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
     few = None if data.val_fraction else 2 * batch  # two images of every class, where a part is held out
     return {
         "data.limit_train": few, "data.limit_test": 40, "optim.epochs": 1, "optim.batch_size": batch,
-        "run.device": "cpu", "run.compile": False,
+        "optim.accumulate": parts_of(optim, batch), "run.device": "cpu", "run.compile": False,
     }  # fmt: skip
+
+
+def parts_of(optim: OptimConfig, batch: int) -> int:
+    """`accumulate` of a smaller batch: no more parts than samples, where that was so before."""
+    return min(optim.accumulate, batch) if optim.accumulate <= optim.batch_size else optim.accumulate
 
 
 def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
