@@ -30,6 +30,7 @@ from ...models.vit import ViT
 from ...resolution.apply import set_policy
 from ...spec import Term
 from .read import Recipe, read
+from .record import remember, without_source
 from .swin import from_timm_swin, to_timm_swin
 from .write import native_steps
 
@@ -75,6 +76,9 @@ def from_timm(
     theirs = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
     if weights is not None:
         read_weights(theirs, weights)
+    if isinstance(model, str) and (not pretrained or weights is not None):
+        # Drawn, or from a file: not the weights that timm names.
+        vars(theirs)["pretrained_cfg"] = without_source(pretrained_cfg_of(theirs))
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
         swin = from_timm_swin(theirs, position)
         if policy is not None:
@@ -86,11 +90,12 @@ def from_timm(
     if isinstance(position, str):
         position = with_own_options(position, recipe.position)
     same = position is None or (isinstance(position, str) and _names(position) == _names(recipe.position))
-    ours = recipe.model(recipe.position if position is None else position, **recipe.arguments | sizes)
+    built = recipe.position if position is None else position
+    ours = recipe.model(built, **recipe.arguments | sizes)
     complete = _load(ours, theirs, recipe, position)
-    ours.pretrained_cfg = pretrained_cfg_of(theirs)
     if same and complete:
         ours.timm_steps = recipe.steps
+    remember(ours, theirs, built, recipe.arguments | sizes)
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)

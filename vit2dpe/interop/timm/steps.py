@@ -87,12 +87,12 @@ class Reorder:
 
 def halves(width: int) -> tuple[int, ...]:
     """Pairs (i, i + Dh/2), as in DINOv3, become (2i, 2i+1)."""
-    return tuple(torch.arange(width).view(2, -1).t().flatten().tolist())
+    return tuple(torch.arange(width, device="cpu").view(2, -1).t().flatten().tolist())
 
 
 def columns_first(width: int) -> tuple[int, ...]:
     """Columns in the first half of a head's channels, as in rope-vit, become rows first."""
-    return tuple(torch.arange(width).roll(width // 2).tolist())
+    return tuple(torch.arange(width, device="cpu").roll(width // 2).tolist())
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ...models.spec import Arguments
 from ...models.swin.model import Swin
 from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
-from ...models.timm_api import pretrained_cfg_of
+from .record import remember
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 
@@ -42,7 +42,8 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         ConfigError: for a family or a part that is not covered.
     """
     v2 = _refuse(theirs)
-    ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
+    built, arguments = position or ("logcpb" if v2 else "relative"), _arguments(theirs, v2) | kwargs
+    ours = Swin(built, **arguments)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks are left out where another encoding's parameters are drawn.
@@ -50,7 +51,7 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state = {name: value for name, value in state.items() if "bias_table" not in name and "cpb_mlp" not in name}
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
-    ours.pretrained_cfg = pretrained_cfg_of(theirs)
+    remember(ours, theirs, built, arguments)
     like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
 
