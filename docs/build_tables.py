@@ -90,7 +90,7 @@ makes its own.
 ![every encoding, drawn](gallery.png)
 
 *`vit2dpe show all --grid 9x14`: similarity of token vectors, mean cosine of rotations, bias per head, seen from the
-circled place.*
+circled place. `vit2dpe show --run RUN` draws those of a trained model.*
 
 Sums are written `sincos+rope`, options `rope(base=10)`. A new one: [adding-an-encoding.md](adding-an-encoding.md).
 

@@ -16,10 +16,9 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown
 
-from vit2dpe import load_run, use_policy
+from vit2dpe import attention_maps, load_run, use_policy
 from vit2dpe.attention.maps import summary
 from vit2dpe.data.datasets import load_images, normalize, resize
-from vit2dpe.plots.encodings import attention
 from vit2dpe.study import StudyConfig, read_rows, report, study
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -123,7 +122,7 @@ figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, l
 big = normalize(resize(images[:1], (48, 48)), data.mean, data.std)
 looks = {}
 for policy in ("extrapolate", "interpolate"):
-    with torch.no_grad(), use_policy(models["rope"], policy), attention(models["rope"]) as maps:
+    with torch.no_grad(), use_policy(models["rope"], policy), attention_maps(models["rope"]) as maps:
         models["rope"](big)
     last = list(maps.values())[-1]
     looks[policy] = last[0, :, 6 * 12 + 6].mean(dim=0).view(12, 12)

@@ -324,7 +324,7 @@ def test_only_without_places_may_patches_be_permuted(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(global_pool="max"), "unknown global_pool 'max'"),
+        (dict(global_pool="median"), "unknown global_pool 'median'"),
         (dict(embed_dim=30, num_heads=4), "got 30 and 4"),
         (dict(position="rop"), "unknown encoding 'rop'; did you mean 'rope'"),
         (dict(position=3), "a word or a PositionEncoding, got int"),

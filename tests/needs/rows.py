@@ -21,14 +21,20 @@ NEEDS = {
     "A13": ("a LookHere query that may look at nothing", "LookHere"),
     # Models and checkpoints
     "B1": ("original files that timm reads", "dinov2#120, #270, #321, timm#2014"),
+    "B1a": ("an original file of another size than the name's, at its own size", "fine-tuned at another resolution"),
     "B2": ("a trained table stays when its encoding is named", "transformers#35411, dinov2#270"),
     "B3": ("vision checkpoints of transformers and torchvision", "transformers#26219, tao-pytorch#87, DEIMv2#68"),
     "B4": ("other channels and classes than the file's", "timm#2445, #2780, torchgeo#2324"),
+    "B4a": ("--init and timm's loader with other channels and classes", "models of ours"),
     "B5": ("a timm model that was built by its class", "VisionTransformer(...)"),
+    "B5a": ("every option of its class", "global_pool, fc_norm, reg_tokens, rates"),
+    "B5b": ("a timm model that is wrapped, in half precision, or on the meta device", "torch.compile, DDP, averages"),
+    "B5c": ("rates of dropout and of stochastic depth of a Swin", "fine-tuning"),
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
     "B9": ("the rest of timm's ViT: masks, causal attention, attributes", "timm#2686, dinov3#112"),
+    "B9a": ("pooling by the largest, in the head and at a call", "global_pool='avgmax'"),
     "B10": ("weights of torch's own Transformer, in and out", "nn.TransformerEncoder, nn.TransformerDecoder"),
     "B11": ("a Swin of timm at a size that windows do not divide", "README: the same function"),
     "B12": ("an optimizer that was made before another input size", "set_input_size"),
@@ -72,9 +78,13 @@ NEEDS = {
     "E8": ("texts packed without a dense mask", "varlen"),
     # Looking inside
     "F1": ("a table of depth and encoding for images", "--depths"),
+    "F1a": ("a text study that goes on with other numbers of depths", "--depths"),
     "F2": ("pictures of a trained encoding", "show --run"),
     "F3": ("maps of a model that is not ours", "attention_maps(timm_model)"),
     "F4": ("letters of other scripts in pictures", "missing glyphs"),
+    "F4a": ("folders whose names are not UTF-8 in reports and on the screen", "surrogates"),
+    "F4b": ("a picture that cannot be written, and its suffix", "show --out"),
+    "F4c": ("whose attention to an image can be drawn", "other channels, a SimMIM of a Swin, a name that timm lacks"),
 }
 
 OPEN = {

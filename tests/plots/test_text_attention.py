@@ -72,7 +72,7 @@ def test_the_command(runs, tmp_path, capsys):
     assert main(["show", "--attention", "--text", "to be", "--size", "8", "--run", str(runs / "causal")]) == 2
     assert "--text SENTENCE with --run" in capsys.readouterr().err
     assert main(["show", "--text", "to be", "--run", str(runs / "causal")]) == 2
-    assert "--text, --run: add --attention" in capsys.readouterr().err
+    assert "--text: add --attention" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
     for name, kind in (("causal", "TextDecoder"), ("translate", "Seq2Seq")):
         command = ["show", "--attention", "--image", str(tmp_path / "cat.png"), "--run", str(runs / name)]

@@ -200,6 +200,7 @@ const svg = document.querySelector("#top1 svg"); svg.focus();
 for (const key of ["ArrowRight", "ArrowRight"]) svg.dispatchEvent(new KeyboardEvent("keydown", {key}));
 out.tip = document.querySelector("#top1 .tip").textContent; out.said = document.getElementById("said").textContent;
 svg.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"})); out.tips = n(".tip");
+out.heat = n("#heatmap td");
 out.policies = n("#policycharts .line"); out.resources = performance.getEntriesByType("resource").length;
 document.body.replaceChildren(); document.body.append("PROBE" + JSON.stringify(out) + "PROBE");
 </script></body>"""
@@ -227,4 +228,5 @@ def test_in_a_browser(width, tmp_path):
     assert "rope 78.0% ± 1.0%" in found["said"]
     assert found["tips"] == 0
     assert found["policies"] == 2
+    assert found["heat"] == 6, "of rope, at each size"
     assert found["width"] <= max(width, 500)  # a headless window may refuse to be narrower than 500

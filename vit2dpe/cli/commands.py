@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any, NamedTuple
 
 from .. import __version__
@@ -97,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     One line says why; VIT2DPE_DEBUG=1 shows where.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no UTF-8
     family = bool(args) and any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
     name, rest = " ".join(args[: 1 + family]), args[1 + family :]
     if not args or args[0] in ("-h", "--help") or (family and args[1:2] in ([], ["-h"], ["--help"])):

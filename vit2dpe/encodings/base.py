@@ -200,7 +200,10 @@ class PositionEncoding(nn.Module):
         """Become that of one block, of so many. Most are the same in each."""
 
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        """Make another grid the one that tables are learned on. Formulas have nothing to change."""
+        """Make another grid the one that tables are learned on. Formulas have nothing to change.
+
+        A table stays the Parameter that it is (`tables.replace`), so that an optimizer made before trains it.
+        """
 
     @final  # type: ignore[misc]
     def forward(self, q: Positions, k: Positions | None = None) -> Signal:

@@ -9,6 +9,17 @@ from torch import Tensor
 from ..positions import Positions, checkable
 
 
+def replace(parameter: Tensor, value: Tensor) -> None:
+    """Other values for a parameter, of another shape too; it stays the object that an optimizer was given.
+
+    A gradient of another shape is dropped. What an optimizer keeps for a parameter (moments) has the old shape: torch
+    refuses its next step.
+    """
+    if value.shape != parameter.shape:
+        parameter.grad = None
+    parameter.data = value
+
+
 def resize(
     table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True, offset: float = 0.0
 ) -> Tensor:

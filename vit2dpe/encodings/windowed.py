@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import flat_index, resize
+from .tables import flat_index, replace, resize
 
 
 class WindowedTable(PositionEncoding):
@@ -52,7 +52,7 @@ class WindowedTable(PositionEncoding):
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
         table = resize(self.pos_embed[0].movedim(-1, 0), tuple(grid))
-        self.pos_embed = nn.Parameter(table.movedim(0, -1)[None].contiguous(), self.pos_embed.requires_grad)
+        replace(self.pos_embed, table.movedim(0, -1)[None].contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:

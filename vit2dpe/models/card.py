@@ -201,7 +201,7 @@ def _rows(results: Results | None) -> list[Measured]:
     needed = {"policy", "temperature", "mode", "train_height", "train_width", "height", "width", "top1", "n"}
     if missing := needed - set(rows[0] if rows else ()):
         raise ConfigError(f"results must be rows of sweep, they lack {', '.join(sorted(missing))}")
-    if len(several := {(row.get("encoding"), row.get("seed")) for row in rows}) > 1:
+    if len(several := {(row.get("encoding"), row.get("seed"), row.get("depth")) for row in rows}) > 1:
         raise ConfigError(f"results must be those of this model alone, they are of {len(several)} models")
     measured = []
     for row in rows:

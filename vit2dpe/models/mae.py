@@ -125,7 +125,8 @@ class MAE(MaskedModel):
             mask: (B, N), 0 kept, 1 hidden.
         """
         keep, mask = self.choose(images, mask_ratio, noise, generator)
-        prediction = self.decode(self.encoder.forward_features(images, partial(keep_tokens, index=keep)), keep, images)
+        latent = self.encoder.forward_features(images, token_filter=partial(keep_tokens, index=keep))
+        prediction = self.decode(latent, keep, images)
         loss = (prediction.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum(), prediction, mask
 

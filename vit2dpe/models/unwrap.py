@@ -42,6 +42,13 @@ def _without_parts(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in INSIDE) if "_" in name else name
 
 
+def unwrapped_module(model: nn.Module) -> nn.Module:
+    """The model that torch.compile, DDP, FSDP or an average of weights was put around, however nested."""
+    while inner := next((part for n, part in model.named_children() if n in INSIDE | {"module"}), None):
+        model = inner
+    return model
+
+
 def rewrite(state_dict: State, state: State) -> None:
     """Replace the contents of `state_dict` by `state`, where names differ."""
     if state.keys() != state_dict.keys():

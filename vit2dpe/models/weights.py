@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..encodings import LearnedTable, MixedRoPE, PositionEncoding, Sum, named_encodings
@@ -43,6 +44,12 @@ def convert_state_dict(module: TimmViT, state_dict: State, prefix: str, *_: Rest
     _fold_flat_table(module, state_dict, prefix)
     _drop_formula(module, state_dict, prefix)
     resize_tables(module, module.train_extent, state_dict, prefix)
+
+
+def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A kernel (D, C, p, p) for images of other channels, as timm does: summed for one, else repeated and scaled."""
+    adapted: Tensor = adapt_input_conv(channels, kernel, base_chans=kernel.shape[1])
+    return adapted
 
 
 def _from_dinov2(state: State) -> State:

@@ -18,6 +18,7 @@ from ..data.datasets import normalize
 from ..data.decode import Unreadable, decode
 from ..errors import ConfigError, DataError
 from ..models import ViT
+from ..models.masked import MaskedModel
 from ..models.timm_api import PretrainedCfg, pretrained_cfg_of
 from .figures import HEADS, choose_blocks, new_figure, save_figure
 
@@ -91,14 +92,20 @@ def save(model: nn.Module, file: str | Path, out: str | Path, size: tuple[int, i
         DataError: if the file cannot be read.
     """
     cfg: PretrainedCfg = getattr(model, "about", None) or pretrained_cfg_of(model)
-    vit = getattr(model, "encoder", model)
+    vit = model.encoder if isinstance(model, MaskedModel) else model
     if not isinstance(vit, ViT):
         hint = "; vit2dpe.from_timm makes one of it" if type(model).__module__.startswith("timm.") else ""
+        inside = "" if vit is model else f" around a {type(vit).__name__}"
         raise ConfigError(
-            f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{hint}"
+            f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{inside}{hint}"
         )
     size = size or vit.patch_embed.img_size
     channels = vit.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"this {type(vit).__name__} takes images of {channels} channels, a file has 3: "
+            "vit2dpe.plots.attention.draw takes them as a tensor"
+        )
     mean, std = (tuple(values or [0.5] * channels) for values in (cfg.get("mean"), cfg.get("std")))
     try:
         pixels, _ = decode(file, size)

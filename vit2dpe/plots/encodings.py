@@ -73,7 +73,7 @@ def draw(
                 rows.append((name, [Panel("text", fill(shorten(f"refused: {error}", 140), 75))]))
     if not rows:
         raise ConfigError("name at least one encoding to draw, or 'all'")
-    return _figure(rows, dims.grid)
+    return figure_of(rows)
 
 
 def save(
@@ -91,27 +91,38 @@ def save(
 
 def _rows(spec: str, dims: Dims, seed: int) -> Iterator[tuple[str, list[Panel]]]:
     """(title, panels) of each term of a sum, then of fields that several terms give together."""
-    signals, fields, note = list[Signal](), list[str](), ""
+    each, note = list[tuple[str, PositionEncoding]](), ""
     for name, options in parse(spec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoding = ENCODINGS[name](dims, **options).eval()
-        signals.append(from_centre(encoding, dims.grid))
-        fields += encoding.gives
         learned = " (at initialisation)" if any(True for _ in encoding.parameters()) else ""
         note = note or learned
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
-        yield (f"{name}({listed})" if listed else name) + learned, panels(encoding.gives, signals[-1], dims.grid)
+        each.append(((f"{name}({listed})" if listed else name) + learned, encoding))
+    yield from panels_of(each, dims.grid, f"{spec}, summed{note}")
+
+
+def panels_of(
+    each: Sequence[tuple[str, PositionEncoding]], grid: tuple[int, ...], summed: str
+) -> Iterator[tuple[str, list[Panel]]]:
+    """(title, panels) of each encoding on a grid, then, under the title `summed`, of fields that several give."""
+    signals, fields = list[Signal](), list[str]()
+    for title, encoding in each:
+        signals.append(from_centre(encoding, grid))
+        fields += encoding.gives
+        yield title, panels(encoding.gives, signals[-1], grid)
     if several := frozenset(field for field in fields if fields.count(field) > 1):
-        yield f"{spec}, summed{note}", panels(several, reduce(Signal.plus, signals), dims.grid)
+        yield summed, panels(several, reduce(Signal.plus, signals), grid)
 
 
 @torch.no_grad()
 def from_centre(encoding: PositionEncoding, grid: tuple[int, ...]) -> Signal:
     """The Signal of one query in the centre and keys at all N places, with the vectors (1, N, D) of them all."""
-    at = Positions.grid(grid)
+    device = next((parameter.device for parameter in encoding.parameters()), None)
+    at = Positions.grid(grid, device)
     centre = [size // 2 for size in grid]
-    here = Positions(torch.tensor([[centre]], dtype=torch.float32), grid)
+    here = Positions(torch.tensor([[centre]], dtype=torch.float32, device=device), grid)
     return encoding(here, at)._replace(token=encoding(at, here).token)  # N logits, not N x N
 
 
@@ -150,19 +161,41 @@ def bias(signal: Signal) -> Tensor:
     return total.masked_fill(total < HIDDEN, float("nan"))
 
 
-def _figure(rows: list[tuple[str, list[Panel]]], grid: tuple[int, ...]) -> Figure:
-    """Rows of panels; all sizes are inches, so that a panel looks the same in any figure."""
+class _Size(NamedTuple):
+    """Inches of the panels of a row: their own, and of what is between them and beside the last of a kind."""
+
+    width: float
+    height: float
+    between: float
+    bar: float
+
+
+def _size(row: Sequence[Panel]) -> _Size:
+    grid = row[0].values.shape
+    if row[0].kind == "text" or len(grid) == 1:
+        return _Size(2.4, 1.5, 0.8, 0.0)
     cell = 2.2 / max(grid)
-    width, height = (2.4, 1.5) if len(grid) == 1 else (max(cell * grid[1], 1.9), max(cell * grid[0], 0.6))
-    between, bar = (0.8, 0.0) if len(grid) == 1 else (0.6, 0.75)
+    return _Size(max(cell * grid[1], 1.9), max(cell * grid[0], 0.6), 0.6, 0.75)
+
+
+def figure_of(rows: Sequence[tuple[str, list[Panel]]]) -> Figure:
+    """Rows of panels; all sizes are inches, so that a panel looks the same in any figure."""
     left, above, below = 0.75, 0.55, 0.55
-    wide = max(left + len(row) * (width + between) + bar * len({p.kind for p in row}) for _, row in rows)
-    tall = [0.8 if row[0].kind == "text" else above + height + below for _, row in rows]
+    sizes = [_size(row) for _, row in rows]
+    wide = max(
+        left + len(row) * (size.width + size.between) + size.bar * len({p.kind for p in row})
+        for (_, row), size in zip(rows, sizes, strict=True)
+    )
+    wide = max(wide, *(0.095 * len(title) + 1.0 for title, _ in rows))
+    tall = [
+        0.8 if row[0].kind == "text" else above + size.height + below
+        for (_, row), size in zip(rows, sizes, strict=True)
+    ]
     figure = new_figure(max(wide, 5.0), sum(tall))
     inch_x, inch_y = 1 / figure.get_size_inches()
     scales = {kind: _scale(kind, [p for _, row in rows for p in row if p.kind == kind]) for kind in KINDS}
     top = sum(tall)
-    for (title, row), high in zip(rows, tall, strict=True):
+    for (title, row), high, (width, height, between, bar) in zip(rows, tall, sizes, strict=True):
         figure.text(left * inch_x, (top - 0.27) * inch_y, title, fontsize=11, fontweight="bold")
         x = left
         for panel, after in zip(row, [*row[1:], None], strict=True):

@@ -28,10 +28,23 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: float | None = None) -> Path:
-    """Write a figure into a file; its suffix selects the format (.png, .svg, .pdf), and its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi="figure" if dpi is None else dpi)
+    """Write a figure into a file; its suffix selects the format (.png, .svg, .pdf), without one .png is added. Its
+    folder is made.
+
+    Raises:
+        ConfigError: for a suffix of no format, and a path that cannot be written.
+    """
+    path, formats = Path(path), figure.canvas.get_supported_filetypes()
+    path = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
+    suffix = path.suffix.lower()[1:]
+    if suffix not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise ConfigError(f"a picture's suffix says its format: one of {known}; got {str(path)!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi="figure" if dpi is None else dpi, format=suffix)
+    except OSError as error:
+        raise ConfigError(f"cannot write the picture {path}: {error.strerror or error}") from None
     return path
 
 

@@ -20,6 +20,7 @@ from ..models.text.model import TextModel
 from ..models.text.seq2seq import Seq2Seq
 from ..models.text.translate import translate
 from .figures import HEADS, choose_blocks, new_figure, save_figure
+from .letters import legible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,11 +37,15 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
 
     Args:
         maps: (1, H, queries, keys) by the name of the attention.
-        queries, keys: names of the tokens.
+        queries, keys: names of the tokens; letters that no font here has, and those that cannot be seen, are written
+            by their numbers.
     """
     chosen = choose_blocks(list(maps))
     columns = 1 + min(HEADS, max(one.shape[1] for one in maps.values()))
-    wide, high = (max(2.4, 0.13 * len(tokens) + 1.0) for tokens in (keys, queries))
+    written = legible([token.translate(MARKS) for token in (*queries, *keys)])
+    names = written.texts
+    beside = max(1.0, 0.4 + 0.07 * max(map(len, names)))  # inches, of the longest name
+    wide, high = (max(2.4, 0.13 * len(tokens) + beside) for tokens in (keys, queries))
     figure = new_figure(columns * wide, len(chosen) * (high + 0.3) + 0.4, "constrained")
     for name, row in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
         one = maps[name][0]
@@ -49,9 +54,12 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
             ax.axis("off")
         for ax, (label, values) in zip(row, panels, strict=False):
             ax.imshow(values.numpy(), vmin=0.0, cmap="viridis", aspect="equal")
-            ax.set_xticks(range(len(keys)), [token.translate(MARKS) for token in keys], rotation=90, fontsize=7)
-            ax.set_yticks(range(len(queries)), [token.translate(MARKS) for token in queries], fontsize=7)
+            ax.set_xticks(range(len(keys)), names[len(queries) :], rotation=90, fontsize=7)
+            ax.set_yticks(range(len(queries)), names[: len(queries)], fontsize=7)
             ax.set_title(f"{label}, to {float(values.max()):.2g}", fontsize=9)
+            ax.set_ylabel("query" if ax is row[0] else "", fontsize=8)
+            ax.set_xlabel("key" if name == chosen[-1] else "", fontsize=8)
+            written.style([*ax.get_xticklabels(), *ax.get_yticklabels()])
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -86,12 +86,17 @@ class Point(NamedTuple):
 
 @dataclass
 class Series:
-    """A line of the charts; `train`: the side of training images, `first`: whether it is the default policy."""
+    """A line of the charts; `train`: the side of training images, `first`: whether it is the default policy.
+
+    `mode` is that of a chart, in which a study of several depths names the depth; `part` is without.
+    """
 
     name: str
     study: int
     policy: str
     mode: str
+    part: str
+    depth: int | None
     first: bool
     train: float
     points: list[Point]
@@ -133,8 +138,13 @@ def merge(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:
     if not runs:
         raise DataError("name at least one folder with the results.csv of a study")
     path = Path(out)
-    write_atomically(path, page([read_study(run) for run in runs]).encode())
+    write_atomically(path, encoded(page([read_study(run) for run in runs])))
     return path
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; a byte of a file's name that is none is written as an escape."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def page(studies: Sequence[Study]) -> str:
@@ -150,7 +160,7 @@ def page(studies: Sequence[Study]) -> str:
         series=[one.json() for one in series],
         studies=names,
         names=list(dict.fromkeys(one.name for one in series)),
-        modes=sorted(dict.fromkeys(one.mode for one in series), key=lambda mode: mode != "scale"),
+        modes=sorted(dict.fromkeys(one.mode for one in series), key=lambda mode: not mode.startswith("scale")),
         measures=[dict(key=key, **MEASURES[key]._asdict()) for key in measures],
         train=[1.0] if relative else sorted({one.train for one in series}),
         axis="size / size in training" if relative else metric.scale,
@@ -174,18 +184,20 @@ def _template() -> Template:
 
 def _series(study: Study, index: int) -> Iterator[Series]:
     """A line for each encoding, policy, temperature and mode: mean, deviation and count over seeds at each size."""
-    lines: dict[tuple[str, str, str, tuple[float, float]], dict[tuple[float, float], dict[str, list[float]]]] = {}
+    Line = tuple[str, str, str, str, int | None, tuple[float, float]]
+    lines: dict[Line, dict[tuple[float, float], dict[str, list[float]]]] = {}
     first: dict[str, str] = {}
     for row in study.rows:
         policy = row.policy + ("" if row.temperature == "none" else f" · {row.temperature}")
         first.setdefault(row.encoding, policy)
-        sizes = lines.setdefault((row.encoding, policy, row.mode, row.train_size), {})
+        line = (row.encoding, policy, row.panel, row.part, row.blocks, row.train_size)
+        sizes = lines.setdefault(line, {})
         at_size = sizes.setdefault(row.size, {})
         measured = {row.metric: row.value} | (dict(top1=row.top1, loss=row.loss) if row.metric in METRICS else {})
         for key, value in measured.items():
             if key in MEASURES and value is not None and math.isfinite(value):
                 at_size.setdefault(key, []).append(value)
-    for (name, policy, mode, train), sizes in lines.items():
+    for (name, policy, mode, part, depth, train), sizes in lines.items():
         points = []
         for size, at_size in sorted(sizes.items(), key=lambda item: math.prod(item[0])):
             values = {
@@ -193,7 +205,7 @@ def _series(study: Study, index: int) -> Iterator[Series]:
                 for key, v in at_size.items()
             }
             points.append(Point(_side(size), spell(size), values))
-        yield Series(name, index, policy, mode, policy == first[name], _side(train), points)
+        yield Series(name, index, policy, mode, part, depth, policy == first[name], _side(train), points)
 
 
 def _losses(series: Sequence[Series], names: Sequence[str], relative: bool) -> Table:
@@ -208,7 +220,9 @@ def _losses(series: Sequence[Series], names: Sequence[str], relative: bool) -> T
     for one in series:
         groups.setdefault((one.study, one.mode, one.name), []).append(one)
     rows = []
-    for (study, mode, name), group in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "scale")):
+    for (study, mode, name), group in sorted(
+        groups.items(), key=lambda item: (item[0][0], not item[0][1].startswith("scale"))
+    ):
         changes = {one.policy: change(one) for one in group}
         default = next((one.policy for one in group if one.first), group[0].policy)
         best = max(changes, key=lambda policy: sum(value.mean for value in changes[policy] if value))

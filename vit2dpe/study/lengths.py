@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,8 +107,11 @@ class Perplexity(OverLengths):
     def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
         device = next(model.parameters()).device
         for part, score in text_scores(model, self.text.val, length, device).items():
-            mode = part if len(self.plan.depths) == 1 else f"{part}, depth {trial.depth}"
-            yield mode, "perplexity", math.exp(score.loss), score
+            yield part, "perplexity", math.exp(score.loss), score
+
+    def label(self, row: Row, trial: Trial) -> Row:
+        row = replace(super().label(row, trial), mode=row.part)
+        return replace(row, mode=row.panel)
 
 
 @dataclass(frozen=True, kw_only=True)

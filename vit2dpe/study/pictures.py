@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .rows import Row
-from .tables import default_rows, metric_of, over_depth, spell
+from .tables import default_rows, depths_of, metric_of, over_depth, spell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,25 +20,35 @@ MODES = {"scale": ": the same picture with more pixels", "canvas": ": more conte
 def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | None = None, status: str = "") -> Figure:
     """The metric over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
 
-    Sequences of one length: over depth. Before a trial is finished the panel shows the training loss of `curves`.
+    A study of several depths has a row of panels for each of them. Sequences of one length: over
+    depth. Before a trial is finished the panel shows the training loss of `curves`.
     """
     from matplotlib.figure import Figure
 
     metric, depths = metric_of(rows), over_depth(rows)
     status = f" ({status})" if status else ""
-    modes = [""] if depths or not rows else list(dict.fromkeys(row.mode for row in rows))
-    size = (6.2, 4.2) if depths else (6.2 * len(modes) + 1.6, 5)
+    modes = [""] if depths or not rows else list(dict.fromkeys(row.panel for row in rows))
+    across = len(dict.fromkeys(row.part for row in rows)) if depths_of(rows) and not depths else len(modes)
+    down = math.ceil(len(modes) / across)
+    size = (6.2, 4.2) if depths else (6.2 * across + 1.6, 5 if down == 1 else 3.6 * down + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(modes), squeeze=False)[0]
+    panels = figure.subplots(down, across, squeeze=False, sharey=down > 1).flat
     if depths:
         _depth_panel(panels[0], rows)
     elif rows:
         colours = {encoding: f"C{i}" for i, encoding in enumerate(dict.fromkeys(row.encoding for row in rows))}
-        for panel, mode in zip(panels, modes, strict=True):
-            _panel(panel, [row for row in rows if row.mode == mode], colours)
-            panel.set_title(mode + MODES.get(mode, ""), fontsize=10)
-        panels[0].set_ylabel(metric.unit)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+        for panel in panels[len(modes) :]:
+            panel.axis("off")
+        for panel, mode in zip(panels, modes, strict=False):
+            shown = [row for row in rows if row.panel == mode]
+            _panel(panel, shown, colours)
+            panel.set_title(mode + MODES.get(shown[0].part, ""), fontsize=10)
+        for panel in panels[::across]:
+            panel.set_ylabel(metric.unit)
+        handles = panels[0].get_legend_handles_labels()
+        legend = figure.legend(*handles, loc="outside right upper", fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names of other people's models
     else:
         for name, curve in (curves or {}).items():
             panels[0].plot(*zip(*curve, strict=True), label=name)

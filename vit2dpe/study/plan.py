@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Plan:
 
     Args:
         config: with the presets of its task and data filled in.
-        encodings, depths: each encoding is trained at each depth (images: at one).
+        encodings, depths: each encoding is trained at each depth; a swin has its stages instead.
         train_size, sizes: (height, width) in pixels; of text and sequences (1, tokens).
     """
 
@@ -121,6 +122,8 @@ def check(config: StudyConfig) -> Plan:
         raise ConfigError(
             f"finetune is a number of epochs, 0 or more, of arch vit; got {config.finetune}, {config.arch}"
         )
+    if config.depths and config.arch != "vit":
+        raise ConfigError(f"depths are those of arch vit; the blocks of a {config.arch} are its stages: --stages 2,2")
     length, depth = config.train_length or 0, config.model.depth or 0
     train_size, sizes = (1, length), tuple((1, length) for length in config.lengths or (length,))
     if images:
@@ -130,7 +133,7 @@ def check(config: StudyConfig) -> Plan:
         raise ConfigError(f"a study needs at least one encoding, one {what}, one seed and one epoch")
     check_numbers(replace(config.optim, warmup_epochs=0), config.run)  # short studies may warm up to their end
     precision(config.run.precision, pick_device(config.run.device))
-    plan = Plan(config, encodings, config.depths or (depth,), train_size, sizes)
+    plan = Plan(config, encodings, tuple(dict.fromkeys(config.depths or (depth,))), train_size, sizes)
     _build(plan)
     return plan
 
@@ -138,8 +141,8 @@ def check(config: StudyConfig) -> Plan:
 def _build(plan: Plan) -> None:
     """Every encoding's model, without memory for its weights; its patches have to fit every size."""
     with torch.device("meta"):
-        for encoding in plan.encodings:
-            model = plan.model_spec(Trial(encoding, plan.depths[0], seed=0), classes=2).build()
+        for encoding, depth in product(plan.encodings, plan.depths):
+            model = plan.model_spec(Trial(encoding, depth, seed=0), classes=2).build()
             if isinstance(model, ViT | Swin):
                 for size in (plan.train_size, *plan.sizes):
                     model.patch_embed.grid(*size)

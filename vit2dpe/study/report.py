@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +14,14 @@ from ..errors import ConfigError
 from ..files import write_atomically
 from ..spec import Settings, plain
 from ..training.run_folder import environment
-from .html import Facts, Study, page
+from .heatmaps import draw as draw_cells
+from .html import Facts, Study, encoded, page
 from .pictures import draw
 from .rows import Row, to_csv
-from .tables import best, metric_of, table
+from .tables import best, depths_of, metric_of, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def about_study(command: str, config: Settings, device: torch.device, data: str, digest: str) -> Facts:
@@ -52,6 +57,11 @@ class Report:
         return self.out / "accuracy_vs_size.png"
 
     @property
+    def cells(self) -> Path:
+        """The heat-maps of a study of several depths."""
+        return self.out / "heatmaps.png"
+
+    @property
     def rows(self) -> list[Row]:
         """Of all finished trials, in the order of the plan, whichever was finished first."""
         return [row for i in sorted(self.trials) for row in self.trials[i]]
@@ -80,6 +90,8 @@ class Report:
         print(f"table    {self.out / 'results.csv'}")
         print(f"report   {self.out / 'report.html'}")
         print(f"picture  {self.picture}")
+        if depths_of(self.rows):
+            print(f"cells    {self.cells}")
         grid = "14x14" if metric_of(self.rows).over == "image size" else "64"
         print(
             f"next     vit2dpe show {' '.join(shlex.quote(encoding) for encoding in best(self.rows)[:2])} --grid {grid}"
@@ -88,10 +100,9 @@ class Report:
 
     def _draw(self, status: str) -> None:
         self.drawn = time.monotonic()
-        figure = draw(self.rows, self.curves, status)
-        temporary = self.picture.with_name(f".{self.picture.name}.tmp.png")
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(self.picture)
+        _save(draw(self.rows, self.curves, status), self.picture)
+        if depths_of(self.rows):
+            _save(draw_cells(self.rows), self.cells)
 
     def _write(self, minutes: float) -> None:
         done = len(self.trials)
@@ -110,11 +121,18 @@ class Report:
             "",
             "![accuracy over size](accuracy_vs_size.png)",
             "",
+            *(["![accuracy of each depth and size](heatmaps.png)", ""] if depths_of(self.rows) else []),
         ]
         text = "\n".join(lines)
-        write_atomically(self.out / "summary.md", text.encode())
+        write_atomically(self.out / "summary.md", encoded(text))
         study = Study(self.out.resolve().name, self.rows, self.about)
-        write_atomically(self.out / "report.html", page([study]).encode())
+        write_atomically(self.out / "report.html", encoded(page([study])))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
 
 
 def write_settings(out: Path, config: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ class Row:
         top1: accuracy in percent.
         loss: cross-entropy in nats.
         metric, value: a name in `tables.METRICS` and its number. Further metrics of a model are rows of their own.
+        depth: number of blocks, where a study has several.
     """
 
     encoding: str
@@ -45,6 +47,7 @@ class Row:
     n: float | None = None
     metric: str = "top1"
     value: float
+    depth: float | None = None
 
     @property
     def size(self) -> tuple[float, float]:
@@ -54,8 +57,26 @@ class Row:
     def train_size(self) -> tuple[float, float]:
         return self.train_height, self.train_width
 
+    @property
+    def blocks(self) -> int | None:
+        """The depth; older tables of sequences and of text have it in their mode alone."""
+        found = _DEPTH.search(self.mode)
+        return int(self.depth) if self.depth is not None else int(found[1]) if found else None
 
+    @property
+    def part(self) -> str:
+        """The mode without a depth; of sequences nothing is left."""
+        return _DEPTH.sub("", self.mode)
+
+    @property
+    def panel(self) -> str:
+        """Mode and depth, where there are several: the line of a table, the panel of a picture."""
+        return self.mode if self.depth is None or _DEPTH.search(self.mode) else f"{self.mode}, depth {self.blocks}"
+
+
+_DEPTH = re.compile(r"(?:, |^)depth (\d+)$")
 COLUMNS = tuple(field.name for field in fields(Row))
+_WHERE_USED = ("depth",)  # columns that stand in a table where one of its rows has a value
 _TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
 
 
@@ -63,8 +84,10 @@ def to_csv(rows: Iterable[Row]) -> str:
     """The table with its header; None is an empty field."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
+    rows = list(rows)
+    columns = [c for c in COLUMNS if c not in _WHERE_USED or any(getattr(row, c) is not None for row in rows)]
+    writer.writerow(columns)
+    writer.writerows([getattr(row, column) for column in columns] for row in rows)
     return text.getvalue()
 
 

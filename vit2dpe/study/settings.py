@@ -33,7 +33,7 @@ class StudyConfig(Settings):
         lengths: comma-separated lengths to measure at.
         embed_scale: factor on the embedding of words. They start at N(0, 0.02), which a learned table matches and sines
             of length √(width/2) drown; arXiv 1706.03762 takes √width.
-        depths: comma-separated numbers of blocks, each trained.
+        depths: comma-separated numbers of blocks, each trained, instead of model.depth; of a swin, give stages.
         modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
         policies: comma-separated resolution policies; "all" that an encoding can take, or "default".
         temperatures: comma-separated: none, log (logits x ln N / ln N_train), yarn.
@@ -120,7 +120,7 @@ _OF_IMAGES = (
     "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
     "augment.", "finetune",
 )  # fmt: skip
-_OF_SEQUENCES = ("train_length", "lengths", "embed_scale", "depths")
+_OF_SEQUENCES = ("train_length", "lengths", "embed_scale")
 _OF_NONE = ("model.name", "model.position", "model.init", "model.jitter", "optim.ema", "run.seed", "run.parallel")
 
 

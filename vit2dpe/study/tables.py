@@ -69,10 +69,23 @@ def over_depth(rows: Sequence[Row]) -> bool:
     return bool(rows) and rows[0].metric == "exact" and len({row.width for row in rows}) == 1
 
 
+def depths_of(rows: Iterable[Row]) -> list[int]:
+    """The numbers of blocks that these rows compare, in order; none where they are of one depth."""
+    depths = sorted({row.blocks for row in rows if row.blocks is not None})
+    return depths if len(depths) > 1 else []
+
+
+def size_of_training(rows: Sequence[Row]) -> tuple[float, float]:
+    """The size of training, or the measured one that is nearest to it."""
+    height, width = rows[0].train_size
+    return min((row.size for row in rows), key=lambda size: (abs(size[0] * size[1] - height * width), size))
+
+
 def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
     """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds.
 
-    Sequences of one length: over depth, a line for each encoding and policy.
+    Where a study has several depths a table of depth and encoding at the training size stands before it. Sequences of
+    one length: over depth alone, a line for each encoding and policy.
     """
     if over_depth(rows):
         modes = list(dict.fromkeys(row.mode for row in rows))
@@ -82,12 +95,29 @@ def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statisti
     sizes = sorted({row.size for row in rows}, key=lambda size: (size[0] * size[1], size))
     train, metric = {row.train_size for row in rows}, metric_of(rows)
     lines = _pivot(
-        rows, lambda row: (row.mode, row.encoding, row.policy, row.temperature), lambda row: row.size, sizes, spread
+        rows, lambda row: (row.panel, row.encoding, row.policy, row.temperature), lambda row: row.size, sizes, spread
     )
-    lines.sort(key=lambda line: line[0] != "scale")
+    lines.sort(key=lambda line: not line[0].startswith("scale"))
     heads = [f"**{spell(size)}**" if size in train else spell(size) for size in sizes]
     caption = f"{metric.name} over {metric.over}; that of training in bold"
-    return "\n".join([caption, "", *_markdown(["mode", "encoding", "policy", "temperature"], heads, lines)])
+    over_size = [caption, "", *_markdown(["mode", "encoding", "policy", "temperature"], heads, lines)]
+    return "\n".join([*_over_depth(rows, spread), *over_size])
+
+
+def _over_depth(rows: Sequence[Row], spread: Callable[[list[float]], float]) -> list[str]:
+    """The table of depth and encoding, each with its first policy; nothing where there is one depth."""
+    depths, metric = depths_of(rows), metric_of(rows)
+    if not depths:
+        return []
+    size = size_of_training(rows)
+    shown = [row for row in default_rows(rows) if row.size == size and row.blocks is not None]
+    lines = _pivot(shown, lambda row: (row.part, row.encoding, row.policy), lambda row: row.blocks or 0, depths, spread)
+    lines.sort(key=lambda line: line[0] != "scale")
+    caption = f"{metric.name} over depth, at {metric.over} {spell(size)}"
+    words, heads = ["mode", "encoding", "policy"], [f"depth {depth}" for depth in depths]
+    if not any(line[0] for line in lines):  # sequences have no mode
+        words, lines = words[1:], [line[1:] for line in lines]
+    return [caption, "", *_markdown(words, heads, lines), ""]
 
 
 def _pivot(

@@ -78,6 +78,10 @@ class Measure:
         """Measure the model that was trained in `folder`."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
+    def label(self, row: Row, trial: Trial) -> Row:
+        """A row of a trial as this study names it; it may have been measured in one of another number of depths."""
+        return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None)
+
 
 def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> list[Row]:
     """Rows of a trial: read where they are finished, else trained and measured. `out`: folder of all trials."""
@@ -85,13 +89,13 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     trained = training_settings(measure, trial)
     if plan.config.task == "images":  # the first version kept sizes as they were typed, 32x32 for 32
         typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
-        trained = typed if (out / folder_name(plan, trial, typed)).is_dir() else trained
-    folder = out / folder_name(plan, trial, trained)
+        trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
+    folder = _folder(out, plan, trial, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
     name = plan.model_name(trial)
     if results.is_file():
         print(f"{name}, seed {trial.seed}: finished before, read from {results}")
-        return read_rows(results)
+        return [measure.label(row, trial) for row in read_rows(results)]
     if _finished(folder, trained):
         model = load_run(folder, device)
     else:
@@ -100,7 +104,7 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about, final=final)
     rows = measure.rows(model.to(device), trial, folder)
     write_atomically(results, to_csv(rows).encode())
-    return read_rows(results)
+    return [measure.label(row, trial) for row in read_rows(results)]
 
 
 def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:
@@ -136,11 +140,14 @@ def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     return {name: value for name, value in more.items() if name.rpartition(".")[2] not in used} | used
 
 
-def folder_name(plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -> str:
-    """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; of images there is one depth."""
-    depth = "" if plan.config.task == "images" else f"-depth{trial.depth}"
+def _folder(out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -> Path:
+    """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; the depth where a study of images has
+    several. The digest says which folder it is, whichever study of them made it."""
     encoding = re.sub(r"[^A-Za-z0-9_.+=]+", "_", trial.encoding).strip("_")
-    return f"{encoding}{depth}-seed{trial.seed}-{digest_of(trained)}"
+    end = f"-seed{trial.seed}-{digest_of(trained)}"
+    named, short = out / f"{encoding}-depth{trial.depth}{end}", out / f"{encoding}{end}"
+    first, other = (named, short) if plan.config.task != "images" or len(plan.depths) > 1 else (short, named)
+    return other if other.is_dir() and not first.is_dir() else first
 
 
 def digest_of(settings: Plain) -> str:

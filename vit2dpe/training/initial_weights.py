@@ -30,14 +30,19 @@ class Loaded(NamedTuple):
     taken: list[str]
     left: list[str]  # of the model, not in the file or of another shape
     unused: list[str]  # of the file
+    adapted: tuple[str, ...] = ()  # of the taken ones, to other channels
 
     def __str__(self) -> str:
-        kept = f"; drawn anew: {_some(self.left)}" if self.left else ""
+        kept = f"; adapted to other channels: {_some(list(self.adapted))}" if self.adapted else ""
+        kept += f"; drawn anew: {_some(self.left)}" if self.left else ""
         return f"{len(self.taken)} tensors taken{kept}" + (f"; not used: {_some(self.unused)}" if self.unused else "")
 
 
 def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) -> Loaded:
     """Copy every tensor of `source` that fits into `model`, in place.
+
+    The kernel of the patches is adapted to images of other channels, as timm does; a head for other classes stays as it
+    was drawn. What is returned names both.
 
     Args:
         source: a run folder (its last/), a folder with model.json, a .safetensors, or a .pth of tensors.
@@ -49,6 +54,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
     path = Path(source).expanduser()
     state = _fitted(model, read_weights(path))
     own = model.state_dict()
+    adapted = _adapted(model, state, own)
     # In the model's order: files have their own.
     taken = [name for name, value in own.items() if name in state and state[name].shape == value.shape]
     left = [name for name in own if name not in taken]
@@ -62,7 +68,7 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
         )
     check_finite({name: state[name] for name in taken}, path)
     model.load_state_dict({name: state[name] for name in taken}, strict=False)
-    return Loaded(taken, left, unused)
+    return Loaded(taken, left, unused, adapted)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -156,6 +162,24 @@ def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(model, ViT):
         state = checkpoint_filter_fn(state, model)
     return state
+
+
+def _adapted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, ...]:
+    """Bring the first convolution of `state`, in place, to the channels of the model's; its name if they differed."""
+    from ..models.timm_api import pretrained_cfg_of
+    from ..models.weights import adapt_channels
+
+    first = pretrained_cfg_of(model).get("first_conv")
+    named = {f"{name}.weight" for name in ([first] if isinstance(first, str) else first or ())}
+    changed = []
+    for name in own:
+        if name not in state or not (name in named or name.endswith("patch_embed.proj.weight")):
+            continue
+        came, wanted = state[name].shape, own[name].shape
+        if len(came) == len(wanted) == 4 and came[1] != wanted[1] and (came[0], *came[2:]) == (wanted[0], *wanted[2:]):
+            state[name] = adapt_channels(state[name], wanted[1])
+            changed.append(name)
+    return tuple(changed)
 
 
 def _unwrapped(tree: Any, path: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...models.spec import Arguments
+from ...models.timm_api import POOLS
 
 TheirViT: TypeAlias = VisionTransformer | Eva | Beit | VisionTransformerRelPos
 
@@ -30,10 +31,15 @@ def arguments_of(theirs: TheirViT) -> Arguments:
     block, dim = theirs.blocks[0], theirs.embed_dim
     attn, mlp, norm = block.attn, block.mlp, block.norm1
     hidden = (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
+    embed = theirs.patch_embed
+    padded: bool = getattr(embed, "dynamic_img_pad", False)
+    # timm's tables are those of the whole patches of its size, in a model that pads too.
+    whole = tuple(n * p for n, p in zip(embed.grid_size, embed.patch_size, strict=True))
     arguments: Arguments = dict(
-        img_size=tuple(theirs.patch_embed.img_size),
-        patch_size=tuple(theirs.patch_embed.patch_size),
-        in_chans=theirs.patch_embed.proj.in_channels,
+        img_size=whole if padded else tuple(embed.img_size),
+        patch_size=tuple(embed.patch_size),
+        in_chans=embed.proj.in_channels,
+        dynamic_img_pad=padded,
         num_classes=theirs.num_classes,
         global_pool=theirs.global_pool,
         embed_dim=dim,
@@ -43,7 +49,7 @@ def arguments_of(theirs: TheirViT) -> Arguments:
         reg_tokens=0 if getattr(theirs, "reg_token", None) is None else theirs.reg_token.shape[1],
         norm_layer=_NORMS[type(norm).__name__],
         norm_eps=norm.eps,
-        embed_norm=not _is_identity(theirs.patch_embed, "norm"),
+        embed_norm=not _is_identity(embed, "norm"),
         pre_norm=not _is_identity(theirs, "norm_pre"),
         post_norm="Post" in type(block).__name__,
         final_norm=not (_is_identity(theirs, "norm") and _is_identity(theirs, "fc_norm")),
@@ -75,38 +81,48 @@ def arguments_of(theirs: TheirViT) -> Arguments:
 
 
 _NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}
-_ACTS = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+_ACTS = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
 
 
 def _refuse(theirs: TheirViT) -> None:
-    """Refuse parts that a model of ours cannot have."""
+    """Refuse parts that a model of ours cannot have: those of another kind first, then what is inside the others."""
     block = theirs.blocks[0]
     kinds = {type(part).__name__ for part in theirs.blocks}
     if len(kinds) > 1 or not hasattr(block, "attn") or not hasattr(block, "mlp"):
         raise ConfigError(f"blocks of another kind ({', '.join(sorted(kinds))}), which are not covered")
     attn, mlp, embed = block.attn, block.mlp, theirs.patch_embed
+    _raise(
+        {
+            "a patch embedding that is not one convolution": type(embed).__name__ != "PatchEmbed",
+            f"blocks of another kind ({type(block).__name__})": type(block).__name__ not in _BLOCKS,
+            f"attention of another kind ({type(attn).__name__})": type(attn).__name__ not in _ATTENTIONS,
+            f"an MLP of another kind ({type(mlp).__name__})": _mlp(mlp) == "",
+        }
+    )
     norms = [m for m in theirs.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm | RmsNorm)]
-    refused = {
-        "a patch embedding that is not one convolution": type(embed).__name__ != "PatchEmbed",
-        "an image padded to the patch": getattr(embed, "dynamic_img_pad", False),
-        f"blocks of another kind ({type(block).__name__})": type(block).__name__ not in _BLOCKS,
-        f"attention of another kind ({type(attn).__name__})": type(attn).__name__ not in _ATTENTIONS,
-        "fewer heads of keys than of queries": getattr(attn, "num_kv_groups", 1) != 1,
-        "a gate on the output of attention": getattr(attn, "gate", None) is not None,
-        "heads that do not make up the width": attn.proj.in_features != theirs.embed_dim,
-        "a bias of q, k and v in maps of their own": getattr(attn, "k_proj", None) is not None
-        and attn.k_proj.bias is not None,
-        f"an MLP of another kind ({type(mlp).__name__})": _mlp(mlp) == "",
-        f"an activation of another kind ({_act(mlp)})": _mlp(mlp) == "mlp" and _act(mlp) not in _ACTS,
-        "biases in the attention but not in the MLP": (attn.proj.bias is None) != (mlp.fc2.bias is None),
-        "LayerScale on attention alone": _gamma(block) and block.gamma_2 is None,
-        "norms of several kinds": len({(type(m).__name__, m.eps) for m in norms}) != 1,
-        "norms both before and after pooling": not (_is_identity(theirs, "norm") or _is_identity(theirs, "fc_norm")),
-        f"a pooling of another kind ({theirs.global_pool})": theirs.global_pool not in ("token", "avg", "map", ""),
-        "attention pooling of another kind": theirs.global_pool == "map"
-        and not (type(theirs.attn_pool) is AttentionPoolLatent and theirs.attn_pool.mlp is not None),
-        "a classifier of another kind": type(theirs.head) not in (nn.Linear, nn.Identity),
-    }
+    _raise(
+        {
+            "fewer heads of keys than of queries": getattr(attn, "num_kv_groups", 1) != 1,
+            "a gate on the output of attention": getattr(attn, "gate", None) is not None,
+            "heads that do not make up the width": attn.proj.in_features != theirs.embed_dim,
+            "a bias of q, k and v in maps of their own": getattr(attn, "k_proj", None) is not None
+            and attn.k_proj.bias is not None,
+            f"an activation of another kind ({_act(mlp)})": _mlp(mlp) == "mlp" and _act(mlp) not in _ACTS,
+            "biases in the attention but not in the MLP": (attn.proj.bias is None) != (mlp.fc2.bias is None),
+            "LayerScale on attention alone": _gamma(block) and block.gamma_2 is None,
+            "norms of several kinds": len({(type(m).__name__, m.eps) for m in norms}) != 1,
+            "norms both before and after pooling": not (
+                _is_identity(theirs, "norm") or _is_identity(theirs, "fc_norm")
+            ),
+            f"a pooling of another kind ({theirs.global_pool})": theirs.global_pool not in POOLS,
+            "attention pooling of another kind": theirs.global_pool == "map"
+            and not (type(theirs.attn_pool) is AttentionPoolLatent and theirs.attn_pool.mlp is not None),
+            "a classifier of another kind": type(theirs.head) not in (nn.Linear, nn.Identity),
+        }
+    )
+
+
+def _raise(refused: dict[str, bool]) -> None:
     reasons = [part for part, present in refused.items() if present]
     if reasons:
         raise ConfigError(f"it has {'; '.join(reasons)}, which is not covered")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
-import timm
 import torch
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models.swin_transformer import SwinTransformer
@@ -22,16 +21,19 @@ from torch import Tensor, nn
 from ...encodings import PositionEncoding, Sum, named_encodings
 from ...encodings.registry import parse
 from ...errors import CheckpointError, ConfigError
-from ...models.mae_names import State, encoder_of
+from ...models.mae_names import State
+from ...models.spec import Arguments
 from ...models.swin.model import Swin
-from ...models.timm_api import pair, pretrained_cfg_of
-from ...models.unwrap import unwrapped
+from ...models.timm_api import TimmModel, pair, pretrained_cfg_of
+from ...models.unwrap import unwrapped_module
 from ...models.vit import ViT
 from ...resolution.apply import set_policy
 from ...spec import Term
-from .read import Recipe, read
+from .names import create
+from .read import Recipe, read, refusal
 from .record import remember, without_source
-from .swin import from_timm_swin, to_timm_swin
+from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
+from .weights import create_with
 from .write import native_steps
 
 
@@ -49,7 +51,8 @@ def from_timm(
     """Our model with the weights of a timm model.
 
     Args:
-        model: a timm name, or a timm model.
+        model: a timm name, or a timm model, built by a name or by its class; what torch.compile, DDP and averages of
+            weights put around it is taken off.
         position: another encoding; default: its own, so that logits are equal. The weights that are not position are
             kept either way, and the rows that a table adds to leading tokens stay with them. A word that names the
             model's own encoding, alone or in a sum, keeps its weights and options too, but for the options that
@@ -62,9 +65,12 @@ def from_timm(
         patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
             arXiv 2212.08013), as timm does.
         weights: for a name: a checkpoint to load, a path or a state_dict, in timm's names or in those of the original
-            files that timm reads (DINOv2, DINOv3, EVA, CLIP, MAE), or of rope-vit's. A file is read without running
-            anything in it.
-        kwargs: for a name: passed to `timm.create_model`.
+            files that timm reads for that name (DINOv2, DINOv3, EVA, BEiT, BEiT-3, DeiT, CLIP, SigLIP, AIMv2, I-JEPA,
+            RADIO, Perception Encoder, Swin, MAE's encoder, Google's .npz), or of rope-vit's. A file is read without
+            running anything in it.
+        kwargs: for a name: passed to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel
+            of the patches is adapted as timm does; with `num_classes` a head for other classes is drawn anew. Both
+            are logged.
 
     Raises:
         ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
@@ -73,34 +79,56 @@ def from_timm(
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
         extra = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
         raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
-    theirs = timm.create_model(model, pretrained=pretrained, **kwargs) if isinstance(model, str) else model
-    if weights is not None:
-        read_weights(theirs, weights)
+    sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
+    if not isinstance(model, str):
+        theirs = unwrapped_module(model)
+    elif weights is None:
+        theirs = create(model, pretrained=pretrained, **kwargs)
+    else:
+        theirs = create_with(model, weights, sizes, pretrained=pretrained, **kwargs)
+    if isinstance(theirs, TimmModel):
+        raise ConfigError(f"a {type(theirs).__name__} is a model of ours already: use it as it is")
     if isinstance(model, str) and (not pretrained or weights is not None):
         # Drawn, or from a file: not the weights that timm names.
         vars(theirs)["pretrained_cfg"] = without_source(pretrained_cfg_of(theirs))
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if isinstance(position, str):
+            position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
         if policy is not None:
             set_policy(swin, policy)
         swin.set_input_size(img_size, patch_size)
         return swin
     recipe = read(theirs)
-    sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
     if isinstance(position, str):
         position = with_own_options(position, recipe.position)
     same = position is None or (isinstance(position, str) and _names(position) == _names(recipe.position))
+    arguments = recipe.arguments | sizes
+    _check_size(theirs, arguments)
     built = recipe.position if position is None else position
-    ours = recipe.model(built, **recipe.arguments | sizes)
+    like = theirs.get_parameter("patch_embed.proj.weight")
+    with torch.device("meta") if like.is_meta else nullcontext():
+        ours = recipe.model(built, **arguments)
     complete = _load(ours, theirs, recipe, position)
     if same and complete:
         ours.timm_steps = recipe.steps
-    remember(ours, theirs, built, recipe.arguments | sizes)
+    remember(ours, theirs, built, arguments)
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)
-    like = theirs.get_parameter("patch_embed.proj.weight")
     return ours.to(like.device, like.dtype).train(theirs.training)
+
+
+def _check_size(theirs: nn.Module, arguments: Arguments) -> None:
+    """Refuse a size that the patch does not divide: timm leaves the rest out, ours takes whole patches."""
+    size, patch = pair(arguments["img_size"]), pair(arguments["patch_size"])
+    cut = tuple(side - side % p for side, p in zip(size, patch, strict=True))
+    if cut != size and not arguments["dynamic_img_pad"]:
+        raise refusal(
+            theirs,
+            f"its image of {size[0]}x{size[1]} is no multiple of its patch {patch[0]}x{patch[1]}, and timm leaves out "
+            f"the rest, below and on the right; img_size={cut} makes it the same model of the images cut to that size",
+        )
 
 
 def with_own_options(position: str, own: str) -> str:
@@ -157,33 +185,6 @@ def _own_weights(recipe: Recipe, position: str, state: State) -> State:
 def _place(owner: str) -> str:
     """The name of an encoding, or of the sum that it is a term of."""
     return re.sub(r"\.terms\.\d+$", "", owner)
-
-
-def read_weights(theirs: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
-    """Load a checkpoint into a timm model: timm's names, or those of original files that timm or this module reads.
-
-    rope-vit's `freqs` (2, depth, H Dh/2) are timm's `rope.freqs`. Of an original MAE file the encoder is taken.
-
-    Raises:
-        CheckpointError: for weights that are missing or too many, by name.
-    """
-    stored = weights if isinstance(weights, Mapping) else timm.models.load_state_dict(str(weights), use_ema=False)
-    wanted, state = theirs.state_dict(), encoder_of(unwrapped(stored))
-    if "freqs" in state and "rope.freqs" in wanted:
-        state["rope.freqs"] = state.pop("freqs").reshape(wanted["rope.freqs"].shape)
-        state = {name: value for name, value in state.items() if not name.startswith("freqs_t_")}
-    timm_filter = getattr(sys.modules[type(theirs).__module__], "checkpoint_filter_fn", None)
-    state = state if timm_filter is None else timm_filter(state, theirs)
-    if "mask_token" not in wanted:  # of BEiT's own files, and others of pretrainings
-        state.pop("mask_token", None)
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or extra:
-        hint = "; weights without a head go into a model built with num_classes=0" if "head.weight" in missing else ""
-        raise CheckpointError(
-            f"the weights do not fit: missing {', '.join(missing[:5]) or 'nothing'}, "
-            f"unexpected {', '.join(extra[:5]) or 'nothing'}{hint}"
-        )
-    theirs.load_state_dict(state)
 
 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from ...models.spec import Arguments
 from ...models.timm_api import Step, pretrained_cfg_of
 from ...models.vit import ViT
 from .arguments import arguments_of, tokens_of
+from .names import nearest
 from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder, columns_first, halves
 
 
@@ -61,7 +62,8 @@ def vision_transformer(theirs: VisionTransformer) -> Recipe:
 def distilled(theirs: VisionTransformerDistilled) -> Recipe:
     """`VisionTransformerDistilled`: DeiT with a distillation token."""
     arguments, grid = arguments_of(theirs), theirs.patch_embed.grid_size
-    del arguments["reg_tokens"]
+    if arguments.pop("reg_tokens"):
+        raise ConfigError("registers beside a distillation token, which timm has and does not use, are not covered")
     table = FlatTable("position.pos_embed", grid, (("cls_token", 1), ("dist_token", 1)))
     return Recipe(DistilledViT, "learned", arguments, (table,), grid)
 
@@ -170,17 +172,36 @@ FAMILIES: dict[str, Callable[[nn.Module], Recipe]] = {
 }
 
 
+SWINS = ("SwinTransformer", "SwinTransformerV2")  # read by `swin.py`
+
+
 def read(theirs: nn.Module) -> Recipe:
     """The recipe of a timm model.
 
     Raises:
-        ConfigError: for a family or a part that is not covered, by name.
+        ConfigError: for a family or a part that is not covered, by name, with the nearest covered name.
     """
     family = type(theirs).__name__
     if family not in FAMILIES or not type(theirs).__module__.startswith("timm."):
-        raise ConfigError(f"{family} is not covered; covered are timm's {', '.join(FAMILIES)}")
+        inner = "; the model in it (.model) may be" if isinstance(getattr(theirs, "model", None), nn.Module) else ""
+        covered = ", ".join((*FAMILIES, *SWINS))
+        raise refusal(theirs, f"{family} is not covered{inner}; covered are timm's {covered}")
     try:
         return FAMILIES[family](theirs)
     except ConfigError as error:
-        name = pretrained_cfg_of(theirs).get("architecture") or family
-        raise ConfigError(f"{name}: {error}") from None
+        raise refusal(theirs, str(error)) from None
+
+
+def refusal(theirs: nn.Module, why: str) -> ConfigError:
+    """The error for a timm model that is not covered: its name, why, and the nearest covered name."""
+    name = pretrained_cfg_of(theirs).get("architecture")
+    near = nearest(name, _reads) if name else None
+    return ConfigError(f"{name or type(theirs).__name__}: {why}" + (f"; nearest covered name: {near}" if near else ""))
+
+
+def _reads(theirs: nn.Module) -> bool:
+    family = type(theirs).__name__
+    try:
+        return family in SWINS or bool(FAMILIES[family](theirs))
+    except (ConfigError, KeyError):
+        return False

@@ -64,10 +64,10 @@ class Reorder:
     order: tuple[int, ...]
 
     def into(self, state: State) -> None:
-        self._apply(state, torch.tensor(self.order))
+        self._apply(state, torch.tensor(self.order, device="cpu"))
 
     def back(self, state: State) -> None:
-        self._apply(state, torch.tensor(self.order).argsort())
+        self._apply(state, torch.tensor(self.order, device="cpu").argsort())
 
     def _apply(self, state: State, order: Tensor) -> None:
         for key in state:
@@ -87,12 +87,12 @@ class Reorder:
 
 def halves(width: int) -> tuple[int, ...]:
     """Pairs (i, i + Dh/2), as in DINOv3, become (2i, 2i+1)."""
-    return tuple(torch.arange(width, device="cpu").view(2, -1).t().flatten().tolist())
+    return tuple(i + half for i in range(width // 2) for half in (0, width // 2))
 
 
 def columns_first(width: int) -> tuple[int, ...]:
     """Columns in the first half of a head's channels, as in rope-vit, become rows first."""
-    return tuple(torch.arange(width, device="cpu").roll(width // 2).tolist())
+    return tuple((i - width // 2) % width for i in range(width))
 
 
 @dataclass(frozen=True)

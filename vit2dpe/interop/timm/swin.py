@@ -3,16 +3,23 @@
 The model is rebuilt as one of ours and its weights are loaded strictly. Covered: timm's `SwinTransformer` (Swin, S3)
 and `SwinTransformerV2`. Other parts are refused by name.
 
-Logits are equal at every size that whole windows fill at every stage. At others timm rolls the grid before it fills it
-up, so that its last window mixes both edges of the image, and attends to what it filled up with; ours fills up first
-and masks. A timm Swin with `dynamic_img_size` never shifts the windows of a stage that had one window at the training
-size; ours shifts where there are several, as timm's does after `set_input_size`.
+Logits are equal at every size, also where windows do not fill the grid (`padding="timm"`): at another size than the
+training size as in a timm Swin with `dynamic_img_size`, and after `set_input_size` with the same windows as after
+timm's. timm attends to what it filled up with, rolls before it fills up, so that a last window mixes both edges of the
+image, and shifts the windows of a stage only if there were several at the training size. `padding="mask"`, the default
+of a `Swin` of ours, does none of this.
+
+Three differences stay. A `set_input_size` without windows keeps them, timm's scales them. The network of a Swin V2 then
+goes on measuring in the window it was trained on; timm's does so where `pretrained_window_sizes` are given, and else in
+the new one. A window that grows along one axis alone keeps its table along the other; timm stretches that one too.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
@@ -24,9 +31,11 @@ from ...models.spec import Arguments
 from ...models.swin.model import Swin
 from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
+from .read import SWINS, refusal
 from .record import remember
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
+OWN_WORDS = {SwinTransformer: "relative(resize=geometric)", SwinTransformerV2: "logcpb"}  # as timm resizes a table
 
 
 def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
@@ -42,8 +51,10 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         ConfigError: for a family or a part that is not covered.
     """
     v2 = _refuse(theirs)
-    built, arguments = position or ("logcpb" if v2 else "relative"), _arguments(theirs, v2) | kwargs
-    ours = Swin(built, **arguments)
+    built, arguments = position or OWN_WORDS[type(theirs)], _arguments(theirs, v2) | kwargs
+    like = theirs.patch_embed.proj.weight
+    with torch.device("meta") if like.is_meta else nullcontext():
+        ours = Swin(built, **arguments)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks are left out where another encoding's parameters are drawn.
@@ -52,7 +63,6 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     remember(ours, theirs, built, arguments)
-    like = theirs.patch_embed.proj.weight
     return ours.to(like.device, like.dtype).train(theirs.training)
 
 
@@ -86,7 +96,11 @@ def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
         window_size=[tuple(block.window_size) for block in first],
         mlp_ratio=[block.mlp.fc1.out_features / width for block, width in zip(first, widths, strict=True)],
         qkv_bias=(first[0].attn.q_bias if v2 else first[0].attn.qkv.bias) is not None,
-        drop_path_rate=0.0,
+        drop_rate=theirs.head.drop.p,
+        proj_drop_rate=first[0].attn.proj_drop.p,
+        attn_drop_rate=first[0].attn.attn_drop.p,
+        drop_path_rate=getattr(theirs.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0,
+        padding="timm",
     )
     if v2:
         arguments |= dict(qk="cosine", post_norm=True)
@@ -98,7 +112,7 @@ def _refuse(theirs: TheirSwin) -> bool:
     """Refuse parts that our Swin cannot have; whether it is a V2."""
     name = type(theirs).__name__
     if type(theirs) not in (SwinTransformer, SwinTransformerV2):
-        raise ConfigError(f"{name} is not covered; covered: timm's SwinTransformer and SwinTransformerV2")
+        raise refusal(theirs, f"{name} is not covered; covered: timm's {' and '.join(SWINS)}")
     blocks = [block for stage in theirs.layers for block in stage.blocks]
     norms = [theirs.norm, theirs.patch_embed.norm, *(block.norm1 for block in blocks)]
     refused = {
@@ -110,7 +124,7 @@ def _refuse(theirs: TheirSwin) -> bool:
     }
     reasons = [part for part, present in refused.items() if present]
     if reasons:
-        raise ConfigError(f"this {name} has {', '.join(reasons)}, which is not covered")
+        raise refusal(theirs, f"this {name} has {', '.join(reasons)}, which is not covered")
     return type(theirs) is SwinTransformerV2
 
 
