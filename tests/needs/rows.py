@@ -16,6 +16,7 @@ NEEDS = {
     "A8": ("each cell of a study keeps its device and precision", "studies over two machines"),
     "A9": ("places that a table does not have are refused on a GPU too", "device-side assert"),
     "A10": ("no float64 and nothing of another device on MPS", "transformers#46159, diffusers#11315"),
+    "A10a": ("masks of text, mixup, maps and pictures of a model on a device", "text decoders on MPS"),
     "A11": ("rotary on three axes at head widths 64 and 128", "video models"),
     "A12": ("golden directions on three axes", "the source's directions"),
     "A13": ("a LookHere query that may look at nothing", "LookHere"),
@@ -30,6 +31,7 @@ NEEDS = {
     "B5a": ("every option of its class", "global_pool, fc_norm, reg_tokens, rates"),
     "B5b": ("a timm model that is wrapped, in half precision, or on the meta device", "torch.compile, DDP, averages"),
     "B5c": ("rates of dropout and of stochastic depth of a Swin", "fine-tuning"),
+    "B5d": ("what is frozen in a timm model, and gradient checkpointing", "linear probes, fine-tuning of a part"),
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
@@ -43,6 +45,7 @@ NEEDS = {
     "B15": ("a model that came from timm is saved and read back", "save_for_hf, local-dir:, run folders, validate.py"),
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
+    "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
     "C2": ("torch.jit.trace, and operations that converters have", "coremltools#1747, dinov2#102"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
@@ -66,13 +69,16 @@ NEEDS = {
     "D17": ("a recipe given to another command", "--config"),
     "D18": ("a tokenizer and --smoke together", "--data.tokenizer bpe"),
     "D19": ("a prediction for one image or one line", "timm#1817, pycls#95"),
-    "D20": ("labels in a CSV, balanced sampling, numbers by class", "classification of one's own images"),
+    "D20": ("balanced sampling, numbers by class", "classification of one's own images"),
+    "D20a": ("labels in a CSV", "classification of one's own images"),
+    "D20b": ("hub datasets with train alone, plain labels, chosen columns", "datasets"),
     # Text and torch's own Transformer
     "E1": ("a short text beside a long one", "Qwen#401, transformers#25104"),
     "E2": ("left-padded generation beyond the context", "batched generation"),
     "E3": ("a stack of torch's layers with rotation and token terms", "nn.TransformerEncoder"),
     "E4": ("an encoder-decoder learns with its default encoding", "reversed sequences"),
     "E5": ("special tokens in masked language modelling", "BERT"),
+    "E5a": ("special tokens in span corruption", "T5"),
     "E6": ("export of a text model at any length", "torch.export"),
     "E7": ("masks of each sample, and a lone MultiheadAttention", "nn.MultiheadAttention"),
     "E8": ("texts packed without a dense mask", "varlen"),
@@ -88,7 +94,8 @@ NEEDS = {
 }
 
 OPEN = {
-    **dict.fromkeys(["D3", "D9", "D11", "D12", "D19", "D20"], "open, issue 17"),
+    **dict.fromkeys(["C3", "C4"], "open"),
+    **dict.fromkeys(["D19", "D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",
     "E8": "open, issue 21",

@@ -71,7 +71,8 @@ class PatchEmbed(nn.Module):
         """
         p_rows, p_cols = self.patch_size
         if self.pad:
-            return -(-height // p_rows), -(-width // p_cols)
+            # Rounded up without a negative number, which ONNX divides otherwise.
+            return (height + p_rows - 1) // p_rows, (width + p_cols - 1) // p_cols
         if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
             near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
             raise ConfigError(
@@ -262,6 +263,8 @@ class BlockParts(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm(dim)
         inner_norm = dict(norm_layer=norm) if scale_mlp_norm else {}
+        if int(dim * mlp_ratio) < 1:
+            raise ConfigError(f"mlp_ratio must leave hidden channels: got {mlp_ratio} of {dim}")
         make_mlp = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
         self.mlp = make_mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner_norm)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()

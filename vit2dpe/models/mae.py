@@ -70,7 +70,7 @@ class MAE(MaskedModel):
     ) -> None:
         super().__init__()
         _refuse(encoder, norm_pix)
-        if decoder_embed_dim % decoder_num_heads:
+        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
             came = f"{decoder_embed_dim} and {decoder_num_heads}"
             raise ConfigError(f"decoder_embed_dim must be a multiple of decoder_num_heads: got {came}")
         self.encoder, self.norm_pix = encoder, norm_pix

@@ -112,7 +112,7 @@ class ViT(TimmViT):
                 known = {*inspect.signature(ViT).parameters, *BlockArguments.__annotations__} - {"block"}
                 raise unknown(f"argument of {type(self).__name__}", name, sorted(known), ArgumentError)
         check_pool(global_pool, class_token)
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
         self.num_classes = num_classes
         self.in_chans = in_chans

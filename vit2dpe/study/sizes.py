@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.datasets import Images, load
+from ..data.datasets import Images, load_fitted
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
 from ..spec import Size
@@ -31,7 +31,7 @@ class OverSizes(Measure):
     def load(cls, plan: Plan) -> OverSizes:
         """Read the images and print what is noteworthy about them."""
         config = plan.config
-        data = load(config.data)
+        data, _ = load_fitted(config.data, 0, lambda _: (plan.train_size, *plan.sizes))
         for note in data.notes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
@@ -39,7 +39,7 @@ class OverSizes(Measure):
         return cls(
             plan=plan,
             data=data,
-            source=(config.data.name, data.digest),
+            source=(config.data.source, data.digest),
             classes=len(data.classes),
             channels=len(data.mean),
             facts=dict(images=data.used),
@@ -76,7 +76,7 @@ class OverSizes(Measure):
         plan = self.plan
         measured = sweep(
             model,
-            _TestBatches(self.data),
+            _TestBatches(self.data, _batch(plan)),
             sizes,
             policies,
             modes=plan.config.modes,
@@ -105,8 +105,15 @@ class OverSizes(Measure):
 class _TestBatches:
     """Test batches at native size, iterated as often as the sweep has rows."""
 
-    def __init__(self, data: Images) -> None:
-        self.data = data
+    def __init__(self, data: Images, size: int) -> None:
+        self.data, self.size = data, size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return evaluation_batches(self.data)
+        return evaluation_batches(self.data, batch=self.size)
+
+
+def _batch(plan: Plan) -> int:
+    """Test images at a time: fewer where a map of attention is larger than that of 576 tokens."""
+    patch = plan.config.model.patch or 16
+    tokens = max(height * width for height, width in plan.sizes) // patch**2
+    return max(4, min(256, 256 * 576**2 // max(1, tokens) ** 2))

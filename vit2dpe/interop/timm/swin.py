@@ -33,6 +33,7 @@ from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
 from .read import SWINS, refusal
 from .record import remember
+from .steps import Rename, keep_training
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
 OWN_WORDS = {SwinTransformer: "relative(resize=geometric)", SwinTransformerV2: "logcpb"}  # as timm resizes a table
@@ -63,7 +64,8 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     remember(ours, theirs, built, arguments)
-    return ours.to(like.device, like.dtype).train(theirs.training)
+    keep_training(ours, theirs, [Rename(f"attn.{name}", f"attn.position.{name}") for name in ("cpb_mlp", TABLE)])
+    return ours.to(like.device, like.dtype)
 
 
 def _own_weights(ours: Swin, state: State, kind: type[RelativeBias] | type[LogCPB]) -> State:
