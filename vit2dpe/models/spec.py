@@ -139,4 +139,5 @@ HANDED_ON: dict[Callable[..., nn.Module], type[nn.Module]] = {  # further argume
     TextDecoder: TextModel,
     Seq2Seq: TextModel,
     build_mae: MAE,
+    DistilledViT: ViT,
 }
