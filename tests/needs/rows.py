@@ -16,6 +16,7 @@ NEEDS = {
     "A8": ("each cell of a study keeps its device and precision", "studies over two machines"),
     "A9": ("places that a table does not have are refused on a GPU too", "device-side assert"),
     "A10": ("no float64 and nothing of another device on MPS", "transformers#46159, diffusers#11315"),
+    "A10a": ("masks of text, mixup, maps and pictures of a model on a device", "text decoders on MPS"),
     "A11": ("rotary on three axes at head widths 64 and 128", "video models"),
     "A12": ("golden directions on three axes", "the source's directions"),
     "A13": ("a LookHere query that may look at nothing", "LookHere"),
@@ -43,6 +44,7 @@ NEEDS = {
     "B14": ("fewer heads of keys under frequencies of each head", "grouped queries"),
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
+    "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
     "C2": ("torch.jit.trace, and operations that converters have", "coremltools#1747, dinov2#102"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
@@ -91,6 +93,7 @@ NEEDS = {
 }
 
 OPEN = {
+    **dict.fromkeys(["C3", "C4"], "open"),
     **dict.fromkeys(["D19", "D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",

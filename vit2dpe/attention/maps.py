@@ -11,7 +11,7 @@ from typing import Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, not_ours
 from ..positions import Positions, distance
 from .observe import attention_maps
 
@@ -64,7 +64,7 @@ def mean_distance(one: Tensor, q: Positions, k: Positions | None = None) -> Tens
             f"the map has {tuple(one.shape[-2:])} tokens, the positions {q.prefix} + {q.coords.shape[1]} and "
             f"{k.prefix} + {k.coords.shape[1]}"
         )
-    far = distance(q, k).to(placed.dtype)[:, None]  # (B|1, 1, Lq, Lk)
+    far = distance(q, k).to(placed.device, placed.dtype)[:, None]  # (B|1, 1, Lq, Lk)
     total = placed.sum(-1)
     return ((placed * far).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(dim=(0, 2))
 
@@ -95,6 +95,8 @@ def summary(model: ImageModel, images: Tensor) -> list[HeadSummary]:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"summary takes a model, an nn.Module, got {type(model).__name__}")
+    if not hasattr(model, "positions"):
+        raise not_ours(model, "has no `positions`, the places of its tokens")
     at = model.positions(images.shape[-2], images.shape[-1], images.device)
     with attention_maps(model) as maps:
         model(images)

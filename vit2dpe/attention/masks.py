@@ -25,7 +25,7 @@ def causal(q: Positions, k: Positions) -> Tensor:
     """
     if q.axes != 1 or k.axes != 1:
         raise ConfigError(f"a causal mask needs places on a line, got {q.axes} and {k.axes} axes")
-    return _with_prefix(offsets(q, k, 0) >= 0, q, k)
+    return _with_prefix(q.coords[..., 0, None] >= k.coords[..., None, :, 0], q, k)
 
 
 def window(q: Positions, k: Positions, reach: int | Sequence[int]) -> Tensor:
@@ -123,4 +123,4 @@ def both(*masks: Tensor | None) -> Tensor | None:
 
 
 def _with_prefix(mask: Tensor, q: Positions, k: Positions) -> Tensor:
-    return F.pad(mask, (k.prefix, 0, q.prefix, 0), value=True)[:, None]
+    return F.pad(mask.to(q.coords.device), (k.prefix, 0, q.prefix, 0), value=True)[:, None]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..positions import Positions
+from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Rotation, Signal
 
 
@@ -359,8 +359,8 @@ def interleave(cos: Tensor, sin: Tensor) -> Rotation:
 
 
 def can_interleave(x: Tensor) -> bool:
-    """Eager mode, on a device with complex numbers."""
-    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
+    """Eager mode, on a device with complex numbers; a traced graph goes on to converters that have none."""
+    return not torch.compiler.is_compiling() and not is_tracing() and x.device.type in ("cpu", "cuda")
 
 
 def _full_precision(device: str) -> AbstractContextManager[None]:

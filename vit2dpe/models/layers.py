@@ -71,7 +71,8 @@ class PatchEmbed(nn.Module):
         """
         p_rows, p_cols = self.patch_size
         if self.pad:
-            return -(-height // p_rows), -(-width // p_cols)
+            # Rounded up without a negative number, which ONNX divides otherwise.
+            return (height + p_rows - 1) // p_rows, (width + p_cols - 1) // p_cols
         if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
             near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
             raise ConfigError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..encodings import PositionEncoding, encodings_of, named_encodings
 from ..encodings.base import Overrides, Policy, Temperature, overriding
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, not_ours, unknown
 from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
 
@@ -66,7 +66,7 @@ def position_groups(model: nn.Module) -> list[PositionGroup]:
     """
     if found := _groups(model):
         return found
-    raise ConfigError(f"{type(model).__name__} has no train_grid, the grid that a policy scales to")
+    raise not_ours(model, "has no train_grid, the grid that a policy scales to")
 
 
 def _groups(model: nn.Module) -> list[PositionGroup]:

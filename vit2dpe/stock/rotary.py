@@ -113,7 +113,7 @@ def _watch_stacks() -> None:
     """From now on the layers of every `nn.TransformerEncoder` are numbered when it is built.
 
     It makes equal copies of one layer. The hook, which is torch's and serves the process, runs where modules are
-    assigned to one another, and at no other time.
+    assigned to one another, and at no other time. (docs/decisions/0014)
     """
     register_module_module_registration_hook(_number_layers)
 

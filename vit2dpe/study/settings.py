@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..ranges import Count, Natural, Positive, Range, Share, Threads
 from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
 from ..training.settings import PRESETS as IMAGE_PRESETS
-from ..training.settings import ModelConfig, OptimConfig, RunConfig, photos_preset
+from ..training.settings import ModelConfig, OptimConfig, RunConfig, parts_of, photos_preset
 
 _MODEL = ModelConfig(mlp_ratio=2.0)
 _OPTIM = OptimConfig(lr=3e-3, warmup_epochs=2, epochs=40, batch_size=64)
@@ -180,6 +180,7 @@ def resolve(config: StudyConfig) -> StudyConfig:
     if config.smoke:
         batch = min(16, config.optim.batch_size)
         few: dict[str, Plain] = {"optim.batch_size": batch, "optim.epochs": 1, "seeds": min(1, config.seeds)}
+        few |= {"optim.accumulate": parts_of(config.optim, batch)}
         config = changed(config, few | {"data.limit_train": 2 * batch, "data.limit_test": 40, "jobs": 1})
     return config
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
 from ..errors import ConfigError
-from ..ranges import Count, Depth, Natural, NotNegative, Positive, Rate, Seed, Share, Threads
+from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, Seed, Share, Threads
 from ..spec import Plain, Settings, Size, changed, filled, flat, plain
 
 MANY = 5000  # training images from which on they are no few photos
@@ -72,6 +72,7 @@ class RunConfig(Settings):
         compile: torch.compile the model.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
+        wait_minutes: under torchrun: how long processes wait for results that the first one alone makes at the end.
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
@@ -87,6 +88,7 @@ class RunConfig(Settings):
     compile: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
+    wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
     save_minutes: NotNegative = 10
     patience: Natural = 0
     bad_losses: Count = 3
@@ -246,8 +248,13 @@ def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
     few = None if data.val_fraction else 2 * batch  # two images of every class, where a part is held out
     return {
         "data.limit_train": few, "data.limit_test": 40, "optim.epochs": 1, "optim.batch_size": batch,
-        "run.device": "cpu", "run.compile": False,
+        "optim.accumulate": parts_of(optim, batch), "run.device": "cpu", "run.compile": False,
     }  # fmt: skip
+
+
+def parts_of(optim: OptimConfig, batch: int) -> int:
+    """`accumulate` of a smaller batch: no more parts than samples, where that was so before."""
+    return min(optim.accumulate, batch) if optim.accumulate <= optim.batch_size else optim.accumulate
 
 
 def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:

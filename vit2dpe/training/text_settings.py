@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ..data.text_settings import TextDataConfig
 from ..ranges import Count, Depth, NotNegative, Positive, Rate, Seed, Share
 from ..spec import Settings, changed
-from .settings import OptimConfig, RunConfig
+from .settings import OptimConfig, RunConfig, parts_of
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,20 @@ class SampleConfig(Settings):
     device: str = "auto"
 
 
+LONGEST = 16  # characters of a token, on average; of subwords
+
+
 def smoke(config: TextTrainConfig) -> TextTrainConfig:
-    """Two small steps on the CPU."""
+    """Two small steps on the CPU, of as much text as gives a sequence of each split, whatever its tokens are."""
+    data = config.data
+    longest = 1 if data.tokenizer in ("chars", "bytes") else LONGEST
+    enough = math.ceil(longest * (data.context + 1) / min(data.val_share, 1 - data.val_share)) + 1
     return changed(
         config,
         {
-            "optim.epochs": 1, "optim.batch_size": 2, "optim.warmup_epochs": 0, "run.device": "cpu",
-            "data.limit": 8 if config.objective == "translate" else 20 * config.data.context,
+            "optim.epochs": 1, "optim.batch_size": 2, "optim.accumulate": parts_of(config.optim, 2),
+            "optim.warmup_epochs": 0, "run.device": "cpu",
+            "data.limit": 8 if config.objective == "translate" else max(20 * data.context, enough),
             "run.compile": False, "steps_per_epoch": 2,
         },
     )  # fmt: skip

@@ -20,7 +20,7 @@ from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...encodings.base import overrides
 from ...errors import ConfigError
-from ...positions import Positions
+from ...positions import Positions, is_tracing
 from ...signal import Dense, LowRank, Signal
 from ..layers import BlockParts, run_block
 from .windows import Size, Windows, cut
@@ -122,6 +122,8 @@ class SwinStage(nn.Module):
         """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
+        if is_tracing():  # a traced graph serves one size, as timm's does, and any batch
+            grid = int(grid[0]), int(grid[1])
         window = self.window_at(grid)
         at = _window_positions(window, x.device, cache)
         signal = in_full(self.position(at))

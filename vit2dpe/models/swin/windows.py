@@ -92,7 +92,8 @@ def cut(
             last window that was filled up then mixes both edges. None: half a window along each axis that has more
             than one, after filling up.
     """
-    counts = -(-grid[0] // window[0]), -(-grid[1] // window[1])
+    # Rounded up without a negative number, which ONNX divides otherwise.
+    counts = (grid[0] + window[0] - 1) // window[0], (grid[1] + window[1] - 1) // window[1]
     filled = counts[0] * window[0], counts[1] * window[1]
     shift = _shift(window[0], counts[0], shifted), _shift(window[1], counts[1], shifted)
     if rolled is not None:
@@ -114,7 +115,8 @@ def cut(
     if torch.compiler.is_compiling():  # one group: how many windows are alike may not shape the graph
         near = (_near(*axis, masked) for axis in zip((rows, columns), window, grid, strict=True))
         order = place.flatten(0, 1)  # (W, N)
-        groups = [(order.shape[0], _both(*near).flatten(0, 1).unsqueeze(1).repeat_interleave(images, 0))]
+        mask = _both(*near).flatten(0, 1)[:, None, None]  # (W, 1, 1, N, N)
+        groups = [(order.shape[0], mask.expand(-1, images, -1, -1, -1).flatten(0, 1))]
     else:
         kinds = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
         order = torch.cat([index for index, _ in kinds])
@@ -128,8 +130,9 @@ def cut(
     zero_row = not masked and not whole
     token = order
     if not whole:
-        row, column = order // filled[1], order % filled[1]
-        token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
+        row, column = (torch.arange(size, device=device) for size in filled)
+        here = (row < grid[0])[:, None] & (column < grid[1])
+        token = torch.where(here, row[:, None] * grid[1] + column, tokens if zero_row else 0).flatten()[order]
     per_image = torch.arange(images, device=device)[:, None]
     into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
     where = torch.arange(order.shape[0], device=device).unsqueeze(1) * (images * area)
@@ -154,7 +157,8 @@ def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
     """(windows, side): the places along an axis that each window holds, rolled by the shift."""
     places = torch.arange(count * side, device=device)
     if not isinstance(shift, int) or shift:  # a plain 0 where nothing is traced
-        places = (places + shift) % (count * side)
+        places = places + shift
+        places = torch.where(places < count * side, places, places - count * side)
     return places.view(count, side)
 
 
