@@ -17,11 +17,14 @@ import torch
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from ..spec import Size
 from .features import Features, take_indices
 from .layers import PatchEmbed
+from .predict import class_names, predict, preparation_of
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
@@ -36,6 +39,8 @@ class PretrainedCfg(TypedDict, total=False):
     first_conv: str | tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float
+    label_names: Sequence[str]
 
 
 class FeatureInfo(TypedDict):
@@ -62,6 +67,25 @@ class TimmModel(nn.Module):
     num_prefix_tokens: int
     global_pool: str
     pretrained_cfg: PretrainedCfg
+
+    def predict(
+        self, images: Picture | Sequence[Picture], k: int = 5, *, size: Size | None = None, batch_size: int = 64
+    ) -> Prediction | list[Prediction]:
+        """The k likeliest classes of an image, by name, and their probabilities; of several images a list of them.
+
+        Images are prepared as `vit2dpe evaluate` does it: see `vit2dpe.data.prepare.Preparation`. The mode of the model
+        is left alone.
+
+        Args:
+            images: a path, an image of Pillow's, a uint8 array or tensor (height, width, 3), or a list of them.
+            size: (H, W) that the model gets; default its own. What encodings do at another one is `use_policy`'s.
+            batch_size: images at a time.
+
+        Raises:
+            DataError: for a file that cannot be read.
+            ConfigError: for what is no image, and for a model without classes.
+        """
+        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size)
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
         """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""
