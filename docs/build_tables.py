@@ -100,7 +100,7 @@ Sums are written `sincos+rope`, options `rope(base=10)`. A new one: [adding-an-e
 def models() -> str:
     """docs/models.md: counted on the meta device, so that nothing is computed."""
     lines = ["| timm name | input | parameters | GFLOPs |", "|---|---:|---:|---:|"]
-    for name in timm.list_models("vit2dpe_*"):
+    for name in timm.list_models("vit2dpe_*", exclude_filters="vit2dpe_from_timm"):
         with torch.device("meta"):
             model = timm.create_model(name)
             size = model.pretrained_cfg["input_size"][1:]
