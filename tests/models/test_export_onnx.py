@@ -51,6 +51,7 @@ def test_one_file_for_all_sizes(position, tmp_path):
 
 
 @pytest.mark.need("C3")
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
 @pytest.mark.parametrize("mode", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eval", "train"])
 @pytest.mark.parametrize("position", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow)
                                       for w in [*ENCODINGS, "sincos+rope+relative"]])  # fmt: skip
@@ -61,6 +62,7 @@ def test_with_gradients_on(position, mode, tmp_path):
 
 
 @pytest.mark.need("C3")
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("position", ["relative", "logcpb", "rope_mixed", "alibi"])
@@ -126,7 +128,7 @@ def test_no_remainder_by_a_free_number():
 @pytest.mark.parametrize("kind", ["MAE", "SimMIM", "Swin"])
 def test_masked_models_at_any_batch(kind, position, grad):
     """Of one size: how many patches are kept is a number of the file."""
-    model, (images, noise) = Masked(masked(kind, position)), (torch.randn(2, 3, 32, 48), torch.rand(2, 24))
+    model, (images, noise) = Masked(masked(kind, position)).eval(), (torch.randn(2, 3, 32, 48), torch.rand(2, 24))
     free = {name: {0: torch.export.Dim("batch", min=1, max=64)} for name in ("images", "noise")}
     with torch.set_grad_enabled(grad):
         file = torch.onnx.export(model, (images, noise), dynamo=True, dynamic_shapes=free, verbose=False)
