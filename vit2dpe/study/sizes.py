@@ -16,8 +16,10 @@ from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
+from .answers import Right
 from .plan import Plan, Trial
 from .rows import Row
+from .tables import MAJORITY
 from .trials import Measure, build, digest_of, policies_for, train
 
 
@@ -42,7 +44,10 @@ class OverSizes(Measure):
             source=(config.data.name, data.digest),
             classes=len(data.classes),
             channels=len(data.mean),
-            facts=dict(images=data.used),
+            facts={
+                "images": data.used,
+                MAJORITY: round(100 * float(data.test.labels.bincount().max()) / len(data.test), 2),
+            },
             about=dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std)),
             unreadable=data.unreadable,
         )
@@ -64,7 +69,7 @@ class OverSizes(Measure):
         measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
         return digest_of((*measured, config.finetune) if config.finetune else measured)
 
-    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[tuple[Row, Right]]:
         plan = self.plan
         rows = self._sweep(model, trial, plan.sizes, policies_for(plan, model))
         if plan.config.finetune:
@@ -72,8 +77,11 @@ class OverSizes(Measure):
                 rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
         return rows
 
-    def _sweep(self, model: nn.Module, trial: Trial, sizes: Sequence[Size], policies: Sequence[str]) -> list[Row]:
+    def _sweep(
+        self, model: nn.Module, trial: Trial, sizes: Sequence[Size], policies: Sequence[str]
+    ) -> list[tuple[Row, Right]]:
         plan = self.plan
+        right: list[Tensor] = []
         measured = sweep(
             model,
             _TestBatches(self.data),
@@ -82,10 +90,12 @@ class OverSizes(Measure):
             modes=plan.config.modes,
             temperatures=plan.config.temperatures,
             train_size=plan.train_size,
+            right=right,
         )
-        return [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
+        rows = [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
+        return list(zip(rows, right, strict=True))
 
-    def _finetuned(self, trial: Trial, trained: Path, size: Size) -> list[Row]:
+    def _finetuned(self, trial: Trial, trained: Path, size: Size) -> list[tuple[Row, Right]]:
         """The trained model after `finetune` epochs at another size, as a row of policy "finetuned".
 
         A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours
@@ -99,7 +109,7 @@ class OverSizes(Measure):
         train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size
-        return [replace(row, policy="finetuned", train_height=height, train_width=width) for row in rows]
+        return [(replace(row, policy="finetuned", train_height=height, train_width=width), r) for row, r in rows]
 
 
 class _TestBatches:

@@ -36,6 +36,9 @@ METRICS = {
 }
 
 
+MAJORITY = "majority class [%]"  # in env.json: how often naming the most frequent class of the test images is right
+
+
 def metric_of(rows: Sequence[Row]) -> Metric:
     return METRICS[rows[0].metric if rows else "top1"]
 
