@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from benchmarks import measure
 from benchmarks.table import Row, line, markdown
 from vit2dpe.errors import ConfigError, unknown
 from vit2dpe.files import write_atomically
+from vit2dpe.ranges import Count, Natural, Positive, Range
 from vit2dpe.spec import Settings, parse_size, split_words
 
 MODES = ("inference", "training", "first")
@@ -63,16 +64,16 @@ class BenchConfig(Settings):
     sizes: str = "224"
     modes: str = "inference,training"
     level: str = "encoder"
-    block: int = 1
+    block: Natural = 1
     precision: str = "float32"
     compile: bool = False
-    batch: int = 2
-    depth: int | None = None
-    repeats: int = 41
-    threads: int = 1
+    batch: Count = 2
+    depth: Count | None = None
+    repeats: Natural = 41
+    threads: Annotated[int, Range(1, 4096)] = 1
     device: str = "cpu"
-    least: float | None = None
-    most: float | None = None
+    least: Positive | None = None
+    most: Positive | None = None
     out: str = "runs/bench.json"
     table: str = ""
 
@@ -102,8 +103,8 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
 
 def _check(config: BenchConfig) -> list[str]:
     modes = split_words(config.modes)
-    if not modes or any(mode not in MODES for mode in modes) or config.repeats < 0 or config.batch < 1:
-        raise ConfigError(f"modes are {', '.join(MODES)}, repeats at least 0 and batch at least 1; got {config}")
+    if not modes or any(mode not in MODES for mode in modes):
+        raise ConfigError(f"modes are {', '.join(MODES)}; got {config.modes!r}")
     if config.level not in peers.LEVELS:
         raise unknown("level", config.level, peers.LEVELS)
     if config.precision not in PRECISIONS:

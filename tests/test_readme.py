@@ -55,7 +55,7 @@ def test_commands_run(line, class_folders, monkeypatch, capsys):
         return
     program, *args = shlex.split(line)
     assert program == "vit2dpe"
-    args = [str(class_folders) if arg == "path/to/images" else arg for arg in args]
+    args = [str(class_folders) if arg in ("path/to/images", "photos") else arg for arg in args]
     args = [str(ROOT / arg) if arg.startswith("recipes/") else arg for arg in args]
     monkeypatch.chdir(class_folders)
     smoke = {"study": ["--smoke", "--width", "16", "--depth", "1", "--heads", "2"], "train": ["--smoke"]}

@@ -38,6 +38,8 @@ _HOME = {
     "generate": "models.text.generate",
     "beam_search": "models.text.generate",
     "from_transformers": "interop.transformers.convert",
+    "from_torch": "interop.stock.read",
+    "to_torch": "interop.stock.write",
     "use_policy": "resolution.apply",
     "sweep": "resolution.sweep",
     "load_run": "training.checkpoint",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from .encodings import ENCODINGS, Dims, PositionEncoding, build  # noqa: F401
     from .encodings.frozen import frozen  # noqa: F401
     from .errors import CheckpointError, ConfigError, DataError  # noqa: F401
+    from .interop.stock.read import from_torch  # noqa: F401
+    from .interop.stock.write import to_torch  # noqa: F401
     from .interop.timm.convert import from_timm, to_timm  # noqa: F401
     from .interop.transformers.convert import from_transformers  # noqa: F401
     from .models import MAE, Swin, ViT  # noqa: F401

@@ -10,6 +10,21 @@ class ConfigError(ValueError):
     """A setting that cannot work: an unknown name, an impossible size, a combination that makes no sense."""
 
 
+class SettingError(ConfigError):
+    """A setting whose value cannot be: its name, and the rest of the sentence."""
+
+    def __init__(self, name: str, rest: str) -> None:
+        super().__init__(name, rest)
+        self.name, self.rest = name, rest
+
+    def __str__(self) -> str:
+        return self.name + self.rest
+
+    def within(self, group: str) -> SettingError:
+        """The same, of settings that are nested under this name."""
+        return SettingError(f"{group}.{self.name}", self.rest)
+
+
 class ArgumentError(ConfigError, TypeError):
     """An argument that a constructor does not have; a TypeError too, as from any other one in Python."""
 

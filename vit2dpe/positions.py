@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from torch.export import register_dataclass
 
 T = TypeVar("T")
 is_tracing: Callable[[], bool] = torch.jit.is_tracing
+
+
+def longer(length: int, other: int) -> int:
+    """The larger of two lengths; an exported program in which one is free keeps it free."""
+    return cast(int, torch.sym_max(length, other))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +158,20 @@ def checkable(tensor: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling() and not is_tracing()
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for tensors of a device: there, or on the CPU where it has none.
+
+    Apple's MPS, NPUs and some of Intel's GPUs have none. What is made there has to be moved to its tensors.
+    """
+    lacks = device.type in ("mps", "npu", "hpu")
+    if device.type == "xpu":
+        lacks = not torch.xpu.get_device_properties(device).has_fp64
+    return torch.device("cpu") if lacks else device
+
+
 def exact(coords: Tensor) -> Tensor:
-    """Coordinates in float64, on the CPU where the device has no float64 (Apple's MPS)."""
-    return coords.cpu().double() if coords.device.type == "mps" else coords.double()
+    """Coordinates in float64, on their `float64_device`."""
+    return coords.to(float64_device(coords.device)).double()  # the device first
 
 
 def offsets(q: Positions, k: Positions, axis: int) -> Tensor:

@@ -76,7 +76,7 @@ class Table(NamedTuple):
         if self._columns:
             front = flat.new_zeros(flat.shape[0], self._columns) if self.prefix is None else self.prefix
             flat = torch.cat([front, flat], dim=1)
-        dense: Tensor = flat.index_select(1, index.flatten()).unflatten(1, index.shape).movedim(0, 1)
+        dense: Tensor = flat.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
         return dense  # (B|1, H, Nq, Nk)
 
     @property

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple, Self, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, unknown
+from .errors import ConfigError, SettingError, unknown
+from .ranges import numbers_of
 
 Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"  # what YAML holds
 Size = tuple[int, int]  # (height, width), rows before columns
 Sizes = tuple[Size, ...]
 Words = tuple[str, ...]
 Numbers = tuple[int, ...]
+Item: TypeAlias = "str | int | Sequence[int] | None"  # of a list
 
 
 class Term(NamedTuple):
@@ -109,12 +111,17 @@ def _unreadable(text: str) -> ConfigError:
     )
 
 
-def parse_size(value: str | int | Sequence[int]) -> Size:
+def parse_size(value: Item) -> Size:
     """(height, width) of "32", "32x48", 32 or (32, 48)."""
-    sides = str(value).lower().split("x") if isinstance(value, str | int) else [str(side) for side in value]
-    if len(sides) not in (1, 2) or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+    sides = [str(side) for side in value] if isinstance(value, tuple | list) else str(value).lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
         raise ConfigError(f"a size is written 32 or 32x48 (height x width, pixels), got {value!r}")
     return int(sides[0]), int(sides[-1])
+
+
+def parse_sizes(value: str | int | Sequence[Item]) -> Sizes:
+    """Sizes, of text such as "24,32x48", a list or a single one."""
+    return tuple(parse_size(item) for item in _items(value))
 
 
 def show_size(size: Size) -> str:
@@ -133,22 +140,29 @@ def split_words(text: str) -> list[str]:
     return [word.strip() for word in [*words, text[start:]] if word.strip()]
 
 
-def _items(value: str | int | Sequence[str | int | Sequence[int]]) -> list[str | int | Sequence[int]]:
+def _items(value: str | int | Sequence[Item] | None) -> list[Item]:
     """The items of a comma-separated list, of a list, or of a single number."""
-    return list(split_words(value)) if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    return (
+        list(split_words(value)) if isinstance(value, str) else list(value) if isinstance(value, Sequence) else [value]
+    )
+
+
+def parse_words(value: str | Sequence[str] | None) -> Words:
+    """Words, of text or a list; null, as YAML has it, is the word none."""
+    return tuple("none" if item is None else str(item) for item in _items(value))
 
 
 def parse_numbers(value: str | int | Sequence[int]) -> Numbers:
     """Whole numbers above 0: of "1,2,4", 4 or (1, 2, 4)."""
     items = [str(item) for item in _items(value)]
-    if not items or not all(item.isdigit() and int(item) > 0 for item in items):
+    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
         raise ConfigError(f"whole numbers above 0 are written 1,2,4, got {value!r}")
     return tuple(int(item) for item in items)
 
 
-def parse_term(value: str | Term) -> Term:
-    """The one term of a text."""
-    terms = [value] if isinstance(value, Term) else read_terms(value)
+def parse_term(value: str | Term | None) -> Term:
+    """The one term of a text; null, as YAML has it, is the word none."""
+    terms = [value] if isinstance(value, Term) else read_terms("none" if value is None else str(value))
     if len(terms) != 1:
         raise ConfigError(f"one name with its options is needed, got {value!r}")
     return terms[0]
@@ -159,12 +173,13 @@ class _Text(NamedTuple):
 
     parse: Callable[..., object]
     show: Callable[..., str]
+    optional: bool = False
 
 
 _TEXTS: Mapping[object, _Text] = {
     Size: _Text(parse_size, show_size),
-    Sizes: _Text(lambda value: tuple(map(parse_size, _items(value))), lambda sizes: ",".join(map(show_size, sizes))),
-    Words: _Text(lambda value: tuple(map(str, _items(value))), ",".join),
+    Sizes: _Text(parse_sizes, lambda sizes: ",".join(map(show_size, sizes))),
+    Words: _Text(parse_words, ",".join),
     Numbers: _Text(parse_numbers, lambda numbers: ",".join(map(str, numbers))),
     Term: _Text(parse_term, str),
 }
@@ -175,7 +190,8 @@ class Settings:
     """Base of the dataclasses of settings.
 
     A field whose type is `Size`, `Sizes`, `Words`, `Numbers` or `Term`, or one of them or None, takes text as well:
-    `size="32x48"` becomes (32, 48) when an instance is made. Settings may be nested; every field has a default.
+    `size="32x48"` becomes (32, 48) when an instance is made. A number has its range in its type (`vit2dpe/ranges.py`),
+    and one outside is refused then. Settings may be nested; every field has a default.
 
     `SHORT` maps further names to dotted ones, for `of`, the command line and YAML: {"train_size": "data.size"}.
     """
@@ -184,11 +200,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, text in texts_of(type(self)).items():
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if text.optional and text.parse is not parse_words and value in ("none", "None"):
+                object.__setattr__(self, name, None)
+            elif value is not None or not text.optional:
                 try:
                     object.__setattr__(self, name, text.parse(value))
                 except ConfigError as error:
-                    raise ConfigError(f"{name}: {error}") from None
+                    raise SettingError(name, f": {error}") from None
+        for name, number in numbers_of(type(self)).items():
+            number.check(name, getattr(self, name))
 
     @classmethod
     def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
@@ -211,7 +232,7 @@ def texts_of(config: type) -> dict[str, _Text]:
     for name, hint in get_type_hints(config).items():
         kinds = [kind for kind in (hint, *get_args(hint)) if kind in _TEXTS]
         if kinds:
-            texts[name] = _TEXTS[kinds[0]]
+            texts[name] = _TEXTS[kinds[0]]._replace(optional=type(None) in get_args(hint))
     return texts
 
 
@@ -249,7 +270,11 @@ def changed(config: S, values: Mapping[str, Plain]) -> S:
             nested.setdefault(head, {})[rest] = value
         else:
             own[head] = value
-    own |= {head: changed(getattr(config, head), inside) for head, inside in nested.items()}
+    for head, inside in nested.items():
+        try:
+            own[head] = changed(getattr(config, head), inside)
+        except SettingError as error:
+            raise error.within(head) from None
     return replace(config, **own)
 
 
@@ -273,9 +298,12 @@ def full_name(config: type[Settings], name: str) -> str:
     return fits[0]
 
 
-def full_names(config: type[Settings], name: str) -> list[str]:
-    """The dotted names that a short one may stand for: `epochs` for optim.epochs, `data` for data.name."""
-    known, name = list(flat(config())), config.SHORT.get(name, name)
+def full_names(config: type[Settings], name: str, known: Collection[str] | None = None) -> list[str]:
+    """The dotted names that a short one may stand for: `epochs` for optim.epochs, `data` for data.name.
+
+    `known`: all of them, where that is at hand.
+    """
+    known, name = list(flat(config())) if known is None else known, config.SHORT.get(name, name)
     if name in known:
         return [name]
     return [full for full in known if full.endswith(f".{name}")] or [full for full in known if full == f"{name}.name"]

@@ -22,6 +22,16 @@ def save(path: Path, image: np.ndarray | Image.Image, **options: object) -> Path
     return path
 
 
+def photos(root: Path, each: int = 8, classes: str = "abc", colour: bool = True) -> Path:
+    """Class folders of photos of several sizes; those of a class are of its colour, so that it can be learned."""
+    for label, name in enumerate(classes):
+        for i in range(each):
+            image = pixels(100 * label + i, 48 + 9 * (i % 3), 80 - 8 * (i % 4))
+            image[..., label % 3] //= 4 if colour else 1
+            save(root / name / f"{i}.png", image)
+    return root
+
+
 def refused(root: Path | None, *parts: object, **options: object) -> str:
     """The message of the DataError that loading must raise; it holds all the parts."""
     with pytest.raises(DataError) as caught:

@@ -122,7 +122,7 @@ class TestCifar10:
 def test_unknown_source() -> None:
     with pytest.raises(ConfigError, match="unknown data source 'digit'; did you mean 'digits'"):
         load_images("digit")
-    assert {"digits", "folder", "cifar10", "cifar100", "tar", "hf"} == set(SOURCES)
+    assert {"digits", "folder", "csv", "cifar10", "cifar100", "tar", "hf"} == set(SOURCES)
 
 
 def test_import_is_light() -> None:

@@ -19,7 +19,7 @@ FAULTS = {
     "F16": ("one class", "refused"),
     "F17": ("no images", "refused"),
     "F18": ("no such root", "refused, with the path"),
-    "F19": ("no held-out split", "refused; no other folder is taken for it"),
+    "F19": ("no held-out split", "a part is held out and said; no other folder is taken for it"),
     "F20": ("classes differ between splits", "refused, with the classes"),
     "F21": ("hidden folders of tools", "ignored"),
     "F22": ("one image in train and test", "counted and told"),

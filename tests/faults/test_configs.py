@@ -106,7 +106,7 @@ def test_bases_out_of_range(name, base):
 @fault("F30")
 @pytest.mark.parametrize("ratio", ["0", "1", "-0.5", "1.5", "nan"])
 def test_masks_that_hide_nothing_or_everything(ratio, capsys, monkeypatch):
-    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load_fitted", None)  # before data are read
     assert main(["pretrain", f"--mask_ratio={ratio}"]) == 2
     error = capsys.readouterr().err
     assert ratio in error

@@ -193,7 +193,12 @@ def test_folders_that_are_no_data(folder, tmp_path):
 @fault("F19")
 def test_no_held_out_split(folder):
     (folder / "val").rename(folder / "other")
-    with pytest.raises(DataError, match="neither val nor test"):
+    notes = load_images("folder", folder).notes
+    assert any("no held-out split" in note for note in notes)
+    assert any("not read: other" in note for note in notes)
+    for path in sorted((folder / "train/b").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"1 of 2 classes have one image.*: b; two of every class"):
         load_images("folder", folder)
 
 

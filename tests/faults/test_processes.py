@@ -122,7 +122,7 @@ def test_a_full_disk_ends_a_training_with_one_line(tmp_path, monkeypatch, capsys
 @fault("F51")
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
-    monkeypatch.setattr("vit2dpe.training.objectives.images.load", None)  # before data are read
+    monkeypatch.setattr("vit2dpe.training.objectives.images.load_fitted", None)  # before data are read
     assert main(["train", *WORDS, "--run.out", str(tmp_path / "file/run")]) == 2
     assert re.search(r"cannot write to .*file/run.*--run\.out", capsys.readouterr().err)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.helpers import micro_vit
-from vit2dpe import use_policy
+from vit2dpe import Swin, use_policy
 from vit2dpe.encodings import ENCODINGS
+from vit2dpe.testing import randomise
 
 # Pooled over patches: at depth 1 a class token, which stands nowhere, sees no bias.
 SIZES = ((1, 32, 32), (3, 48, 20), (2, 56, 88))  # batch, height, width
@@ -16,15 +17,15 @@ QUICK = ("relative",)  # and learned+rope, in docs/tools.md
 create = partial(micro_vit, depth=1, global_pool="avg")
 
 
-def export(model, path):
+def export(model, path, free=None, size=(32, 48)):
     batch, rows, cols = (torch.export.Dim(name, min=1, max=128) for name in ("batch", "rows", "cols"))
     with torch.no_grad():
         torch.onnx.export(
             model,
-            (torch.randn(2, 3, 32, 48),),
+            (torch.randn(2, 3, *size),),
             path,
             dynamo=True,
-            dynamic_shapes={"images": {0: batch, 2: 4 * rows, 3: 4 * cols}},
+            dynamic_shapes={"images": free or {0: batch, 2: 4 * rows, 3: 4 * cols}},
             input_names=["images"],
             output_names=["logits"],
             external_data=False,
@@ -33,8 +34,8 @@ def export(model, path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def check(model, session):
-    for batch, height, width in SIZES:
+def check(model, session, sizes=SIZES):
+    for batch, height, width in sizes:
         images = torch.randn(batch, 3, height, width)
         (logits,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
@@ -46,6 +47,59 @@ def check(model, session):
 def test_one_file_for_all_sizes(position, tmp_path):
     model = create(position)
     check(model, export(model, str(tmp_path / "model.onnx")))
+
+
+def swin(**changes):
+    torch.manual_seed(0)
+    sizes = dict(img_size=48, patch_size=4, embed_dim=24, depths=(2,), num_heads=(2,), window_size=5, num_classes=7)
+    return randomise(Swin(**sizes | changes)).eval()
+
+
+STAGES = dict(depths=(2, 2), num_heads=(2, 2), window_size=3)
+ANY = {0: torch.export.Dim("batch", max=64), **{i: torch.export.Dim(f"side{i}", min=20, max=256) for i in (2, 3)}}
+
+
+@pytest.mark.need("C1")
+@pytest.mark.parametrize(
+    ("changes", "free"),
+    [
+        ({}, None),
+        pytest.param(STAGES, None, marks=pytest.mark.slow),
+        pytest.param(STAGES, {0: torch.export.Dim("batch", max=64)}, marks=pytest.mark.slow),
+        pytest.param(STAGES, ANY, marks=pytest.mark.slow),
+        pytest.param(STAGES | dict(position="logcpb", qk="cosine", post_norm=True), None, marks=pytest.mark.slow),
+        pytest.param(dict(padding="attend"), None, marks=pytest.mark.slow),
+    ],
+    ids=["one stage", "stages", "batch alone", "any pixels", "V2", "attend"],
+)
+def test_windows_shifted_and_filled_at_any_batch(changes, free, tmp_path):
+    model, size = swin(**changes), (61, 97) if free is ANY else (48, 72)
+    session = export(model, str(tmp_path / "model.onnx"), free, size)
+    sizes = [size] if free is not None and free is not ANY else [(48, 72), (64, 40), (44, 60)]
+    sizes += [(41, 43)] if free is ANY else []
+    check(model, session, [(batch, *sizes[i % len(sizes)]) for i, batch in enumerate((1, 2, 8, 3))])
+
+
+@pytest.mark.need("C1a")
+@pytest.mark.slow
+def test_images_that_the_patch_does_not_divide(tmp_path):
+    model = create("relative", dynamic_img_pad=True)
+    check(model, export(model, str(tmp_path / "model.onnx"), ANY, (61, 97)), [(1, 64, 96), (8, 41, 43)])
+
+
+@pytest.mark.need("C1a")
+def test_no_size_is_divided_as_a_negative_number():
+    """ONNX rounds -41 // 4 towards zero: patches at the edge would be lost."""
+
+    class Grid(torch.nn.Module):
+        def forward(self, x):
+            return x.new_zeros(patches.grid(*x.shape))
+
+    patches = create("none", dynamic_img_pad=True).patch_embed
+    program = torch.export.export(Grid(), (torch.zeros(41, 43),), dynamic_shapes={"x": {0: ANY[2], 1: ANY[3]}})
+    assert "neg" not in str(program.graph)
+    assert "* -1" not in str(program.graph)
+    assert program.module()(torch.zeros(50, 61)).shape == (13, 16)
 
 
 @pytest.mark.slow

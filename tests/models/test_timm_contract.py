@@ -15,7 +15,7 @@ import vit2dpe.models  # noqa: F401
 from tests.helpers import MICRO, micro_vit, randn
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models import ViT
-from vit2dpe.models.timm_api import take_indices
+from vit2dpe.models.features import take_indices
 from vit2dpe.testing import randomise
 
 NAMES = timm.list_models("vit2dpe_*")

@@ -487,6 +487,23 @@ def test_a_shorter_line_takes_its_first_places():
     assert torch.equal(module.position(at).token[0], module.position.pos_embed[0, :4])
 
 
+@pytest.mark.need("E6")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attached", "rotary"])
+def test_an_exported_layer_serves_every_length(kind):
+    """Within the line that it was built for, and beyond."""
+    if kind == "attached":
+        module = layer()
+        stock.attach(module, "alibi", grid=8)
+    else:
+        module = stock.RotaryEncoderLayer(WIDTH, 4, 24, batch_first=True, dropout=0.0, grid=8)
+    free = {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("length", min=2, max=32)}
+    module.eval()
+    program = torch.export.export(module, (tokens(6),), dynamic_shapes=(free,)).module()
+    for n in (3, 8, 9, 32):
+        close(program(tokens(n)), module(tokens(n)))
+
+
 def test_the_state_dict_of_the_rotary_layer_is_the_stock_one():
     torch.manual_seed(0)
     theirs = nn.TransformerEncoder(layer(), DEPTH, enable_nested_tensor=False)

@@ -99,10 +99,10 @@ def test_folders_named_by_imagenets_synsets_are_numbered_as_the_model_does(tmp_p
     for synset in ("n01440764", "n02123045"):  # 0 and 281
         (tmp_path / synset).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / synset / "a.png")
-    from vit2dpe.study.evaluate import _load_data, load_subject
+    from vit2dpe.study.evaluate import load_subject, load_test_images
 
     config = EvaluateConfig(model="test_resnet", data=str(tmp_path), untrained=True)
-    data, total = _load_data(config, load_subject(config), (32, 32))
+    data, total = load_test_images(config, load_subject(config), (32, 32))
     ((images, labels),) = data
     assert (total, labels.tolist(), images.shape) == (2, [0, 281], (2, 3, 32, 32))
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.study.lives_or_dies import lives_or_dies
 from tests.study.test_study import MICRO
-from vit2dpe.errors import ConfigError, DataError, TrainingError
+from vit2dpe.errors import DataError, TrainingError
 from vit2dpe.study import StudyConfig, study
 from vit2dpe.study.jobs import count, each
 
@@ -100,8 +100,6 @@ def test_how_many_at_a_time(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert count(None, None, cpu, 20) == 8, "without being asked"
     assert count(12, None, cpu, 20) == 12
-    with pytest.raises(ConfigError, match="at least 1, got 0"):
-        count(0, None, cpu, 20)
 
 
 def test_a_study_of_several_processes_gives_the_numbers_of_one(tmp_path):

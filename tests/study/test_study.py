@@ -153,7 +153,7 @@ def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeyp
         (["--data", "digit"], "did you mean 'digits'"),
         (["--device", "cuda:99"], "--device cpu"),
         (["--epochs", "many"], "epochs"),
-        (["--seeds", "0"], "one seed"),
+        (["--seeds", "0"], "seeds must be in [1, 10000], got 0"),
         (["--arch", "swim"], "did you mean 'swin'"),
         (["--arch", "swin", "--stages", "2,many"], "stages: whole numbers above 0"),
         (["--arch", "swin", "--encodings", "rope,none,lookhere(view=0)"], "0 < view <= 360"),

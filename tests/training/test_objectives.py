@@ -52,6 +52,28 @@ def test_a_text_comes_back_whole(n):
         CORRUPT.hidden(1000)
 
 
+@pytest.mark.need("E5a")
+def test_special_tokens_of_a_text_stay_where_they_are():
+    """They are never hidden; of the others as many are as in a text without them, and the text comes back."""
+    corrupt = SpanCorruption(60, 29, 28, sentinels=30, rate=0.3, special=(0, 1))
+    for seed in range(20):
+        tokens = torch.randint(28, (80,), generator=draws(seed))
+        tokens[::9] = seed % 2
+        hidden = corrupt.hidden_in(tokens, draws(seed))
+        ordinary = tokens > 1
+        assert not hidden[~ordinary].any()
+        assert int(hidden.sum()) == round(0.3 * int(ordinary.sum()))
+        source, target = corrupt.pair(tokens, hidden)
+        assert torch.equal(corrupt.restore(source, target), tokens)
+        wanted = [t for t in tokens.tolist() if t < 2]
+        assert [t for t in source.tolist() if t < 2] == wanted
+        assert not any(t < 2 for t in target.tolist())
+        assert torch.equal(corrupt.hidden_in(tokens + 2, draws(seed)), corrupt.hidden(80, draws(seed)))
+    few = SpanCorruption(60, 29, 28, sentinels=2, rate=0.5, mean=20.0, special=(0,))  # parted by every second token
+    assert int(few.hidden_in(torch.arange(40) % 2 * 5, draws(0)).sum()) == 2
+    assert not few.hidden_in(torch.tensor([0, 5, 0]), draws(0)).any()
+
+
 def test_every_composition_is_as_likely():
     """Ten tokens with half of them hidden in two spans: 4 x 4 ways."""
     corrupt = SpanCorruption(60, 29, rate=0.5, mean=2.5)

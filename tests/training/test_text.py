@@ -5,17 +5,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tokenizers as library
 import torch
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from vit2dpe import ConfigError, DataError, load_run
 from vit2dpe.cli import main
-from vit2dpe.data.text import IGNORE, download, load_text
+from vit2dpe.data.text import IGNORE, TextData, download, load_text
 from vit2dpe.data.text_settings import TextDataConfig
 from vit2dpe.data.tokenizers import Bytes, Characters, Subwords, from_json, make_tokenizer
 from vit2dpe.errors import CheckpointError
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.training.distributed import World
-from vit2dpe.training.tasks.language import LanguageTask, evaluate_text, mask_tokens, token_loss, windows
+from vit2dpe.training.tasks.language import LanguageTask, evaluate_text, mask_tokens, random_tokens, token_loss, windows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 20 + "Ein Käfer übt Größe.\n" * 10
@@ -162,6 +165,66 @@ def test_masking_is_berts():
     assert abs(float((seen[chosen] == tokens[chosen]).float().mean()) - 0.1) < 0.02
 
 
+@pytest.mark.need("E5")
+@pytest.mark.parametrize("kind", ["chars", "bytes", "bpe", "wordpiece", "bert.json"])
+def test_special_tokens_are_neither_hidden_nor_inserted(kind, tmp_path):
+    """Those of a text that has them; which they are is what transformers holds to be special."""
+    if kind == "bert.json":  # the names, and a place in the middle, of another library's file
+        special, path = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], tmp_path / kind
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        inner = library.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        inner.train_from_iterator([TEXT], trainer)
+        inner.save(str(path))
+        tokenizer = make_tokenizer(str(path), [TEXT])
+    else:
+        tokenizer = make_tokenizer(kind, [TEXT], 300)
+    assert from_json(tokenizer.describe()).special == tokenizer.special
+    names = dict(zip(("pad_token", "unk_token", "mask_token"), ("[PAD]", "[UNK]", "[MASK]"), strict=True))
+    names |= dict(cls_token="[CLS]", sep_token="[SEP]")
+    if kind in ("bpe", "wordpiece"):
+        names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", mask_token="<mask>")
+        names |= dict(unk_token="[UNK]") if kind == "wordpiece" else {}
+    mask, special = tokenizer.size, torch.tensor(tokenizer.special, dtype=torch.long)
+    text = torch.randint(tokenizer.size, (6000,), generator=torch.Generator().manual_seed(0))  # special ones among them
+    if isinstance(tokenizer, Subwords):
+        theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.inner, **names)
+        assert tokenizer.special == tuple(sorted(theirs.all_special_ids)) != ()
+        assert tokenizer.pad == theirs.pad_token_id
+        wanted = theirs.get_special_tokens_mask(text.tolist(), already_has_special_tokens=True)
+        assert torch.isin(text, special).int().tolist() == wanted
+        collate = DataCollatorForLanguageModeling(theirs, mlm_probability=0.5)
+        batch = collate([{"input_ids": text[:3000].tolist()}])
+        assert (batch["labels"][0][torch.isin(text[:3000], special)] == IGNORE).all()  # the rule that ours must have
+    else:
+        assert (tokenizer.special, tokenizer.pad) == ((), None)
+    found = TextData("drawn", text, text, tokenizer, "")
+    task = LanguageTask(found, 500, 16, 1, mask=mask)
+    for batch in (task.batch(0, 0), *windows(text, 500, mask=mask, tokenizer=tokenizer)):
+        tokens, labels = batch["tokens"], batch["labels"]
+        chosen = labels != IGNORE
+        assert not torch.isin(labels[chosen], special).any()
+        assert not torch.isin(tokens[chosen], special).any()
+        ordinary = ~torch.isin(torch.where(chosen, labels, tokens), special)
+        assert float(chosen.sum() / ordinary.sum()) == pytest.approx(0.15, abs=0.02)
+        moved = tokens[chosen & (tokens != mask) & (tokens != labels)]
+        assert len(moved.unique()) > 0.2 * (tokenizer.size - len(special))  # any other token
+    logits = torch.randn(1, 500, mask + 1)
+    batch = next(windows(text, 500, tokenizer=tokenizer))
+    labels, padding = batch["labels"][:1], batch["labels"][:1] == IGNORE
+    assert bool(padding.any()) == isinstance(tokenizer, Subwords)
+    by_hand = -logits.log_softmax(-1)[0, torch.arange(500), labels[0].clamp(min=0)][~padding[0]].mean()
+    assert float(token_loss(logits, labels)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+@pytest.mark.need("E5")
+def test_words_without_special_tokens_are_masked_as_they_were():
+    draws = torch.Generator().manual_seed(5)
+    drawn = random_tokens(40, (3, 7), draws)
+    assert torch.equal(drawn, torch.randint(40, (3, 7), generator=draws.manual_seed(5)))
+    assert random_tokens(5, (100,), draws, special=(0, 3)).unique().tolist() == [1, 2, 4]
+
+
 def test_what_is_not_asked_costs_nothing():
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 4]])
     by_hand = -logits.log_softmax(-1)[[0, 0, 1], [0, 2, 2], [1, 2, 4]].mean()
@@ -202,7 +265,7 @@ def test_train_and_sample(file, tmp_path, capsys, more):
     main(sample)
     assert capsys.readouterr().out == first
     assert main([*sample[:-4], "--length", "-1"]) == 2
-    assert "a length and a count of at least 1" in capsys.readouterr().err
+    assert "length must be at least 1, got -1" in capsys.readouterr().err
     assert run(file, out, *more) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
 

@@ -207,8 +207,9 @@ def merge_bias(
         top = bias.detach().amax(dim=-1, keepdim=True)
         bias = bias - top.masked_fill(top.isneginf(), 0.0)
     bias = bias.to(dtype)
-    # A tensor that requires gradients loses the fused kernel on the CPU, even where gradients are off.
-    return bias if torch.is_grad_enabled() else bias.detach()
+    # A tensor that requires gradients loses the fused kernel on the CPU, even where gradients are off. A traced graph
+    # is the same with gradients and without, which torch's check of it compares.
+    return bias if torch.is_grad_enabled() or is_tracing() else bias.detach()
 
 
 def kernel_dtype(q: Tensor) -> torch.dtype:

@@ -64,7 +64,7 @@ def mean_distance(one: Tensor, q: Positions, k: Positions | None = None) -> Tens
             f"the map has {tuple(one.shape[-2:])} tokens, the positions {q.prefix} + {q.coords.shape[1]} and "
             f"{k.prefix} + {k.coords.shape[1]}"
         )
-    far = distance(q, k).to(placed.dtype)[:, None]  # (B|1, 1, Lq, Lk)
+    far = distance(q, k).to(placed.device, placed.dtype)[:, None]  # (B|1, 1, Lq, Lk)
     total = placed.sum(-1)
     return ((placed * far).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(dim=(0, 2))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, offsets
+from ..signal import Dense, Signal
 
 
 def causal(q: Positions, k: Positions) -> Tensor:
@@ -24,7 +25,7 @@ def causal(q: Positions, k: Positions) -> Tensor:
     """
     if q.axes != 1 or k.axes != 1:
         raise ConfigError(f"a causal mask needs places on a line, got {q.axes} and {k.axes} axes")
-    return _with_prefix(offsets(q, k, 0) >= 0, q, k)
+    return _with_prefix(q.coords[..., 0, None] >= k.coords[..., None, :, 0], q, k)
 
 
 def window(q: Positions, k: Positions, reach: int | Sequence[int]) -> Tensor:
@@ -58,6 +59,58 @@ def same(q: Tensor, k: Tensor) -> Tensor:
     return (q[:, :, None] == k[:, None, :])[:, None]
 
 
+def as_torch_takes_it(mask: Tensor | None, is_causal: bool, tokens: Tensor, heads: int) -> tuple[Tensor | None, Signal]:
+    """The `attn_mask` and `is_causal` of torch's fused attention, which timm passes on, for self-attention.
+
+    Args:
+        mask: (N, N) or (B|1, H|1, N|1, N); boolean, True may attend, or numbers that are added to the logits (before a
+            temperature of lengths), -inf where a query may not.
+        is_causal: a token attends to itself and those before it, in their order; together with a mask, where both
+            allow it.
+        tokens: x (B, N, D), leading tokens included.
+        heads: H.
+
+    Returns:
+        Where a query may attend, boolean or None, and a Signal with what is added.
+
+    Raises:
+        ValueError: for a mask of another shape or kind.
+    """
+    batch, count = tokens.shape[0], tokens.shape[1]
+    allowed, added = None, Signal()
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"attn_mask is a tensor, got {type(mask).__name__}; a token_filter is given by name")
+        _check_shape(mask, batch, count, heads)
+        if mask.dtype == torch.bool:
+            allowed = mask
+        elif mask.is_floating_point():
+            allowed = ~mask.isneginf()
+            number = mask.to(torch.promote_types(mask.dtype, torch.float32)).masked_fill(~allowed, 0.0)
+            added = Signal(bias=(Dense(number.reshape((1,) * (4 - mask.ndim) + mask.shape)),))
+        else:
+            raise ValueError(
+                f"attn_mask is boolean, True where a query may attend, or floats that are added to the logits; got "
+                f"{mask.dtype}: use mask.bool()"
+            )
+    if is_causal:
+        allowed = both(allowed, torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril())
+    return allowed, added
+
+
+def _check_shape(mask: Tensor, batch: int, count: int, heads: int) -> None:
+    allowed = [(batch, 1), (heads, 1), (count, 1), (count,)]
+    if mask.ndim == 2 and mask.shape == (count, count):
+        return
+    if mask.ndim == 4 and all(side in sides for side, sides in zip(mask.shape, allowed, strict=True)):
+        return
+    hints = {2: "; a mask of keys (B, N) is mask[:, None, None, :]", 3: "; a mask for each sample is mask[:, None]"}
+    raise ValueError(
+        f"attn_mask must be (N, N) or (B|1, H|1, N|1, N) with B = {batch} samples, H = {heads} heads and N = {count} "
+        f"tokens, leading ones included; got {tuple(mask.shape)}{hints.get(mask.ndim, '')}"
+    )
+
+
 def both(*masks: Tensor | None) -> Tensor | None:
     """What all of them allow; None allows everything."""
     given = [mask for mask in masks if mask is not None]
@@ -70,4 +123,4 @@ def both(*masks: Tensor | None) -> Tensor | None:
 
 
 def _with_prefix(mask: Tensor, q: Positions, k: Positions) -> Tensor:
-    return F.pad(mask, (k.prefix, 0, q.prefix, 0), value=True)[:, None]
+    return F.pad(mask.to(q.coords.device), (k.prefix, 0, q.prefix, 0), value=True)[:, None]

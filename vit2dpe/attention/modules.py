@@ -86,6 +86,15 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
+    @property
+    def num_heads(self) -> int:
+        """timm's name of `heads`."""
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.proj.in_features // self.heads
+
     def reset_parameters(self) -> None:
         """What is this module's own: the factor of cosine attention starts at 10, its biases at 0."""
         if self.logit_scale is not None:

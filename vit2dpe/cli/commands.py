@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import ConfigError, TrainingError, unknown
+from ..spec import Settings
 from .options import settings
 
 
@@ -95,8 +96,19 @@ def usage(start: str = "") -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 what was asked cannot work, 1 it failed on the way, 130 and 143 stopped by a signal.
 
-    One line says why; VIT2DPE_DEBUG=1 shows where.
+    141: whoever read the output has gone (`| head`). One line says why; VIT2DPE_DEBUG=1 shows where.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:  # after --help too
+            sys.stdout.flush()
+    except BrokenPipeError:  # what is still to be printed goes nowhere, or the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be bytes that are no UTF-8
@@ -114,9 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, processes = COMMANDS[name], int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and not command.parallel:
             raise ConfigError(f"vit2dpe {name} is one process, torchrun started {processes}: leave it out")
-        config = settings(name, _named(command.config), rest)  # --help leaves here, before anything heavy is imported
+        config = settings(
+            name, _named(command.config), rest, _with_files
+        )  # --help leaves here, before anything heavy is imported
         _named(command.run)(config, command=shlex.join(["vit2dpe", *args]))
         return 0
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print("\nvit2dpe: stopped; finished trials are kept, the same command goes on from there", file=sys.stderr)
         return 130
@@ -126,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _with_files() -> dict[str, type[Settings]]:
+    """The settings of the commands that recipes are written for."""
+    return {name: _named(COMMANDS[name].config) for name in ("train", "pretrain", "text train", "study")}
 
 
 def _named(place: str) -> Any:

@@ -13,12 +13,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import reduce
+from itertools import pairwise
+from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, unknown
+from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
+from .yaml_files import Others, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -28,7 +33,7 @@ OTHERS = ("config", "preset", "print_config", "help")  # options that are no set
 
 
 class Option(NamedTuple):
-    """A setting as an option, under the title of its group in the help."""
+    """A setting as an option, under the title of its group in the help; `range`: of a number."""
 
     name: str
     hint: type | UnionType
@@ -36,17 +41,26 @@ class Option(NamedTuple):
     help: str
     title: str
     positional: bool
+    range: Range | None
+
+    @property
+    def nullable(self) -> bool:
+        """Whether it may be null and takes no text."""
+        return type(None) in get_args(self.hint) and str not in get_args(self.hint)
 
     @property
     def type(self) -> str:
-        """The type in words: "int or null"."""
+        """The type in words, and the range: "int or null, at least 1"."""
         kinds = get_args(self.hint) if isinstance(self.hint, UnionType) else (self.hint,)
         names = [kind.__name__ if type(kind) is type else str(kind) for kind in kinds]
-        return " or ".join(names).replace("NoneType", "null")
+        return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str]) -> S:
+def settings(name: str, config: type[S], args: list[str], others: Others = dict) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
+
+    Args:
+        others: gives the settings of other commands, by which a file of theirs is recognized.
 
     Raises:
         ConfigError: for what cannot be understood.
@@ -60,21 +74,32 @@ def settings(name: str, config: type[S], args: list[str]) -> S:
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
     words = _with_preset([word for arg in args for word in _full_option(arg, config)])
-    return config.of(_parse(parser, _with_files(words, config), options))
+    words, read = _with_files(words, config, others)
+    words = [_null(last, word, options) for last, word in pairwise(["", *words])]
+    given = _parse(parser, words, options)
+    return config.of(read | {name: value for name, value in given.items() if value != [] or name not in read})
 
 
 def options_of(config: Settings, prefix: str = "", title: str = "settings") -> Iterator[Option]:
     """Every setting as an option, by dotted names; those of nested settings under their own titles."""
     kind, defaults = type(config), flat(config)
-    hints, texts, docs = get_type_hints(kind), texts_of(kind), _documented(kind)
+    hints, texts, numbers, docs = get_type_hints(kind), texts_of(kind), numbers_of(kind), _documented(kind)
     for field in fields(config):
         value, name = getattr(config, field.name), field.name
         if isinstance(value, Settings):
             nested = (inspect.getdoc(type(value)) or name).partition("\n")[0]
             yield from options_of(value, f"{prefix}{name}.", nested.rstrip("."))
         else:
-            hint = str | int | list | None if name in texts else hints[name]
-            yield Option(prefix + name, hint, defaults[name], docs.get(name, ""), title, "positional" in field.metadata)
+            hint = str | int | list | None if name in texts else _union(hints[name])
+            range_, text = numbers[name].range if name in numbers else None, docs.get(name, "")
+            text = f"{text.rstrip('.')}; {range_}." if range_ else text
+            positional = "positional" in field.metadata
+            yield Option(prefix + name, hint, defaults[name], text, title, positional, range_)
+
+
+def _union(hint: type | UnionType) -> type | UnionType:
+    """int | None of Optional[int], which is what Python makes of a type with a range."""
+    return reduce(or_, get_args(hint)) if get_origin(hint) is Union else hint
 
 
 def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
@@ -97,6 +122,14 @@ def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
     return parser
 
 
+def _null(last: str, word: str, options: list[Option]) -> str:
+    """The word none as null, where it is the value of an option that may be null and is no text."""
+    name, equals, value = word.partition("=")
+    name, start, value = (name, f"{name}=", value) if equals else (last, "", word)
+    able = [option for option in options if f"--{option.name}" == name and option.nullable]
+    return f"{start}null" if able and value.lower() == "none" else word
+
+
 def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> dict[str, Plain]:
     """The settings that `args` name, by dotted names; a value of a wrong type is refused in one sentence."""
     from jsonargparse import ArgumentError
@@ -105,10 +138,10 @@ def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> di
         values = parser.parse_args(args, defaults=any(arg.startswith("--print_config") for arg in args))
     except (ArgumentError, TypeError) as error:
         message = " ".join(str(error).split())
-        match = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): (.*)', message)
+        match = re.fullmatch(r'Parser key "([\w.]+)":.*?(?:Given value|Got value): ?(.*)', message)
         for option in options:
             if match and match[1] == option.name:
-                message = f"{option.name} must be of type {option.type}, got {match[2]}"
+                message = f"{option.name} must be of type {option.type}, got {match[2] or repr('')}"
         raise ConfigError(message) from None
     return {option.name: values[option.name] for option in options if option.name in values}
 
@@ -145,51 +178,16 @@ def _with_preset(words: list[str]) -> list[str]:
     return [*words[:at], "--config", variants[preset], *words[at:]]
 
 
-def _with_files(words: list[str], config: type[Settings]) -> list[str]:
-    """What files hold, as JSON, in place of their names: the parser takes either."""
-    pairs = zip(["", *words], words, strict=False)
-    return [json.dumps(read_yaml(word, config), default=str) if last == "--config" else word for last, word in pairs]
-
-
-def read_yaml(path: str, config: type[Settings]) -> dict[str, Plain]:
-    """The settings of a file, by dotted names; what YAML would take silently is refused.
-
-    Raises:
-        ConfigError: for a file that is not there or no YAML, a key given twice, a number that is not finite, and a
-            setting that does not exist, with the nearest one.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no file {path}")
-    known, values, seen = list(flat(config())), dict[str, Plain](), set[str]()
-    loader = yaml.SafeLoader("")
-
-    def read(node: yaml.MappingNode, prefix: str) -> None:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            group = isinstance(value, yaml.MappingNode) and any(full.startswith(f"{name}.") for full in known)
-            full = [name] if group else full_names(config, name)
-            if len(full) != 1:
-                raise unknown(f"setting in {path}", name, sorted(known))
-            if full[0] in seen:
-                raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
-            seen.add(full[0])
-            if group:
-                read(value, f"{name}.")
-            elif isinstance(value, yaml.ScalarNode) and re.fullmatch(r"[+-]?\.?(nan|inf)", value.value.lower()):
-                raise ConfigError(f"{path}: {name} must be a finite number, got {value.value}")
-            else:
-                values[full[0]] = loader.construct_object(value, deep=True)
-
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path} holds no settings: write name: value")
-        read(root or yaml.MappingNode("", []), "")
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is no YAML file: {error}") from None
-    return values
+def _with_files(words: list[str], config: type[Settings], others: Others) -> tuple[list[str], dict[str, Plain]]:
+    """What files hold, as JSON, in place of their names, which the parser takes; positional settings by themselves."""
+    positional = [option.name for option in options_of(config()) if option.positional]
+    read: dict[str, Plain] = {}
+    for i, word in enumerate(words):
+        if i and words[i - 1] == "--config":
+            values = read_yaml(word, config, others)
+            read |= {name: values.pop(name) for name in positional if name in values}
+            words = [*words[:i], json.dumps(values, default=str), *words[i + 1 :]]
+    return words, read
 
 
 def _documented(config: type[Settings]) -> dict[str, str]:

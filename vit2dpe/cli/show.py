@@ -106,7 +106,7 @@ def draw_attention(config: ShowConfig) -> Path:
 def parse_grid(text: str) -> tuple[int, ...]:
     """(14, 14) of "14x14", (64,) of "64"."""
     sides = text.lower().split("x")
-    if not all(side.isdigit() and int(side) > 0 for side in sides):
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ConfigError(f"a grid is written 14x14 (rows x columns) or 64 (a line), got {text!r}")
     return tuple(int(side) for side in sides)
 

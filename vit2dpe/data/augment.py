@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..positions import float64_device
 from ..spec import Size
 
 
@@ -172,8 +173,9 @@ def mix(
     cut = draws.random(total) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
     weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, total), draws.beta(mixup or 1, mixup or 1, total))
     centre = draws.random((2, total))
+    place = float64_device(images.device)
     keep, cut_, at = (  # (B,), (B,), (2, B)
-        torch.from_numpy(np.ascontiguousarray(v[..., samples])).to(images.device) for v in (weight, cut, centre)
+        torch.from_numpy(np.ascontiguousarray(v[..., samples])).to(place) for v in (weight, cut, centre)
     )
     half_h, half_w = h * (1 - keep).sqrt() / 2, w * (1 - keep).sqrt() / 2
     top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()
@@ -181,6 +183,7 @@ def mix(
     inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]  # (B, H, W)
     # The box is clipped at the edges: labels are weighted by the area that is left.
     keep = torch.where(cut_, 1 - inside.flatten(1).double().mean(1), keep).float()
+    keep, cut_, inside = (part.to(images.device) for part in (keep, cut_, inside))
     partner = images.flip(0)
     blended = torch.lerp(partner, images, torch.where(cut_, 1.0, keep).to(images.dtype)[:, None, None, None])
     images = torch.where(inside[:, None], partner, blended)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +18,14 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
 from ..spec import Size
+from .decode import check_fit
+from .image_cache import SizesDiffer
+from .photos import Survey, how_fitted, source_size, survey, train_size
 from .settings import DataConfig
-from .sources import CACHES, FOLDERS, SOURCES, UNREADABLE
+from .sources import CACHES, FILES, SOURCES, UNREADABLE, Reading
 from .splits import FileSplit, Split, digest_of, resize
+
+HELD_OUT = 0.2  # of every class, where there is no held-out split
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class Images:
         mean, std: of every channel over the pixels of `train`, for images in [0, 1].
         digest: sha256 of all splits: equal digests, equal data.
         notes: remarks on the data for the user, a line each.
-        val: the part of training that `val_fraction` held out; if there is one, it decides early stopping and `best/`.
-        total: how many images the source has in `train`, and in `test`, used or not.
+        val: the source's own validation split beside a test split, or the part of training that `val_fraction` held
+            out; if there is one, it decides early stopping and `best/`.
+        total: how many images the source has in `train`, in `test`, and in a `val` of its own, used or not.
         unreadable: the files that were left out because they cannot be read, with the reason.
     """
 
@@ -75,12 +80,14 @@ def load_images(
     root: str | os.PathLike[str] | None = None,
     *,
     source_size: Size | None = None,
+    fit: str = "crop",
     limit_train: int | None = None,
     limit_test: int | None = None,
     val_fraction: float = 0.0,
     seed: int = 0,
     cache: str = "memory",
     unreadable: str = "error",
+    labels: bool = True,
 ) -> Images:
     """Load an image dataset.
 
@@ -88,48 +95,81 @@ def load_images(
         name: a key of `SOURCES`.
         root: where it lies; see the source.
         source_size: (H, W) that the images of a `folder` are brought to in decoding.
+        fit: how: crop, pad or squash (`decode.decode`).
         limit_train, limit_test: keep a balanced part of this many images (`LabelledDataset.subsample`).
         val_fraction: hold out this part of every class of the training images, drawn by `seed`, as `Images.val`;
-            where a `folder` has no held-out split, as `Images.test`.
+            where there is no held-out split, as `Images.test`.
         cache: memory: decoded once and kept; none: decoded from files each time, by worker processes (`loader`);
             auto: memory where it is large enough.
         unreadable: error: a file that cannot be read stops the load; skip: it is left out of its split, counted and
             listed with the reason (`Images.unreadable`). More than ten of a split that are more than 1% of it, and a
             class that is left without an image, stop the load all the same.
+        labels: whether images without classes are refused.
+
+    Without a held-out split a fifth of every class, drawn by `seed`, becomes `Images.test` (a tenth of images without
+    classes). With val and test, val becomes `Images.val`.
 
     Raises:
         ConfigError: for an unknown name, or a setting that the source does not take.
+        SizesDiffer: a DataError, for images of several sizes without `source_size`.
         DataError: for data that are missing, unreadable, not laid out as required, or without labels.
     """
-    check_source(name, cache=cache, unreadable=unreadable)
+    check_source(name, cache=cache, unreadable=unreadable, fit=fit)
     kind, _, what = name.partition(":")
-    where, source = what or root, SOURCES[kind]
-    if kind in FOLDERS:
-        source = partial(source, cache=cache, alone=val_fraction > 0, unreadable=unreadable)
-    classes, train, test, notes, lost = source(Path(where).expanduser() if where else None, source_size)
-    for split, part in (("train", train), ("test", test)):
-        _check_labels(name, split, part, len(classes))
-    total = dict(train=len(train) + len(lost[0])) | ({} if test is None else dict(test=len(test) + len(lost[1])))
-    for split, reasons in zip(total, lost, strict=False):
+    where, how = what or root, Reading(source_size, fit, cache, unreadable, labels)
+    classes, train, test, notes, lost, val = SOURCES[kind](Path(where).expanduser() if where else None, how)
+    if test is None and val is not None:
+        test, val, lost = val, None, {{"val": "test"}.get(split, split): files for split, files in lost.items()}
+    for split, part in (("train", train), ("test", test), ("val", val)):
+        _check_labels(name, split, part, max(1, len(classes)))
+    there = {"train": train, "test": test} | ({} if val is None else {"val": val})
+    total = {split: len(part) + len(lost.get(split, ())) for split, part in there.items() if part is not None}
+    for split, reasons in lost.items():
         if reasons:
             notes.append(f"images of {split} that cannot be read, left out: {len(reasons)} of {total[split]}")
+    if val_fraction and val is not None:
+        raise ConfigError(f"{name} has a split of its own for validation ({len(val)} images): leave out val_fraction")
+    if test is None and not val_fraction:
+        train, test = _made(train, classes, seed, notes)
     train = train if limit_train is None else train.subsample(limit_train)
-    val: Split | FileSplit | None = None
     if val_fraction:
         train, val = train.hold_out(val_fraction, seed)
         note = f"validation: {len(val)} images, {val_fraction:g} of every class of train, by seed {seed}"
         notes.append(f"{note}; there is no other held-out split" if test is None else note)
+        test, val = (val, None) if test is None else (test, val)
+    elif val is not None and limit_test is not None:
+        val = val.subsample(limit_test)
     if test is None:
-        if val is None:
-            raise DataError(f"{name} has no held-out split: data.val_fraction makes one of the training images")
-        test, val = val, None
+        raise DataError(f"{name} has no held-out split")
     test = test if limit_test is None else test.subsample(limit_test)
     with ThreadPoolExecutor(1) as thread:  # hashing releases the interpreter's lock
         digest = thread.submit(digest_of, *(split for split in (train, test, val) if split is not None))
         mean, std = _statistics(train.sample())
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes.append(f"same image in train and test: {leaked}")
-    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, lost[0] | lost[1])
+    unread = {file: reason for reasons in lost.values() for file, reason in reasons.items()}
+    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, unread)
+
+
+def _made(
+    train: Split | FileSplit, classes: tuple[str, ...], seed: int, notes: list[str]
+) -> tuple[Split | FileSplit, Split | FileSplit]:
+    """A held-out split of the training images: of every class its share."""
+    counts = train.labels.bincount(minlength=len(classes))
+    if alone := (counts == 1).nonzero()[:, 0].tolist():
+        names = ", ".join(classes[i] for i in alone[:5]) if classes else "all"
+        raise DataError(
+            f"there is no held-out split, and {len(alone)} of {len(counts)} classes have one image, of which none can "
+            f"be held out: {names}; two of every class are needed"
+        )
+    share = HELD_OUT if classes else HELD_OUT / 2
+    rest, held_out = train.hold_out(share, seed)
+    of = f"{share:g} of every class" if classes else f"{share:g}"
+    notes.append(
+        f"there is no held-out split: {len(held_out)} of {len(train)} images, {of}, are held out by seed {seed} and "
+        f"measured, {len(rest)} are trained on"
+    )
+    return rest, held_out
 
 
 def _check_labels(name: str, split: str, part: Split | FileSplit | None, classes: int) -> None:
@@ -144,19 +184,53 @@ def _check_labels(name: str, split: str, part: Split | FileSplit | None, classes
     )
 
 
-def load(data: DataConfig, seed: int = 0) -> Images:
-    """`load_images` with these settings."""
-    return load_images(
-        data.name,
-        data.root,
-        source_size=data.source_size,
-        limit_train=data.limit_train,
-        limit_test=data.limit_test,
-        val_fraction=data.val_fraction,
-        seed=seed,
-        cache=data.cache,
-        unreadable=data.unreadable,
-    )
+def load(data: DataConfig, seed: int = 0, *, labels: bool = True) -> Images:
+    """`load_images` with these settings; images of several sizes are brought to the size of training."""
+    return load_fitted(data, seed, lambda found: (data.size or train_size(found),), labels=labels)[0]
+
+
+def load_fitted(
+    data: DataConfig, seed: int, needed: Callable[[Survey], Sequence[Size]], *, labels: bool = True
+) -> tuple[Images, Survey | None]:
+    """`load_images` with these settings; images of several sizes are brought to one.
+
+    Args:
+        data: where they lie.
+        seed: of a held-out split that is made.
+        needed: the sizes that images of such sizes are used at.
+        labels: whether images without classes are refused.
+
+    Returns:
+        the images, and what sizes they had, where they were brought to one that `data` does not name.
+    """
+
+    def at(size: Size | None) -> Images:
+        return load_images(
+            data.source,
+            data.root,
+            source_size=size,
+            fit=data.fit,
+            limit_train=data.limit_train,
+            limit_test=data.limit_test,
+            val_fraction=data.val_fraction,
+            seed=seed,
+            cache=data.cache,
+            unreadable=data.unreadable,
+            labels=labels,
+        )
+
+    if data.source_size is not None:
+        return at(data.source_size), None
+    found = survey(data, labels=labels) if data.name is None else None
+    if found is None or not found.mixed:
+        try:
+            return at(None), None
+        except SizesDiffer:
+            if (found := survey(data, labels=labels)) is None:
+                raise
+    size = source_size(found, needed(found))
+    images = at(size)
+    return replace(images, notes=(how_fitted(found, size, data.fit), *images.notes)), found
 
 
 def write_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
@@ -169,31 +243,37 @@ def write_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
 
 
 def check_source(
-    name: str, root: str | os.PathLike[str] | None = None, cache: str = "auto", unreadable: str = "error"
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    cache: str = "auto",
+    unreadable: str = "error",
+    fit: str = "crop",
 ) -> None:
     """Refuse, without reading any data, an unknown source and settings that it does not take."""
     kind, colon, what = name.partition(":")
     if kind not in SOURCES or (kind == "hf") != bool(what):
+        if Path(name).expanduser().exists():
+            raise ConfigError(f"{name} is no name of a source but there is such a file or folder: --root {name}")
         raise unknown("data source", name, [*(s for s in SOURCES if s != "hf"), "hf:<name>"])
+    check_fit(fit)
+    if fit != "crop" and kind not in (*FILES, "hf"):
+        raise ConfigError(f"data.fit is of images of several sizes; those of {name} have one: leave it out")
     if colon and root:
         raise ConfigError(f"{name} says where the data are: leave out root, got {root}")
     if cache not in CACHES:
         raise unknown("data.cache", cache, CACHES)
-    if cache == "none" and kind not in FOLDERS:
-        raise ConfigError(f"data.cache none is of files in class folders ({', '.join(FOLDERS)}); {name} is in memory")
+    if cache == "none" and kind not in FILES:
+        raise ConfigError(f"data.cache none is of files ({', '.join(FILES)}); {name} is in memory")
     if unreadable not in UNREADABLE:
         raise unknown("data.unreadable", unreadable, UNREADABLE)
-    if unreadable == "skip" and kind not in FOLDERS:
-        raise ConfigError(f"data.unreadable skip is of files in class folders ({', '.join(FOLDERS)}), not of {name}")
+    if unreadable == "skip" and kind not in FILES:
+        kinds = ", ".join(FILES)
+        raise ConfigError(f"data.unreadable skip is of files in class folders and their like ({kinds}), not of {name}")
 
 
 def check_data(data: DataConfig) -> None:
     """Refuse settings that cannot work, without reading any data."""
-    check_source(data.name, data.root, data.cache, data.unreadable)
-    if not 0 <= data.val_fraction < 1:
-        raise ConfigError(f"data.val_fraction is a part of the training images, in [0, 1), got {data.val_fraction}")
-    if data.workers is not None and data.workers < 0:
-        raise ConfigError(f"data.workers must be 0 or above, got {data.workers}")
+    check_source(data.source, data.root, data.cache, data.unreadable, data.fit)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

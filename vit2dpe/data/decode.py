@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import DataError
+from ..errors import DataError, unknown
 from ..spec import Size
 
-# Named, because Pillow would otherwise go by content alone and hand a PostScript file called x.jpg to Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Named, because Pillow would otherwise go by content alone and hand a PostScript file called x.jpg to Ghostscript. What
+# begins with no number of its own, such as TGA, is read where the file's name says so.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+# What Pillow opens by another program, only identifies, or has no 8-bit picture of.
+REFUSED = ("EPS", "PDF", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FITS", "IPTC")
+FITS = ("crop", "pad", "squash")
 MAX_PIXELS = 50_000_000
 DECODER = 1  # part of every cache key: raise it when the same file decodes to other pixels
 
@@ -42,10 +49,55 @@ class Unreadable(DataError):
         )
 
 
-def decode(path: str | Path, size: Size | None = None) -> tuple[np.ndarray, list[str]]:
+@cache
+def suffixes() -> tuple[str, ...]:
+    """The suffixes of the image files that the installed Pillow can open; .heic too, where pillow-heif is installed."""
+    return tuple(_formats_by_suffix())
+
+
+@cache
+def _formats_by_suffix() -> dict[str, str]:
+    with suppress(ImportError):  # as Pillow's own plugins are: it opens nothing until it is registered
+        importlib.import_module("pillow_heif").register_heif_opener()
+    known = Image.registered_extensions()  # loads every plugin
+    return {suffix: name for suffix, name in sorted(known.items()) if name in Image.OPEN and name not in REFUSED}
+
+
+def _formats(path: str | Path) -> list[str]:
+    """The formats that a file may have: those that are known by their content, and that of its name."""
+    by_suffix = _formats_by_suffix()
+    named = by_suffix.get(Path(path).suffix.lower())
+    return [name for name in (*FORMATS, *([named] if named else [])) if name in Image.OPEN]
+
+
+def check_fit(fit: str) -> None:
+    """Refuse what is no way to bring images to one size."""
+    if fit not in FITS:
+        raise unknown("data.fit", fit, FITS)
+
+
+def size_of(path: str | Path) -> Size:
+    """(H, W) of an image as it is decoded, upright, from the head of its file.
+
+    Raises:
+        Unreadable: for a file that is no image.
+    """
+    try:
+        with Image.open(path, formats=_formats(path)) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) > 4
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as in `decode`
+        raise Unreadable(path, error) from error
+
+
+def decode(path: str | Path, size: Size | None = None, fit: str = "crop") -> tuple[np.ndarray, list[str]]:
     """One file as RGB, upright, transparency composited on black, 16 bits scaled to 8.
 
-    `size` (H, W): resize (bicubic, antialiased) so that the image just covers it, then crop the centre.
+    Args:
+        path: of the file.
+        size: (H, W) to bring it to, bicubic, antialiased; None: it keeps its own.
+        fit: crop (it just covers the size, and its centre is kept), pad (all of it just fits into the size, in the
+            middle of black) or squash (each side is brought to the size by itself).
 
     Returns:
         uint8 (H, W, 3), and the conversions it took.
@@ -54,12 +106,12 @@ def decode(path: str | Path, size: Size | None = None) -> tuple[np.ndarray, list
         Unreadable: a DataError, for a file that is missing, damaged, no image, or has more than 50 megapixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_formats(path)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             if image.format == "PNG":
                 _check_png(path)
-            return as_rgb(image, size)
+            return as_rgb(image, size, fit)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(
             path, f"it has more than {MAX_PIXELS // 10**6} megapixels ({error}) and was not decoded: make it smaller"
@@ -74,12 +126,26 @@ def decode(path: str | Path, size: Size | None = None) -> tuple[np.ndarray, list
         raise Unreadable(path, error) from error
 
 
-def as_rgb(image: Image.Image, size: Size | None = None) -> tuple[np.ndarray, list[str]]:
+def as_rgb(image: Image.Image, size: Size | None = None, fit: str = "crop") -> tuple[np.ndarray, list[str]]:
     """`decode` for an opened image."""
     rgb, kinds = _to_rgb(image)
-    if size is not None:
-        rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(rgb), kinds
+    return np.asarray(rgb if size is None else fitted(rgb, size, fit)), kinds
+
+
+def fitted(image: Image.Image, size: Size, fit: str) -> Image.Image:
+    """An RGB image brought to (H, W) as `decode` says."""
+    check_fit(fit)
+    height, width = size
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    if fit == "squash":
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    scale = min(width / image.width, height / image.height)
+    inner = [max(1, round(side * scale)) for side in image.size]
+    padded = Image.new("RGB", (width, height))  # black
+    corner = (width - inner[0]) // 2, (height - inner[1]) // 2
+    padded.paste(image.resize((inner[0], inner[1]), Image.Resampling.BICUBIC), corner)
+    return padded
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

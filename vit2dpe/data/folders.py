@@ -1,6 +1,6 @@
 """Lists the image files of class folders; reads no image.
 
-Nothing is guessed: a missing split, an empty class or a class that only one split has is an error that names it.
+An empty class, a class that only one split has, or images beside class folders are errors that name and count them.
 """
 
 from __future__ import annotations
@@ -10,95 +10,40 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import DataError
-from .image_cache import SUFFIXES
+from .decode import suffixes
 
-LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image> (or test)"
+HOW = (
+    "expected <root>/<class>/<image>, or <root>/train/<class>/<image> and beside it <root>/val/<class>/<image> "
+    "(or test)"
+)
 ANNOTATIONS = "val_annotations.txt"
-Listing = dict[str, list[str]]
+Listing = dict[str, list[str]]  # the images of each class
 
 
-def list_folders(root: Path, *, alone: bool = False) -> tuple[Listing, Listing, list[str]]:
-    """For train and the held-out split, the images of each class as names relative to root; and notes for the user.
-
-    Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
-
-    Args:
-        alone: whether train may be the only split; the other one is empty then.
-    """
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}; {LAYOUT}")
-    splits = [split for split in ("train", "val", "test") if (root / split).is_dir()]
-    if "train" not in splits:
-        raise DataError(f"there is no folder {root / 'train'}; {LAYOUT}")
-    if len(splits) == 1 and not alone:
-        raise DataError(
-            f"{root} has neither val nor test: nothing to measure on; --data.val_fraction 0.1 holds out a tenth of "
-            f"train, or move some images of every class out of it; {LAYOUT}"
-        )
-    notes = [f"{root} has both val and test: val is used"] if len(splits) == 3 else []
-    train = _by_class(root, "train", notes)
-    if len(splits) == 1:
-        return _two_or_more(root, train), {}, notes
-    test = _list_split(root, splits[1], notes)
-    _match(root, train, splits[1], test)
-    return train, test, notes
-
-
-def list_held_out(root: Path) -> tuple[Path, Listing, list[str]]:
-    """The images of each class to evaluate on: of `root/val` or `root/test`, else of `root` itself.
-
-    Returns:
-        the folder that the names are relative to, the names by class, and notes for the user.
-    """
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}; expected class folders, <folder>/<class>/<image>")
-    held_out = next((root / split for split in ("val", "test") if (root / split).is_dir()), root).resolve()
-    notes: list[str] = []
-    return held_out.parent, dict(sorted(_list_split(held_out.parent, held_out.name, notes).items())), notes
-
-
-def _list_split(root: Path, split: str, notes: list[str]) -> Listing:
+def list_split(root: Path, split: str, notes: list[str]) -> Listing:
     """The images of each class, in class folders or in Tiny-ImageNet's layout."""
     annotated = (root / split / ANNOTATIONS).is_file() and (root / split / "images").is_dir()
-    return (_by_annotation if annotated else _by_class)(root, split, notes)
+    return (_by_annotation if annotated else by_class)(root, split, notes)
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """A folder's entries by name, without hidden ones and those that archivers leave behind."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder}: {error}") from error
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def _images_in(root: Path, folder: str, notes: list[str]) -> list[str]:
-    """The images of a folder, as names relative to root."""
-    entries = _visible(root / folder)
-    images = [f"{folder}/{entry.name}" for entry in entries if entry.name.lower().endswith(SUFFIXES)]
-    others = [entry for entry in entries if not entry.name.lower().endswith(SUFFIXES)]
-    if deeper := [entry.name for entry in others if entry.is_dir()]:
-        raise DataError(f"{root / folder} holds folders ({', '.join(deeper[:3])}): move images up; {LAYOUT}")
-    if not images:
-        raise DataError(f"{root / folder} holds no image ({' '.join(SUFFIXES)}): add some, or delete the folder")
-    if others:
-        notes.append(f"files in {root / folder} that are no images by their name, ignored: {len(others)}")
-    return images
-
-
-def _by_class(root: Path, split: str, notes: list[str]) -> Listing:
-    listing = {}
-    for entry in _visible(root / split):
-        if entry.is_dir():
-            # Tiny-ImageNet, as it is downloaded, has a class's images one folder deeper.
-            deeper = "/images" if Path(entry, "images").is_dir() else ""
-            listing[entry.name] = _images_in(root, f"{split}/{entry.name}{deeper}", notes)
-        elif entry.name.lower().endswith(SUFFIXES):
-            raise DataError(f"the image {entry.path} is in no class folder; {LAYOUT}")
-    if not listing:
-        raise DataError(f"{root / split} has no class folders; {LAYOUT}")
-    return listing
+def by_class(root: Path, split: str, notes: list[str]) -> Listing:
+    entries = visible(root / split)
+    folders = [entry for entry in entries if entry.is_dir()]
+    if stray := [entry for entry in entries if not entry.is_dir() and is_image(entry)]:
+        number = f"{len(stray)} image{'s' * (len(stray) > 1)}"
+        if folders:
+            raise DataError(
+                f"the image {stray[0].path} is in no class folder: {number} beside {len(folders)} class folders; move "
+                f"or delete them; {HOW}"
+            )
+        raise DataError(
+            f"{root / split} holds {number} and no class folders ({stray[0].path} is in no class folder); {HOW}; or "
+            "a CSV of paths and labels; vit2dpe pretrain takes images alone"
+        )
+    if not folders:
+        raise DataError(f"{root / split} has no class folders{other_files(root / split)}; {HOW}")
+    prefix = f"{split}/" if split else ""
+    return {entry.name: _images_in(root, prefix + entry.name, notes) for entry in folders}
 
 
 def _by_annotation(root: Path, split: str, notes: list[str]) -> Listing:
@@ -117,22 +62,97 @@ def _by_annotation(root: Path, split: str, notes: list[str]) -> Listing:
     return listing
 
 
-def _match(root: Path, train: Listing, held_out: str, test: Listing) -> None:
-    _two_or_more(root, train)
-    strangers, missing = sorted(set(test) - set(train)), sorted(set(train) - set(test))
+def _images_in(root: Path, folder: str, notes: list[str]) -> list[str]:
+    """The images of a folder, as names relative to root."""
+    entries = visible(root / folder)
+    images = [f"{folder}/{entry.name}" for entry in entries if is_image(entry)]
+    others = [entry for entry in entries if not is_image(entry)]
+    deeper = [entry.name for entry in others if entry.is_dir()]
+    if not images and len(deeper) == 1 and any(map(is_image, visible(root / folder / deeper[0]))):
+        # Tiny-ImageNet, as it is downloaded, has a class's images one folder deeper, and so have others.
+        if deeper != ["images"]:
+            notes.append(f"images of {root / folder} are read from its only folder, {deeper[0]}")
+        return _images_in(root, f"{folder}/{deeper[0]}", notes)
+    if deeper:
+        raise DataError(
+            f"{root / folder} holds folders ({', '.join(deeper[:3])}), {len(deeper)} of them, beside {len(images)} "
+            f"images: move images up; {HOW}"
+        )
+    if not images:
+        raise DataError(
+            f"{root / folder} holds no image that Pillow can open{other_files(root / folder)}; add some, or delete the "
+            "folder"
+        )
+    if others:
+        heic = sum(entry.name.lower().endswith((".heic", ".heif")) for entry in others)
+        more = f" ({heic} of them .heic: they are read once pillow-heif is installed)" if heic else ""
+        notes.append(f"files in {root / folder} that are no images by their name, ignored: {len(others)}{more}")
+    return images
+
+
+def files_below(root: Path, folder: str) -> list[str]:
+    """The images of a folder and of all folders below it, as names relative to root."""
+    files: list[str] = []
+    for place, folders, names in os.walk(root / folder):
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        inside = Path(place).relative_to(root).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
+        files += [prefix + name for name in sorted(names) if not _hidden(name) and _ends_as_image(name)]
+    return files
+
+
+def check_classes(where: Path, train: Listing, held_out: Listing) -> None:
+    """Refuse a held-out split of other classes than those of train."""
+    strangers, missing = sorted(set(held_out) - set(train)), sorted(set(train) - set(held_out))
     if strangers:
         raise DataError(
-            f"{root / held_out} has classes that train has not: {', '.join(strangers[:5])} ({len(strangers)} in all); "
+            f"{where} has classes that train has not: {', '.join(strangers[:5])} ({len(strangers)} in all); "
             "add them to train or delete them"
         )
     if missing:
         raise DataError(
-            f"{root / held_out} lacks classes of train: {', '.join(missing[:5])} ({len(missing)} in all); "
+            f"{where} lacks classes of train: {', '.join(missing[:5])} ({len(missing)} in all); "
             "add images of them, or delete them from train"
         )
 
 
-def _two_or_more(root: Path, train: Listing) -> Listing:
+def two_or_more(where: Path, train: Listing) -> Listing:
     if len(train) < 2:
-        raise DataError(f"{root / 'train'} has one class ({', '.join(train)}): there must be two or more; {LAYOUT}")
+        name, files = next(iter(train.items()))
+        raise DataError(
+            f"{where} has one class ({name}) of {len(files)} image{'s' * (len(files) > 1)}: there must be two or more; "
+            f"{HOW}"
+        )
     return train
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """A folder's entries by name, without hidden ones and those that archivers leave behind."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not _hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error}") from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def is_image(entry: os.DirEntry[str]) -> bool:
+    return _ends_as_image(entry.name)
+
+
+def _ends_as_image(name: str) -> bool:
+    return name.lower().endswith(suffixes())
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def other_files(folder: Path) -> str:
+    """The files of a folder that are no images, by suffix, for an error."""
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in folder.rglob("*") if path.is_file())
+    if not kinds:
+        return ": it is empty"
+    listed = ", ".join(f"{number} of {kind}" for kind, number in kinds.most_common(5))
+    heic = "; .heic is read once pillow-heif is installed" if {".heic", ".heif"} & set(kinds) else ""
+    return f": its files are {listed}{heic}"

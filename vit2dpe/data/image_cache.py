@@ -28,10 +28,13 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, TrainingError
 from ..files import cache_dir, write_atomically
 from ..spec import Size
-from .decode import DECODER, Unreadable, decode
+from .decode import DECODER, Unreadable, decode, size_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 Reasons = dict[int, str]  # why a file is unreadable, by its index
+
+
+class SizesDiffer(DataError):
+    """Images of several sizes, and no size to bring them to."""
 
 
 class Decoded(NamedTuple):
@@ -49,7 +52,7 @@ class Decoded(NamedTuple):
 
 
 def load_files(
-    root: Path, names: Sequence[str], size: Size | None = None, *, skip: bool = False
+    root: Path, names: Sequence[str], size: Size | None = None, *, skip: bool = False, fit: str = "crop"
 ) -> tuple[Tensor, list[str], Reasons]:
     """Decode files, or read them from the cache if none has changed since.
 
@@ -58,6 +61,7 @@ def load_files(
         names: N files; at least one.
         size: (H, W) to bring every image to; None: they all have one size already.
         skip: leave out files that cannot be read.
+        fit: how they are brought to `size`, see `decode`.
 
     Returns:
         images uint8 (N, 3, H, W) in the order of `names`, notes for the user, and the reasons for those that were left
@@ -65,20 +69,21 @@ def load_files(
 
     Raises:
         Unreadable: for a file that cannot be read, unless `skip`.
-        DataError: for two sizes where `size` is None, and if no file can be read.
+        SizesDiffer: a DataError, for two sizes where `size` is None.
+        DataError: if no file can be read.
         ConfigError: for a size that is not positive.
     """
     check_size(size)
     try:
-        cache = cache_dir() / f"{fingerprint(root, names, size, skip)}.safetensors"
+        cache = cache_dir() / f"{fingerprint(root, names, size, skip, fit)}.safetensors"
     except RuntimeError as error:  # no home folder
-        return _noted(decode_all(root, names, size, skip), f"decoded images are not cached: {error}")
+        return _noted(decode_all(root, names, size, skip, fit), f"decoded images are not cached: {error}")
     cached = _read_cache(cache)
     if cached is not None:
         for index, reason in cached.unreadable.items() if not skip else ():
             raise Unreadable(root / names[index], reason)
         return _noted(cached)
-    decoded = decode_all(root, names, size, skip)
+    decoded = decode_all(root, names, size, skip, fit)
     return _noted(decoded, _write_cache(cache, decoded))
 
 
@@ -107,8 +112,8 @@ def check_size(size: Size | None) -> None:
         raise ConfigError(f"source_size must be two positive numbers (rows, columns), got {size}")
 
 
-def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> str:
-    """A cache key that changes with any file, with `size` and with the decoder; reads no file's content.
+def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool = False, fit: str = "crop") -> str:
+    """A cache key that changes with any file, with `size`, `fit` and the decoder; reads no file's content.
 
     The time of the last change of the inode (ctime) is part of it: unpacking another archive over the same folder can
     restore names, sizes and modification times, and would otherwise serve the old pixels.
@@ -116,7 +121,7 @@ def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool 
     Raises:
         Unreadable: for a file that is not there, unless `skip`.
     """
-    facts = [repr((DECODER, PIL.__version__, size))]
+    facts = [repr((DECODER, PIL.__version__, size, *([] if fit == "crop" else [fit])))]
     for name in names:
         try:
             stat = os.stat(f"{root}/{name}")
@@ -128,7 +133,9 @@ def fingerprint(root: Path, names: Sequence[str], size: Size | None, skip: bool 
     return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()
 
 
-def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> tuple[str, np.ndarray]:
+def first_readable(
+    root: Path, names: Sequence[str], size: Size | None, skip: bool = False, fit: str = "crop"
+) -> tuple[str, np.ndarray]:
     """The name of the first file that can be read, and its pixels (H, W, 3).
 
     Raises:
@@ -138,7 +145,7 @@ def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bo
     why = ""
     for name in names:
         try:
-            return name, decode(f"{root}/{name}", size)[0]
+            return name, decode(f"{root}/{name}", size, fit)[0]
         except Unreadable as error:
             if not skip:
                 raise
@@ -146,22 +153,37 @@ def first_readable(root: Path, names: Sequence[str], size: Size | None, skip: bo
     raise DataError(f"not one of {len(names)} images under {root} can be read{why}")
 
 
-def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool = False) -> Decoded:
+def check_one_size(root: Path, names: Sequence[str], native: np.ndarray) -> None:
+    """Refuse images of several sizes, of which none has been decoded but one; from the heads of 2,048 files.
+
+    Raises:
+        SizesDiffer: naming one that is of another size.
+    """
+    for name in names[:: -(-len(names) // 2048)]:
+        with suppress(Unreadable):
+            if (size := size_of(f"{root}/{name}")) != native.shape[:2]:
+                raise SizesDiffer(
+                    f"the images differ in size: {root / name} is {size[0]}x{size[1]}, others are {_size(native)} "
+                    "(rows x columns); --data.source_size brings them to one"
+                )
+
+
+def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool = False, fit: str = "crop") -> Decoded:
     """Decode files, in threads. Raises as `load_files` does."""
-    reference, first = first_readable(root, names, size, skip)
+    reference, first = first_readable(root, names, size, skip, fit)
     images = torch.empty(len(names), 3, *first.shape[:2], dtype=torch.uint8)
     planes = images.numpy()
 
     def keep(index: int, image: np.ndarray) -> None:
         if image.shape != first.shape:
-            raise DataError(
+            raise SizesDiffer(
                 f"the images differ in size: {root / reference} is {_size(first)}, {root / names[index]} is "
-                f"{_size(image)} (rows x columns); pass source_size=(rows, columns) to resize and centre-crop all of "
-                "them"
+                f"{_size(image)} (rows x columns); pass source_size=(rows, columns) to bring all of them to it, by "
+                "fit"
             )
         planes[index] = image.transpose(2, 0, 1)
 
-    counts, reasons = _decode_each(root, names, size, keep, skip)
+    counts, reasons = _decode_each(root, names, size, keep, skip, fit)
     kept = [index for index in range(len(names)) if index not in reasons]
     for target, index in enumerate(kept):
         if target < index:  # within the tensor: another one would be as large again
@@ -170,7 +192,12 @@ def decode_all(root: Path, names: Sequence[str], size: Size | None, skip: bool =
 
 
 def _decode_each(
-    root: Path, names: Sequence[str], size: Size | None, keep: Callable[[int, np.ndarray], None], skip: bool
+    root: Path,
+    names: Sequence[str],
+    size: Size | None,
+    keep: Callable[[int, np.ndarray], None],
+    skip: bool,
+    fit: str = "crop",
 ) -> tuple[dict[str, int], Reasons]:
     """Call `keep(index, pixels)` for every readable file. Returns counts of conversions, and reasons for the others."""
 
@@ -179,7 +206,7 @@ def _decode_each(
         reasons: Reasons = {}
         for index, name in enumerate(names[start : start + length], start):
             try:
-                image, kinds = decode(f"{root}/{name}", size)
+                image, kinds = decode(f"{root}/{name}", size, fit)
             except Unreadable as error:
                 if not skip:
                     raise

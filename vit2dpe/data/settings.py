@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..spec import Settings, Size, Sizes, Term
+from ..ranges import Count, Natural, NotNegative, Probability, Processes, Rate, Share
+from ..spec import Plain, Settings, Size, Sizes, Term
+
+CSV_ENDINGS = (".csv", ".tsv")
+LADDER = (32, 48, 64, 96, 128, 160, 192, 224)  # sizes to train photos at
 
 
 @dataclass(frozen=True)
@@ -13,10 +19,16 @@ class DataConfig(Settings):
 
     Args:
         name: digits (built in), cifar10, cifar100 (downloaded), folder (class folders, Tiny-ImageNet as it is
-            downloaded), tar (train.tar and val.tar under root), or hf:<name> (a Hugging Face dataset).
+            downloaded), csv (paths and labels), tar (train.tar and val.tar under root), or hf:<name> (a Hugging Face
+            dataset; hf:<name>?image=photo&label=breed chooses columns); default: csv or folder, by root; without root
+            digits.
         root: where it lies.
-        size: pixels of training images, 32 or 32x48 (height x width); default: their own.
-        source_size: size that pictures of differing sizes are brought to once.
+        size: pixels of training images, 32 or 32x48 (height x width); default: their own, and where they differ the
+            largest of 32, 48, 64, 96, 128, 160, 192, 224 that is not above their median short side.
+        source_size: size that pictures of differing sizes are brought to once; default: the largest that is needed, as
+            far as the pictures have it.
+        fit: how pictures are brought to one size: crop (short side to size, centre kept), pad (long side to size, on
+            black) or squash (aspect ratio lost).
         limit_train: use only so many training images, balanced over classes.
         limit_test: use only so many test images, balanced over classes.
         val_fraction: hold this part of every class of the training images out, drawn by run.seed; best/ and patience
@@ -28,16 +40,48 @@ class DataConfig(Settings):
             and listed in out/unreadable.jsonl; up to ten, or 1% of a split).
     """
 
-    name: str = "digits"
+    name: str | None = None
     root: str | None = None
     size: Size | None = None
     source_size: Size | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    val_fraction: float = 0.0
+    fit: str = "crop"
+    limit_train: Count | None = None
+    limit_test: Count | None = None
+    val_fraction: Rate = 0.0
     cache: str = "auto"
-    workers: int | None = None
+    workers: Processes | None = None
     unreadable: str = "error"
+
+    @property
+    def source(self) -> str:
+        """`name`, or what is understood where there is none."""
+        return source_of(self.name, self.root)
+
+
+def source_of(name: Plain, root: Plain) -> str:
+    """The name of a source of images; without one csv or folder, by what `root` is, and digits without a root."""
+    if name:
+        return str(name)
+    return "digits" if not root else "csv" if str(root).lower().endswith(CSV_ENDINGS) else "folder"
+
+
+def patch_for(size: Size) -> int:
+    """A patch side that makes 8 x 8 to 14 x 14 patches of an image of `LADDER`."""
+    side = min(size)
+    patch = 4 if side < 48 else 8 if side < 128 else 16
+    return patch if all(length % patch == 0 for length in size) else 4
+
+
+def count_files(root: str) -> int:
+    """Files under a folder, or lines of a file under its header: about as many images."""
+    path = Path(root).expanduser()
+    if path.is_dir():
+        return sum(len(names) for _, _, names in os.walk(path))
+    try:
+        with path.open("rb") as file:
+            return max(0, sum(1 for _ in file) - 1)
+    except OSError:  # said where it is read
+        return 0
 
 
 @dataclass(frozen=True)
@@ -51,9 +95,9 @@ class ViewConfig(Settings):
             0.8 one for small images, 0.2 MAE's on ImageNet.
     """
 
-    shift: int | None = None
+    shift: Natural | None = None
     flip: bool | None = None
-    crop: float | None = None
+    crop: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +114,8 @@ class AugmentConfig(ViewConfig):
     """
 
     policy: Term = Term("none", {})  # noqa: RUF009 - never written to
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.1
+    erase: Probability = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    label_smoothing: Rate = 0.1
     train_sizes: Sizes | None = None

@@ -6,7 +6,7 @@ Legend: N images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,11 @@ from ..errors import ConfigError, DataError
 from ..files import cache_dir
 from ..spec import Size
 from . import archives
-from .folders import LAYOUT, list_folders
-from .image_cache import Reasons, check_size, find_unreadable, first_readable, load_files
+from .decode import check_fit
+from .folders import HOW
+from .image_cache import Reasons, check_one_size, check_size, find_unreadable, first_readable, load_files
+from .label_files import list_csv
+from .layout import Layout, list_folders
 from .splits import FileSplit, Split
 
 TOLERATED = 0.01, 10  # of the files of a split: more than this share and more than this number is no accident
@@ -31,25 +34,44 @@ class SourceData(NamedTuple):
     """The data of a source.
 
     Args:
-        classes: class names; a label is an index into them.
-        train, test: the two splits, of one image size; test may be missing.
+        classes: class names; a label is an index into them. None for images alone.
+        train, test, val: the splits, of one image size; test and val may be missing.
         notes: remarks for the user, a line each.
-        unreadable: the files of train and of test that were left out, with the reason.
+        unreadable: the files of each split that were left out, with the reason.
     """
 
     classes: tuple[str, ...]
     train: Split | FileSplit
     test: Split | FileSplit | None
     notes: list[str]
-    unreadable: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    unreadable: Mapping[str, Mapping[str, str]] = {}
+    val: Split | FileSplit | None = None
 
 
-Source = Callable[..., SourceData]  # of root and source_size
+class Reading(NamedTuple):
+    """How files become images.
+
+    Args:
+        source_size: (H, W) that every image is brought to; None: they all have one size already.
+        fit: in which way, see `decode.decode`.
+        cache: memory: decoded once and kept; none: left on disk; auto: memory where it is large enough.
+        unreadable: error, or skip: files that cannot be read are left out.
+        labels: whether classes are needed.
+    """
+
+    source_size: Size | None = None
+    fit: str = "crop"
+    cache: str = "memory"
+    unreadable: str = "error"
+    labels: bool = True
 
 
-def digits(root: Path | None, source_size: Size | None) -> SourceData:
+Source = Callable[[Path | None, Reading], SourceData]
+
+
+def digits(root: Path | None, how: Reading) -> SourceData:
     """scikit-learn's 1,797 handwritten digits, 8x8, one channel; a fixed stratified split, 1,437 and 360."""
-    if root or source_size:
+    if root or how.source_size:
         raise ConfigError("digits come with scikit-learn, 8x8: leave out root and source_size")
     try:
         from sklearn.datasets import load_digits
@@ -64,12 +86,12 @@ def digits(root: Path | None, source_size: Size | None) -> SourceData:
     return SourceData(tuple(str(name) for name in data.target_names), train, test, [])
 
 
-def cifar(name: str, root: Path | None, source_size: Size | None) -> SourceData:
+def cifar(name: str, root: Path | None, how: Reading) -> SourceData:
     """CIFAR10 or CIFAR100 of torchvision, downloaded into `root` (None: the cache folder) unless it is there already.
 
     Its batches are pickles; torchvision compares each with its known checksum before it is opened.
     """
-    if source_size:
+    if how.source_size:
         raise ConfigError(f"{name.lower()} is 32x32: leave out source_size")
     try:
         from torchvision import datasets
@@ -89,76 +111,90 @@ def cifar(name: str, root: Path | None, source_size: Size | None) -> SourceData:
     return SourceData(tuple(train.classes), splits[0], splits[1], [])
 
 
-def folder(
-    root: Path | None,
-    source_size: Size | None,
-    *,
-    tar: bool = False,
-    cache: str = "memory",
-    alone: bool = False,
-    unreadable: str = "error",
-) -> SourceData:
-    """Class folders: `root/train/<class>/*`, and `root/val` or `root/test` likewise (val, where there are both).
-
-    Tiny-ImageNet as it is downloaded is read too: `train/<class>/images/*`, `val/images/*` with val_annotations.txt.
-    The classes are those of train, by name; the other split must have the same. Images become RGB.
+def lay_out(kind: str, root: Path | None, labels: bool = True) -> Layout:
+    """Where the images of a folder, a CSV or archives lie.
 
     Args:
-        tar: one archive a split instead: `root/train.tar` and `root/val.tar` (or test), in each `<class>/<image>`.
-        cache: as in `load_images`.
-        alone: whether train may be the only split.
-        unreadable: as in `load_images`. To skip files of what stays on disk, all are decoded once beforehand.
+        kind: a name in `FILES`.
+        root: the folder, the CSV, or the folder of the archives.
+        labels: whether classes are needed.
     """
-    if root is None and tar:
+    if root is None and kind == "tar":
         raise DataError(f"tar needs to know where: --data.root <root>; {archives.LAYOUT}")
     if root is None:
-        raise DataError(f"folder needs to know where: --root <root>; {LAYOUT}")
-    check_size(source_size)
-    if tar:
-        root = archives.unpack(root, alone=alone)
-    train, test, notes = list_folders(root, alone=alone)
-    names, numbers = [], []
-    for listing in (train, test):
-        for label, files in enumerate(listing.get(name, []) for name in train):
-            names += files
-            numbers += [label] * len(files)
-    labels, cut, skip = torch.tensor(numbers), sum(map(len, train.values())), unreadable == "skip"
-    splits: list[Split | FileSplit]
-    if cache != "memory" and (large := _too_large(root, names, source_size, cache, skip)):
-        size, more = large
-        wrong = find_unreadable(root, names, source_size) if skip else {}
-        parts = readable(wrong, names, labels, cut)
+        raise DataError(f"{kind} needs to know where: --root <root>; {HOW}")
+    if kind == "csv":
+        return list_csv(root, labels=labels)
+    return list_folders(archives.unpack(root) if kind == "tar" else root, labels=labels)
+
+
+def files(kind: str, root: Path | None, how: Reading) -> SourceData:
+    """Class folders (`layout.list_folders`), a CSV of paths and labels (`label_files.list_csv`), or archives.
+
+    The classes are those of train, by name; the other splits must have the same. Images become RGB. To skip files of
+    what stays on disk, all are decoded once beforehand.
+    """
+    check_size(how.source_size)
+    check_fit(how.fit)
+    layout = lay_out(kind, root, how.labels)
+    names, numbers, counts = list[str](), list[int](), list[int]()
+    for listing in layout.splits.values():
+        before = len(names)
+        for label, inside in enumerate(listing.get(name, []) for name in layout.splits["train"]):
+            names += inside
+            numbers += [label] * len(inside)
+        counts.append(len(names) - before)
+    size, skip, where = how.source_size, how.unreadable == "skip", layout.root
+    labels, splits = torch.tensor(numbers), dict[str, Split | FileSplit]()
+    sizes = dict(zip(layout.splits, counts, strict=True))
+    if how.cache != "memory" and (large := _too_large(where, names, how)):
+        native, more = large
+        wrong = find_unreadable(where, names, size) if skip else {}
+        parts = readable(wrong, names, labels, sizes)
         named = np.array([os.fsencode(name) for name in names])
-        splits = [FileSplit(root, named[part], labels[part], source_size, size, size) for part in parts]
+        for split, part in parts.items():
+            splits[split] = FileSplit(where, named[part], labels[part], size, native, native, how.fit)
     else:
-        images, more, wrong = load_files(root, names, source_size, skip=skip)
-        parts = readable(wrong, names, labels, cut)
-        splits = [Split(images[: len(parts[0])], labels[parts[0]]), Split(images[len(parts[0]) :], labels[parts[1]])]
-    reasons = [{names[i]: wrong[i] for i in sorted(wrong) if (i < cut) == first} for first in (True, False)]
-    return SourceData(tuple(train), splits[0], splits[1] if test else None, [*notes, *more], (reasons[0], reasons[1]))
+        images, more, wrong = load_files(where, names, size, skip=skip, fit=how.fit)
+        parts, start = readable(wrong, names, labels, sizes), 0
+        for split, part in parts.items():
+            splits[split] = Split(images[start : start + len(part)], labels[part])
+            start += len(part)
+    at = torch.arange(len(names)).split(counts)
+    lost = {
+        split: {names[i]: wrong[i] for i in part.tolist() if i in wrong}
+        for split, part in zip(layout.splits, at, strict=True)
+    }
+    notes = [*layout.notes, *more]
+    return SourceData(layout.classes, splits["train"], splits.get("test"), notes, lost, splits.get("val"))
 
 
-def _too_large(
-    root: Path, names: list[str], source_size: Size | None, cache: str, skip: bool
-) -> tuple[Size, list[str]] | None:
+def _too_large(root: Path, names: list[str], how: Reading) -> tuple[Size, list[str]] | None:
     """(H, W) of the images and a note, if they are to stay on disk."""
-    _, native = first_readable(root, names, source_size, skip)
+    _, native = first_readable(root, names, how.source_size, how.unreadable == "skip", how.fit)
     need, free = len(names) * native.size, free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if cache != "none" and need <= free / 2:
+    if how.cache != "none" and need <= free / 2:
         return None
+    if how.source_size is None:
+        check_one_size(root, names, native)
     note = f"{len(names)} images stay on disk and are decoded as they are needed: {need / 2**30:.1f} GB"
     return (native.shape[0], native.shape[1]), [note]
 
 
-def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tuple[Tensor, Tensor]:
-    """The indices of the readable files of train and of the other split.
+def readable(wrong: Reasons, names: list[str], labels: Tensor, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The indices of the readable files of each split.
+
+    Args:
+        wrong: the reasons for those that are not.
+        names, labels: of all files, split after split.
+        counts: how many files each split has.
 
     Raises:
         DataError: if a class has none of them, or if more are unreadable than a few damaged files explain.
     """
-    splits = torch.arange(len(names)).tensor_split([cut])
     good = torch.tensor([i not in wrong for i in range(len(names))], dtype=torch.bool)
-    for part in splits:
+    parts = dict(zip(counts, torch.arange(len(names)).split(list(counts.values())), strict=True))
+    for split, part in parts.items():
         lost = part[~good[part]]
         if len(lost) == 0:
             continue
@@ -166,16 +202,15 @@ def readable(wrong: Reasons, names: list[str], labels: Tensor, cut: int) -> tupl
         share, number = TOLERATED
         if len(lost) > number and len(lost) > share * len(part):
             raise DataError(
-                f"{len(lost)} of {len(part)} images of {names[lost[0]].partition('/')[0]} cannot be read, more than "
-                f"{share:.0%}: that is no accident; among them {example}"
+                f"{len(lost)} of {len(part)} images of {split} cannot be read, more than {share:.0%}: that is no "
+                f"accident; among them {example}"
             )
         if gone := set(labels[part].tolist()) - set(labels[part[good[part]]].tolist()):
             first = int(lost[labels[lost] == min(gone)][0])
             raise DataError(
                 f"of {len(gone)} classes no image is left that can be read; among them {names[first]} ({wrong[first]})"
             )
-    train, held_out = (part[good[part]] for part in splits)
-    return train, held_out
+    return {split: part[good[part]] for split, part in parts.items()}
 
 
 def free_memory() -> int:
@@ -193,16 +228,17 @@ def free_memory() -> int:
     return min(free, default=2**33)
 
 
-def hf(root: Path | None, source_size: Size | None) -> SourceData:
-    """A dataset of the Hugging Face hub: `hf:<name>`."""
-    classes, train, test, notes = archives.from_hub(str(root), source_size)
-    return SourceData(classes, Split(*train), Split(*test), notes)
+def hf(root: Path | None, how: Reading) -> SourceData:
+    """A dataset of the Hugging Face hub: `hf:<name>`, or `hf:<name>?image=<column>&label=<column>`."""
+    classes, splits, notes = archives.from_hub(str(root), how.source_size, how.fit, labels=how.labels)
+    found = {split: Split(*part) for split, part in splits.items()}
+    return SourceData(classes, found["train"], found.get("test"), notes, val=found.get("val"))
 
 
-FOLDERS = ("folder", "tar")  # sources whose images can stay on disk
+FILES = ("folder", "csv", "tar")  # sources whose images are files, and can stay on disk
 CACHES = ("auto", "memory", "none")
 UNREADABLE = ("error", "skip")
 SOURCES: dict[str, Source] = {
-    "digits": digits, "folder": folder, "tar": partial(folder, tar=True), "hf": hf,
+    "digits": digits, **{kind: partial(files, kind) for kind in FILES}, "hf": hf,
     "cifar10": partial(cifar, "CIFAR10"), "cifar100": partial(cifar, "CIFAR100"),
 }  # fmt: skip

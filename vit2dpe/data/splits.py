@@ -126,6 +126,7 @@ class FileSplit(LabelledDataset):
         source: (H, W) that every image is brought to in decoding; None: they all have one size.
         native: (H, W) of a decoded image.
         size: (H, W) of `pixels`, brought from `native` (bicubic) where it differs.
+        fit: how an image is brought to `source`, see `decode`.
     """
 
     root: Path
@@ -134,6 +135,7 @@ class FileSplit(LabelledDataset):
     source: Size | None
     native: Size
     size: Size
+    fit: str = "crop"
 
     def select(self, index: Tensor) -> FileSplit:
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
@@ -152,7 +154,7 @@ class FileSplit(LabelledDataset):
     def read(self, index: int) -> Tensor:
         """One image, uint8 (1, 3, H, W)."""
         path = self.path(index)
-        image = torch.from_numpy(np.ascontiguousarray(decode(path, self.source)[0].transpose(2, 0, 1)))[None]
+        image = torch.from_numpy(np.ascontiguousarray(decode(path, self.source, self.fit)[0].transpose(2, 0, 1)))[None]
         if tuple(image.shape[2:]) != self.native:
             raise DataError(
                 f"the images differ in size: {path} is {image.shape[2]}x{image.shape[3]}, others are "
@@ -172,6 +174,8 @@ class FileSplit(LabelledDataset):
         for name, label in zip(self.names, self.labels.tolist(), strict=True):
             length = os.stat(os.path.join(os.fsencode(self.root), name)).st_size
             yield name + f"\0{label} {length}\n".encode()
+        if self.fit != "crop":
+            yield f"fit {self.fit}\n".encode()
 
 
 def digest_of(*splits: Split | FileSplit) -> str:

@@ -55,8 +55,6 @@ def load_text(config: TextDataConfig, tokenizer: Tokenizer | None = None, option
     """
     if config.path is None and config.url is None:
         raise ConfigError("name the text: --data.path file.txt, or --data.url to download one")
-    if not 0 < config.val_share < 1:
-        raise ConfigError(f"data.val_share must be in (0, 1), got {config.val_share}")
     path = download(str(config.url), config.sha256, option) if config.path is None else Path(config.path).expanduser()
     if not path.is_file():
         raise DataError(f"there is no text at {path}: give another {option}")

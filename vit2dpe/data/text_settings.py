@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ranges import Count, Part
 from ..spec import Settings
 
 
@@ -35,7 +36,7 @@ class TextDataConfig(Settings):
     target: str = "en"
     test: str = "test_2016_flickr"
     tokenizer: str = "chars"
-    vocab: int = 8000
-    val_share: float = 0.1
-    context: int = 256
-    limit: int | None = None
+    vocab: Count = 8000
+    val_share: Part = 0.1
+    context: Count = 256
+    limit: Count | None = None

@@ -16,14 +16,23 @@ if TYPE_CHECKING:
     import tokenizers as library
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")  # ids 0 to 3 of those that are trained here
+PADS = ("<pad>", "[PAD]", "<|pad|>")
 KINDS = ("chars", "bytes", "bpe", "wordpiece")
 Description = dict[str, str]  # "kind", and what its constructor takes
 
 
 class Tokenizer(Protocol):
-    """Interface of tokenizers; `size` is the number of tokens."""
+    """Interface of tokenizers.
+
+    Attributes:
+        size: number of tokens.
+        special: ids of those that are no part of a text (padding, start, stop, mask, unknown), ascending.
+        pad: the one of them that is padding, by its name.
+    """
 
     size: int
+    special: tuple[int, ...]
+    pad: int | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -40,6 +49,9 @@ class Characters:
     Args:
         symbols: every character, in the order of its id.
     """
+
+    special: tuple[int, ...] = ()
+    pad: int | None = None
 
     def __init__(self, symbols: str) -> None:
         self.symbols, self.size = symbols, len(symbols)
@@ -71,6 +83,8 @@ class Bytes:
     """UTF-8: 256 tokens, any text."""
 
     size = 256
+    special: tuple[int, ...] = ()
+    pad: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -92,6 +106,9 @@ class Subwords:
 
     def __init__(self, inner: library.Tokenizer) -> None:
         self.inner, self.size = inner, inner.get_vocab_size()
+        added = inner.get_added_tokens_decoder()
+        self.special = tuple(sorted(id_ for id_, token in added.items() if token.special))
+        self.pad = next((id_ for id_ in self.special if added[id_].content in PADS), None)
 
     @classmethod
     def train(cls, kind: str, texts: Sequence[str], size: int) -> Subwords:

@@ -59,7 +59,7 @@ class Alibi(PositionEncoding):
     def _channels(self, q: Positions, k: Positions) -> LowRank:
         """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""
         middle = torch.tensor([(size - 1) / 2 for size in q.extent], dtype=torch.float64)
-        p, o = (exact(at.coords) - middle.to(at.coords.device) for at in (q, k))  # (B|1, N, d)
+        p, o = (coords - middle.to(coords.device) for coords in (exact(q.coords), exact(k.coords)))  # (B|1, N, d)
         fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
         fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)
         # Of squares of up to 14 bits times a slope of up to 10 no bit is lost in float32, so that they cancel exactly;
@@ -70,6 +70,7 @@ class Alibi(PositionEncoding):
         slope = torch.tensor(parts, dtype=torch.float64, device=fq.device)[:, :, None, None]
         fq = torch.cat([-part * fq[:, None] for part in slope], dim=-1).to(self.dtype)
         fk = torch.cat([fk] * len(parts), dim=-1)[:, None].to(self.dtype)
+        fq, fk = fq.to(q.coords.device), fk.to(q.coords.device)
         # Zero channels: no bias for what has no place.
         return LowRank(F.pad(fq, (0, 0, q.prefix, 0)), F.pad(fk, (0, 0, k.prefix, 0)))
 

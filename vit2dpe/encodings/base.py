@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..positions import Positions
+from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Rotation, Signal
 
 
@@ -200,7 +200,10 @@ class PositionEncoding(nn.Module):
         """Become that of one block, of so many. Most are the same in each."""
 
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        """Make another grid the one that tables are learned on. Formulas have nothing to change."""
+        """Make another grid the one that tables are learned on. Formulas have nothing to change.
+
+        A table stays the Parameter that it is (`tables.replace`), so that an optimizer made before trains it.
+        """
 
     @final  # type: ignore[misc]
     def forward(self, q: Positions, k: Positions | None = None) -> Signal:
@@ -356,8 +359,8 @@ def interleave(cos: Tensor, sin: Tensor) -> Rotation:
 
 
 def can_interleave(x: Tensor) -> bool:
-    """Eager mode, on a device with complex numbers."""
-    return not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
+    """Eager mode, on a device with complex numbers; a traced graph goes on to converters that have none."""
+    return not torch.compiler.is_compiling() and not is_tracing() and x.device.type in ("cpu", "cuda")
 
 
 def _full_precision(device: str) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import check_places, resize
+from .tables import check_places, replace, resize
 
 
 class Factorized(PositionEncoding):
@@ -49,9 +49,8 @@ class Factorized(PositionEncoding):
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
         for axis, size in enumerate(grid):
-            old = self.tables[axis]
-            table = resize(old.t(), (size,), mode="bilinear", antialias=False).t().contiguous()
-            self.tables[axis] = nn.Parameter(table, old.requires_grad)
+            table = self.tables[axis]
+            replace(table, resize(table.t(), (size,), mode="bilinear", antialias=False).t().contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):

@@ -28,7 +28,7 @@ from ..positions import Positions, exact
 from ..signal import Table
 from .base import PositionEncoding
 from .mlp import lifted, lifted_mlp, redraw
-from .tables import offset_grid
+from .tables import channels_first, offset_grid
 
 
 class Fire(PositionEncoding):
@@ -84,18 +84,18 @@ class Fire(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         if self.threshold is None:
             far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()  # (2 S_1 - 1, ...)
-            return Table(self._network(far, far.max()).movedim(-1, 0), q, k)
+            return Table(channels_first(self._network(far, far.max())), q, k)
         if q.axes != 1:
             raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
         place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])
         far = (place[..., :, None] - other[..., None, :]).abs()  # (B|1, Nq, Nk)
-        reach = torch.maximum(place.abs()[..., None], self.threshold.abs())
-        return self._network(far, reach).movedim(-1, 1)
+        reach = torch.maximum(place.abs()[..., None], self.threshold.abs().to(place.device))
+        return self._network(far, reach).permute(0, 3, 1, 2)
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:
         """(...) distances, reach broadcast to them -> (..., H)."""
         c = lifted(self.log_scale).exp()
-        far, reach = far.to(c.device, c.dtype), reach.to(c.device, c.dtype)
+        far, reach = (x.to(c.dtype).to(c.device) for x in (far, reach))  # and back: no float64 where there is none
         share = torch.log1p(c * far) / torch.log1p(c * reach).clamp(min=1e-6)
         return lifted_mlp(self.mlp, share[..., None])
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import flat_index, resize
+from .tables import channels_first, flat_index, replace, resize
 
 
 class ResizeOptions(TypedDict, total=False):
@@ -69,13 +69,13 @@ class LearnedTable(PositionEncoding):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        table = resize(self.pos_embed[0].movedim(-1, 0), tuple(grid), **MODES[self.resize])
-        self.pos_embed = nn.Parameter(table.movedim(0, -1)[None].contiguous(), self.pos_embed.requires_grad)
+        table = resize(channels_first(self.pos_embed[0]), tuple(grid), **MODES[self.resize])
+        replace(self.pos_embed, table.movedim(0, -1)[None].contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = resize(self.pos_embed[0].movedim(-1, 0), at.extent, **MODES[self.resize])  # (D, *extent)
+        table = resize(channels_first(self.pos_embed[0]), at.extent, **MODES[self.resize])  # (D, *extent)
         index = flat_index(at)  # (B|1, N)
         return table.flatten(1).t()[index]  # (B|1, N, D)
 

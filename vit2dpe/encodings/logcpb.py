@@ -30,7 +30,7 @@ from ..positions import Positions
 from ..signal import Table
 from .base import OnGrid
 from .mlp import lifted, lifted_mlp, redraw
-from .tables import offset_grid
+from .tables import channels_first, offset_grid
 
 
 class LogCPB(OnGrid):
@@ -70,7 +70,7 @@ class LogCPB(OnGrid):
         like = lifted(self.cpb_mlp[0].weight)  # type: ignore[arg-type]
         key = ("logcpb", None if k is q else k, self.grid, self.form, like.dtype)
         c = q.memoize(key, lambda: self._coordinates(q, k).to(like.device, like.dtype))  # the same for all blocks
-        bias = lifted_mlp(self.cpb_mlp, c).movedim(-1, 0)  # (H, 2 S_1 - 1, ...)
+        bias = channels_first(lifted_mlp(self.cpb_mlp, c))  # (H, 2 S_1 - 1, ...)
         return Table(bias if self.form == "cr" else 16 * bias.sigmoid(), q, k)
 
     def _coordinates(self, q: Positions, k: Positions) -> Tensor:

@@ -91,8 +91,9 @@ class LookHere(PositionEncoding):
 
     def _unscaled(self, q: Positions, k: Positions) -> Tensor:
         """(B|1, H, Nq, Nk) with s_g s_l = 1, the same for all blocks; a head at a time."""
-        near = -distance(q, k).to(self.dtype)  # taken in float64
-        apart = [-offsets(q, k, axis).to(self.dtype) for axis in range(q.axes)]  # k - q along each axis
+        device = q.coords.device
+        near = -distance(q, k).to(device, self.dtype)  # taken in float64
+        apart = [-offsets(q, k, axis).to(device, self.dtype) for axis in range(q.axes)]  # k - q along each axis
         edge = near * -math.cos(math.radians(self.view / 2)) - 1e-4  # keys on the edge of the view are in it
         heads = []
         for first, *rest in self._directions():

@@ -25,7 +25,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
-from .tables import check_extents, resize, resize_geometric
+from .tables import check_extents, replace, resize, resize_geometric
 
 
 class RelativeBias(PositionEncoding):
@@ -85,7 +85,7 @@ class RelativeBias(PositionEncoding):
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
         table = self._resized(tuple(2 * size - 1 for size in grid)).contiguous()
-        self.relative_position_bias_table = nn.Parameter(table, self.relative_position_bias_table.requires_grad)
+        replace(self.relative_position_bias_table, table)
 
     def extra_repr(self) -> str:
         heads, *sizes = self.relative_position_bias_table.shape

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..errors import ConfigError
-from ..positions import Positions
+from ..positions import Positions, float64_device
 from ..signal import Rotation
 from .base import Policy, PositionEncoding, can_interleave
 
@@ -118,7 +118,7 @@ class DirectionalRoPE(PositionEncoding):
         w = self.frequencies(at.coords.device)
         if len(at.extent) != w.shape[0]:
             raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
-        # The device first: Apple's MPS has no float64, and there formulas have their frequencies on the CPU.
+        # The device first: where it has no float64, formulas have their frequencies on the CPU.
         return LinearAngles(at.coords.to(w.device).to(w.dtype), w)
 
 
@@ -154,8 +154,7 @@ class AxialRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        w: Tensor = torch.block_diag(*[bank if step == 1 else bank * step for step in self.steps])
-        return w[:, None]  # (d, 1, Dh/2)
+        return along_axes([bank if step == 1 else bank * step for step in self.steps])
 
     def angle(self, at: Positions) -> LinearAngles:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
@@ -188,8 +187,9 @@ class MixedRoPE(DirectionalRoPE):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         axes, heads, pairs = self.freqs.shape
-        bank = magnitudes(pairs // axes, self.base, self.freqs.device)
-        turned = torch.stack([_random_axes(axes, self.freqs.device) for _ in range(heads)])  # (H, d, d)
+        device = float64_device(self.freqs.device)
+        bank = magnitudes(pairs // axes, self.base, device)
+        turned = torch.stack([_random_axes(axes, device) for _ in range(heads)])  # (H, d, d)
         # Pair (j, k) of head h turns along the j-th turned axis with magnitude k.
         self.freqs.copy_((turned[..., None] * bank).permute(2, 0, 1, 3).flatten(2))
 
@@ -201,9 +201,16 @@ class MixedRoPE(DirectionalRoPE):
         return f"head_dim={2 * pairs}, heads={heads}, axes={axes}, base={self.base:g}"
 
 
+def along_axes(banks: list[Tensor]) -> Tensor:
+    """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix, by padding, which converters
+    of traced graphs have."""
+    count, last = len(banks[0]), len(banks) - 1
+    return torch.stack([F.pad(bank, (i * count, (last - i) * count)) for i, bank in enumerate(banks)])[:, None]
+
+
 def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
     """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
-    k = torch.arange(count, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    k = torch.arange(count, dtype=torch.float64, device=float64_device(device))
     return base ** (k / -count)
 
 

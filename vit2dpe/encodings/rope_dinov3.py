@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact
-from .rope import DirectionalRoPE, LinearAngles, check_widths, magnitudes
+from .rope import DirectionalRoPE, LinearAngles, along_axes, check_widths, magnitudes
 
 
 class CentredRoPE(DirectionalRoPE):
@@ -64,8 +64,7 @@ class CentredRoPE(DirectionalRoPE):
 
     def frequencies(self, device: torch.device) -> Tensor:
         bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        w: Tensor = torch.block_diag(*[bank] * self.axes)
-        return w[:, None]  # (d, 1, Dh/2) radians per unit of c
+        return along_axes([bank] * self.axes)  # (d, 1, Dh/2) radians per unit of c
 
     def angle(self, at: Positions) -> LinearAngles:
         if at.axes != self.axes:

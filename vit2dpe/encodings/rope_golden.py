@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..positions import float64_device
 from .base import OnGrid
 from .rope import DirectionalRoPE
 
@@ -60,7 +61,7 @@ class GoldenRoPE(OnGrid, DirectionalRoPE):
         omega = ratio**step * slowest
         directions: Tensor = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
         w: Tensor = directions * omega
-        return w.to(device if device.type != "mps" else "cpu")
+        return w.to(float64_device(device))
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, heads={self.heads}, grid={self.grid}, low={self.low:g}, high={self.high:g}"

@@ -64,7 +64,7 @@ class T5Bias(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Table:
         total: Tensor | None = None
         weights = self.relative_attention_bias
-        for axis, offset in enumerate(axis_offsets(q, k, weights.shape[0])):  # q - k, (2 S - 1)
+        for axis, offset in enumerate(axis_offsets(q, k, weights.shape[0], q.coords.device)):  # q - k, (2 S - 1)
             table = weights[axis].to(self.dtype)[self.bucket(-offset)].t()  # (H, 2 S - 1)
             table = table[(slice(None), *[None] * axis, slice(None), *[None] * (q.axes - axis - 1))]
             total = table if total is None else total + table

@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable
+from ..positions import Positions, checkable, float64_device
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(..., C) -> (C, ...), by an operation that converters of traced graphs have."""
+    return x.permute(-1, *range(x.ndim - 1))
+
+
+def replace(parameter: Tensor, value: Tensor) -> None:
+    """Other values for a parameter, of another shape too; it stays the object that an optimizer was given.
+
+    A gradient of another shape is dropped. What an optimizer keeps for a parameter (moments) has the old shape: torch
+    refuses its next step.
+    """
+    if value.shape != parameter.shape:
+        parameter.grad = None
+    parameter.data = value
 
 
 def resize(
@@ -27,13 +43,13 @@ def resize(
     for axis, size in enumerate(sizes, start=1):
         if not offset and not torch.compiler.is_compiling() and wide.shape[axis] == size:
             continue
-        moved = wide.movedim(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
+        moved = wide.transpose(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
         image = moved.reshape(1, 1, -1, moved.shape[-1])
         if offset:
             image = F.interpolate(image, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
         else:
             image = F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
-        wide = image.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+        wide = image.reshape(*moved.shape[:-1], size).transpose(axis, -1)
     return wide.to(dtype)
 
 
@@ -102,14 +118,13 @@ def check_extents(q: Positions, k: Positions, axes: int) -> None:
         raise ValueError(f"this bias was built for {axes} axes, the positions have {q.axes}")
 
 
-def axis_offsets(q: Positions, k: Positions, axes: int) -> list[Tensor]:
+def axis_offsets(q: Positions, k: Positions, axes: int, device: torch.device) -> list[Tensor]:
     """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
     check_extents(q, k, axes)
-    return [torch.arange(1 - size, size, device=q.coords.device) for size in q.extent]
+    return [torch.arange(1 - size, size, device=device) for size in q.extent]
 
 
 def offset_grid(q: Positions, k: Positions, axes: int) -> Tensor:
-    """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64 (float32 where a device has no other)."""
-    dtype = torch.float32 if q.coords.device.type == "mps" else torch.float64
-    along = [offset.to(dtype) for offset in axis_offsets(q, k, axes)]
+    """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64, on the `float64_device`."""
+    along = [offset.double() for offset in axis_offsets(q, k, axes, float64_device(q.coords.device))]
     return torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import flat_index, resize
+from .tables import channels_first, flat_index, replace, resize
 
 
 class WindowedTable(PositionEncoding):
@@ -51,13 +51,13 @@ class WindowedTable(PositionEncoding):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        table = resize(self.pos_embed[0].movedim(-1, 0), tuple(grid))
-        self.pos_embed = nn.Parameter(table.movedim(0, -1)[None].contiguous(), self.pos_embed.requires_grad)
+        table = resize(channels_first(self.pos_embed[0]), tuple(grid))
+        replace(self.pos_embed, table.movedim(0, -1)[None].contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = resize(self.pos_embed[0].movedim(-1, 0), at.extent).flatten(1).t()  # (N, D)
+        table = resize(channels_first(self.pos_embed[0]), at.extent).flatten(1).t()  # (N, D)
         window = self.pos_embed_window[0]
         inside = at.places().remainder(window.shape[0]).unbind(-1)
         return table[flat_index(at)] + window[inside]

@@ -5,6 +5,7 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention.functional import materialize_shared_bias
 from ..attention.modules import Attention
 from ..encodings.base import PositionEncoding
+from ..encodings.tables import replace
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -69,7 +71,8 @@ class PatchEmbed(nn.Module):
         """
         p_rows, p_cols = self.patch_size
         if self.pad:
-            return -(-height // p_rows), -(-width // p_cols)
+            # Rounded up without a negative number, which ONNX divides otherwise.
+            return (height + p_rows - 1) // p_rows, (width + p_cols - 1) // p_cols
         if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
             near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
             raise ConfigError(
@@ -77,15 +80,45 @@ class PatchEmbed(nn.Module):
             )
         return height // p_rows, width // p_cols
 
+    # timm's names.
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches along each axis at the model's own size."""
+        return self.grid(*self.img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid_size)
+
+    @property
+    def strict_img_size(self) -> bool:
+        """Whether other sizes than `img_size` are refused."""
+        return not self.any_size
+
+    @strict_img_size.setter
+    def strict_img_size(self, strict: bool) -> None:
+        self.any_size = not strict
+
+    @property
+    def dynamic_img_pad(self) -> bool:
+        """Whether images are filled up to a multiple of the patch."""
+        return self.pad
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """`grid` of a size (height, width)."""
+        return self.grid(*img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels a token covers along the axes, or the larger of both."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
     def resample(self, patch: tuple[int, int]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
-        weight, bias = self.proj.weight, self.proj.bias
         with torch.no_grad():
-            kernel = resample_patch_embed(weight, list(patch))
-        dim, channels = weight.shape[:2]
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias is not None, device="meta")
-        self.proj.weight, self.proj.bias = nn.Parameter(kernel, weight.requires_grad), bias
-        self.patch_size = patch
+            kernel = resample_patch_embed(self.proj.weight, list(patch))
+        replace(self.proj.weight, kernel)
+        self.proj.kernel_size = self.proj.stride = self.patch_size = patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""
@@ -230,6 +263,8 @@ class BlockParts(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm(dim)
         inner_norm = dict(norm_layer=norm) if scale_mlp_norm else {}
+        if int(dim * mlp_ratio) < 1:
+            raise ConfigError(f"mlp_ratio must leave hidden channels: got {mlp_ratio} of {dim}")
         make_mlp = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
         self.mlp = make_mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner_norm)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()

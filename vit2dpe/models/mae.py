@@ -70,7 +70,7 @@ class MAE(MaskedModel):
     ) -> None:
         super().__init__()
         _refuse(encoder, norm_pix)
-        if decoder_embed_dim % decoder_num_heads:
+        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
             came = f"{decoder_embed_dim} and {decoder_num_heads}"
             raise ConfigError(f"decoder_embed_dim must be a multiple of decoder_num_heads: got {came}")
         self.encoder, self.norm_pix = encoder, norm_pix
@@ -125,7 +125,8 @@ class MAE(MaskedModel):
             mask: (B, N), 0 kept, 1 hidden.
         """
         keep, mask = self.choose(images, mask_ratio, noise, generator)
-        prediction = self.decode(self.encoder.forward_features(images, partial(keep_tokens, index=keep)), keep, images)
+        latent = self.encoder.forward_features(images, token_filter=partial(keep_tokens, index=keep))
+        prediction = self.decode(latent, keep, images)
         loss = (prediction.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum(), prediction, mask
 

@@ -89,7 +89,7 @@ class SimMIM(MaskedModel):
         def mask_tokens(tokens: Tensor, at: Positions) -> tuple[Tensor, Positions]:
             return torch.where(hidden, self.mask_token.to(tokens.dtype), tokens), at
 
-        prediction = self.paint(self.encoder.forward_features(images, mask_tokens), images)  # (B, C, H, W)
+        prediction = self.paint(self.encoder.forward_features(images, token_filter=mask_tokens), images)  # (B, C, H, W)
         pixels = self.spread(mask, images, (1, 1))[:, None]  # (B, 1, H, W)
         error = (prediction.float() - images.float()).abs() * pixels
         return error.sum() / (pixels.sum() * images.shape[1]), prediction, mask

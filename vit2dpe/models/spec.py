@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from types import UnionType
+from typing import Any, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
 import timm
 from torch import nn
@@ -14,6 +16,7 @@ from .mae import MAE
 from .simmim import SimMIM
 from .swin.model import Swin
 from .text.heads import TextDecoder, TextEncoder
+from .text.model import TextModel
 from .text.seq2seq import Seq2Seq
 from .vit import ViT
 
@@ -30,12 +33,43 @@ class ModelSpec(NamedTuple):
         if self.kind not in MODELS:
             raise unknown("model class", self.kind, MODELS)
         make = MODELS[self.kind]
-        known = inspect.signature(make).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            for argument in self.arguments:
+        if make is not timm_model:
+            known = arguments_of(make)
+            for argument, value in self.arguments.items():
                 if argument not in known:
                     raise unknown(f"option of {self.kind}", argument, known)
-        return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()})
+                if not _fits(value, known[argument]):
+                    wanted = getattr(known[argument], "__name__", None) or str(known[argument])
+                    raise ConfigError(f"option {argument} of {self.kind} must be {wanted}, got {value!r}")
+        try:
+            return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()})
+        except (TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, MemoryError) as error:
+            raise ConfigError(f"no {self.kind} can be built of {self.arguments}: {error}") from error
+
+
+def arguments_of(make: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Argument -> type of what a model is made with, those that it hands on included."""
+    known: dict[str, Any] = {}
+    for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            known[name] = parameter.annotation
+        elif get_origin(parameter.annotation) is Unpack:
+            known |= get_type_hints(get_args(parameter.annotation)[0])
+        else:
+            known = arguments_of(HANDED_ON[make]) | known
+    return known
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of a type; what JSON has no type for fits nothing."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin in (tuple, Sequence):
+        return isinstance(value, list | tuple) and all(any(_fits(item, part) for part in parts) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return hint is Any or type(value) is (origin or hint)
 
 
 def timm_model(model_name: str, **arguments: Any) -> nn.Module:
@@ -61,7 +95,7 @@ def build_simmim(encoder: Arguments, mask_unit: int) -> SimMIM:
 
 def _encoder(arguments: Arguments) -> Any:
     """A ViT of these arguments, or a named model of timm's registry; MAE and SimMIM refuse others than ours."""
-    return timm_model(**arguments) if "model_name" in arguments else ViT(**arguments)
+    return ModelSpec("timm" if "model_name" in arguments else "ViT", arguments).build()
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {  # name in a checkpoint -> factory
@@ -73,4 +107,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {  # name in a checkpoint -> facto
     "TextEncoder": TextEncoder,
     "TextDecoder": TextDecoder,
     "Seq2Seq": Seq2Seq,
+}
+HANDED_ON: dict[Callable[..., nn.Module], type[nn.Module]] = {  # further arguments go to
+    TextEncoder: TextModel,
+    TextDecoder: TextModel,
+    Seq2Seq: TextModel,
+    build_mae: MAE,
 }

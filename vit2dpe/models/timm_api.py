@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
-from ..signal import Signal
-from .layers import PatchEmbed, run_block
+from .features import Features, take_indices
+from .layers import PatchEmbed
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
@@ -126,74 +126,27 @@ class Step(Protocol):
     def back(self, state: dict[str, Tensor]) -> None: ...
 
 
-class TimmViT(TimmModel):
+class TimmViT(Features, TimmModel):
     """timm's interface of a ViT: one stage of blocks, leading tokens, pooling by the model."""
 
     timm_steps: Sequence[Step] | None = None  # set by `from_timm`, read by `to_timm`
-    blocks: nn.ModuleList
     fc_norm: nn.Module
     attn_pool: nn.Module | None
-    cls_token: nn.Parameter | None
     reg_token: nn.Parameter | None
     embed_dim: int
-    grad_checkpointing: bool
-
-    def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
-        """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
-        raise TypeError(f"{type(self).__name__} must define embed")
+    no_embed_class = True  # timm: position tables have no rows for leading tokens
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
         raise TypeError(f"{type(self).__name__} must name its leading tokens")
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Intermediates | tuple[Tensor, Intermediates] | dict[str, Tensor | list[Tensor]]:
-        """Outputs of chosen blocks beside the final features.
+    @property
+    def has_class_token(self) -> bool:
+        return self.cls_token is not None
 
-        Args:
-            x: images (B, C, H, W).
-            indices: the last n blocks, a list of blocks (negative from the end), or None for all.
-            return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
-            norm: put the final norm on each of them.
-            stop_early: run no block after the last chosen one.
-            output_fmt: "NCHW", (B, D, rows, columns), or "NLC", (B, N, D).
-            intermediates_only: leave the final features out.
-            output_dict: a dict `image_intermediates`, `image_intermediates_prefix`, `image_features`.
-
-        Returns:
-            (final features, [intermediates]), the list alone, or the dict.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise unknown("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.grid(x.shape[-2], x.shape[-1])
-        x, signal, at = self.embed(x)
-        outputs: list[Tensor] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
-            if i in take:
-                outputs.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
-        patches = [y[:, self.num_prefix_tokens :] for y in outputs]
-        if output_fmt == "NCHW":
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, rows, columns)
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefix
-            return result if intermediates_only else result | {"image_features": self.norm(x)}
-        listed: Intermediates = list(zip(patches, prefix, strict=True)) if with_prefix else patches
-        return listed if intermediates_only else (self.norm(x), listed)
+    @property
+    def num_reg_tokens(self) -> int:
+        return 0 if self.reg_token is None else self.reg_token.shape[1]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -213,7 +166,10 @@ class TimmViT(TimmModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` (0: none), and another pooling if named."""
+        """A new head of `num_classes` (0: none), and another pooling if named.
+
+        Its parameters are new, as in timm: an optimizer is made afterwards.
+        """
         if global_pool is not None:
             check_pool(global_pool, self.cls_token is not None)
             if global_pool == "map" and self.attn_pool is None:
@@ -239,7 +195,8 @@ class TimmViT(TimmModel):
     def set_input_size(self, img_size: ImageSize | None = None, patch_size: ImageSize | None = None) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
 
-        Not needed to run another size.
+        Not needed to run another size. Parameters stay the objects that they are, so that an optimizer made before goes
+        on training them; where it has moments of the old shape, torch refuses its next step.
 
         Args:
             img_size: pixels, H or (H, W); None keeps it.
@@ -272,31 +229,10 @@ class TimmViT(TimmModel):
                 nn.init.normal_(token, std=1e-6)
 
 
-Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
-
-
 def pretrained_cfg_of(model: nn.Module) -> PretrainedCfg:
     """timm's record of a model; empty where there is none."""
     cfg: PretrainedCfg | None = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, dict) else {}
-
-
-def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """The chosen of `count` layers, counted from 0, and the last of them.
-
-    Args:
-        indices: the last n layers, a list of layers (negative from the end), or None for all.
-
-    Raises:
-        ConfigError: for a layer that the model has not.
-    """
-    if isinstance(indices, int):
-        chosen = list(range(count - indices, count))
-    else:
-        chosen = list(range(count)) if indices is None else [i + count if i < 0 else i for i in indices]
-    if not chosen or not 0 <= min(chosen) <= max(chosen) < count:
-        raise ConfigError(f"layers are numbered from 0 to {count - 1}, or -{count} to -1: got {indices}")
-    return chosen, max(chosen)
 
 
 def check_pool(global_pool: str, class_token: bool) -> None:

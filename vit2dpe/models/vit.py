@@ -20,6 +20,7 @@ from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .card import save_card
+from .features import allow, given
 from .layers import (
     ACTS,
     Block,
@@ -32,7 +33,7 @@ from .layers import (
     norm_factory,
     run_block,
 )
-from .timm_api import FeatureInfo, TimmViT, check_pool, pair
+from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool, pair
 from .weights import convert_state_dict
 
 
@@ -111,12 +112,13 @@ class ViT(TimmViT):
                 known = {*inspect.signature(ViT).parameters, *BlockArguments.__annotations__} - {"block"}
                 raise unknown(f"argument of {type(self).__name__}", name, sorted(known), ArgumentError)
         check_pool(global_pool, class_token)
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool, self.pool_include_prefix = global_pool, pool_include_prefix
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
         self.dynamic_img_size, self.dynamic_img_pad = dynamic_img_size, dynamic_img_pad
@@ -171,7 +173,7 @@ class ViT(TimmViT):
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
-            FeatureInfo(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.patch_size[0])
+            FeatureInfo(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(self.patch_embed.patch_size))
             for i in range(depth)
         ]
         self.init_weights(needs_reset=False)
@@ -180,11 +182,26 @@ class ViT(TimmViT):
 
     save_card = save_card
 
-    def forward_features(self, images: Tensor, token_filter: TokenFilter | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`."""
+    def forward_features(
+        self,
+        images: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        token_filter: TokenFilter | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`.
+
+        Args:
+            attn_mask: which tokens may attend to which, leading ones included: (N, N) or (B|1, H|1, N|1, N), boolean
+                (True may attend), or floats that are added to the logits. A token that may attend to none gets 0 from
+                attention, as in torch.
+            is_causal: tokens attend to those before them, leading tokens first, then row by row; together with a mask,
+                where both allow it (timm takes one of them).
+        """
         x, signal, at = self.embed(images, token_filter)
+        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
         for block in self.blocks:
-            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *given(mask), recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return out
 
@@ -204,22 +221,25 @@ class ViT(TimmViT):
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, classes); masks as in `forward_features`."""
+        return self.forward_head(self.forward_features(images, attn_mask, is_causal))
 
-    def pool(self, x: Tensor) -> Tensor:
-        """(B, prefix + N, D) -> (B, D), or as it is with ""."""
-        if self.global_pool == "token":
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """(B, prefix + N, D) -> (B, D), or as it is with ""; `pool_type` is another pooling without parameters."""
+        kind = self.global_pool if pool_type is None or self.attn_pool is not None else pool_type
+        if pool_type is not None and (kind not in POOLS or (kind == "map" and self.attn_pool is None)):
+            raise unknown("pool_type", kind, [name for name in POOLS if name != "map"])
+        if kind == "token":
             return x[:, 0]
-        if self.global_pool == "":
+        if kind == "":
             return x
         x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
-        if self.attn_pool is not None:
-            pooled: Tensor = self.attn_pool(x)
-            return pooled
-        if self.global_pool == "max":
+        if kind == "max":
             return x.amax(dim=1)
-        return x.mean(dim=1) if self.global_pool == "avg" else (x.mean(dim=1) + x.amax(dim=1)) / 2
+        if kind == "avgmax":
+            return (x.amax(dim=1) + x.mean(dim=1)) / 2
+        return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""

@@ -43,7 +43,7 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     tokens = prefix + grid[0] * grid[1]
     with torch.no_grad(), attention_maps(model) as every:
         model(image)
-    maps = {name: one for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # each (1, H, N, N)
+    maps = {name: one.cpu() for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # (1, H, N, N)
     if not maps:
         raise ConfigError(f"no attention of this {type(model).__name__} is over all {tokens} tokens of the image")
     place = (grid[0] // 2, grid[1] // 2)
@@ -58,7 +58,8 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    picture = (image[0] * torch.as_tensor(std).reshape(-1, 1, 1) + torch.as_tensor(mean).reshape(-1, 1, 1)).clamp(0, 1)
+    factor, offset = (torch.as_tensor(values).reshape(-1, 1, 1) for values in (std, mean))
+    picture = (image[0].cpu() * factor + offset).clamp(0, 1)
     picture = picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
     axes[0][0].imshow(picture.permute(1, 2, 0).numpy())
     axes[0][0].set_title("image", fontsize=9)

@@ -48,7 +48,7 @@ def draw(maps: dict[str, Tensor], queries: Sequence[str], keys: Sequence[str], t
     wide, high = (max(2.4, 0.13 * len(tokens) + beside) for tokens in (keys, queries))
     figure = new_figure(columns * wide, len(chosen) * (high + 0.3) + 0.4, "constrained")
     for name, row in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
-        one = maps[name][0]
+        one = maps[name][0].cpu()
         panels = [(f"{name}: mean", one.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(one))]
         for ax in row[len(panels) :]:
             ax.axis("off")
@@ -78,12 +78,12 @@ def figure_of(model: nn.Module, text: str) -> Figure:
     if "tokenizer" not in about or not isinstance(model, Seq2Seq | TextModel):
         raise CheckpointError(f"--text is for a run of `vit2dpe text train`; this one holds a {type(model).__name__}")
     tokenizer = from_json(about["tokenizer"])
-    model = model.eval()
+    model, device = model.eval(), next(model.parameters()).device
     if isinstance(model, TextModel):
         ids = tokenizer.encode(text)
         names = _names(tokenizer, ids)
         with torch.no_grad(), attention_maps(model) as maps:
-            model.forward_features(torch.tensor([ids]))
+            model.forward_features(torch.tensor([ids], device=device))
         how = "a token sees those before it" if model.causal else "every token sees every token"
         return draw(maps, names, names, f"attention of each token (rows) to the others: {how}")
     if about.get("task") != "translation" or not isinstance(tokenizer, Subwords):
@@ -91,7 +91,8 @@ def figure_of(model: nn.Module, text: str) -> Figure:
     encode = Encoder(tokenizer)
     source, target = encode(text), encode(translate(model, tokenizer, [text])[0])
     with torch.no_grad(), attention_maps(model) as maps:
-        model(source[None], torch.cat([torch.tensor([encode.start]), target[:-1]])[None])
+        written = torch.cat([torch.tensor([encode.start]), target[:-1]])
+        model(source[None].to(device), written[None].to(device))
     across = {name: one for name, one in maps.items() if name.endswith(".cross")}
     title = "attention of each token that is written (rows) to those that are read"
     return draw(across, _names(tokenizer, target.tolist()), _names(tokenizer, source.tolist()), title)

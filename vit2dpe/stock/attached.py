@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
 from ..errors import ConfigError
 from ..signal import Signal
-from .masks import attention_mask, floats
+from .masks import as_stock, attention_mask, by_head, check_padding, floats
 from .places import InputLayout, dims_of, instance_of, layout_of, table_dtype
 
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
-LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
 
 class Call(NamedTuple):
@@ -25,13 +25,16 @@ class Call(NamedTuple):
     mask: str
     padding: str
     causal: str
+    inputs: int  # how many of the first arguments are tokens of self-attention
 
     @classmethod
     def of(cls, kind: type[nn.Module]) -> Call:
         names = tuple(inspect.signature(kind.forward).parameters)[1:]
+        if kind is nn.MultiheadAttention:
+            return cls(names, "attn_mask", "key_padding_mask", "is_causal", 3)
         x = names[0]  # "src" or "tgt"
         mask, causal = (full if (full := f"{x}_{name}") in names else name for name in ("mask", "is_causal"))
-        return cls(names, mask, f"{x}_key_padding_mask", causal)
+        return cls(names, mask, f"{x}_key_padding_mask", causal, 1)
 
 
 CALLS = {kind: Call.of(kind) for kind in (*STACKS, *LAYERS)}
@@ -80,7 +83,8 @@ def attach(
 
     Args:
         module: an `nn.TransformerEncoder`, `nn.TransformerDecoder`, `nn.Transformer` (both of its stacks, each with
-            an encoding of its own on the same grid) or one of their layers. It is changed in place; its call is not.
+            an encoding of its own on the same grid), one of their layers, or an `nn.MultiheadAttention`. It is changed
+            in place; its call is not, save that masks may be (N, L, S) too.
         encoding: a spec such as "relative" or "sincos+alibi", or an instance. What is `per_block` (a table for each
             layer) lives in `layers.i.position`, the rest in `position`; both learn, move and save with the module.
         grid: the grid that tables are learned on: a length, or (rows, columns). `use_policy` scales to it.
@@ -92,7 +96,8 @@ def attach(
             kind, or one that has positions already.
 
     While attached `use_nested_tensor` is off: padded tokens keep their rows, as in training. A causal mask has to be
-    given as `mask`; the hint `is_causal` is not relied on.
+    given as `mask`; the hint `is_causal` is not relied on. An attention by itself takes biases in cross-attention too,
+    with queries and keys on one line or grid; token terms are added where query, key and value are one tensor.
     """
     done = Attached(module)
     if isinstance(module, nn.Transformer):
@@ -102,8 +107,8 @@ def attach(
         return done
     if not isinstance(module, STACKS + LAYERS):
         raise ConfigError(
-            "attach takes nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer or one of their layers, got "
-            f"{type(module).__name__}"
+            "attach takes nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer, one of their layers or "
+            f"nn.MultiheadAttention, got {type(module).__name__}"
         )
     alone = isinstance(module, LAYERS)
     layers: list[nn.Module] = [module]
@@ -143,26 +148,44 @@ def attach(
 
 def _before(
     module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-) -> tuple[tuple[Tensor], dict[str, Tensor | bool]] | None:
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor | bool]] | None:
     """Hook before a stock module: token terms into its input, bias terms into its mask."""
     position, places = getattr(module, "position", None), getattr(module, "places", None)
     if not isinstance(places, InputLayout) or position is None:
         return None  # a hook is all that it takes to keep a layer off the fast path
     call = next(call for kind, call in CALLS.items() if isinstance(module, kind))
     arguments = dict(zip(call.names, args, strict=False)) | kwargs
-    x, mask, padding = arguments.pop(call.names[0]), arguments.get(call.mask), arguments.get(call.padding)
-    signal: Signal = position(places.of(x))
+    tokens = [arguments.pop(name) for name in call.names[: call.inputs]]
+    query, key = tokens[0], tokens[min(1, call.inputs - 1)]
+    alone = all(x is query for x in tokens)  # self-attention
+    signal: Signal = position(places.of(query)) if alone else position(*places.between(query, key))
+    if signal.token is not None and not alone:
+        raise ConfigError(
+            f"{type(position).__name__} adds to tokens, and query, key and value are not one tensor: between two "
+            "sequences only a bias can; put stock.TokenPosition before each of them"
+        )
+    (batch, queries), (_, keys), heads = places.sizes(query), places.sizes(key), dims_of(module, places).heads
+    mask, padding = arguments.get(call.mask), arguments.get(call.padding)
+    if padding is not None:
+        check_padding(padding, batch, keys, call.padding)
+    if mask is not None:
+        mask = as_stock(by_head(mask, batch, heads, queries, keys, call.mask), batch, heads)
+    memory = arguments.get("memory_mask")
+    if memory is not None:
+        seen = places.sizes(arguments["memory"])[1]
+        arguments["memory_mask"] = as_stock(by_head(memory, batch, heads, queries, seen, "memory_mask"), batch, heads)
     if signal.bias:
         if mask is None and arguments.get(call.causal):
             raise ConfigError(f"{call.causal}=True is a hint, not a mask: give the causal mask as {call.mask} too")
-        batch = 1 if x.ndim == 2 else x.shape[0 if places.batch_first else 1]
-        bias = attention_mask(signal, batch, x.dtype)
-        mask = bias if mask is None else bias + floats(mask, x.dtype)
+        bias = attention_mask(signal, batch, query.dtype)
+        mask = bias if mask is None else bias + floats(mask, query.dtype)
         if padding is not None:
-            arguments[call.padding] = floats(padding, x.dtype)
+            arguments[call.padding] = floats(padding, query.dtype)
     handed_on: dict[str, Tensor | bool] = {**arguments}
     if mask is not None:
         # The stock modules compare a mask with the causal one and drop it where they are equal, and with it the
         # gradient of a table that starts at zero.
         handed_on |= {call.mask: mask, call.causal: False}
-    return (places.plus(x, signal),), handed_on
+    if alone:
+        tokens = [places.plus(query, signal)] * call.inputs
+    return tuple(tokens), handed_on

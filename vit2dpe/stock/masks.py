@@ -34,9 +34,54 @@ def attention_mask(signal: Signal, batch: int, dtype: torch.dtype = torch.float3
     bias = merge_bias(list(signal.bias), None, 1.0, dtype)
     if bias is None or bias.shape[0] not in (1, batch):
         raise ConfigError(f"the bias is for {0 if bias is None else bias.shape[0]} samples, the batch has {batch}")
-    if bias.shape[:2] == (1, 1):
-        return bias[0, 0]
-    return bias.expand(batch, -1, -1, -1).flatten(0, 1)
+    return as_stock(bias, batch, bias.shape[1])
+
+
+def by_head(mask: Tensor, batch: int, heads: int, queries: int, keys: int, name: str) -> Tensor:
+    """A stock mask as (1|N, 1|H, L, S), of the type that it has.
+
+    Args:
+        mask: (L, S), (N, L, S) or (N·H, L, S).
+        name: of the argument, for errors.
+
+    Raises:
+        ConfigError: for another shape or type.
+    """
+    check_type(mask, name)
+    if mask.shape == (queries, keys):
+        return mask[None, None]
+    if mask.shape == (batch * heads, queries, keys):
+        return mask.unflatten(0, (batch, heads))
+    if mask.shape == (batch, queries, keys):
+        return mask[:, None]
+    raise ConfigError(
+        f"{name} has the shape {tuple(mask.shape)}; for {batch} samples, {heads} heads, {queries} queries and {keys} "
+        f"keys it is {(queries, keys)} for all, {(batch, queries, keys)} for each sample, or "
+        f"{(batch * heads, queries, keys)} for each sample and head, the heads of a sample next to each other"
+    )
+
+
+def check_padding(padding: Tensor, batch: int, keys: int, name: str) -> None:
+    """Raises ConfigError for a mask of padding that is not (N, S), or (S,) without a batch."""
+    check_type(padding, name)
+    if padding.shape not in ((batch, keys), (keys,) if batch == 1 else ()):
+        raise ConfigError(
+            f"{name} has the shape {tuple(padding.shape)}; for {batch} samples and {keys} keys it is {(batch, keys)}"
+        )
+
+
+def check_type(mask: Tensor, name: str) -> None:
+    """Raises ConfigError for a mask that is neither boolean nor float."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ConfigError(
+            f"{name} must be boolean, True where attention is not allowed, or float, added to the logits; got "
+            f"{mask.dtype}: where 1 means a token that is there, give mask == 0"
+        )
+
+
+def as_stock(mask: Tensor, batch: int, heads: int) -> Tensor:
+    """(1|N, 1|H, L, S) in the layout of stock modules: (L, S), or (N·H, L, S)."""
+    return mask[0, 0] if mask.shape[:2] == (1, 1) else mask.expand(batch, heads, -1, -1).flatten(0, 1)
 
 
 def floats(mask: Tensor, dtype: torch.dtype) -> Tensor:

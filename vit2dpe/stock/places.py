@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, build
 from ..errors import ConfigError
-from ..positions import Positions
+from ..positions import Positions, longer
 from ..signal import Signal
 
 
@@ -36,7 +36,7 @@ class InputLayout:
         n = x.shape[-2] if self.batch_first or x.ndim == 2 else x.shape[0]
         if len(self.grid) == 1:
             n -= self.prefix
-            at = Positions.sequence(n, length=max(n, self.grid[0]), device=x.device)
+            at = Positions.sequence(n, length=longer(n, self.grid[0]), device=x.device)
             return at.with_prefix(self.prefix)
         if n != math.prod(self.grid) + self.prefix:
             raise ConfigError(
@@ -44,6 +44,20 @@ class InputLayout:
                 "stock.set_grid(module, grid) names another grid"
             )
         return Positions.grid(self.grid, x.device).with_prefix(self.prefix)
+
+    def between(self, query: Tensor, key: Tensor) -> tuple[Positions, Positions]:
+        """Places of two sequences, on a line that is as long as the longer one."""
+        q, k = self.of(query), self.of(key)
+        if len(self.grid) > 1:
+            return q, k
+        extent = (longer(q.extent[0], k.extent[0]),)
+        return Positions(q.coords, extent, q.prefix), Positions(k.coords, extent, k.prefix)
+
+    def sizes(self, x: Tensor) -> tuple[int, int]:
+        """(N, L) of an input; N is 1 without a batch."""
+        if x.ndim == 2:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
 
     def plus(self, x: Tensor, signal: Signal) -> Tensor:
         """x + signal.token in x's layout and dtype."""

@@ -14,6 +14,7 @@ from ..attention.functional import attend
 from ..encodings import PositionEncoding
 from ..encodings.base import Sum, terms
 from ..signal import Dense, Signal
+from .masks import by_head, check_padding
 from .places import dims_of, instance_of, layout_of, table_dtype
 
 
@@ -95,8 +96,9 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
             allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         terms: list[Tensor] = []
         if mask is not None:
-            terms.append(mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (n, -1)))
+            terms.append(by_head(mask, n, self.self_attn.num_heads, length, length, "src_mask"))
         if padding is not None:
+            check_padding(padding, n, length, "src_key_padding_mask")
             terms.append(padding.reshape(n, 1, 1, length).expand(-1, -1, length, -1))
         for term in terms:
             if term.dtype == torch.bool:
@@ -111,7 +113,7 @@ def _watch_stacks() -> None:
     """From now on the layers of every `nn.TransformerEncoder` are numbered when it is built.
 
     It makes equal copies of one layer. The hook, which is torch's and serves the process, runs where modules are
-    assigned to one another, and at no other time.
+    assigned to one another, and at no other time. (docs/decisions/0014)
     """
     register_module_module_registration_hook(_number_layers)
 

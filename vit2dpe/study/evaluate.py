@@ -9,51 +9,30 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_checkpoint
-from timm.utils.misc import natural_key
-from torch import Tensor, nn
+from torch import nn
 
-from ..data.datasets import SOURCES, check_source, load_images, normalize, write_unreadable
-from ..data.folders import list_held_out
-from ..data.image_cache import Reasons, find_unreadable
-from ..data.sources import FOLDERS, readable
-from ..data.splits import FileSplit, Split
-from ..errors import ConfigError, DataError
+from ..data.datasets import SOURCES, write_unreadable
+from ..errors import ConfigError
 from ..files import write_atomically
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size, parse_terms
 from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
+from .held_out import Subject, load_test_images
 from .plan import known
 from .report import about_study
 from .rows import Row, to_csv
 from .settings import EvaluateConfig
 from .tables import table
-
-
-class Subject(NamedTuple):
-    """A model, and how images are prepared for it: normalization, crop, numbering of the classes."""
-
-    model: nn.Module
-    label: str  # in the table: the encoding of a run, else the name
-    seed: int | None  # of the training, where it is known
-    classes: tuple[str, ...] | None  # by index; None where only their number is known
-    strict: bool  # whether data of other classes are out of the question
-    mean: Sequence[float]
-    std: Sequence[float]
-    crop: float
 
 
 def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
@@ -65,6 +44,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     Raises:
         ConfigError, DataError, CheckpointError: before anything is measured, for what cannot work.
     """
+    config = replace(config, data=config.data or config.root or "")
     if not config.model or not config.data:
         raise ConfigError("evaluate needs --model (a timm name or a run folder) and --data (a folder, digits, cifar10)")
     device = pick_device(config.device)
@@ -75,12 +55,10 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     modes = known("mode", config.modes, MODES)
     policies = policies_of(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
-    if not 0 < crop <= 1 or config.batch_size < 1:
-        raise ConfigError(f"crop must be in (0, 1] and batch_size at least 1, got {crop} and {config.batch_size}")
     _check_sizes(model, len(subject.mean), sizes)
 
     height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
-    data, total = _load_data(config, subject, (height, width))
+    data, total = load_test_images(config, subject, (height, width))
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
     measured = sweep(
@@ -180,102 +158,3 @@ def _check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None
                 model(torch.zeros(1, channels, height, width, device=device))
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error
-
-
-@dataclass(frozen=True)
-class Batches:
-    """(images, labels) as a model takes them, iterated as often as the sweep has rows.
-
-    Args:
-        split: images in memory, or files that are decoded anew for every row.
-        labels: (N,) in the model's numbering.
-        subject: the model, for its mean and deviation.
-        size: of a batch.
-        digest: of the data, for the record.
-        unreadable: files that were left out, with the reason.
-    """
-
-    split: Split | FileSplit
-    labels: Tensor
-    subject: Subject
-    size: int
-    digest: str
-    unreadable: Mapping[str, str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for index in torch.arange(len(self)).split(self.size):
-                if isinstance(self.split, FileSplit):
-                    images = torch.cat(list(pool.map(self.split.read, index.tolist())))  # (B, C, H, W)
-                else:
-                    images = self.split.pixels(index)
-                images = images.float() / 255
-                if images.shape[1] == 1:
-                    images = images.expand(-1, len(self.subject.mean), -1, -1)  # grey is equal red, green and blue
-                yield normalize(images, self.subject.mean, self.subject.std), self.labels[index]
-
-
-def _load_data(config: EvaluateConfig, subject: Subject, source_size: Size) -> tuple[Batches, int]:
-    """The batches, and how many images there were to choose from."""
-    if config.data in SOURCES and config.data != "folder":
-        data = load_images(config.data, config.root, unreadable=config.unreadable)
-        split = data.test if config.limit is None else data.test.subsample(config.limit)
-        labels = _numbering(subject, data.classes, folders=config.data in FOLDERS)[split.labels]
-        for note in data.notes:
-            print(f"note: {note}")
-        batches = Batches(split, labels, subject, config.batch_size, data.digest, data.unreadable)
-        return batches, data.total.get("test", len(data.test))
-    check_source("folder", unreadable=config.unreadable)
-    root, listing, notes = list_held_out(Path(config.data).expanduser())
-    for note in notes:
-        print(f"note: {note}")
-    names = [name for files in listing.values() for name in files]
-    labels = torch.tensor([i for i, files in enumerate(listing.values()) for _ in files])
-    limit = len(names) if config.limit is None else config.limit
-    index, wrong = _choose(root, names, labels, source_size, limit, config.unreadable == "skip")
-    files = np.array([os.fsencode(names[i]) for i in index.tolist()])
-    split = FileSplit(root, files, labels[index], source_size, source_size, source_size)
-    unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
-    labels = _numbering(subject, tuple(listing), folders=True)[split.labels]
-    return Batches(split, labels, subject, config.batch_size, f"{len(names)} files", unreadable), len(names)
-
-
-def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int, skip: bool) -> tuple[Tensor, Reasons]:
-    """The numbers of `limit` files, balanced over classes, and what is wrong with those left out on the way there.
-
-    To know which can be read they are decoded: those that the limit takes, then one more for each that is left out.
-    """
-    files = Split(torch.arange(len(names)), labels)  # images are their numbers
-    index = files.subsample(limit).images
-    tried: list[int] = []
-    wrong: Reasons = {}
-    while skip and (new := sorted(set(index.tolist()) - set(tried))):
-        wrong |= {new[i]: reason for i, reason in find_unreadable(root, [names[i] for i in new], size).items()}
-        index = files.subsample(limit, wrong).images
-        tried += new
-    lost = {place: wrong[number] for place, number in enumerate(tried) if number in wrong}
-    readable(lost, [names[i] for i in tried], labels[tried], len(tried))
-    return index, wrong
-
-
-def _numbering(subject: Subject, classes: tuple[str, ...], folders: bool) -> Tensor:
-    """(C,) the model's index of each class of the data.
-
-    By name where the model's classes have names. Else one to one, but that of `folders` which timm's reader gives them:
-    there 2 comes before 10.
-    """
-    if subject.classes is not None and set(classes) <= set(subject.classes):
-        return torch.tensor([subject.classes.index(name) for name in classes])
-    count: int = getattr(subject.model, "num_classes", len(classes))
-    if subject.strict or count != len(classes):
-        strange = [name for name in classes if subject.classes and name not in subject.classes][:3]
-        raise DataError(
-            f"the model has {count} classes, the data have {len(classes)}"
-            + (f", among them {', '.join(strange)}, which are not among the model's" if strange else "")
-            + '; give a model of these classes: --model "name(num_classes=...)" --checkpoint weights.safetensors'
-        )
-    theirs = sorted(classes, key=natural_key) if folders else list(classes)
-    return torch.tensor([theirs.index(name) for name in classes])

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 
 Progress = Callable[[str, int, Mapping[str, float]], None]  # name and seed of a trial, latest numbers of its training
 T = TypeVar("T")
@@ -28,8 +28,6 @@ MAX_DEFAULT = 8  # processes, unless more are requested
 
 def count(jobs: int | None, threads: int | None, device: torch.device, trials: int) -> int:
     """How many trials run at a time: `jobs`, else one per `threads` cores of a CPU, and one at a time elsewhere."""
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if jobs is None:
         jobs = 1 if device.type != "cpu" else min(MAX_DEFAULT, (os.cpu_count() or 1) // (threads or 1))
     return max(1, min(jobs, trials))

@@ -16,15 +16,14 @@ from ..models import Swin, ViT
 from ..models.spec import ModelSpec
 from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
-from ..spec import Numbers, Size, Sizes, Words, parse_terms
+from ..spec import Numbers, Plain, Size, Sizes, Words, filled, parse_terms, show_size
 from ..training.devices import pick_device, precision
 from ..training.objectives.images import check_augment
-from ..training.settings import OptimConfig, check_numbers, model_arguments
+from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
 from ..training.tasks.sequences import SEQUENCES
 from .settings import StudyConfig, resolve
 
 TASKS = ("images", "text", *SEQUENCES)
-SOURCES = ("digits", "folder", "cifar10")
 ARCHITECTURES = {"vit": "ViT", "swin": "Swin"}
 
 
@@ -79,11 +78,13 @@ class Plan:
         config = self.config
         sizes = replace(config.model, position=trial.encoding, depth=trial.depth)
         arguments = model_arguments(sizes) | dict(drop_path_rate=config.model.drop_path)
+        decided = dict.fromkeys(("num_classes", "in_chans", "vocab_size", "pool", "cross", "masked_lm"), "the task")
+        options = own_options(config.model.options, decided)
         if config.task != "images":
             arguments |= dict(vocab_size=classes, context=self.train_size[1], embed_scale=config.embed_scale)
             if config.task == "text":
-                return ModelSpec("TextDecoder", arguments | config.model.options)
-            return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | config.model.options)
+                return ModelSpec("TextDecoder", arguments | options)
+            return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | options)
         arguments |= dict(img_size=self.train_size, patch_size=config.model.patch, in_chans=channels)
         arguments |= dict(num_classes=classes, global_pool=config.model.pool or "avg")
         if config.arch == "vit":
@@ -92,7 +93,7 @@ class Plan:
             heads = [int(config.model.heads or 1) * 2**i for i in range(len(config.stages))]
             arguments |= dict(depths=list(config.stages), num_heads=heads, window_size=config.window)
             del arguments["depth"]
-        return ModelSpec(ARCHITECTURES[config.arch], arguments | config.model.options)
+        return ModelSpec(ARCHITECTURES[config.arch], arguments | options)
 
 
 def check(config: StudyConfig) -> Plan:
@@ -105,8 +106,7 @@ def check(config: StudyConfig) -> Plan:
         raise unknown("task", config.task, TASKS)
     config, images = resolve(config), config.task == "images"
     if images:
-        if config.data.name not in SOURCES:
-            raise unknown("data source", config.data.name, SOURCES)
+        config = filled(config, _stand_ins(config))
         check_data(config.data)
         check_augment(config.augment)
     if config.arch not in ARCHITECTURES:
@@ -118,24 +118,29 @@ def check(config: StudyConfig) -> Plan:
     known("temperature", config.temperatures, ["none", *TEMPERATURES])
     for policy in config.policies:
         parse_terms(policy, "policy", ["all", "default", *POLICIES])
-    if config.finetune < 0 or (config.finetune and config.arch != "vit"):
-        raise ConfigError(
-            f"finetune is a number of epochs, 0 or more, of arch vit; got {config.finetune}, {config.arch}"
-        )
+    if config.finetune and config.arch != "vit":
+        raise ConfigError(f"finetune is a number of epochs of arch vit; got {config.finetune}, {config.arch}")
     if config.depths and config.arch != "vit":
         raise ConfigError(f"depths are those of arch vit; the blocks of a {config.arch} are its stages: --stages 2,2")
     length, depth = config.train_length or 0, config.model.depth or 0
     train_size, sizes = (1, length), tuple((1, length) for length in config.lengths or (length,))
     if images:
         train_size, sizes = config.data.size or (0, 0), config.sizes or ()
-    if not encodings or not sizes or config.seeds < 1 or config.optim.epochs < 1 or train_size[1] < 1:
-        what = "size" if images else "length"
-        raise ConfigError(f"a study needs at least one encoding, one {what}, one seed and one epoch")
-    check_numbers(replace(config.optim, warmup_epochs=0), config.run)  # short studies may warm up to their end
+    if not encodings or not sizes or train_size[1] < 1:
+        raise ConfigError(f"a study needs at least one encoding and one {'size' if images else 'length'}")
+    check_numbers(replace(config.optim, warmup_epochs=0))  # short studies may warm up to their end
     precision(config.run.precision, pick_device(config.run.device))
     plan = Plan(config, encodings, tuple(dict.fromkeys(config.depths or (depth,))), train_size, sizes)
     _build(plan)
     return plan
+
+
+def _stand_ins(config: StudyConfig) -> dict[str, Plain]:
+    """What only the images decide, for the checks before they are read."""
+    patch = config.model.patch or of_size(config.data.size, photos=True)["model.patch"] or 4
+    side = int(str(patch)) * 8
+    size = show_size(config.data.size or (side, side))
+    return {"data.size": size, "sizes": size, "model.patch": patch, "augment.shift": 0}
 
 
 def _build(plan: Plan) -> None:

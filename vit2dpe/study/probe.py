@@ -88,6 +88,11 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     encoder = getattr(run, "encoder", run)
     if not isinstance(encoder, Encoder):
         raise ConfigError(f"{folder} holds a {about['model']}, which has no features to probe")
+    if not about.get("classes", True) and config.data is None and config.root is None:
+        raise ConfigError(
+            f"{folder} was pretrained on images without classes: name some with classes to measure its features on, "
+            "--root <class folders or a CSV>"
+        )
     data = load(*data_of(config, folder, about["data"]))
     if len(data.mean) != len(about["mean"]):
         raise ConfigError(f"the run saw images of {len(about['mean'])} channels, these have {len(data.mean)}")
@@ -119,12 +124,15 @@ def data_of(config: ProbeConfig, folder: Path, name: str) -> tuple[DataConfig, i
 
     path = folder / "config.yaml"
     before = yaml.safe_load(path.read_text()) or {} if config.data is None and path.is_file() else {}
-    names = ("root", "source_size", "limit_train", "limit_test", "val_fraction", "unreadable")
+    names = ("root", "size", "source_size", "fit", "limit_train", "limit_test", "val_fraction", "unreadable")
     data = {key: (before.get("data") or {}).get(key) for key in names}
     own = dict(root=config.root, limit_train=config.limit_train, limit_test=config.limit_test)
     data |= {key: value for key, value in own.items() if value is not None}
     data = {key: value for key, value in data.items() if value is not None}
-    return DataConfig.of(data, name=config.data or name, cache="memory"), (before.get("run") or {}).get("seed") or 0
+    source = config.data or (before.get("data") or {}).get("name") or (None if "root" in data else name)
+    if config.data is None and config.root is not None and source == "digits":
+        source = None  # what is under root is understood
+    return DataConfig.of(data, name=source, cache="memory"), (before.get("run") or {}).get("seed") or 0
 
 
 @torch.no_grad()

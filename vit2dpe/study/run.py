@@ -19,9 +19,10 @@ from ..training.devices import pick_device
 from .jobs import count, each
 from .lengths import ExactAnswers, Perplexity
 from .own_folder import STUDY, own_folder
-from .plan import TASKS, Plan, check
+from .plan import TASKS, Plan
 from .report import Report, about_study, write_settings
 from .settings import StudyConfig, check_task
+from .settle import settle
 from .sizes import OverSizes
 from .trials import Measure, run_trial
 
@@ -43,7 +44,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     """
     if config.task in TASKS:
         check_task(config)
-    plan = check(config)
+    plan = settle(config)
     config, device = plan.config, pick_device(plan.config.run.device)
     measure = prepare(plan)
     out, digest = own_folder(measure)

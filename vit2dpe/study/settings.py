@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..data.settings import AugmentConfig, DataConfig
+from ..data.settings import AugmentConfig, DataConfig, source_of
 from ..errors import ConfigError
+from ..ranges import Count, Natural, Positive, Range, Share, Threads
 from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
 from ..training.settings import PRESETS as IMAGE_PRESETS
-from ..training.settings import ModelConfig, OptimConfig, RunConfig
+from ..training.settings import ModelConfig, OptimConfig, RunConfig, parts_of, photos_preset
 
 _MODEL = ModelConfig(mlp_ratio=2.0)
 _OPTIM = OptimConfig(lr=3e-3, warmup_epochs=2, epochs=40, batch_size=64)
@@ -43,11 +44,14 @@ class StudyConfig(Settings):
         window: side of a swin's windows at the training size, in tokens.
         finetune: also train so many epochs on at each other size, and measure there: rows of policy "finetuned".
         model: the model; width and heads of a swin are those of its first stage.
-        data: digits (built in), folder (class folders under --root) or cifar10 (downloaded); of text, limit_test is a
-            number of validation tokens.
+        data: digits (built in), or photos under --root: class folders or a CSV of paths and labels, of any sizes;
+            cifar10 (downloaded) and the other sources of `vit2dpe train`; of text, limit_test is a number of
+            validation tokens.
         augment: of training images.
         optim: how weights are updated; for the other tasks than images an epoch is 100 steps.
         run: where and how it runs; run.threads is 1 where trials run side by side.
+        minutes: photos are trained at the largest of 32, 48, 64, 96, 128, 160, 192, 224 with which the study takes no
+            longer, where no size is given.
         jobs: how many trials are trained at a time, a process each; default as many as there are CPU cores, at most 8,
             and 1 on other devices.
         quick: three encodings on the built-in digits, in under 90 seconds on two idle cores.
@@ -59,33 +63,47 @@ class StudyConfig(Settings):
     task: str = "images"
     encodings: Words | None = None
     sizes: Sizes | None = None
-    train_length: int | None = None
+    train_length: Count | None = None
     lengths: Numbers | None = None
-    embed_scale: float = 1.0
+    embed_scale: Positive = 1.0
     depths: Numbers | None = None
     modes: Words = ("scale", "canvas")
     policies: Words = ("all",)
     temperatures: Words = ("none",)
-    seeds: int = 1
+    seeds: Annotated[int, Range(1, 10_000)] = 1
     arch: str = "vit"
     stages: Numbers = (2, 2)
-    window: int = 4
-    finetune: int = 0
+    window: Count = 4
+    finetune: Natural = 0
     model: ModelConfig = _MODEL
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = _OPTIM
     run: RunConfig = _RUN
-    jobs: int | None = None
+    minutes: Positive = 10
+    jobs: Annotated[int, Range(1, 1024)] | None = None
     quick: bool = False
     smoke: bool = False
 
     @classmethod
     def preset(cls, given: Mapping[str, Plain]) -> dict[str, Plain]:
-        """Of the task, for images of the data; and of `quick`."""
-        task, data = (str(given.get(name, default)) for name, default in (("task", "images"), ("data.name", "digits")))
-        quick = QUICK if given.get("quick") and (task, data) == ("images", "digits") else {}
-        return (PRESETS[task] if task in PRESETS else PRESETS.get(data, PRESETS["folder"])) | quick
+        """Of the task, for images of the data; and of `quick`.
+
+        What depends on the size of the images stays open until they are looked at.
+        """
+        task, name, root = (given.get(key) for key in ("task", "data.name", "data.root"))
+        if task not in (None, "images"):
+            return {"data.name": "digits"} | PRESETS.get(str(task), {})  # unused; files of earlier versions name it
+        data = source_of(name, root)
+        preset = PRESETS.get(data.partition(":")[0], PRESETS["folder"])
+        if data.partition(":")[0] in PHOTOS:
+            preset = {key: value for key, value in preset.items() if key not in OPEN}
+            batch = photos_preset(given)
+            if batch and int(str(batch["optim.batch_size"])) <= 32:
+                preset |= _FEW
+            return preset | batch
+        quick = QUICK if given.get("quick") and data == "digits" else {}
+        return preset | ({} if root else {"data.name": data}) | quick
 
 
 # Presets by dotted names: models and augmentation of images are those that `vit2dpe train` takes.
@@ -94,6 +112,9 @@ _SHARED = ("model.patch", "model.width", "model.depth", "model.heads", "augment.
 _FOLDER: dict[str, Plain] = _ENCODINGS | {name: IMAGE_PRESETS[""][name] for name in _SHARED} | {
     "data.size": "32", "sizes": "24,32,48,64,96", "optim.epochs": 60, "optim.batch_size": 128, "optim.lr": 1e-3,
 }  # fmt: skip
+PHOTOS = ("folder", "csv", "tar", "hf")  # sources whose images may be of any sizes
+OPEN = ("data.size", "sizes", "model.patch", "augment.shift")  # what depends on those
+_FEW: dict[str, Plain] = {"model.width": 96, "model.depth": 4, "optim.epochs": 40}
 _SEQUENCES: dict[str, Plain] = {
     "encodings": "sincos,learned,none", "train_length": 16, "lengths": "16", "model.width": 64, "model.depth": 2,
     "model.heads": 2, "optim.epochs": 20, "optim.batch_size": 128, "optim.lr": 2e-3,
@@ -118,7 +139,7 @@ QUICK: dict[str, Plain] = {
 _OF_IMAGES = (
     "data.name", "data.size", "sizes", "modes", "data.source_size", "data.unreadable", "data.val_fraction",
     "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
-    "augment.", "finetune",
+    "augment.", "finetune", "data.fit", "minutes",
 )  # fmt: skip
 _OF_SEQUENCES = ("train_length", "lengths", "embed_scale")
 _OF_NONE = ("model.name", "model.position", "model.init", "model.jitter", "optim.ema", "run.seed", "run.parallel")
@@ -131,6 +152,7 @@ def check_task(config: StudyConfig) -> None:
         ConfigError: naming them.
     """
     default, now = flat(StudyConfig()), flat(config)
+    now["data.name"] = None if now["data.name"] == "digits" else now["data.name"]  # the default of earlier versions
     unused = (*(_OF_SEQUENCES if config.task == "images" else _OF_IMAGES), *_OF_NONE)
     unused += () if config.task in ("images", "text") else ("data.root",)
     strange = [
@@ -140,19 +162,25 @@ def check_task(config: StudyConfig) -> None:
         if (name.startswith(start) if start.endswith(".") else name == start) and now[name] != default[name]
     ]
     if strange:
-        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out")
-    if config.quick and (config.task, config.data.name) != ("images", "digits"):
+        of_train = any(now[name] != default[name] for name in _OF_NONE)
+        hint = "; a file of settings of vit2dpe train is for vit2dpe train --config" if of_train else ""
+        raise ConfigError(f"task {config.task} has no use for {', '.join(strange)}: leave it out{hint}")
+    if config.quick and (config.task, config.data.source) != ("images", "digits"):
         raise ConfigError(
             "quick is for the built-in digits; elsewhere set --encodings, --sizes and --epochs, or --smoke"
         )
 
 
 def resolve(config: StudyConfig) -> StudyConfig:
-    """Settings that are None filled from the preset of the task or the data; `smoke` applied."""
+    """Settings that are None filled from the preset of the task or the data; `smoke` applied.
+
+    Those of `OPEN` may stay None for photos, until `photos.settle`.
+    """
     config = filled(config, config.preset(flat(config)))
     if config.smoke:
         batch = min(16, config.optim.batch_size)
         few: dict[str, Plain] = {"optim.batch_size": batch, "optim.epochs": 1, "seeds": min(1, config.seeds)}
+        few |= {"optim.accumulate": parts_of(config.optim, batch)}
         config = changed(config, few | {"data.limit_train": 2 * batch, "data.limit_test": 40, "jobs": 1})
     return config
 
@@ -164,8 +192,10 @@ class EvaluateConfig(Settings):
     Args:
         model: a timm name with arguments in parentheses, "vit_tiny_patch16_224" or
             "vit2dpe_tiny_patch4_32(position=rope, num_classes=10)"; hf-hub: and local-dir: too; or a run folder.
-        data: digits, cifar10, or a folder: of class folders, or one that holds val or test.
-        root: where cifar10 lies, or is downloaded to.
+        data: digits, cifar10, a CSV of paths and labels, or a folder: of class folders, or one that holds test or val
+            (test where there are both); of photos that a run was trained on, those it held out.
+        root: where cifar10 lies, or is downloaded to; without data, the folder or the CSV.
+        fit: how images are brought to one size: crop, pad or squash; default that of a run, or crop.
         sizes: comma-separated sizes in pixels, 128,160,224x320 (height x width); default the model's own.
         modes: scale (same picture, more pixels), canvas (more content at the same scale), or both.
         policies: comma-separated resolution policies; "all" that the model can take, or "default".
@@ -185,6 +215,7 @@ class EvaluateConfig(Settings):
     model: str = ""
     data: str = ""
     root: str | None = None
+    fit: str | None = None
     sizes: Sizes | None = None
     modes: Words = ("scale",)
     policies: Words = ("all",)
@@ -192,10 +223,10 @@ class EvaluateConfig(Settings):
     checkpoint: str | None = None
     untrained: bool = False
     train_size: Size | None = None
-    crop: float | None = None
-    limit: int | None = None
+    crop: Share | None = None
+    limit: Count | None = None
     unreadable: str = "error"
-    batch_size: int = 64
+    batch_size: Count = 64
     device: str = "auto"
     out: str = "runs/evaluate"
 
@@ -220,10 +251,10 @@ class ProbeConfig(Settings):
     run: str | None = None
     which: str = "last"
     pool: str | None = None
-    k: int = 20
+    k: Count = 20
     data: str | None = None
     root: str | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
+    limit_train: Count | None = None
+    limit_test: Count | None = None
     device: str = "auto"
-    threads: int | None = None
+    threads: Threads | None = None

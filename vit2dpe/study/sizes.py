@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.datasets import Images, load
+from ..data.datasets import Images, load_fitted
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
-from ..spec import Size
+from ..spec import Plain, Size
 from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
@@ -19,7 +19,7 @@ from ..training.tasks.classification import ImageTask, evaluation_batches
 from .answers import Right
 from .plan import Plan, Trial
 from .rows import Row
-from .tables import MAJORITY
+from .tables import FIT, MAJORITY
 from .trials import Measure, build, digest_of, policies_for, train
 
 
@@ -33,21 +33,22 @@ class OverSizes(Measure):
     def load(cls, plan: Plan) -> OverSizes:
         """Read the images and print what is noteworthy about them."""
         config = plan.config
-        data = load(config.data)
+        data, fitted = load_fitted(config.data, 0, lambda _: (plan.train_size, *plan.sizes))
         for note in data.notes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
         print(f"{counts}; results in {config.run.out}")
+        majority = round(100 * float(data.test.labels.bincount().max()) / len(data.test), 2)
+        facts: dict[str, Plain] = {"images": data.used, MAJORITY: majority}
+        if fitted is not None:
+            facts[FIT] = config.data.fit
         return cls(
             plan=plan,
             data=data,
-            source=(config.data.name, data.digest),
+            source=(config.data.source, data.digest),
             classes=len(data.classes),
             channels=len(data.mean),
-            facts={
-                "images": data.used,
-                MAJORITY: round(100 * float(data.test.labels.bincount().max()) / len(data.test), 2),
-            },
+            facts=facts,
             about=dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std)),
             unreadable=data.unreadable,
         )
@@ -84,7 +85,7 @@ class OverSizes(Measure):
         right: list[Tensor] = []
         measured = sweep(
             model,
-            _TestBatches(self.data),
+            _TestBatches(self.data, _batch(plan)),
             sizes,
             policies,
             modes=plan.config.modes,
@@ -115,8 +116,15 @@ class OverSizes(Measure):
 class _TestBatches:
     """Test batches at native size, iterated as often as the sweep has rows."""
 
-    def __init__(self, data: Images) -> None:
-        self.data = data
+    def __init__(self, data: Images, size: int) -> None:
+        self.data, self.size = data, size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return evaluation_batches(self.data)
+        return evaluation_batches(self.data, batch=self.size)
+
+
+def _batch(plan: Plan) -> int:
+    """Test images at a time: fewer where a map of attention is larger than that of 576 tokens."""
+    patch = plan.config.model.patch or 16
+    tokens = max(height * width for height, width in plan.sizes) // patch**2
+    return max(4, min(256, 256 * 576**2 // max(1, tokens) ** 2))

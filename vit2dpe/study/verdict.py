@@ -16,11 +16,16 @@ from .answers import Right
 from .compare import AtSize, Behind, Line, compare
 from .intervals import DRAWS, Interval, images_needed, seeds_needed, wilson
 from .rows import Row
-from .tables import MAJORITY, Metric, metric_of, spell
+from .tables import FIT, MAJORITY, Metric, metric_of, spell
 
 POINTS = 5.0  # a difference that one would like to see
 NAMED = 3  # competitors behind the leader with their distance; the others by name
 MODES = {"scale": "the same picture with more pixels", "canvas": "more content at the scale of training"}
+CUT = {  # data.fit
+    "crop": "Photos were cut to the middle of their longer side",
+    "pad": "Photos were shown whole, with a margin at their short sides",
+    "squash": "Photos were squashed to one shape",
+}
 
 
 class Verdict(NamedTuple):
@@ -182,8 +187,8 @@ def _basis(places: Sequence[AtSize], metric: Metric, majority: float | None, abo
     said = [f"Measured: {metric.name}, {'' if leader.n is None else f'on {int(leader.n)} {items}, '}{seeds}."]
     if majority is not None:
         said.append(f"Naming the most frequent class is right for {majority:.1f}%.")
-    if cut := fit_of(about):
-        said.append(f"Images were brought to one size by {cut}.")
+    if about.get(FIT) in CUT:
+        said.append(f"{CUT[str(about[FIT])]} (data.fit {about[FIT]}).")
     over = {place.over for place in places}
     if "seeds" in over:
         said.append(
@@ -205,15 +210,6 @@ def _basis(places: Sequence[AtSize], metric: Metric, majority: float | None, abo
         else:
             said.append(f"With one seed no interval can be given for {metric.name}: it takes several seeds.")
     return said
-
-
-def fit_of(about: Mapping[str, Plain]) -> str:
-    """How images were cut, where it is known: data.fit of the settings."""
-    config = about.get("config")
-    data = config.get("data") if isinstance(config, Mapping) else None
-    if not isinstance(data, Mapping) or data.get("name") in ("digits", "cifar10"):  # whose images have one size
-        return ""
-    return str(data.get("fit") or "")
 
 
 def _needed(places: Sequence[AtSize], metric: Metric) -> list[str]:

@@ -39,11 +39,11 @@ ALONE = World()
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_s: float = 60) -> Iterator[World]:
+def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: float = 600) -> Iterator[World]:
     """The processes that torchrun started, by its environment variables; this one alone without them.
 
     A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
-    `timeout_s`.
+    `timeout_s`. At the end all wait up to `wait_minutes` for one that works alone, as the first does for its results.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -54,9 +54,10 @@ def process_group(device: torch.device, timeout_s: float = 60) -> Iterator[World
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes))
     try:
         yield World(rank, size)
-        dist.barrier()
+        dist.barrier(group=patient if isinstance(patient, dist.ProcessGroup) else None)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error):
             why = str(error).strip().splitlines()[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..data.settings import DataConfig, ViewConfig
+from ..ranges import Count, Depth, Part, Positive, Range
 from ..spec import Plain, Settings, changed, filled
-from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke
+from .settings import ModelConfig, OptimConfig, RunConfig, image_preset, image_smoke, photos_preset
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class DecoderConfig(Settings):
     """
 
     position: str = "sincos"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
+    width: Count | None = None
+    depth: Depth | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class PretrainConfig(Settings):
     Args:
         model: the encoder.
         decoder: predicts the hidden patches; mae only.
-        data: the images; labels are not used.
+        data: the images; labels are not used, and one folder of images, or any tree of them, is enough.
         augment: random views of training images.
         optim: optimizer and schedule.
         run: where and how it runs.
@@ -62,13 +64,18 @@ class PretrainConfig(Settings):
     )
     run: RunConfig = RunConfig(out="runs/pretrain")  # noqa: RUF009
     objective: str = "mae"
-    mask_ratio: float | None = None
-    mask_unit: int = 8
+    mask_ratio: Part | None = None
+    mask_unit: Count = 8
     norm_pix: bool | None = None
-    pictures: int = 8
+    pictures: Annotated[int, Range(0, 1000)] = 8
     resume: bool = False
     init: str | None = None
     smoke: bool = False
+
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Of photos that are named by their folder alone."""
+        return photos_preset(given)
 
 
 DECODERS: Mapping[str, Mapping[str, Plain]] = {  # presets of the decoder, by the data
@@ -82,6 +89,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     mae = config.objective == "mae"
     named = {"model.position": "rope", "model.pool": "avg"} if mae else {}
     preset = image_preset(config.data, config.model, config.augment, named)
-    preset |= dict(DECODERS.get(config.data.name, DECODERS[""])) | {"mask_ratio": 0.75 if mae else 0.6, "norm_pix": mae}
+    preset |= dict(DECODERS.get(config.data.source, DECODERS[""])) | {
+        "mask_ratio": 0.75 if mae else 0.6,
+        "norm_pix": mae,
+    }
     config = filled(config, preset | {"optim.warmup_epochs": config.optim.warmup})
     return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config

@@ -123,6 +123,10 @@ def write_facts(folder: Path, config: Settings, facts: Mapping[str, Plain]) -> N
     write_atomically(folder / "env.json", json.dumps(facts, indent=1).encode())
 
 
+# What is null until the data are read; config.yaml has what was chosen.
+CHOSEN = ("data.name", "data.size", "model.patch", "augment.shift")
+
+
 def changed_settings(folder: Path, config: Settings) -> list[str]:
     """Differences between `config` and the settings that the run in `folder` was started with, a line each."""
     import yaml
@@ -132,6 +136,7 @@ def changed_settings(folder: Path, config: Settings) -> list[str]:
         return []
     before, now = _flat(yaml.safe_load(path.read_text()) or {}), flat(config)
     keys = [key for key in now if before.get(key, now[key]) != now[key] and key not in ("resume", "init", "smoke")]
+    keys = [key for key in keys if key not in CHOSEN or now[key] is not None]
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 
 

@@ -40,11 +40,8 @@ def sample(config: SampleConfig, command: str = "vit2dpe text sample") -> list[s
         )
     tokenizer = from_json(about["tokenizer"])
     prompt = tokenizer.encode(config.prompt)
-    if not prompt or config.count < 1 or config.length < 1:
-        raise ConfigError(
-            f"a prompt, and a length and a count of at least 1, are needed: got {config.prompt!r}, {config.length} "
-            f"and {config.count}"
-        )
+    if not prompt:
+        raise ConfigError("a text to go on from is needed: --prompt")
     device = next(model.parameters()).device
     tokens = generate(
         model,

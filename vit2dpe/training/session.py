@@ -77,7 +77,7 @@ def check_run(config: Trainable) -> None:
     Raises:
         ConfigError: naming the setting, what it must be and what came.
     """
-    check_numbers(config.optim, config.run)
+    check_numbers(config.optim)
     precision(config.run.precision, pick_device(local_device(config.run.device)))
     if config.init is not None and not Path(config.init).expanduser().exists():
         raise ConfigError(f"there is nothing at {config.init} to start from")
@@ -89,7 +89,10 @@ def train_session(config: Trainable, command: str) -> Iterator[TrainSession]:
     device = pick_device(local_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with process_group(device) as world, run_folder(config.run.out, resume=config.resume, world=world) as folder:
+    with (
+        process_group(device, wait_minutes=config.run.wait_minutes) as world,
+        run_folder(config.run.out, resume=config.resume, world=world) as folder,
+    ):
         session = TrainSession(config, command, device, world, folder)
         if config.run.device == "auto" and device.type == "cpu":
             session.print("note: no GPU was found: training on the CPU")

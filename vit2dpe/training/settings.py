@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, TypeVar
 
-from ..data.settings import AugmentConfig, DataConfig, ViewConfig
+from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
 from ..errors import ConfigError
-from ..spec import Plain, Settings, changed, filled, plain
+from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, Seed, Share, Threads
+from ..spec import Plain, Settings, Size, changed, filled, flat, plain
+
+MANY = 5000  # training images from which on they are no few photos
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,18 @@ class OptimConfig(Settings):
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] | None = None
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Rate, Rate] | None = None
     schedule: str = "cosine"
-    min_lr: float | None = None
-    warmup_epochs: float | None = None
-    epochs: int = 100
-    batch_size: int = 128
-    accumulate: int = 1
-    clip_grad: float = 1.0
-    layer_decay: float = 1.0
-    ema: float = 0.0
+    min_lr: NotNegative | None = None
+    warmup_epochs: NotNegative | None = None
+    epochs: Count = 100
+    batch_size: Count = 128
+    accumulate: Count = 1
+    clip_grad: NotNegative = 1.0
+    layer_decay: Share = 1.0
+    ema: Rate = 0.0
     ema_warmup: bool = True
 
     @property
@@ -69,6 +72,7 @@ class RunConfig(Settings):
         compile: torch.compile the model.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
+        wait_minutes: under torchrun: how long processes wait for results that the first one alone makes at the end.
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
@@ -77,16 +81,17 @@ class RunConfig(Settings):
     """
 
     out: str = "runs/train"
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     precision: str = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     compile: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
-    save_minutes: float = 10
-    patience: int = 0
-    bad_losses: int = 3
+    wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
+    save_minutes: NotNegative = 10
+    patience: Natural = 0
+    bad_losses: Count = 3
     tensorboard: bool = False
     wandb: str | None = None
 
@@ -114,17 +119,22 @@ class ModelConfig(Settings):
 
     name: str | None = None
     position: str | None = None
-    patch: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
+    patch: Count | None = None
+    width: Count | None = None
+    depth: Depth | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
     pool: str | None = None
     class_token: bool | None = None
-    drop_path: float = 0.0
-    jitter: float = 0.0
+    drop_path: Rate = 0.0
+    jitter: NotNegative = 0.0
     init: str = "default"
     options: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "none":
+            object.__setattr__(self, "name", None)
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,11 @@ class TrainConfig(Settings):
     init: str | None = None
     smoke: bool = False
 
+    @classmethod
+    def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
+        """Of photos that are named by their folder alone."""
+        return photos_preset(given)
+
 
 # Presets of the data, by dotted names, for settings that are null. A named model has its own sizes.
 PRESETS: Mapping[str, Mapping[str, Plain]] = {
@@ -168,8 +183,20 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = {
 }  # fmt: skip
 
 
+def photos_preset(given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """The preset of photos that are named by `data.root` alone: batches of 32, and of few photos a quarter at most."""
+    root = given.get("data.root")
+    if given.get("data.name") or not root:
+        return {}
+    trained = count_files(str(root)) * 4 // 5
+    return {"optim.batch_size": 128 if trained > MANY else max(2, min(32, trained // 4))}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Every setting that is None filled from the preset of the data; `smoke` applied."""
+    """Every setting that is None filled from the preset of the data; `smoke` applied.
+
+    What depends on the size of the images stays open until they are read (`sized`).
+    """
     if config.init is not None:
         config = replace(config, model=like_run(config.model, config.init))
     named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
@@ -182,10 +209,37 @@ def image_preset(
     data: DataConfig, model: ModelConfig, augment: ViewConfig, named: Mapping[str, Plain]
 ) -> dict[str, Plain]:
     """The preset of the data, without a shift where images are cropped; `named`: that of a named model."""
-    preset = dict(PRESETS.get(data.name, PRESETS[""]))
+    preset = dict(PRESETS.get(data.source, PRESETS[""]))
+    if data.source not in PRESETS:
+        preset |= of_size(data.size or data.source_size, photos=data.name is None)
+    if data.root is None:
+        preset |= {"data.name": data.source}
     if model.name is not None:
         preset = {name: value for name, value in preset.items() if not name.startswith("model.")} | dict(named)
     return preset | ({"augment.shift": 0} if augment.crop is not None else {})
+
+
+def of_size(size: Size | None, *, photos: bool) -> dict[str, Plain]:
+    """Presets that depend on the size of training images, None where it is still open.
+
+    Args:
+        size: (H, W).
+        photos: whether patches and shifts grow with the size; else they are those of pictures of 32 pixels.
+    """
+    if size is None:
+        return dict.fromkeys(("model.patch", "augment.shift"))
+    return {"model.patch": patch_for(size), "augment.shift": min(size) // 8} if photos else {}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def sized(config: S, size: Size, *, photos: bool) -> S:
+    """The settings with what depended on the size of the images."""
+    own = {name: PRESETS[""][name] for name in ("model.patch", "augment.shift")} | of_size(size, photos=photos)
+    if flat(config)["model.name"] is not None:
+        del own["model.patch"]
+    return filled(config, own)
 
 
 def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
@@ -194,8 +248,13 @@ def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
     few = None if data.val_fraction else 2 * batch  # two images of every class, where a part is held out
     return {
         "data.limit_train": few, "data.limit_test": 40, "optim.epochs": 1, "optim.batch_size": batch,
-        "run.device": "cpu", "run.compile": False,
+        "optim.accumulate": parts_of(optim, batch), "run.device": "cpu", "run.compile": False,
     }  # fmt: skip
+
+
+def parts_of(optim: OptimConfig, batch: int) -> int:
+    """`accumulate` of a smaller batch: no more parts than samples, where that was so before."""
+    return min(optim.accumulate, batch) if optim.accumulate <= optim.batch_size else optim.accumulate
 
 
 def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
@@ -210,6 +269,21 @@ def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
     return {argument: values[name] for name, argument in names.items() if values[name] is not None}
 
 
+def own_options(options: Mapping[str, Plain], decided: Mapping[str, str]) -> dict[str, Plain]:
+    """`model.options`, further arguments of a model.
+
+    Args:
+        decided: arguments that are none of them, and what decides on each.
+
+    Raises:
+        ConfigError: naming one of those.
+    """
+    for name in options:
+        if name in decided:
+            raise ConfigError(f"model.options: {name} is decided by {decided[name]}, leave it out")
+    return dict(options)
+
+
 def like_run(model: ModelConfig, init: str) -> ModelConfig:
     """What is open in `model` as it was in the run that is started from, where that is a run of ours."""
     path = Path(init).expanduser() / "config.yaml"
@@ -222,28 +296,12 @@ def like_run(model: ModelConfig, init: str) -> ModelConfig:
     return filled(model, {name: before.get(name) for name in names})
 
 
-def check_numbers(optim: OptimConfig, run: RunConfig) -> None:
-    """Refuse numbers that cannot work, whatever is trained.
+def check_numbers(optim: OptimConfig) -> None:
+    """Refuse numbers that do not go together, whatever is trained.
 
     Raises:
         ConfigError: naming the setting, what it must be and what came.
     """
-    above_zero = {"optim.lr": optim.lr, "optim.epochs": optim.epochs, "optim.batch_size": optim.batch_size}
-    above_zero |= {"optim.accumulate": optim.accumulate, "run.bad_losses": run.bad_losses}
-    above_zero |= {"optim.layer_decay": optim.layer_decay}
-    not_negative = {"optim.weight_decay": optim.weight_decay, "optim.clip_grad": optim.clip_grad}
-    not_negative |= {"optim.warmup_epochs": optim.warmup, "optim.min_lr": optim.min_lr or 0.0}
-    not_negative |= {"run.save_minutes": run.save_minutes, "run.patience": run.patience}
-    for name, value in above_zero.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be 0 or above and finite, got {value}")
-    if not 0 <= optim.ema < 1:
-        raise ConfigError(f"optim.ema is the decay of an average, in [0, 1) (0: none), got {optim.ema}")
-    if optim.layer_decay > 1:
-        raise ConfigError(f"optim.layer_decay must be at most 1, got {optim.layer_decay}")
     if optim.accumulate > optim.batch_size:
         raise ConfigError(
             f"optim.accumulate cuts a batch into parts: at most optim.batch_size = {optim.batch_size} of them, "

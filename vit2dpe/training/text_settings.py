@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ..data.text_settings import TextDataConfig
+from ..ranges import Count, Depth, NotNegative, Positive, Rate, Seed, Share
 from ..spec import Settings, changed
-from .settings import OptimConfig, RunConfig
+from .settings import OptimConfig, RunConfig, parts_of
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class TextModelConfig(Settings):
     """
 
     position: str = "rope"
-    width: int = 384
-    depth: int = 6
-    heads: int = 6
-    mlp_ratio: float = 4.0
+    width: Count = 384
+    depth: Depth = 6
+    heads: Count = 6
+    mlp_ratio: Positive = 4.0
     norm: str = "layer"
     mlp: str = "gelu"
     bias: bool = True
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     options: dict = field(default_factory=dict)
 
 
@@ -67,9 +69,9 @@ class TextTrainConfig(Settings):
     optim: OptimConfig = _OPTIM
     run: RunConfig = _RUN
     objective: str = "causal"
-    steps_per_epoch: int = 250
-    smoothing: float = 0.0
-    beams: int = 4
+    steps_per_epoch: Count = 250
+    smoothing: Rate = 0.0
+    beams: Count = 4
     resume: bool = False
     init: str | None = None
     smoke: bool = False
@@ -95,24 +97,31 @@ class SampleConfig(Settings):
 
     run: str = "runs/text"
     prompt: str = "\n"
-    length: int = 500
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    count: int = 1
-    beams: int = 4
-    seed: int = 0
+    length: Count = 500
+    temperature: NotNegative = 0.8
+    top_k: Count | None = None
+    top_p: Share | None = None
+    count: Count = 1
+    beams: Count = 4
+    seed: Seed = 0
     which: str = "best"
     device: str = "auto"
 
 
+LONGEST = 16  # characters of a token, on average; of subwords
+
+
 def smoke(config: TextTrainConfig) -> TextTrainConfig:
-    """Two small steps on the CPU."""
+    """Two small steps on the CPU, of as much text as gives a sequence of each split, whatever its tokens are."""
+    data = config.data
+    longest = 1 if data.tokenizer in ("chars", "bytes") else LONGEST
+    enough = math.ceil(longest * (data.context + 1) / min(data.val_share, 1 - data.val_share)) + 1
     return changed(
         config,
         {
-            "optim.epochs": 1, "optim.batch_size": 2, "optim.warmup_epochs": 0, "run.device": "cpu",
-            "data.limit": 8 if config.objective == "translate" else 20 * config.data.context,
+            "optim.epochs": 1, "optim.batch_size": 2, "optim.accumulate": parts_of(config.optim, 2),
+            "optim.warmup_epochs": 0, "run.device": "cpu",
+            "data.limit": 8 if config.objective == "translate" else max(20 * data.context, enough),
             "run.compile": False, "steps_per_epoch": 2,
         },
     )  # fmt: skip

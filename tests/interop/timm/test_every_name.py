@@ -86,6 +86,10 @@ def test_every_name():
 def test_a_name_that_timm_has_not():
     with pytest.raises(ConfigError, match="unknown timm model 'vit_tiny_patch16_225'; did you mean 'vit_tiny_patch16_"):
         from_timm("vit_tiny_patch16_225")
+    with pytest.raises(ConfigError, match="unknown pretrained tag of test_vit 'r160'; did you mean 'r160_in1k'"):
+        from_timm("test_vit.r160")
+    with pytest.raises(ConfigError, match="a name of timm's or a timm model, got int"):
+        from_timm(3)
 
 
 @pytest.mark.need("B7")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tests.helpers import randn, shaken
-from vit2dpe import ConfigError, from_timm, to_timm
+from vit2dpe import CheckpointError, ConfigError, from_timm, to_timm
 from vit2dpe.models.timm_api import pretrained_cfg_of
 
 MICRO = dict(img_size=(32, 48), patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -145,6 +145,35 @@ def test_a_size_that_the_patch_does_not_divide_is_the_size_it_is_cut_to():
     with pytest.raises(ConfigError, match=r"no multiple of its patch 8x8.*img_size=\(32, 48\) makes it the same"):
         from_timm(theirs)
     same(from_timm(theirs, img_size=(32, 48))(x[..., :32, :48]), theirs(x))
+
+
+@pytest.mark.need("B5d")
+@pytest.mark.parametrize("position", [None, "rope_mixed"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_is_frozen_stays_frozen(kind, position):
+    """All but the head and one block; an encoding that is drawn anew learns."""
+    cls, more = CLASSES[kind]
+    theirs = made(cls, **more)
+    block = "layers.1.blocks.1." if kind.startswith("Swin") else "blocks.1."
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name.startswith(("head.", block)))
+    theirs.set_grad_checkpointing()
+    ours = from_timm(theirs, position)
+    assert all(p.requires_grad for p in from_timm(made(cls, **more), position).parameters())
+    for name, parameter in ours.named_parameters():
+        drawn = position is not None and "position." in name
+        assert parameter.requires_grad == (drawn or name.startswith(("head.", block))), name
+    checked = ours.layers[0] if kind.startswith("Swin") else ours
+    assert checked.grad_checkpointing
+
+
+def test_parameters_of_other_names_are_named():
+    theirs = made(VisionTransformer)
+    nn.utils.parametrizations.weight_norm(theirs.blocks[0].attn.qkv)
+    with pytest.raises(
+        CheckpointError, match=r"without a counterpart: blocks.0.attn.qkv.weight, blocks.0.attn.qkv.par"
+    ):
+        from_timm(theirs)
 
 
 PADDED = {

@@ -58,7 +58,7 @@ def test_other_channels(name, channels, caplog):
     original = ORIGINALS[name](shaken(timm.create_model(name, **sizes)))
     sizes |= dict(in_chans=channels)
     with caplog.at_level(logging.WARNING):
-        ours = from_timm(name, weights=original, **sizes)
+        ours = from_timm(name, weights=original, **sizes).eval()
     assert f"patch_embed.proj.weight adapted from 3 to {channels} channels" in caplog.text
     x = randn(2, channels, sizes["img_size"], sizes["img_size"])
     same(ours(x), as_timm_loads(name, original, 5, **sizes)(x))
@@ -86,12 +86,12 @@ def test_other_classes(name, caplog):
     theirs = shaken(timm.create_model(name, **sizes, num_classes=5))
     original = ORIGINALS.get(name, originals.deit)(theirs)
     with caplog.at_level(logging.WARNING):
-        ours = from_timm(name, weights=original, **sizes, num_classes=7)
+        ours = from_timm(name, weights=original, **sizes, num_classes=7).eval()
     assert "drawn anew, for 7 classes: head" in caplog.text
     assert ours(randn(1, 3, sizes["img_size"], sizes["img_size"])).shape == (1, 7)
     x = randn(2, 3, sizes["img_size"], sizes["img_size"])
     same(ours.forward_features(x), theirs.forward_features(x))
-    without = from_timm(name, weights=original, **sizes, num_classes=0)
+    without = from_timm(name, weights=original, **sizes, num_classes=0).eval()
     same(without.forward_features(x), theirs.forward_features(x))
     if timm.create_model(name, **sizes).num_classes:
         with pytest.raises(CheckpointError, match=r"head for 5 classes, .* num_classes=5 keeps it, num_classes=\d+"):

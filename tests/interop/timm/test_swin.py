@@ -112,6 +112,46 @@ def _arguments(model):
     }  # fmt: skip
 
 
+# Of patches: filled up in some stage, in all, along one axis; one window and less.
+UNEVEN = [(26, 44), (32, 32), (14, 50), (24, 40), (6, 10), (4, 6), (2, 2)]
+
+
+@pytest.mark.need("B11")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_any_size_is_timms(family):
+    theirs = theirs_of(family, dynamic_img_size=True)
+    ours = from_timm(theirs)
+    masked = from_timm_swin(theirs, padding="mask")
+    for size in UNEVEN:
+        x = randn(2, 3, *size)
+        expected = theirs(x)
+        close(ours(x), expected)
+        if size != (24, 40):
+            assert float((masked(x) - expected).abs().max()) > 1e-3, size
+    ours.padding = "mask"
+    close(ours(x), masked(x), 0.0)
+
+
+@pytest.mark.need("B11")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # timm's
+@torch.no_grad()
+def test_any_size_made_the_models_own_is_timms(family):
+    """With windows kept, larger (along both axes: timm's resize stretches an axis that stays too), as a ratio."""
+    more = dict(pretrained_window_sizes=((3, 5),) * 3) if family == "v2" else {}
+    for size, windows in (((26, 44), (3, 5)), ((32, 60), (4, 7)), ((12, 20), (3, 5)), ((50, 30), None)):
+        theirs = theirs_of(family, **more)
+        ours = from_timm(theirs)
+        ratio = dict(window_ratio=2) if windows is None else dict(window_size=windows)
+        theirs.set_input_size(size, **ratio)
+        ours.set_input_size(size, **ratio)
+        assert ours.window_sizes == tuple(stage.blocks[0].window_size for stage in theirs.layers)
+        x = randn(2, 3, *size)
+        close(ours(x), theirs(x))
+        close(from_timm(theirs)(x), theirs(x))
+
+
 @torch.no_grad()
 def test_the_window_of_pretraining_keeps_the_scale_of_v2():
     theirs = theirs_of("v2", pretrained_window_sizes=((2, 4), (2, 4), (0, 0)))
@@ -292,7 +332,8 @@ def test_the_originals_checkpoint_is_read():
 
 def test_a_flat_table_of_another_window_is_refused_ours_is_resized():
     theirs = theirs_of("v1")
-    ours = Swin(img_size=(48, 80), patch_size=2, window_size=(4, 6), **MICRO)
+    sizes = dict(img_size=(48, 80), patch_size=2, window_size=(4, 6))
+    ours = Swin("relative(resize=geometric)", padding="timm", **sizes, **MICRO)
     with pytest.raises(CheckpointError, match="has 45 rows, a window of 4 by 6 has 77"):
         ours.load_state_dict(theirs.state_dict())
     small = from_timm_swin(theirs)
@@ -376,8 +417,9 @@ def test_one_mask_for_all_windows_gives_the_same(monkeypatch):
     """What is traced is what runs: the one group of a compiled model and the kinds of an eager one."""
     torch.manual_seed(0)
     attention, x = shaken(WindowAttention(8, 2)).double(), torch.randn(3, 7, 11, 8, dtype=torch.float64)
-    for shifted, masked in itertools.product((False, True), (False, True)):
-        one = dict(shifted=shifted, masked=masked, device=x.device)
+    for shifted, padding in itertools.product((False, True), ("mask", "attend", "timm")):
+        one = dict(shifted=shifted, masked=padding == "mask", device=x.device)
+        one |= dict(rolled=(1, 2)) if padding == "timm" else {}
         eager = attention(x, Signal(), cut((7, 11), (3, 5), 3, **one))
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -203,7 +203,7 @@ def test_from_pairs_to_bleu(folder, tmp_path, capsys):
 def test_settings_that_cannot_work(folder, tmp_path, capsys):
     for more, message in [
         (["--smoothing", "1"], "smoothing must be in [0, 1)"),
-        (["--beams", "0"], "beams at least 1"),
+        (["--beams", "0"], "beams must be at least 1, got 0"),
         (["--objective", "causal", "--smoothing", "0.1"], "smoothing is for objective translate or classify"),
         (["--objective", "translat"], "did you mean 'translate'"),
     ]:

@@ -31,7 +31,8 @@ from ...resolution.apply import set_policy
 from ...spec import Term
 from .names import create
 from .read import Recipe, read, refusal
-from .swin import from_timm_swin, to_timm_swin
+from .steps import keep_training
+from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .weights import create_with
 from .write import native_steps
 
@@ -75,6 +76,8 @@ def from_timm(
         ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
         CheckpointError: for `weights` that do not fit the name.
     """
+    if not isinstance(model, str | nn.Module):
+        raise ConfigError(f"from_timm takes a name of timm's or a timm model, got {type(model).__name__}")
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
         extra = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
         raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
@@ -88,6 +91,8 @@ def from_timm(
     if isinstance(theirs, TimmModel):
         raise ConfigError(f"a {type(theirs).__name__} is a model of ours already: use it as it is")
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if isinstance(position, str):
+            position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
         if policy is not None:
             set_policy(swin, policy)
@@ -109,7 +114,8 @@ def from_timm(
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)
-    return ours.to(like.device, like.dtype).train(theirs.training)
+    keep_training(ours, theirs, recipe.steps)
+    return ours.to(like.device, like.dtype)
 
 
 def _check_size(theirs: nn.Module, arguments: Arguments) -> None:
@@ -142,14 +148,11 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | Position
     kernel = "patch_embed.proj.weight"
     if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
         state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
-    if position is None:
-        ours.load_state_dict(state)
-        return True
-    kept = {name: value for name, value in state.items() if "position." not in name}
+    kept = {name: value for name, value in state.items() if position is None or "position." not in name}
     if isinstance(position, str) and set(_names(position)) & set(_names(recipe.position)):
         kept |= _own_weights(recipe, position, state)
     missing, unexpected = ours.load_state_dict(kept, strict=False)
-    lost = [name for name in missing if "position." not in name] + list(unexpected)
+    lost = [name for name in missing if position is None or "position." not in name] + list(unexpected)
     if lost:
         raise CheckpointError(f"weights without a counterpart: {', '.join(lost[:5])}")
     return not missing
@@ -197,7 +200,10 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, Swin):
         return to_timm_swin(model)
     if not isinstance(model, ViT):
-        raise ConfigError(f"to_timm takes a model of ours, got {type(model).__name__}")
+        raise ConfigError(
+            f"to_timm takes a ViT or a Swin of ours, got {type(model).__name__}: of a masked autoencoder give its "
+            "`encoder`; text models go to torch's own Transformer by to_torch"
+        )
     steps = native_steps(model) if model.timm_steps is None else model.timm_steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}
     for step in reversed(steps):

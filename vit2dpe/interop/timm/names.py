@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, unknown
 
 # Of timm's modules those with the covered families.
 MODULES = (
@@ -31,13 +31,18 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with an error of ours for a name that timm has not.
 
     Raises:
-        ConfigError: for an unknown name, with the nearest one.
+        ConfigError: for an unknown name or tag, with the nearest one.
     """
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"unknown timm model {architecture!r}; {hint}timm.list_models() has all of them")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        raise unknown(f"pretrained tag of {architecture}", name.partition(".")[2], tags) from None
     model: nn.Module = timm.create_model(name, **kwargs)
     return model
 

@@ -7,13 +7,17 @@ reads sizes from its fields and from the shapes of tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...models.mae_names import State
+from ...models.swin.model import Swin
+from ...models.timm_api import Step
+from ...models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,22 @@ class Rename:
 
     def back(self, state: State) -> None:
         _rename(state, self.ours, self.theirs)
+
+
+def keep_training(ours: ViT | Swin, theirs: nn.Module, steps: Iterable[Step]) -> None:
+    """What is frozen there is frozen here; evaluation mode and gradient checkpointing come along too."""
+    ours.train(theirs.training)
+    if any(getattr(part, "grad_checkpointing", False) for part in theirs.modules()):  # a Swin's are in its stages
+        ours.set_grad_checkpointing()
+    state = theirs.state_dict(keep_vars=True)
+    if all(value.requires_grad or value.is_meta for value in state.values() if isinstance(value, nn.Parameter)):
+        return
+    learns: State = {name: torch.full_like(value, float(value.requires_grad)) for name, value in state.items()}
+    for step in steps:
+        step.into(learns)
+    for name, parameter in ours.named_parameters():
+        if name in learns:
+            parameter.requires_grad_(bool(learns[name].any()))
 
 
 @dataclass(frozen=True)

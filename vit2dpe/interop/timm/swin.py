@@ -3,10 +3,15 @@
 The model is rebuilt as one of ours and its weights are loaded strictly. Covered: timm's `SwinTransformer` (Swin, S3)
 and `SwinTransformerV2`. Other parts are refused by name.
 
-Logits are equal at every size that whole windows fill at every stage. At others timm rolls the grid before it fills it
-up, so that its last window mixes both edges of the image, and attends to what it filled up with; ours fills up first
-and masks. A timm Swin with `dynamic_img_size` never shifts the windows of a stage that had one window at the training
-size; ours shifts where there are several, as timm's does after `set_input_size`.
+Logits are equal at every size, also where windows do not fill the grid (`padding="timm"`): at another size than the
+training size as in a timm Swin with `dynamic_img_size`, and after `set_input_size` with the same windows as after
+timm's. timm attends to what it filled up with, rolls before it fills up, so that a last window mixes both edges of the
+image, and shifts the windows of a stage only if there were several at the training size. `padding="mask"`, the default
+of a `Swin` of ours, does none of this.
+
+Three differences stay. A `set_input_size` without windows keeps them, timm's scales them. The network of a Swin V2 then
+goes on measuring in the window it was trained on; timm's does so where `pretrained_window_sizes` are given, and else in
+the new one. A window that grows along one axis alone keeps its table along the other; timm stretches that one too.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
 from ...models.timm_api import pretrained_cfg_of
 from .read import SWINS, refusal
+from .steps import Rename, keep_training
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
+OWN_WORDS = {SwinTransformer: "relative(resize=geometric)", SwinTransformerV2: "logcpb"}  # as timm resizes a table
 
 
 def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: Any) -> Swin:
@@ -47,7 +54,7 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
     v2 = _refuse(theirs)
     like = theirs.patch_embed.proj.weight
     with torch.device("meta") if like.is_meta else nullcontext():
-        ours = Swin(position or ("logcpb" if v2 else "relative"), **_arguments(theirs, v2) | kwargs)
+        ours = Swin(position or OWN_WORDS[type(theirs)], **_arguments(theirs, v2) | kwargs)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks are left out where another encoding's parameters are drawn.
@@ -56,7 +63,8 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
     ours.pretrained_cfg = pretrained_cfg_of(theirs)
-    return ours.to(like.device, like.dtype).train(theirs.training)
+    keep_training(ours, theirs, [Rename(f"attn.{name}", f"attn.position.{name}") for name in ("cpb_mlp", TABLE)])
+    return ours.to(like.device, like.dtype)
 
 
 def _own_weights(ours: Swin, state: State, kind: type[RelativeBias] | type[LogCPB]) -> State:
@@ -93,6 +101,7 @@ def _arguments(theirs: TheirSwin, v2: bool) -> Arguments:
         proj_drop_rate=first[0].attn.proj_drop.p,
         attn_drop_rate=first[0].attn.attn_drop.p,
         drop_path_rate=getattr(theirs.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0,
+        padding="timm",
     )
     if v2:
         arguments |= dict(qk="cosine", post_norm=True)

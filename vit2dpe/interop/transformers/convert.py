@@ -14,7 +14,7 @@ from typing import Protocol
 
 from safetensors.torch import load_file
 
-from ...errors import CheckpointError, unknown
+from ...errors import CheckpointError, ConfigError, unknown
 from ...models.mae_names import State
 from .bert import bert
 from .bloom import bloom
@@ -70,8 +70,13 @@ def from_transformers(
     """
     if isinstance(source, str | Path):
         config, state = _read(Path(source).expanduser())
-    else:
+    elif hasattr(source, "config") and hasattr(source.config, "to_dict"):
         config, state = source.config.to_dict(), dict(source.state_dict())
+    else:
+        raise ConfigError(
+            f"from_transformers takes a model of transformers, or a folder that it saved, got {type(source).__name__}; "
+            "from_torch takes torch's own Transformer, from_timm the models of timm"
+        )
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise unknown("family", str(family), FAMILIES)

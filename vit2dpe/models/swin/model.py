@@ -26,7 +26,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from ...encodings import Dims
-from ...errors import ConfigError, unknown
+from ...errors import ConfigError
 from ...positions import Positions
 from ..card import save_card
 from ..layers import PatchEmbed, TokenFilter, add_token
@@ -49,7 +49,8 @@ class Swin(TimmSwin):
             and the encodings treat them as another extent: tables are resized (`relative(resize=...)`), networks
             and formulas evaluated anew. `vit2dpe.use_policy(model, "scale+interpolate")` sets both for a while.
         padding: "mask": filled-up places are not attended to. "attend": they are, as tokens of zeros, which is what
-            torchvision does.
+            torchvision does. "timm": so they are, but every second block rolls the grid before it is filled up, by half
+            a window along axes that have several at the training size, at any size; what timm's Swin does.
         img_size: the training size in pixels, H or (H, W). A window larger than a stage's training grid becomes that
             grid, as in timm: no larger offset would be trained.
         patch_size: P or (rows, columns).
@@ -100,8 +101,6 @@ class Swin(TimmSwin):
     ) -> None:
         super().__init__()
         check_pool(global_pool)
-        if padding not in ("mask", "attend"):
-            raise unknown("padding", padding, ("mask", "attend"))
         if len(depths) != len(num_heads):
             raise ConfigError(f"depths and num_heads must name each stage: got {tuple(depths)} and {tuple(num_heads)}")
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
@@ -138,7 +137,6 @@ class Swin(TimmSwin):
                         blocks=range(sum(depths[:i]), sum(depths[: i + 1])),
                         depth=sum(depths),
                         merge=i > 0,
-                        padding=padding,
                         qk=qk,
                         post_norm=post_norm,
                         mlp_ratio=ratios[i],
@@ -155,6 +153,7 @@ class Swin(TimmSwin):
             )
         self.head_hidden_size = self.head.num_features
         self.window_policy = window_policy
+        self.padding = padding
         patch = self.patch_embed.patch_size
         self.feature_info = [
             FeatureInfo(module=f"layers.{i}", num_chs=embed_dim * 2**i, reduction=max(patch) * 2**i)

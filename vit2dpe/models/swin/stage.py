@@ -20,7 +20,7 @@ from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...encodings.base import overrides
 from ...errors import ConfigError
-from ...positions import Positions
+from ...positions import Positions, is_tracing
 from ...signal import Dense, LowRank, Signal
 from ..layers import BlockParts, run_block
 from .windows import Size, Windows, cut
@@ -54,16 +54,15 @@ class SwinStage(nn.Module):
         blocks: Sequence[int],
         depth: int,
         merge: bool,
-        padding: str,
         post_norm: bool,
         drop_path: Sequence[float],
         **block_arguments: Unpack[SwinBlockArguments],
     ) -> None:
         super().__init__()
-        self.train_grid, self.masked = grid, padding == "mask"
+        self.train_grid = grid
         self.window = _within(window, grid)
         self.trained_window: Size = trained if all(trained) else self.window
-        self.own_window_policy, self.grad_checkpointing = "keep", False
+        self.own_window_policy, self.padding, self.grad_checkpointing = "keep", "mask", False
         dims = Dims(dim, heads, self.trained_window, depth=depth)
         self.downsample = PatchMerging(dim, post_norm) if merge else nn.Identity()
         self.position = in_windows(position, dims)
@@ -103,6 +102,13 @@ class SwinStage(nn.Module):
         )
         return rows, columns
 
+    def rolled(self, window: Size) -> Size | None:
+        """How far timm rolls the grid in every second block: by the windows at the training size; None: not as timm."""
+        if self.padding != "timm":
+            return None
+        several = [size > side for size, side in zip(self.train_grid, self.window, strict=True)]
+        return window[0] // 2 * several[0], window[1] // 2 * several[1]
+
     def resize(self, grid: Size, window: Size) -> None:
         """Make another grid and window the ones that windows and encodings are measured by."""
         self.train_grid = grid
@@ -116,11 +122,14 @@ class SwinStage(nn.Module):
         """
         x = self.downsample(x)
         images, grid = x.shape[0], (x.shape[1], x.shape[2])
+        if is_tracing():  # a traced graph serves one size, as timm's does, and any batch
+            grid = int(grid[0]), int(grid[1])
         window = self.window_at(grid)
         at = _window_positions(window, x.device, cache)
         signal = in_full(self.position(at))
+        masked, rolled = self.padding == "mask", self.rolled(window)
         ways = [
-            cut(grid, window, images, shifted=shifted, masked=self.masked, device=x.device)
+            cut(grid, window, images, shifted=shifted, masked=masked, device=x.device, rolled=rolled)
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, unknown
-from ..timm_api import Groups, ImageSize, TimmModel, pair, take_indices
+from ..features import take_indices
+from ..timm_api import Groups, ImageSize, TimmModel, pair
 from .stage import SwinStage, WindowPositions
 from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+PADDINGS = ("mask", "attend", "timm")
 WindowSize = int | Size | Sequence[int | Size]
 
 
@@ -51,6 +53,18 @@ class TimmSwin(TimmModel):
             stage.own_window_policy = policy
 
     @property
+    def padding(self) -> str:
+        """What stands where windows do not fill the grid: see `Swin`."""
+        return self.stages[0].padding
+
+    @padding.setter
+    def padding(self, padding: str) -> None:
+        if padding not in PADDINGS:
+            raise unknown("padding", padding, PADDINGS)
+        for stage in self.stages:
+            stage.padding = padding
+
+    @property
     def window_sizes(self) -> tuple[Size, ...]:
         """(h, w) of each stage at the training size."""
         return tuple(stage.window for stage in self.stages)
@@ -78,6 +92,8 @@ class TimmSwin(TimmModel):
         window_ratio: int | Sequence[int] | None = None,
     ) -> None:
         """Make another size the model's own: tables are resized for good, and policies measure from there.
+
+        Parameters stay the objects that they are, see `ViT.set_input_size`.
 
         Args:
             img_size: pixels, H or (H, W); None keeps it.
@@ -160,7 +176,10 @@ class TimmSwin(TimmModel):
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` (0: none), and another pooling if named."""
+        """A new head of `num_classes` (0: none), and another pooling if named.
+
+        Its parameters are new, as in timm: an optimizer is made afterwards.
+        """
         if global_pool is not None:
             check_pool(global_pool)
             self.global_pool = global_pool

@@ -69,7 +69,16 @@ class Windows(NamedTuple):
         return x
 
 
-def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, device: torch.device) -> Windows:
+def cut(
+    grid: Size,
+    window: Size,
+    images: int,
+    *,
+    shifted: bool,
+    masked: bool,
+    device: torch.device,
+    rolled: Size | None = None,
+) -> Windows:
     """The windows of a grid.
 
     Args:
@@ -79,23 +88,35 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
         shifted: move the windows by half a window along each axis that has more than one.
         masked: whether places that the grid was filled up with are masked. Off, tokens of zeros stand there and are
             attended to, as in the original and in torchvision.
+        rolled: with `shifted`, roll the grid by this much before it is filled up, whatever its size, as timm does; a
+            last window that was filled up then mixes both edges. None: half a window along each axis that has more
+            than one, after filling up.
     """
-    counts = -(-grid[0] // window[0]), -(-grid[1] // window[1])
+    # Rounded up without a negative number, which ONNX divides otherwise.
+    counts = (grid[0] + window[0] - 1) // window[0], (grid[1] + window[1] - 1) // window[1]
     filled = counts[0] * window[0], counts[1] * window[1]
     shift = _shift(window[0], counts[0], shifted), _shift(window[1], counts[1], shifted)
+    if rolled is not None:
+        shift = rolled if shifted else (0, 0)
     whole = not torch.compiler.is_compiling() and filled == grid  # a comparison may not shape the graph
     if whole and not any(shift):
         return Windows(grid, window, None, None, ((math.prod(counts), None),), False)
     # Rows and columns are cut each by itself; windows, and who may attend in them, are all pairs of these.
     rows, columns = (_places(*axis, device) for axis in zip(counts, window, shift, strict=True))
-    place = rows.view(-1, 1, window[0], 1) * filled[1] + columns.view(1, -1, 1, window[1])
+    of_tokens = rows, columns
+    # Where whole windows fill the grid, several along each axis that is shifted, both orders are one.
+    if rolled is not None and not (whole and all(count > 1 or not by for count, by in zip(counts, shift, strict=True))):
+        of_tokens = _rolled(rows, shift[0], grid[0]), _rolled(columns, shift[1], grid[1])
+        rows, columns = _parted(rows, shift[0]), _parted(columns, shift[1])
+    place = of_tokens[0].view(-1, 1, window[0], 1) * filled[1] + of_tokens[1].view(1, -1, 1, window[1])
     place = place.flatten(2)  # (r, c, N) along the filled-up grid
 
     groups: list[tuple[int, Tensor | None]]
     if torch.compiler.is_compiling():  # one group: how many windows are alike may not shape the graph
         near = (_near(*axis, masked) for axis in zip((rows, columns), window, grid, strict=True))
         order = place.flatten(0, 1)  # (W, N)
-        groups = [(order.shape[0], _both(*near).flatten(0, 1).unsqueeze(1).repeat_interleave(images, 0))]
+        mask = _both(*near).flatten(0, 1)[:, None, None]  # (W, 1, 1, N, N)
+        groups = [(order.shape[0], mask.expand(-1, images, -1, -1, -1).flatten(0, 1))]
     else:
         kinds = _by_kind(place, (rows, columns), window, shift, grid, masked and filled != grid)
         order = torch.cat([index for index, _ in kinds])
@@ -109,8 +130,9 @@ def cut(grid: Size, window: Size, images: int, *, shifted: bool, masked: bool, d
     zero_row = not masked and not whole
     token = order
     if not whole:
-        row, column = order // filled[1], order % filled[1]
-        token = torch.where((row < grid[0]) & (column < grid[1]), row * grid[1] + column, tokens if zero_row else 0)
+        row, column = (torch.arange(size, device=device) for size in filled)
+        here = (row < grid[0])[:, None] & (column < grid[1])
+        token = torch.where(here, row[:, None] * grid[1] + column, tokens if zero_row else 0).flatten()[order]
     per_image = torch.arange(images, device=device)[:, None]
     into = token[:, None] + (tokens + int(zero_row)) * per_image  # (W, B, N)
     where = torch.arange(order.shape[0], device=device).unsqueeze(1) * (images * area)
@@ -135,8 +157,21 @@ def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
     """(windows, side): the places along an axis that each window holds, rolled by the shift."""
     places = torch.arange(count * side, device=device)
     if not isinstance(shift, int) or shift:  # a plain 0 where nothing is traced
-        places = (places + shift) % (count * side)
+        places = places + shift
+        places = torch.where(places < count * side, places, places - count * side)
     return places.view(count, side)
+
+
+def _rolled(places: Tensor, shift: int, size: int) -> Tensor:
+    """(windows, side) places of an axis that is rolled by the shift first, and filled up afterwards."""
+    index = torch.arange(places.numel(), device=places.device).view_as(places)
+    return torch.where(index < size, (index + shift) % size, index)
+
+
+def _parted(places: Tensor, shift: int) -> Tensor:
+    """(windows, side) places, those that the roll brought to the end far from all others, in a single window too."""
+    index = torch.arange(places.numel(), device=places.device).view_as(places)
+    return torch.where(index < places.numel() - shift, places, places - 2 * places.numel())
 
 
 def _near(places: Tensor, side: int, size: int, masked: bool) -> Tensor:

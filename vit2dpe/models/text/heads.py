@@ -70,7 +70,7 @@ class TextEncoder(TextModel):
         if self.pool_name == "":
             return x
         if self.pool_name == "cls":
-            return x[:, 0] if valid is None else x[torch.arange(len(x), device=x.device), valid.int().argmax(dim=1)]
+            return x[:, 0] if valid is None else x[torch.arange(x.shape[0], device=x.device), valid.int().argmax(dim=1)]
         keep = x.new_ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
         if self.pool_name == "max":
             return x.masked_fill(~keep[..., None], float("-inf")).amax(dim=1)

@@ -30,10 +30,11 @@ from ...encodings import (
 from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
-from ...positions import Positions, checkable, is_tracing
+from ...positions import Positions, checkable, is_tracing, longer
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
+from .word_scale import read_scale, scale_words
 
 
 class Encoded(NamedTuple):
@@ -72,7 +73,9 @@ class TextModel(nn.Module):
         block_position: a further encoding that every block owns.
         cross: whether blocks read a memory; `cross_position` is the encoding between the two sequences (default: none).
         norm, norm_eps, post_norm, mlp, bias, scale: see `TextBlock` and `Attention`.
-        embed_norm: a norm after the embedding; embed_scale: a factor on it (√D in arXiv 1706.03762).
+        final_norm: a norm behind the last block (default: with norms before each branch, not with `post_norm`).
+        embed_norm: a norm after the embedding; embed_scale: a factor on it (default: √D beside the sines of "sincos",
+            as in arXiv 1706.03762, else 1; weights that were trained without keep 1, see `word_scale.py`).
         token_types: kinds of segments with an embedding of their own (BERT: 2).
         window: how many tokens back (and, without causality, ahead) attention reaches; default all.
         drop_rate, attn_drop_rate, drop_path_rate: dropout of embedding and outputs, of weights, of whole branches.
@@ -102,12 +105,13 @@ class TextModel(nn.Module):
         norm: str = "layer",
         norm_eps: float = 1e-5,
         post_norm: bool = False,
+        final_norm: bool | None = None,
         mlp: str = "gelu",
         bias: bool = True,
         qk_norm: bool = False,
         scale: float | None = None,
         embed_norm: bool = False,
-        embed_scale: float = 1.0,
+        embed_scale: float | None = None,
         token_types: int = 0,
         window: int | None = None,
         drop_rate: float = 0.0,
@@ -116,18 +120,21 @@ class TextModel(nn.Module):
     ) -> None:
         super().__init__()
         nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
-        if embed_dim % num_heads or num_heads % (kv_heads or 1):
+        if num_heads < 1 or embed_dim % num_heads or num_heads % (kv_heads or 1):
             raise ConfigError(
                 "embed_dim must be a multiple of num_heads, and this of kv_heads: "
                 f"got {embed_dim}, {num_heads} and {kv_heads}"
             )
+        hidden = hidden or int(embed_dim * mlp_ratio)
+        if hidden < 1:
+            raise ConfigError(f"the MLP needs hidden channels: got mlp_ratio={mlp_ratio}, hidden={hidden}")
         if vocab_size < 1 or context < 1 or depth < 0 or (window is not None and window < 0):
             raise ConfigError(
                 "a text model needs a vocabulary, a context, and no negative depth or window: "
                 f"got vocab_size={vocab_size}, context={context}, depth={depth}, window={window}"
             )
         self.vocab_size, self.context, self.embed_dim, self.window = vocab_size, context, embed_dim, window
-        self.embed_scale, self.grad_checkpointing = embed_scale, False
+        self.embed_scale, self.grad_checkpointing = 1.0 if embed_scale is None else embed_scale, False
         self.train_grid = (context,)
         dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
         make_norm = norm_factory(norm, norm_eps)
@@ -138,13 +145,15 @@ class TextModel(nn.Module):
         self.position, own = split_shared_and_per_block(position, dims, block_position)
         if self.causal and kv_heads not in (None, num_heads):
             _check_shared_keys([self.position, *own], num_heads, kv_heads or num_heads)
+        self.word_scale = scale_words(embed_dim, (self.position, *own)) if embed_scale is None else nn.Identity()
+        nn.Module.register_load_state_dict_pre_hook(self, read_scale)
         self.cross_position = _cross_position(cross_position, cross, dims)
         self.blocks = nn.ModuleList(
             TextBlock(
                 embed_dim,
                 num_heads,
                 kv_heads=kv_heads,
-                hidden=hidden or int(embed_dim * mlp_ratio),
+                hidden=hidden,
                 norm=norm,
                 eps=norm_eps,
                 mlp=mlp,
@@ -160,7 +169,7 @@ class TextModel(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = nn.Identity() if post_norm else make_norm(embed_dim)
+        self.norm = make_norm(embed_dim) if (not post_norm if final_norm is None else final_norm) else nn.Identity()
         self.init_weights()
 
     def forward_features(
@@ -238,8 +247,8 @@ class TextModel(nn.Module):
                     f"a packed document has {longest} tokens, the line {line}: name the longest with length="
                 )
             return Positions(places.float()[..., None], (line,))
-        line = max(self.context, n if cache is None else cache.length, length or 0)
-        if valid is not None and cache is None and line == n > self.context:
+        line = longer(max(self.context, length or 0), n if cache is None else cache.length)
+        if valid is not None and cache is None and not _is_traced(valid) and line == n > self.context:
             line = self.one_line(valid)
         cached = 0 if cache is None else cache.size
         before = None if cache is None else cache.valid
@@ -261,7 +270,7 @@ class TextModel(nn.Module):
             ConfigError: where texts that want lines of different lengths stand in one batch, and it matters.
         """
         line = max(self.context, valid.shape[1] + new)
-        if line == self.context or torch.compiler.is_compiling() or is_tracing() or valid.is_meta:
+        if line == self.context or _is_traced(valid):
             return line
         measuring = [e for e in named_encodings(self).values() if e.measures_extent()]
         if not measuring:
@@ -293,7 +302,7 @@ class TextModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
-        x: Tensor = self.embed(tokens)
+        x: Tensor = self.word_scale(self.embed(tokens))
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if self.type_embed is None:
@@ -309,6 +318,11 @@ class TextModel(nn.Module):
         extent = (max(at.extent[0], memory.at.extent[0]),)
         q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
         return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether the numbers in `x` cannot be looked at."""
+    return torch.compiler.is_compiling() or is_tracing() or x.is_meta
 
 
 def _check_shared_keys(encodings: list[PositionEncoding | None], heads: int, kv_heads: int) -> None:

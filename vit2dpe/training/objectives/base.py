@@ -41,6 +41,7 @@ class Prepared(NamedTuple):
         facts: more for env.json.
         initialize: draws first weights, before those of `--init` are loaded.
         adapt: changes the model in what its state_dict does not hold.
+        config: settings that were open until the data were read, for config.yaml; default those of the command.
     """
 
     spec: ModelSpec
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     facts: Mapping[str, Plain] = {}
     initialize: Callable[[nn.Module], None] = keep
     adapt: Callable[[nn.Module], None] = keep
+    config: Trainable | None = None
 
 
 def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared]) -> Path:
@@ -79,7 +81,7 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
         folder, first = session.folder, session.world.first
         facts = environment(command, session.device, prepared.data, prepared.digest) | dict(prepared.facts)
         if first:
-            write_facts(folder, config, facts)
+            write_facts(folder, prepared.config or config, facts)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         session.print(
             f"{type(model).__name__} of {millions:.2f} M parameters{prepared.amount}; on {facts['hardware']}; "

@@ -5,26 +5,31 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from ...data.datasets import Images, check_data, load, write_unreadable
+from ...data.datasets import Images, check_data, load_fitted, write_unreadable
+from ...data.photos import Survey, train_size
 from ...data.rand_augment import AUGMENTATIONS
 from ...data.settings import AugmentConfig
+from ...data.sources import FILES
 from ...encodings import parse
 from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec
 from ...models.timm_api import TimmViT
-from ...spec import Size
+from ...spec import Size, Sizes, changed, show_size
 from ..distributed import World, parallelize
 from ..initial_weights import INITS, initialize, jitter_positions
 from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, check_run
-from ..settings import ModelConfig, TrainConfig, model_arguments, resolve
+from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve, sized
 from ..tasks.classification import ImageTask
 from .base import Prepared, keep, run
+
+C = TypeVar("C", TrainConfig, PretrainConfig)
 
 
 def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
@@ -34,7 +39,7 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
 
 def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
     """Classes of images, by any model of images."""
-    data, size = read_images(config, session)
+    data, size, config = read_images(config, session)
     spec = model_spec(config.model, size, len(data.mean), len(data.classes))
     task = image_task(config, config.augment, data, size, session.device, session.world)
     return Prepared(
@@ -50,6 +55,7 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         dict(images=data.used),
         partial(initialize, how=config.model.init),
         partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
+        config,
     )
 
 
@@ -63,8 +69,9 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.model.init not in INITS:
         raise unknown("init", config.model.init, INITS)
     check_augment(config.augment)
+    size = likely_size(config)
     with torch.device("meta"):
-        model = model_spec(config.model, likely_size(config), 3, 10).build()
+        model = model_spec(sized(config, size, photos=config.data.name is None).model, size, 3, 10).build()
     if config.model.jitter:
         jitter_positions(model, config.model.jitter)
     for size in config.augment.train_sizes or ():
@@ -76,15 +83,8 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def check_augment(augment: AugmentConfig) -> None:
-    for name in ("label_smoothing", "erase"):
-        if not 0 <= getattr(augment, name) < 1 + (name == "erase"):
-            raise ConfigError(f"augment.{name} must be in [0, 1{')]'[name == 'erase']}, got {getattr(augment, name)}")
-    if augment.crop is not None and not 0 < augment.crop <= 1:
-        raise ConfigError(f"augment.crop is the smallest share of the area that is kept, in (0, 1], got {augment.crop}")
     if augment.crop is not None and augment.shift:
         raise ConfigError("augment.crop takes the place of augment.shift: leave one of them out")
-    if (augment.shift or 0) < 0 or augment.mixup < 0 or augment.cutmix < 0:
-        raise ConfigError("augment.shift, augment.mixup and augment.cutmix must be 0 or above")
     name, options = augment.policy
     if name not in AUGMENTATIONS:
         raise unknown("policy", name, AUGMENTATIONS)
@@ -100,17 +100,33 @@ def check_augment(augment: AugmentConfig) -> None:
 
 def likely_size(config: TrainConfig | PretrainConfig) -> Size:
     """The size of training images as far as it is known before they are read; only checks depend on it."""
-    return config.data.size or config.data.source_size or ((8, 8) if config.data.name == "digits" else (32, 32))
+    return config.data.size or config.data.source_size or ((8, 8) if config.data.source == "digits" else (32, 32))
 
 
-def read_images(config: TrainConfig | PretrainConfig, session: TrainSession) -> tuple[Images, Size]:
-    """The data, and the size of training images; prints what was odd about them and lists files that were left out."""
-    data = load(config.data, config.run.seed)
-    for note in data.notes:
+def read_images(config: C, session: TrainSession, *, labels: bool = True) -> tuple[Images, Size, C]:
+    """The data, the size of training images, and the settings with what depended on it.
+
+    Prints what was odd about the images and lists files that were left out.
+    """
+    data, chosen, augment = config.data, config.data.size, config.augment
+    several: Sizes = (augment.train_sizes or ()) if isinstance(augment, AugmentConfig) else ()
+
+    def needed(found: Survey) -> list[Size]:
+        height, width = chosen or train_size(found, config.model.patch)
+        factor = 1 if config.augment.crop is None else 2  # random parts are enlarged
+        return [(factor * height, factor * width), *several]
+
+    images, found = load_fitted(data, config.run.seed, needed, labels=labels)
+    size = chosen or (images.native if found is None else train_size(found, config.model.patch))
+    for note in images.notes:
         session.print(f"note: {note}")
+    if found is not None and chosen is None:
+        session.print(f"note: trained at {show_size(size)}, by their median short side; --size chooses another")
     if session.world.first:
-        write_unreadable(session.folder, data.unreadable)
-    return data, config.data.size or data.native
+        write_unreadable(session.folder, images.unreadable)
+    photos = data.source in (*FILES, "hf") and (data.name is None or found is not None)
+    config = sized(config, size, photos=photos)
+    return images, size, config if found is None else changed(config, {"data.size": show_size(size)})
 
 
 def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> ModelSpec:
@@ -119,11 +135,14 @@ def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> M
     arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
     if model.pool is not None and model.class_token is None:
         arguments["class_token"] = model.pool == "token"
+    if "" in (model.pool, model.options.get("global_pool")) and classes:
+        raise ConfigError("a classifier pools its tokens: --model.pool avg, token or map")
+    options = own_options(model.options, dict(num_classes="the data", in_chans="the data", device="run.device"))
     if model.name is None:
-        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | model.options)
+        return ModelSpec("ViT", arguments | dict(img_size=list(size)) | options)
     if _takes_size(model.name):
         arguments["img_size"] = list(size)
-    return ModelSpec("timm", dict(model_name=model.name) | arguments | model.options)
+    return ModelSpec("timm", dict(model_name=model.name) | arguments | options)
 
 
 def _takes_size(name: str) -> bool:

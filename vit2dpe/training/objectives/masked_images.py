@@ -28,6 +28,7 @@ from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig, resolve
 from ..session import TrainSession, check_run
+from ..settings import sized
 from ..tasks.masked_images import MaskedTask
 from .base import Prepared, keep, run
 from .images import check_augment, image_task, likely_size, model_spec, read_images
@@ -44,7 +45,7 @@ def pretrain(config: PretrainConfig, command: str = "vit2dpe pretrain") -> Path:
 
 def prepare(config: PretrainConfig, session: TrainSession) -> Prepared:
     """Hidden patches, predicted from those that are visible."""
-    data, size = read_images(config, session)
+    data, size, config = read_images(config, session, labels=False)
     spec = masked_spec(config, size, len(data.mean))
     with torch.device("meta"):
         grid = masked_model(spec.build()).mask_grid(*size)
@@ -63,11 +64,12 @@ def prepare(config: PretrainConfig, session: TrainSession) -> Prepared:
         f", sees {keep_count(n, task.mask_ratio)} of {n} {unit}; {len(data.train)} training images of "
         f"{size[0]}x{size[1]}",
         f"Masked pretraining ({config.objective}), {encoder.position or encoder.name}, on {data.name}",
-        next_command(config, session.folder),
+        next_command(config, session.folder, bool(data.classes)),
         partial(finish, config, session.folder, data, size, spec),
         dict(images=data.used),
         draw,
         (lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
+        config,
     )
 
 
@@ -86,11 +88,10 @@ def check(config: PretrainConfig) -> PretrainConfig:
             parse(position)
     if config.model.pool == "map":
         raise ConfigError("masking trains no attention pooling: --model.pool avg or token")
-    if config.pictures < 0:
-        raise ConfigError(f"pictures must be 0 or more, got {config.pictures}")
     size = likely_size(config)
     with torch.device("meta"):
-        model = masked_model(masked_spec(config, size, 3).build())
+        filled = sized(config, size, photos=config.data.name is None)
+        model = masked_model(masked_spec(filled, size, 3).build())
     if config.model.jitter:
         jitter_positions(model.encoder, config.model.jitter)
     keep_count(math.prod(model.mask_grid(*size)), _mask_ratio(config))
@@ -166,8 +167,8 @@ def finish(
     return [f"{result}; pictures {picture}"]
 
 
-def next_command(config: PretrainConfig, folder: Path) -> str:
-    words = ["vit2dpe", "train", "--data.name", config.data.name]
+def next_command(config: PretrainConfig, folder: Path, labelled: bool = True) -> str:
+    words = ["vit2dpe", "train", *([] if config.data.name is None else ["--data.name", config.data.name])]
     if config.data.root is not None:
-        words += ["--data.root", config.data.root]
+        words += ["--data.root", config.data.root if labelled else "FOLDER_WITH_CLASSES"]
     return shlex.join([*words, "--init", str(folder), "--run.out", f"{folder}-finetuned"])

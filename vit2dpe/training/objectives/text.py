@@ -25,7 +25,7 @@ from ...models.text.translate import translate
 from ..checkpoint import load_run, read_meta
 from ..log import Row
 from ..session import TrainSession, check_run
-from ..settings import model_arguments
+from ..settings import model_arguments, own_options
 from ..task import Batch, Dataset, Task
 from ..tasks.language import LanguageTask
 from ..tasks.span_corruption import SpanCorruption, SpanTask
@@ -35,6 +35,9 @@ from ..text_settings import TextTrainConfig, smoke
 from .base import Prepared, run
 
 SENTINELS = 100
+DECIDED = dict(context="data.context", vocab_size="the data", source_vocab="the data", target_vocab="the data") | dict(
+    dict.fromkeys(("shared", "cross", "pool", "masked_lm", "num_classes"), "objective")
+)  # arguments of a model that are no options
 
 
 def train_text(config: TextTrainConfig, command: str = "vit2dpe text train") -> Path:
@@ -72,19 +75,10 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
     """The settings, after refusing all that can be refused before data are read."""
     if config.objective not in OBJECTIVES:
         raise unknown("objective", config.objective, OBJECTIVES)
-    if not 0 <= config.smoothing < 1 or config.beams < 1:
-        raise ConfigError(
-            f"smoothing must be in [0, 1) and beams at least 1, got {config.smoothing} and {config.beams}"
-        )
     if config.smoothing and config.objective not in ("translate", "classify"):
         raise ConfigError(f"smoothing is for objective translate or classify, not {config.objective}")
     if config.objective == "translate":
         bleu(["is it there?"], ["is it there?"])  # sacrebleu, before hours of training
-    if config.steps_per_epoch < 1 or config.data.context < 1:
-        raise ConfigError(
-            f"steps_per_epoch and data.context must be at least 1, got {config.steps_per_epoch} and "
-            f"{config.data.context}"
-        )
     if config.smoke:
         config = smoke(config)
     check_run(config)
@@ -103,16 +97,17 @@ def model_spec(config: TextTrainConfig, tokens: int, classes: int = 2, own_mask:
     model, objective = config.model, config.objective
     arguments = model_arguments(model, norm="norm", mlp="mlp", bias="bias", dropout="drop_rate")
     arguments |= dict(context=config.data.context, attn_drop_rate=model.dropout)
+    options = own_options(model.options, DECIDED)
     if objective in ("translate", "spans"):
         size = tokens + (2 + SENTINELS if objective == "spans" else 0)
         arguments |= dict(source_vocab=size, target_vocab=size, shared=True)
-        return ModelSpec("Seq2Seq", arguments | model.options)
+        return ModelSpec("Seq2Seq", arguments | options)
     arguments |= dict(vocab_size=tokens + (objective != "causal" and own_mask))  # the last one is the mask token
     if objective == "masked":
         arguments |= dict(pool="", masked_lm=True)
     if objective == "classify":
         arguments |= dict(pool="mean", num_classes=classes)
-    return ModelSpec("TextDecoder" if objective == "causal" else "TextEncoder", arguments | model.options)
+    return ModelSpec("TextDecoder" if objective == "causal" else "TextEncoder", arguments | options)
 
 
 def _language(config: TextTrainConfig, session: TrainSession) -> TextSource:
@@ -121,7 +116,8 @@ def _language(config: TextTrainConfig, session: TrainSession) -> TextSource:
     steps, batch = config.steps_per_epoch, config.optim.batch_size
     task: Task
     if config.objective == "spans":
-        corrupt = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS)
+        special = data.tokenizer.special
+        corrupt = SpanCorruption(size + 2 + SENTINELS, stop=size, start=size + 1, sentinels=SENTINELS, special=special)
         task = SpanTask(data, context, batch, steps, collate=corrupt, **session.where)
     else:
         mask = size if config.objective == "masked" else None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.text import IGNORE, TextData
+from ...data.tokenizers import Tokenizer
 from ...errors import DataError
 from ...modes import evaluating
 from ...seeding import generator
@@ -50,17 +51,17 @@ class LanguageTask(TextTask):
     mask: int | None = field(default=None, kw_only=True)
 
     def batch(self, epoch: int, step: int) -> Batch:
-        text, length = self.data.train, self.context + (self.mask is None)
+        text, length, tokenizer = self.data.train, self.context + (self.mask is None), self.data.tokenizer
         draws = generator(self.seed, epoch, step, "text")
         start = torch.randint(len(text) - length + 1, (self.batch_size,), generator=draws)
         share = self.world.share(self.batch_size)
         tokens = text[start[share, None] + torch.arange(length)]
         if self.mask is None:
-            tokens, labels = tokens[:, :-1], tokens[:, 1:]
+            tokens, labels = tokens[:, :-1], without_padding(tokens[:, 1:], tokenizer)
         else:
             hidden = torch.rand(self.batch_size, length, 2, generator=draws)[share]
-            other = torch.randint(self.data.tokenizer.size, (self.batch_size, length), generator=draws)[share]
-            tokens, labels = mask_tokens(tokens, self.mask, hidden, other)
+            other = random_tokens(tokenizer.size, (self.batch_size, length), draws, tokenizer.special)[share]
+            tokens, labels = mask_tokens(tokens, self.mask, hidden, other, special=tokenizer.special)
         return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[share]}
 
     def count(self, batch: Batch) -> int:
@@ -70,7 +71,8 @@ class LanguageTask(TextTask):
         return token_loss(model(batch["tokens"]), batch["labels"]), {}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        loss, n = evaluate_text(model, windows(self.data.val, self.context, self.world, mask=self.mask), self.device)
+        batches = windows(self.data.val, self.context, self.world, mask=self.mask, tokenizer=self.data.tokenizer)
+        loss, n = evaluate_text(model, batches, self.device)
         if self.world.size > 1:
             total, count = sum_over_ranks([loss * n, n], self.world, torch.device(self.device))
             loss = total / count
@@ -82,19 +84,29 @@ class LanguageTask(TextTask):
 
 
 def windows(
-    text: Tensor, length: int, world: World = ALONE, *, mask: int | None = None, tokens_a_batch: int = 16_384
+    text: Tensor,
+    length: int,
+    world: World = ALONE,
+    *,
+    mask: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    tokens_a_batch: int = 16_384,
 ) -> Iterator[dict[str, Tensor]]:
     """All whole sequences of a text one after the other, without overlap, in batches; each token predicted once.
 
-    A remainder shorter than a sequence is left out. With `mask`, the same tokens are masked at every call.
+    A remainder shorter than a sequence is left out. With `mask`, the same tokens are masked at every call. Special
+    tokens of the `tokenizer` are never masked, and its padding is never predicted.
     """
     count = (len(text) - 1) // length
     tokens, labels = text[: count * length].view(count, length), text[1 : count * length + 1].view(count, length)
-    if mask is not None:
+    if mask is None:
+        labels = without_padding(labels, tokenizer)
+    else:
+        special = () if tokenizer is None else tokenizer.special
         draws = generator("validation", length, len(text))
         hidden = torch.rand(count, length, 2, generator=draws)
-        other = torch.randint(int(text.max()) + 1, (count, length), generator=draws)
-        tokens, labels = mask_tokens(tokens, mask, hidden, other)
+        other = random_tokens(int(text.max()) + 1, (count, length), draws, special)
+        tokens, labels = mask_tokens(tokens, mask, hidden, other, special=special)
     own = world.share(count)
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(count / world.size) * length / tokens_a_batch)
@@ -134,6 +146,24 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", smoothin
     )
 
 
+def without_padding(labels: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Labels with IGNORE where they are padding."""
+    if tokenizer is None or tokenizer.pad is None:
+        return labels
+    return labels.masked_fill(labels == tokenizer.pad, IGNORE)
+
+
+def random_tokens(size: int, shape: tuple[int, ...], draws: torch.Generator, special: Sequence[int] = ()) -> Tensor:
+    """Ids below `size` without the special ones, each as likely."""
+    ordinary = ordinary_tokens(torch.arange(size), special).nonzero()[:, 0]
+    return ordinary[torch.randint(max(len(ordinary), 1), shape, generator=draws)]
+
+
+def ordinary_tokens(tokens: Tensor, special: Sequence[int]) -> Tensor:
+    """Where tokens are none of the special ones: boolean, as `tokens`."""
+    return torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype, device=tokens.device), invert=True)
+
+
 def mask_tokens(
     tokens: Tensor, mask: int, draws: Tensor, other: Tensor, *, rate: float = 0.15, special: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
@@ -142,16 +172,14 @@ def mask_tokens(
     Args:
         tokens: (B, N).
         draws: (B, N, 2) uniform in [0, 1): whether a token is chosen, and what becomes of it.
-        other: (B, N) random tokens.
+        other: (B, N) random tokens, see `random_tokens`.
         rate: share that is chosen.
         special: ids that are never chosen.
 
     Returns:
         the masked tokens, and labels: the original token where one was chosen, IGNORE elsewhere.
     """
-    chosen = draws[..., 0] < rate
-    for token in special:
-        chosen = chosen & (tokens != token)
+    chosen = (draws[..., 0] < rate) & ordinary_tokens(tokens, special)
     fate = draws[..., 1]
     masked = torch.where(chosen & (fate < 0.8), mask, tokens)
     masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, masked)

@@ -7,7 +7,8 @@
 Of n tokens m = round(n · rate) are hidden, in round(m / mean) spans whose lengths are a random composition of m; those
 of what stays are one of n - m, and a text starts with what stays. Sentinel i is the id V - 1 - i, as T5's <extra_id_i>.
 Source of the numbers: `random_spans_noise_mask` of the T5 code; the figure of the paper has one more sentinel at the
-end of the target, the code has none, nor has ours.
+end of the target, the code has none, nor has ours. Special tokens of a text are never hidden: the numbers are those of
+the text without them, and one within a span parts it in two (T5's texts have none).
 
 Legend: B texts, n tokens of one, V vocabulary with sentinels.
 """
@@ -24,7 +25,7 @@ from ...errors import ConfigError
 from ...seeding import generator
 from ...spec import Plain
 from ..task import Batch, describe_data, to_device
-from .language import TextTask
+from .language import TextTask, ordinary_tokens
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -39,6 +40,7 @@ class SpanCorruption:
         sentinels: how many there are; more spans than this are refused.
         rate: share of tokens that is hidden.
         mean: tokens of a span on average.
+        special: ids that are never hidden.
     """
 
     vocab_size: int
@@ -47,15 +49,24 @@ class SpanCorruption:
     sentinels: int = 100
     rate: float = 0.15
     mean: float = 3.0
+    special: tuple[int, ...] = ()
 
     def __call__(self, texts: Sequence[Tensor], draws: torch.Generator | None = None) -> dict[str, Tensor]:
         """source (B, S) with source_valid; tokens (B, N), what the decoder reads, and labels, what it predicts."""
-        return decoding_batch(
-            [self.pair(text, self.hidden(len(text), draws)) for text in texts], self.start, self.start
-        )
+        return decoding_batch([self.pair(text, self.hidden_in(text, draws)) for text in texts], self.start, self.start)
+
+    def hidden_in(self, text: Tensor, draws: torch.Generator | None = None) -> Tensor:
+        """(n,) boolean: what is taken out of a text of token ids (n,), special ones left in."""
+        ordinary = ordinary_tokens(text, self.special)
+        if bool(ordinary.all()):
+            return self.hidden(len(text), draws)
+        hidden = torch.zeros_like(ordinary)
+        if int(ordinary.sum()) > 1:
+            hidden[ordinary] = self.hidden(int(ordinary.sum()), draws)
+        return hidden & (_first(hidden).cumsum(0) <= self.sentinels)  # spans that were parted may be too many
 
     def hidden(self, n: int, draws: torch.Generator | None = None) -> Tensor:
-        """(n,) boolean: what is taken out."""
+        """(n,) boolean: what is taken out of n tokens of which none is special."""
         if n < 2:
             raise ConfigError(f"a text needs two tokens to hide one of them, got {n}")
         m = min(max(round(n * self.rate), 1), n - 1)
@@ -67,7 +78,7 @@ class SpanCorruption:
 
     def pair(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Source and target of one text (n,); `hidden` (n,) marks what is taken out."""
-        first = hidden & ~torch.cat([hidden.new_zeros(1), hidden[:-1]])  # where spans begin
+        first = _first(hidden)
         sentinel = self.vocab_size - first.cumsum(0)  # of the span that a hidden token is in
         source = torch.where(first, sentinel, tokens)[~hidden | first]
         twice = torch.stack([sentinel, tokens], dim=1)  # each hidden token, and its sentinel before the first
@@ -87,6 +98,11 @@ class SpanCorruption:
                 inside.append(token)
         ids = [id_ for token in source[:-1].tolist() for id_ in (spans[token] if token >= lowest else [token])]
         return torch.tensor(ids, dtype=source.dtype)
+
+
+def _first(hidden: Tensor) -> Tensor:
+    """Where spans begin."""
+    return hidden & ~torch.cat([hidden.new_zeros(1), hidden[:-1]])
 
 
 def _composition(total: int, parts: int, draws: torch.Generator | None) -> Tensor:
@@ -109,17 +125,17 @@ class SpanTask(DecodingTask, TextTask):
     def batch(self, epoch: int, step: int) -> Batch:
         text, draws = self.data.train, generator(self.seed, epoch, step, "spans")
         start = torch.randint(len(text) - self.context + 1, (self.batch_size,), generator=draws).tolist()
-        hidden = [self.collate.hidden(self.context, draws) for _ in start]
-        own = list(zip(start, hidden, strict=True))[self.world.share(self.batch_size)]
-        pairs = [self.collate.pair(text[i : i + self.context], h) for i, h in own]
+        texts = [text[i : i + self.context] for i in start]
+        hidden = [self.collate.hidden_in(text, draws) for text in texts]
+        own = list(zip(texts, hidden, strict=True))[self.world.share(self.batch_size)]
+        pairs = [self.collate.pair(text, h) for text, h in own]
         return to_device(decoding_batch(pairs, self.collate.start, self.collate.start), self.device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         text, n, start = self.data.val, self.context, self.collate.start
         draws = generator("validation", n, len(text))
-        pairs = [
-            self.collate.pair(text[i : i + n], self.collate.hidden(n, draws)) for i in range(0, len(text) - n + 1, n)
-        ]
+        texts = [text[i : i + n] for i in range(0, len(text) - n + 1, n)]
+        pairs = [self.collate.pair(text, self.collate.hidden_in(text, draws)) for text in texts]
         return evaluate_pairs(model, pairs, start, start, self.batch_size, self.world, self.device)
 
     def describe(self) -> dict[str, Plain]:

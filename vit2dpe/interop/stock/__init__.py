@@ -1,0 +1,1 @@
+"""Weights of torch's own Transformer, in and out."""
