@@ -113,7 +113,7 @@ def _headline(label: str, places: Sequence[AtSize], metric: Metric) -> str:
         return f"{label}only {places[0].leader.name} was measured: there is nothing to compare it with."
     if not any(place.over for place in places):
         firsts = _list([f"{place.leader.label} at {_size(place)}" for place in places])
-        return f"{label}first are {firsts}; without intervals that may be chance."
+        return f"{label}first: {firsts}; without intervals that may be chance."
     alone: dict[str, list[AtSize]] = {}
     for place in places:
         if place.over and len(place.group) == 1 and place.others:
