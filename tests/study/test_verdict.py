@@ -53,8 +53,8 @@ def test_who_leads_and_who_cannot_be_told_apart():
     assert said.short == ["rope leads at 64; at 32 (training) no single best one can be named."]
     ((heading, (first, second)),) = said.parts
     assert heading == "scale, the same picture with more pixels:"
-    assert first.startswith("At 32 (training) rope and sincos cannot be told apart (79.0% to 80.0%); behind rope: ")
-    assert '"none" by 25.0 points [' in first
+    assert first.startswith("At 32 (training) rope has 80.0% and cannot be told apart from sincos (1.0 points lower [-")
+    assert '); clearly behind: "none" by 25.0 points [' in first
     assert second.startswith("At 64 rope (ntk) leads with 75.0%; behind it: sincos by 25.0 points [")
     text = said.text()
     assert "on 400 test images, 1 seed." in text
@@ -90,8 +90,8 @@ def test_several_seeds_are_paired():
              (("none", 200), ("rope", 240), ("sincos", 238 - shift // 4))]  # fmt: skip
     said = told(*found)
     ((_, (sentence,)),) = said.parts
-    assert sentence.startswith("At 32 (training) rope and sincos cannot be told apart")
-    assert '; behind rope: "none" by 10.0 points [' in sentence
+    assert sentence.startswith("At 32 (training) rope has 70.0% and cannot be told apart from sincos (")
+    assert '; clearly behind: "none" by 10.0 points [' in sentence
     assert any("t intervals of the differences to the leader over 3 seeds" in basis for basis in said.basis)
     assert "--seeds" in said.next
     unfinished = told(*found[:-1])

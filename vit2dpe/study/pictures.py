@@ -22,7 +22,7 @@ MODES = {"scale": ": the same picture with more pixels", "canvas": ": more conte
 def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | None = None, status: str = "") -> Figure:
     """The metric over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
 
-    Bands are intervals of 95% of the default policies' values, each by itself: over seeds, or over images of one seed.
+    Bands are intervals of 95% of each value by itself: over seeds, or over images of one seed.
     A study of several depths has a row of panels for each of them. Sequences of one length: over
     depth. Before a trial is finished the panel shows the training loss of `curves`.
     """
@@ -99,14 +99,14 @@ def _panel(panel: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None
             default = line in first
             label = encoding if default else " · ".join([encoding, *(word for word in line if word != "none")])
             panel.plot(x, mean, "o-" if default else "--", color=colour, label=label, ms=4, lw=1.8 if default else 1)
-            if any(bands) and default:
+            if any(bands):
                 low, high = ([band[i] if band else m for m, band in zip(mean, bands, strict=True)] for i in (0, 1))
-                panel.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+                panel.fill_between(x, low, high, color=colour, alpha=0.12 if default else 0.06, lw=0)
     panel.axvline(math.sqrt(rows[0].train_height * rows[0].train_width), color="0.6", lw=1, ls=":")
     panel.set_xscale("log", base=2)
     panel.set_xticks(x, [spell(size) for size in sizes])
     panel.minorticks_off()
-    panel.set_xlabel(f"{metric.scale}; dotted: training")
+    panel.set_xlabel(f"{metric.scale}; dotted: training; bands: 95%")
     if metric.more_is_better:
         panel.set_ylim(*SHARES)
     else:

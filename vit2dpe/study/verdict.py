@@ -129,36 +129,33 @@ def _headline(label: str, places: Sequence[AtSize], metric: Metric) -> str:
 
 def _sentence(place: AtSize, metric: Metric, majority: float | None) -> str:
     """Who is first at a size, who may be as good, and how far behind the others are."""
-    at, group = f"At {_size(place)}", place.group
+    at, group, value = f"At {_size(place)}", place.group, _value(place.leader.mean, metric)
     apart = [other for other in place.others if other.apart]
     if not place.others:
-        said = f"{at} {place.leader.label} has {_value(place.leader.mean, metric)}{_own_interval(place, metric)}"
+        said = f"{at} {place.leader.label} has {value}{_own_interval(place, metric)}"
     elif not place.over:
-        said = f"{at} {place.leader.label} is first with {_value(place.leader.mean, metric)}"
-        said += f"; {_behind(place, place.others, metric)}"
+        said = f"{at} {place.leader.label} is first with {value}; behind it: {_each(place.others, metric)}"
     elif len(group) == 1:
-        said = (
-            f"{at} {place.leader.label} leads with {_value(place.leader.mean, metric)}; {_behind(place, apart, metric)}"
-        )
+        said = f"{at} {place.leader.label} leads with {value}; behind it: {_each(apart, metric)}"
     else:
-        low, high = (_value(f(line.mean for line in group), metric) for f in (min, max))
-        names = f"all {len(group)}" if not apart and len(group) > 4 else _list([line.label for line in group])
-        span = low if low == high else f"{low} to {high}"
-        said = f"{at} {names} cannot be told apart ({span})"
-        said += f"; {_behind(place, apart, metric)}" if apart else ""
+        near = [other for other in place.others if not other.apart]
+        said = f"{at} {place.leader.label} has {value} and cannot be told apart from {_each(near, metric, near=True)}"
+        said += f"; clearly behind: {_each(apart, metric)}" if apart else ""
     if majority is not None and (poor := [line.label for line in _lines(place) if _no_better(line, majority)]):
         said += f"; not above the most frequent class: {_list(poor)}"
     return f"{said}."
 
 
-def _behind(place: AtSize, behind: Sequence[Behind], metric: Metric) -> str:
-    """ "behind it: rope by 3.2 points [1.0 to 5.4], sincos by ..."; the last ones by name alone."""
-    first = f"behind {place.leader.label if len(place.group) > 1 and place.over else 'it'}: "
-    named = ", ".join(
-        f"{other.line.label} by {_distance(other.by, metric)}{_interval(other.interval)}" for other in behind[:NAMED]
-    )
-    more = [other.line.label for other in behind[NAMED:]]
-    return first + named + (f"; further behind: {_list(more)}" if more else "")
+def _each(others: Sequence[Behind], metric: Metric, near: bool = False) -> str:
+    """ "rope by 3 points [1 to 5], ...", or "rope (3 points lower [-1 to 7]), ..."; the last ones by name alone."""
+    than = "lower" if metric.more_is_better else "higher"
+    named = [
+        f"{other.line.label} ({_distance(other.by, metric)} {than}{_interval(other.interval)})"
+        if near
+        else f"{other.line.label} by {_distance(other.by, metric)}{_interval(other.interval)}"
+        for other in others[:NAMED]
+    ]
+    return _list([*named, *(other.line.label for other in others[NAMED:])])
 
 
 def _lines(place: AtSize) -> list[Line]:
