@@ -18,11 +18,14 @@ from timm.models import get_model_args
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from ..spec import Size
 from .features import Features, take_indices
 from .layers import PatchEmbed
+from .predict import class_names, predict, preparation_of
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
@@ -41,6 +44,8 @@ class PretrainedCfg(TypedDict, total=False):
     fixed_input_size: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float
+    label_names: Sequence[str]
     num_classes: int
     first_conv: str | tuple[str, ...]
     classifier: str | tuple[str, ...]
@@ -71,6 +76,25 @@ class TimmModel(nn.Module):
     global_pool: str
     pretrained_cfg: PretrainedCfg
     default_cfg: PretrainedCfg  # the same, under timm's older name
+
+    def predict(
+        self, images: Picture | Sequence[Picture], k: int = 5, *, size: Size | None = None, batch_size: int = 64
+    ) -> Prediction | list[Prediction]:
+        """The k likeliest classes of an image, by name, and their probabilities; of several images a list of them.
+
+        Images are prepared as `vit2dpe evaluate` does it: see `vit2dpe.data.prepare.Preparation`. The mode of the model
+        is left alone.
+
+        Args:
+            images: a path, an image of Pillow's, a uint8 array or tensor (height, width, 3), or a list of them.
+            size: (H, W) that the model gets; default its own. What encodings do at another one is `use_policy`'s.
+            batch_size: images at a time.
+
+        Raises:
+            DataError: for a file that cannot be read.
+            ConfigError: for what is no image, and for a model without classes.
+        """
+        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size)
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
         """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""

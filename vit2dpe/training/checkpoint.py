@@ -51,6 +51,7 @@ class Meta(TypedDict, total=False):
     classes: list[str]
     mean: list[float]
     std: list[float]
+    fit: str  # of images of several sizes, where it is no crop
     train_size: list[int]  # (H, W)
     tokenizer: dict[str, str]
     trained: Plain
