@@ -59,6 +59,7 @@ NEEDS = {
     "D8": ("labels that are no class", "test sets without labels"),
     "D9": ("pretraining on images alone", "mae#170, #143"),
     "D10": ("resume after the cache was decided otherwise, and on another host", "preempted jobs"),
+    "D10a": ("trials of a study are found after the cache was decided otherwise", "names of cells"),
     "D11": ("a study on class folders alone", "no train folder"),
     "D12": ("images that Pillow reads", "PhotoMapAI#364"),
     "D13": ("numbers and lists in YAML where they mean the same", "size: 32"),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..data.identity import FILES, same_data
+from ..errors import CheckpointError
 from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
@@ -51,6 +54,7 @@ class Measure:
     Args:
         plan: settings.
         source: name and digest of the data; an empty digest where nothing is read.
+        files: digest of their files (`data.identity`), None where there are none.
         classes: of images, or the size of the vocabulary.
         channels: of images.
         facts: further entries of env.json.
@@ -60,6 +64,7 @@ class Measure:
 
     plan: Plan
     source: tuple[str, str]
+    files: str | None = None
     classes: int
     channels: int = 3
     facts: dict[str, str] = field(default_factory=dict)
@@ -78,6 +83,10 @@ class Measure:
         """Measure the model that was trained in `folder`."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
+    def as_trained(self, about: Mapping[str, object]) -> Measure:
+        """With the data prepared as they were for a training, whose record this is."""
+        return self
+
     def label(self, row: Row, trial: Trial) -> Row:
         """A row of a trial as this study names it; it may have been measured in one of another number of depths."""
         return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None)
@@ -91,6 +100,8 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
         trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
     folder = _folder(out, plan, trial, trained)
+    if measure.files is not None and not folder.is_dir():
+        folder, trained = _cached_otherwise(out, measure, trained) or (folder, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
     name = plan.model_name(trial)
     if results.is_file():
@@ -98,10 +109,12 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         return [measure.label(row, trial) for row in read_rows(results)]
     if _finished(folder, trained):
         model = load_run(folder, device)
+        measure = measure.as_trained(read_meta(folder / "last"))
     else:
         model, spec = build(measure, trial)
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
-        save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about, final=final)
+        about = measure.about | ({} if measure.files is None else {FILES: measure.files})
+        save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final)
     rows = measure.rows(model.to(device), trial, folder)
     write_atomically(results, to_csv(rows).encode())
     return [measure.label(row, trial) for row in read_rows(results)]
@@ -148,6 +161,23 @@ def _folder(out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -
     named, short = out / f"{encoding}-depth{trial.depth}{end}", out / f"{encoding}{end}"
     first, other = (named, short) if plan.config.task != "images" or len(plan.depths) > 1 else (short, named)
     return other if other.is_dir() and not first.is_dir() else first
+
+
+def _cached_otherwise(
+    out: Path, measure: Measure, trained: Mapping[str, Plain]
+) -> tuple[Path, dict[str, Plain]] | None:
+    """A finished training of these settings on these data, in memory where they are on disk now or the other way
+    round, which is why its folder has another digest; and its settings as they stand there."""
+    here = {"digest": measure.source[1], FILES: measure.files}
+    for path in sorted(out.glob("*/last/model.json")):
+        with suppress(CheckpointError):  # damaged, and perhaps none of this study's
+            about = read_meta(path.parent)
+            before = about.get("trained")
+            if not isinstance(before, dict) or before | {"data": trained["data"]} != trained:
+                continue
+            if same_data({"digest": before["data"], FILES: about.get(FILES)}, here):
+                return path.parents[1], before
+    return None
 
 
 def digest_of(settings: Plain) -> str:

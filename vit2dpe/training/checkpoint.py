@@ -48,6 +48,7 @@ class Meta(TypedDict, total=False):
     task: str
     data: str
     digest: str  # of the data
+    digest_of_files: str  # of images from files, in memory or on disk
     classes: list[str]
     mean: list[float]
     std: list[float]

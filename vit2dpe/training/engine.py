@@ -273,7 +273,6 @@ class Trainer(Generic[B]):
         self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
 
     def load(self) -> None:
-        digest = self.task.describe().get("digest")
-        self.state = self.snapshots.load(None if digest is None else str(digest))
+        self.state = self.snapshots.load(self.task.describe())
         self.state.count_in(self.task.steps_per_epoch, self.optim.batch_size)
         self.updater.schedule.step_update(max(0, self.state.place - 1))  # the rate of the last update

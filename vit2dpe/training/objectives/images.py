@@ -19,6 +19,7 @@ from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec
 from ...models.timm_api import TimmViT
 from ...spec import Size, Sizes, changed, show_size
+from ..checkpoint import read_meta
 from ..distributed import World, parallelize
 from ..initial_weights import INITS, initialize, jitter_positions
 from ..log import Row
@@ -117,6 +118,8 @@ def read_images(config: C, session: TrainSession, *, labels: bool = True) -> tup
         return [(factor * height, factor * width), *several]
 
     images, found = load_fitted(data, config.run.seed, needed, labels=labels)
+    if config.resume and (session.folder / "last" / "model.json").is_file():
+        images = images.as_recorded(read_meta(session.folder / "last"))
     size = chosen or (images.native if found is None else train_size(found, config.model.patch))
     for note in images.notes:
         session.print(f"note: {note}")

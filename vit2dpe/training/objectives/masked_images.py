@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...data.datasets import Images, check_data, normalize
+from ...data.identity import FILES
 from ...data.settings import AugmentConfig
 from ...data.splits import resize
 from ...encodings import parse
@@ -153,6 +154,7 @@ def finish(
     """Write `encoder/` and the pictures, from the weights that were kept."""
     model, meta = masked_model(load_run(folder)), read_meta(folder / "last")
     about = {name: meta[name] for name in ("data", "digest", "classes", "mean", "std", "train_size")}
+    about |= {FILES: meta[FILES]} if FILES in meta else {}
     encoder = spec.arguments["encoder"]
     kind = ModelSpec("timm" if "model_name" in encoder else "ViT", encoder)
     tensors = dict(model.encoder.state_dict())
