@@ -56,6 +56,7 @@ NEEDS = {
     "D5": ("a part of a batch in which nothing counts", "accumulated masked tokens"),
     "D6": ("GPT-2's initialization by the depth of every model", "Swin, MAE"),
     "D7": ("ranks wait while one of them translates", "accelerate#3861"),
+    "D7a": ("ranks share the translation of the test set", "accelerate#3861"),
     "D8": ("labels that are no class", "test sets without labels"),
     "D9": ("pretraining on images alone", "mae#170, #143"),
     "D10": ("resume after the cache was decided otherwise, and on another host", "preempted jobs"),

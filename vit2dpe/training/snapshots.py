@@ -120,6 +120,7 @@ class Snapshots:
                 state=progress,
                 **about,
             )
+        self.world.wait()  # a slow disk is no reason to lose the others
 
     def load(self, about: Mapping[str, Plain]) -> TrainingState:
         """Restore weights and optimizer from `last`, on any number of processes.

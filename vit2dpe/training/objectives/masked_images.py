@@ -67,10 +67,10 @@ def prepare(config: PretrainConfig, session: TrainSession) -> Prepared:
         f"Masked pretraining ({config.objective}), {encoder.position or encoder.name}, on {data.name}",
         next_command(config, session.folder, bool(data.classes)),
         partial(finish, config, session.folder, data, size, spec),
-        dict(images=data.used),
-        draw,
-        (lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
-        config,
+        facts=dict(images=data.used),
+        initialize=draw,
+        adapt=(lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
+        config=config,
     )
 
 
