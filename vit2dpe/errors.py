@@ -51,3 +51,11 @@ def unknown(kind: str, name: str, known: Iterable[str], error: type[ConfigError]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return error(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def not_ours(model: object, lacks: str) -> ConfigError:
+    """The error for a model that has nothing of this package, with the function that makes one of ours of it."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    makers = {"timm": "from_timm(model)", "transformers": "from_transformers(model)"}
+    found = [maker for package, maker in makers.items() if package in packages] or list(makers.values())
+    return ConfigError(f"{type(model).__name__} {lacks}; vit2dpe.{' or vit2dpe.'.join(found)} makes a model of ours")

@@ -7,12 +7,14 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.utils import prune
 
 import vit2dpe.models  # noqa: F401
 from tests.helpers import micro_vit, randn
-from vit2dpe.encodings import ENCODINGS, PositionEncoding
+from vit2dpe import Swin, TextDecoder
+from vit2dpe.encodings import ENCODINGS, PositionEncoding, encoding_parameters
 
 try:
     import torchao.quantization as ao
@@ -20,6 +22,8 @@ except ImportError:  # its wheels follow torch's versions, and may lag behind on
     ao = None
 
 X = randn(4, 3, 32, 48)
+SERVE_IN_WINDOWS = ("none", "relative", "logcpb", "fire", "t5", "alibi", "rope", "rope_mixed", "fourier", "learned")
+SERVE_TEXT = tuple(word for word in ENCODINGS if word not in ("windowed", "rope_golden"))
 Y = torch.tensor([0, 1, 2, 3])
 SUM = "learned+relative+rope_mixed"
 
@@ -70,6 +74,47 @@ def test_int8_weights_leave_positions_alone(position):
     assert all(type(now[n].data) is torch.Tensor and torch.equal(now[n], table) for n, table in tables.items())
     assert not torch.equal(run(model), plain)
     assert cosine_similarity(run(model), plain).min() >= 0.999
+
+
+def in_int8(model):
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+
+
+def in_dynamic_int8(model):
+    quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def swin(position):
+    return Swin(position, img_size=32, patch_size=4, embed_dim=48, depths=(1, 1), num_heads=(3, 3), window_size=4)
+
+
+def text(position):
+    return TextDecoder(position, vocab_size=13, context=16, embed_dim=48, depth=1, num_heads=2)
+
+
+IN_MODELS = {"ViT": (micro_vit, ENCODINGS), "Swin": (swin, SERVE_IN_WINDOWS), "text": (text, SERVE_TEXT)}
+
+
+@pytest.mark.need("B13")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("make", IN_MODELS)
+@pytest.mark.parametrize("quantize", [in_int8, in_dynamic_int8])
+def test_int8_without_a_filter_leaves_positions_alone(quantize, make):
+    """By their type: every encoding, in every model; what the networks hold keeps its name, and every bit."""
+    build, positions = IN_MODELS[make]
+    for position in positions:
+        torch.manual_seed(0)
+        model = build(position).eval()
+        x = torch.arange(16)[None] % 13 if make == "text" else X[..., :32]
+        kept = {name: p.clone() for name, p in model.named_parameters() if name in encoding_parameters(model)}
+        with torch.no_grad():
+            plain = model(x)
+            quantize(model)
+            now = dict(model.named_parameters())
+            assert all(type(now[n].data) is torch.Tensor and torch.equal(now[n], p) for n, p in kept.items()), position
+            found = model(x)
+        assert not torch.equal(found, plain), position
+        assert cosine_similarity(found.flatten(1), plain.flatten(1)).min() >= 0.99, position
 
 
 def test_pruning_masks_what_attention_computes_with():

@@ -11,7 +11,7 @@ from typing import Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, not_ours
 from ..positions import Positions, distance
 from .observe import attention_maps
 
@@ -95,6 +95,8 @@ def summary(model: ImageModel, images: Tensor) -> list[HeadSummary]:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"summary takes a model, an nn.Module, got {type(model).__name__}")
+    if not hasattr(model, "positions"):
+        raise not_ours(model, "has no `positions`, the places of its tokens")
     at = model.positions(images.shape[-2], images.shape[-1], images.device)
     with attention_maps(model) as maps:
         model(images)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ConfigError
+from ..errors import ConfigError, not_ours
 from ..signal import Signal
 from .dispatch import select_kernel
 from .functional import OBSERVER, rotate_qk
@@ -150,7 +150,10 @@ _EAGER = _EagerWhileObserved()
 
 class _MapReport(Report):
     def __init__(self, maps: Maps) -> None:
-        self.maps = maps
+        self.maps, self.ran = maps, False
+
+    def left(self, name: str) -> None:
+        self.ran = True
 
     def attended(
         self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
@@ -170,13 +173,18 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
     Calls by this thread or asyncio task alone are recorded, and those of this model alone.
 
     Raises:
-        ConfigError: inside another such context, or inside `explain`, of this thread or task.
+        ConfigError: inside another such context, or inside `explain`, of this thread or task; when the context is left
+            (or entered, for a single layer), for a model in which nothing calls the attention of this package or is
+            torch's own.
     """
     maps: Maps = {}
     report = _MapReport(maps)
     # A map is named after the innermost running module with children: an attention has at least its projections.
     inside = {name: module for name, module in model.named_modules() if any(True for _ in module.children())}
     stock = {name: module for name, module in inside.items() if isinstance(module, nn.MultiheadAttention)}
+    lacks = "has no attention of ours, and none of torch's (nn.MultiheadAttention), whose maps can be kept"
+    if not inside:
+        raise not_ours(model, lacks)
     with observe(report, {name: module for name, module in inside.items() if name not in stock}):
         handles = [
             module.register_forward_hook(partial(_stock, report, name), with_kwargs=True)
@@ -187,6 +195,10 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
         finally:
             for handle in handles:
                 handle.remove()
+    # An author's module may call `attend` without being known as an attention: only what ran can tell.
+    known = bool(stock) or any(getattr(module, "attends", False) for module in inside.values())
+    if report.ran and not (maps or known):
+        raise not_ours(model, lacks)
 
 
 @torch.no_grad()
@@ -296,7 +308,7 @@ def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training:
         name or type(part).__name__: part for name, part in model.named_modules() if getattr(part, "attends", False)
     }
     if not parts:
-        raise ConfigError(f"explain takes a model with an Attention of ours, {type(model).__name__} has none")
+        raise not_ours(model, "has no Attention of ours, which `explain` is about")
     report, modes = _SelectionReport(), {part: part.training for part in model.modules()}
     with observe(report, parts):
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
-from ..spec import Size
+from ..spec import Plain, Size
 from .decode import check_fit
 from .identity import digest_of, digest_of_files
 from .image_cache import SizesDiffer
@@ -44,6 +44,7 @@ class Images:
             out; if there is one, it decides early stopping and `best/`.
         total: how many images the source has in `train`, in `test`, and in a `val` of its own, used or not.
         unreadable: the files that were left out because they cannot be read, with the reason.
+        fit: how images were brought to one size, see `decode.decode`.
         digest_of_files: the same in memory and on disk (`identity.digest_of_files`); None where there are none.
     """
 
@@ -58,7 +59,14 @@ class Images:
     val: Split | FileSplit | None = None
     total: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    fit: str = "crop"
     digest_of_files: str | None = None
+
+    @property
+    def about(self) -> dict[str, Plain]:
+        """What the checkpoint of a model has of them: classes, mean, std, and the fit where it is no crop."""
+        about: dict[str, Plain] = dict(classes=list(self.classes), mean=list(self.mean), std=list(self.std))
+        return about if self.fit == "crop" else about | {"fit": self.fit}
 
     @property
     def native(self) -> Size:
@@ -159,7 +167,7 @@ def load_images(
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes.append(f"same image in train and test: {leaked}")
     unread = {file: reason for reasons in lost.values() for file, reason in reasons.items()}
-    about = (digest.result(), tuple(notes), val, total, unread, digest_of_files(*splits))
+    about = (digest.result(), tuple(notes), val, total, unread, fit, digest_of_files(*splits))
     return Images(name, classes, train, test, mean, std, *about)
 
 

@@ -27,7 +27,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions, exact
 from ..signal import Table
 from .base import PositionEncoding
-from .mlp import lifted, lifted_mlp, redraw
+from .mlp import PositionLinear, lifted, lifted_mlp, redraw
 from .tables import channels_first, offset_grid
 
 
@@ -69,7 +69,7 @@ class Fire(PositionEncoding):
         self.per_block, self.relative = not shared, reach == "extent"
         self.log_scale = nn.Parameter(torch.empty(()))  # c = exp(log_scale) > 0
         self.threshold = nn.Parameter(torch.empty(())) if reach == "query" else None
-        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, heads))
+        self.mlp = nn.Sequential(PositionLinear(1, hidden), nn.ReLU(), PositionLinear(hidden, heads))
         self.reset_parameters()
 
     def measures_extent(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .mlp import lifted, lifted_mlp, redraw
+from .mlp import PositionLinear, lifted, lifted_mlp, redraw
 
 
 class Fourier(PositionEncoding):
@@ -46,7 +46,7 @@ class Fourier(PositionEncoding):
             )
         self.gamma = gamma
         self.freqs = nn.Parameter(torch.empty(axes, features // 2))
-        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(PositionLinear(features, hidden), nn.GELU(), PositionLinear(hidden, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

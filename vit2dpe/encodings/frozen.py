@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, not_ours
 from ..positions import Positions
 from ..signal import Bias, Dense, Signal, Table
 from .base import Overrides, Policy, PositionEncoding, Temperature, overriding
@@ -32,9 +32,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     encodings compute as ever. Memory: one Signal for each block that owns an encoding and each set of places seen.
 
     Raises:
-        ConfigError: inside, if a parameter of an encoding has changed since the context was entered.
+        ConfigError: for a model without encodings; inside, if a parameter of an encoding has changed since the context
+            was entered.
     """
     encodings = named_encodings(model).values()
+    if not encodings:
+        raise not_ours(model, "has no encoding of ours, whose Signals could be kept")
     with overriding(Overrides(caches={encoding: SignalCache(encoding) for encoding in encodings})):
         yield model
 

@@ -29,7 +29,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import OnGrid
-from .mlp import lifted, lifted_mlp, redraw
+from .mlp import PositionLinear, lifted, lifted_mlp, redraw
 from .tables import channels_first, offset_grid
 
 
@@ -60,8 +60,8 @@ class LogCPB(OnGrid):
             raise ConfigError(f"logcpb needs a grid and a hidden width of at least 1, got {tuple(grid)} and {hidden}")
         self.per_block = not shared
         self.grid, self.form = tuple(grid), form
-        last = nn.Linear(hidden, heads, bias=form == "cr")
-        self.cpb_mlp = nn.Sequential(nn.Linear(len(grid), hidden), nn.ReLU(), last)
+        last = PositionLinear(hidden, heads, bias=form == "cr")
+        self.cpb_mlp = nn.Sequential(PositionLinear(len(grid), hidden), nn.ReLU(), last)
 
     def reset_parameters(self) -> None:
         redraw(self.cpb_mlp)

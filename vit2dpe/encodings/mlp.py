@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+class PositionLinear(NonDynamicallyQuantizableLinear):
+    """An nn.Linear of a network of positions, which quantization leaves alone by its type.
+
+    torchao's `quantize_` without a filter takes every nn.Linear but torch's own class of this kind, and torch's
+    `quantize_dynamic` takes exact types. The networks run once for each offset, not for each token: nothing is gained.
+    """
 
 
 def lifted(parameter: Tensor) -> Tensor:
