@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_orig
 from ..errors import ConfigError, unknown
 from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
-from .yaml_files import Others, read_yaml
+from .yaml_files import Others, read_yaml, several_numbers
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -75,7 +75,7 @@ def settings(name: str, config: type[S], args: list[str], others: Others = dict)
         raise SystemExit(0)
     words = _with_preset([word for arg in args for word in _full_option(arg, config)])
     words, read = _with_files(words, config, others)
-    words = [_null(last, word, options) for last, word in pairwise(["", *words])]
+    words = [_value(last, word, options) for last, word in pairwise(["", *words])]
     given = _parse(parser, words, options)
     return config.of(read | {name: value for name, value in given.items() if value != [] or name not in read})
 
@@ -122,11 +122,13 @@ def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
     return parser
 
 
-def _null(last: str, word: str, options: list[Option]) -> str:
-    """The word none as null, where it is the value of an option that may be null and is no text."""
+def _value(last: str, word: str, options: list[Option]) -> str:
+    """The word none as null, where it is the value of an option that may be null and is no text; 1,2 as [1,2]."""
     name, equals, value = word.partition("=")
     name, start, value = (name, f"{name}=", value) if equals else (last, "", word)
     able = [option for option in options if f"--{option.name}" == name and option.nullable]
+    if able and "," in value and "[" not in value and several_numbers(able[0].hint):
+        return f"{start}[{value}]"
     return f"{start}null" if able and value.lower() == "none" else word
 
 
