@@ -11,11 +11,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from importlib.metadata import entry_points
 from operator import add
 from typing import Any
 
 from ..errors import ConfigError, unknown
-from ..spec import Term, check_option, parse_terms
+from ..spec import Term, check_option, parse_terms, read_terms
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding, terms
 from .factorized import Factorized
@@ -31,6 +32,8 @@ from .rope_golden import GoldenRoPE
 from .sincos import SinCos
 from .t5 import T5Bias
 from .windowed import WindowedTable
+
+GROUP = "vit2dpe.encodings"  # entry points: word = "module:function from Dims, or class"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,20 @@ def build(spec: str, dims: Dims) -> PositionEncoding:
 
 
 def parse(spec: str) -> list[Term]:
-    """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`."""
+    """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`.
+
+    A name that is not there is looked for among the entry points of installed packages.
+    """
+    unknown_ones = [name for name, _ in read_terms(spec) if name not in ENCODINGS]
+    if unknown_ones:
+        from .own import from_entry_point
+
+        if not all(from_entry_point(name) for name in unknown_ones):
+            declared = [name for name in entry_points(group=GROUP).names if name not in ENCODINGS]
+            try:
+                return parse_terms(spec, "encoding", [*ENCODINGS, *declared])
+            except ConfigError as error:
+                raise ConfigError(f"{error}; for one of your own: --import file.py") from None
     return parse_terms(spec, "encoding", ENCODINGS)
 
 
