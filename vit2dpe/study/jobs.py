@@ -85,7 +85,7 @@ def each(
         for _ in range(jobs):
             pipe, far_end = context.Pipe()
             worker: BaseProcess = context.Process(target=_work, args=(run, far_end, threads or 1, own))
-            with _lost_process(), without_main():
+            with _lost_process(), without_main(unless=run):
                 worker.start()
             workers[pipe] = worker
             far_end.close()  # the worker's alone, so that its death ends the pipe
