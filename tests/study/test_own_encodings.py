@@ -180,7 +180,6 @@ def test_an_installed_package_declares_it(near: Path, monkeypatch: pytest.Monkey
         assert wanted.pop("group") == "vit2dpe.encodings"
         return metadata.EntryPoints([point]).select(**wanted)
 
-    monkeypatch.setattr("vit2dpe.encodings.own.entry_points", found)
     monkeypatch.setattr("vit2dpe.encodings.registry.entry_points", found)
     with pytest.raises(ConfigError, match="did you mean 'near'"):
         build("neer", Dims(24, 2, (2, 3)))

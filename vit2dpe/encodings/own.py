@@ -13,13 +13,12 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..spec import Plain, read_terms
 from .base import PositionEncoding
-from .registry import ENCODINGS, GROUP, Builder, Dims
+from .registry import ENCODINGS, Builder, from_entry_point, of_class
 
 _FILES: dict[str, str] = {}  # module -> the file that it was imported from, as it was typed
 
@@ -117,28 +116,6 @@ def check_known(sources: Mapping[str, str], where: str) -> None:
             )
 
 
-def from_entry_point(word: str) -> bool:
-    """Whether an installed package declares this word; it is then known.
-
-    What it names is a function from `Dims`, or a class, whose arguments are found by their names.
-    """
-    for point in entry_points(group=GROUP, name=word):
-        try:
-            found = point.load()
-        except Exception as error:  # whatever the code of others raises
-            raise ConfigError(f"encoding {word!r} of {point.value} failed: {type(error).__name__}: {error}") from error
-        if word not in ENCODINGS:
-            ENCODINGS[word] = partial(_of_class, found) if isinstance(found, type) else found
-        return True
-    return False
-
-
-def _of_class(kind: type[PositionEncoding], dims: Dims, **options: Plain) -> PositionEncoding:
-    from .makers import arguments_of
-
-    return kind(**arguments_of(kind, dims, options), **options)
-
-
 def _is_file(source: str) -> bool:
     return source.endswith(".py") or "/" in source or "\\" in source
 
@@ -182,5 +159,5 @@ def _module(make: Callable[..., PositionEncoding]) -> str:
     if isinstance(make, Builder):
         return make.encoding.__module__
     if isinstance(make, partial):
-        return _module(make.args[0] if make.func is _of_class else make.func)
+        return _module(make.args[0] if make.func is of_class else make.func)
     return str(getattr(make, "__module__", None) or type(make).__module__)

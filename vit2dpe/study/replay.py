@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..encodings import ENCODINGS
-from ..encodings.own import from_entry_point, import_encodings, module_of, record_source, source_of, words_of
+from ..encodings.own import import_encodings, module_of, record_source, source_of, words_of
+from ..encodings.registry import from_entry_point
 
 _MAIN = "__mp_main__"  # what multiprocessing calls a script that it runs again
 _replaying = False
