@@ -24,6 +24,10 @@ NEEDS = {
     "B1": ("original files that timm reads", "dinov2#120, #270, #321, timm#2014"),
     "B1a": ("an original file of another size than the name's, at its own size", "fine-tuned at another resolution"),
     "B2": ("a trained table stays when its encoding is named", "transformers#35411, dinov2#270"),
+    "B2a": (
+        "the same of a model of transformers, and both stacks of a T5",
+        "from_transformers(position=)",
+    ),
     "B3": ("vision checkpoints of transformers and torchvision", "transformers#26219, tao-pytorch#87, DEIMv2#68"),
     "B4": ("other channels and classes than the file's", "timm#2445, #2780, torchgeo#2324"),
     "B4a": ("--init and timm's loader with other channels and classes", "models of ours"),
@@ -35,6 +39,7 @@ NEEDS = {
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
+    "B8a": ("the average of the weights where a file has one, by every door", "state_dict_ema, model_ema"),
     "B9": ("the rest of timm's ViT: masks, causal attention, attributes", "timm#2686, dinov3#112"),
     "B9a": ("pooling by the largest, in the head and at a call", "global_pool='avgmax'"),
     "B10": ("weights of torch's own Transformer, in and out", "nn.TransformerEncoder, nn.TransformerDecoder"),
