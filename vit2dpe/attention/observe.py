@@ -17,7 +17,7 @@ Legend: B batch, H heads, Lq, Lk tokens of queries and keys, N tokens, prefix in
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -80,6 +80,20 @@ class Running(NamedTuple):
             self.report.fused(self.name, q, k, v, added, dropout, scale)
 
 
+class _Hook:
+    """A hook of the module that it was given to: copies of the module, and its pickle, have one that does nothing."""
+
+    def __init__(self, act: Callable[..., None] | None = None) -> None:
+        self.act = act
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        if self.act is not None:
+            self.act(*arguments, **options)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 @contextmanager
 def observe(report: Report, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within this context `report` receives what this thread or task does in these modules.
@@ -101,8 +115,8 @@ def observe(report: Report, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
     handles: list[RemovableHandle] = []
     for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(partial(leave, name), always_call=True))
+        handles.append(module.register_forward_pre_hook(_Hook(partial(enter, name))))
+        handles.append(module.register_forward_hook(_Hook(partial(leave, name)), always_call=True))
     OBSERVER.set(Running(report))
     try:
         with _EAGER:
@@ -187,7 +201,7 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
         raise not_ours(model, lacks)
     with observe(report, {name: module for name, module in inside.items() if name not in stock}):
         handles = [
-            module.register_forward_hook(partial(_stock, report, name), with_kwargs=True)
+            module.register_forward_hook(_Hook(partial(_stock, report, name)), with_kwargs=True)
             for name, module in stock.items()
         ]
         try:
