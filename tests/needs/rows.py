@@ -13,6 +13,7 @@ NEEDS = {
     "A5": ("contexts belong to their thread or task", "servers with threads"),
     "A6": ("maps of one model while others run", "notebooks with two models"),
     "A6a": ("copies and pickles of a model that is looked into", "averages of weights, torch.save"),
+    "A6b": ("maps of all windows of a shifted Swin block", "attention_maps(swin)"),
     "A7": ("timm knows our names in any order of imports", "timm.create_model"),
     "A8": ("each cell of a study keeps its device and precision", "studies over two machines"),
     "A9": ("places that a table does not have are refused on a GPU too", "device-side assert"),

@@ -163,16 +163,22 @@ _EAGER = _EagerWhileObserved()
 
 
 class _MapReport(Report):
-    def __init__(self, maps: Maps) -> None:
+    def __init__(self, maps: Maps, in_parts: set[str]) -> None:
         self.maps, self.ran = maps, False
+        self.in_parts = in_parts  # modules that attend several times in one call, each time for some of their windows
+        self.begun: set[str] = set()  # of these, those that are running and have a map of some windows
 
     def left(self, name: str) -> None:
         self.ran = True
+        self.begun.discard(name)
 
     def attended(
         self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
     ) -> None:
-        self.maps[name] = weights(q, k, signal, mask, scale)
+        found = weights(q, k, signal, mask, scale)
+        self.maps[name] = torch.cat([self.maps[name], found]) if name in self.begun else found
+        if name in self.in_parts:
+            self.begun.add(name)
 
 
 @contextmanager
@@ -181,8 +187,9 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
 
     The maps are softmax(temperature · (scale · R(q) R(k)ᵀ + bias)) under the mask, before dropout; rows sum to 1, those
     of a query that may attend to nothing are 0, and maps times values are what the fused kernel gives. They are
-    computed beside the kernel, so results do not change, and without gradients. In windows B counts windows. A module
-    that is called again (a decoding step) leaves its last map. Compiled modules run in eager mode meanwhile.
+    computed beside the kernel, so results do not change, and without gradients. In windows B counts windows, the images
+    of a window beside each other; where windows are shifted, first those without a mask, row by row, then the others. A
+    module that is called again (a decoding step) leaves its last map. Compiled modules run in eager mode meanwhile.
 
     Calls by this thread or asyncio task alone are recorded, and those of this model alone.
 
@@ -192,9 +199,9 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
             torch's own.
     """
     maps: Maps = {}
-    report = _MapReport(maps)
     # A map is named after the innermost running module with children: an attention has at least its projections.
     inside = {name: module for name, module in model.named_modules() if any(True for _ in module.children())}
+    report = _MapReport(maps, {name for name, module in inside.items() if getattr(module, "attends_in_parts", False)})
     stock = {name: module for name, module in inside.items() if isinstance(module, nn.MultiheadAttention)}
     lacks = "has no attention of ours, and none of torch's (nn.MultiheadAttention), whose maps can be kept"
     if not inside:
