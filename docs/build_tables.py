@@ -1,6 +1,7 @@
 """Writes the generated pages from what the code declares and does: `python docs/build_tables.py`.
 
-docs/encodings.md, models.md and faults.md are made here, matrix.md in build_matrix.py.
+docs/encodings.md, models.md, faults.md and needs.md are made here, matrix.md in build_matrix.py. Names of pages after the
+command build these alone.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ Sums are written `sincos+rope`, options `rope(base=10)`. A new one: [adding-an-e
 def models() -> str:
     """docs/models.md: counted on the meta device, so that nothing is computed."""
     lines = ["| timm name | input | parameters | GFLOPs |", "|---|---:|---:|---:|"]
-    for name in timm.list_models("vit2dpe_*"):
+    for name in timm.list_models("vit2dpe_*", exclude_filters="vit2dpe_from_timm"):
         with torch.device("meta"):
             model = timm.create_model(name)
             size = model.pretrained_cfg["input_size"][1:]
@@ -189,11 +190,32 @@ the board with what came about on the machine it runs on.
 """
 
 
+def needs() -> str:
+    """docs/needs.md: the board of tests/needs."""
+    board = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "needs" / "rows.py"))
+    rows = [
+        f"| {name} | {need} | {where} | {'open' if name in board['OPEN'] else 'held by tests'} |"
+        for name, (need, where) in board["NEEDS"].items()
+    ]
+    return f"""# Needs
+
+Built by `python docs/build_tables.py`. What people need who come from timm, transformers, torchvision, MAE, Swin, DINOv2 and
+torch's own Transformer, and the public report it was met in (repository and number). `pytest tests/needs --board` prints
+the board with what came about on the machine it runs on; what no test can mend stands on [Limits](limits.md).
+
+| | need | met in | |
+|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
 matrix = runpy.run_path(str(Path(__file__).with_name("build_matrix.py")))["matrix"]
-PAGES = {"encodings.md": page, "models.md": models, "matrix.md": matrix, "faults.md": faults}
+PAGES = {"encodings.md": page, "models.md": models, "matrix.md": matrix, "faults.md": faults, "needs.md": needs}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         target = Path(__file__).parent / name
         target.write_text(text().rstrip() + "\n")
         print(target)

@@ -30,15 +30,20 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                importlib.import_module("vit2dpe.models")
+                _import_names()
 
             setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - a method of this one loader
         return spec
 
 
+def _import_names() -> None:
+    for module in ("vit2dpe.models", "vit2dpe.interop.timm.registry"):
+        importlib.import_module(module)
+
+
 def register_with_timm() -> None:
     """Now if timm is loaded, else as soon as it is."""
     if "timm" in sys.modules:
-        importlib.import_module("vit2dpe.models")
+        _import_names()
     else:
         sys.meta_path.insert(0, _AfterTimm())

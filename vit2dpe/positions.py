@@ -22,7 +22,9 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing
 
 
 def longer(length: int, other: int) -> int:
-    """The larger of two lengths; an exported program in which one is free keeps it free."""
+    """The larger of two lengths; an exported program in which one is free keeps it free, a traced graph serves one."""
+    if is_tracing():  # lengths are tensors there
+        return max(int(length), int(other))
     return cast(int, torch.sym_max(length, other))
 
 

@@ -79,8 +79,9 @@ KINDS = {"jfif": "JPEG", "webp": "WEBP", "avif": "AVIF", "tga": "TGA", "jp2": "J
 @pytest.mark.need("D12")
 @pytest.mark.parametrize(("suffix", "kind"), KINDS.items())
 def test_what_pillow_opens_is_read(root: Path, suffix: str, kind: str) -> None:
-    if f".{suffix.lower()}" not in suffixes():
-        pytest.skip(f"this Pillow opens no .{suffix}")
+    Image.init()
+    if kind not in Image.OPEN and kind != "MPO":
+        pytest.skip(f"this Pillow opens no {kind}")
     Image.fromarray(pixels(5)).save(root / f"train/cat/x.{suffix}", kind)
     assert len(load_images("folder", root).train) == 7
 

@@ -259,7 +259,7 @@ def test_an_evaluation_with_a_limit_decodes_no_more_than_it_takes(broken, tmp_pa
     assert listed == ["val/a/0.png"], "the third of its class was tried, and another file of another class taken"
     assert [row.n for row in rows] == [5]
     assert len(set(tried)) == len(tried) == 6
-    with pytest.raises(ConfigError, match="at least 1 image, got 0"):
+    with pytest.raises(ConfigError, match="limit must be at least 1, got 0"):
         evaluate_model(EvaluateConfig(**run, limit=0, out=str(tmp_path / "g")))
 
 

@@ -24,7 +24,7 @@ def front(path):
 
 
 def every_model():
-    for name in timm.list_models("vit2dpe_*"):
+    for name in timm.list_models("vit2dpe_*", exclude_filters="vit2dpe_from_timm"):
         with torch.device("meta"):
             yield name, timm.create_model(name, num_classes=7)
 

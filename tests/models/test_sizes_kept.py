@@ -80,6 +80,20 @@ def test_a_swin_too(tmp_path, position):
     assert torch.equal(logits(again, x), logits(model, x))
 
 
+@pytest.mark.need("B15")
+def test_a_swin_keeps_windows_that_were_set_later(tmp_path):
+    name = "vit2dpe_swin_tiny_patch2_window4_32"
+    sizes = dict(img_size=(32, 48), embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=7)
+    model = randomise(timm.create_model(name, position="relative", pretrained_window_sizes=8, **sizes)).eval()
+    vit2dpe.set_policy(model, "scale")
+    for size in ((32, 48), (64, 96), (32, 48)):
+        model.set_input_size(size)
+        save_for_hf(model, tmp_path)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        for x in (randn(1, 3, *size), randn(1, 3, 48, 48)):
+            assert torch.equal(logits(again, x), logits(model, x))
+
+
 @pytest.mark.parametrize("position", ["logcpb+learned", "rope_golden"])
 def test_both_halves_of_an_mae(position):
     def make(size):

@@ -18,7 +18,7 @@ from vit2dpe.models import ViT
 from vit2dpe.models.features import take_indices
 from vit2dpe.testing import randomise
 
-NAMES = timm.list_models("vit2dpe_*")
+NAMES = timm.list_models("vit2dpe_*", exclude_filters="vit2dpe_from_timm")
 X = randn(2, 3, 32, 48)
 MICRO = MICRO | dict(depth=3)
 create = partial(micro_vit, depth=3)

@@ -1,5 +1,6 @@
 """timm's scripts, its record of a model, and hub folders: what they do with their own models they do with ours."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,10 +9,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import resolve_input_data_config
+from timm.data import create_transform, resolve_input_data_config
 from timm.models import get_model_args, get_model_traits, load_checkpoint, resolve_model_input_args, save_for_hf
 
-import vit2dpe.models  # noqa: F401
+import vit2dpe
+from tests.helpers import shaken
 from vit2dpe import timm as wrapper
 
 NAME = "vit2dpe_tiny_patch4_32"
@@ -22,7 +24,7 @@ import argparse, json, sys
 import helper_of_the_script
 import torch
 from timm.data import create_dataset, create_loader, resolve_input_data_config
-from timm.models import create_model, resolve_model_input_args
+from timm.models import create_model, load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, accuracy
 
 def main():
@@ -30,10 +32,14 @@ def main():
     parser.add_argument("--model")
     parser.add_argument("--data-dir")
     parser.add_argument("--img-size", type=int, default=None)
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--checkpoint", default="")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     args = parser.parse_args()
     model = create_model(**resolve_model_input_args(
-        args.model, vars(args), pretrained=False, num_classes=2, global_pool=None, **args.model_kwargs))
+        args.model, vars(args), pretrained=args.pretrained, num_classes=2, global_pool=None, **args.model_kwargs))
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
     config = resolve_input_data_config(model, vars(args), use_test_size=True)
     dataset = create_dataset("", args.data_dir, split="val")
     loader = create_loader(dataset, batch_size=4, use_prefetcher=False, num_workers=0, **config)
@@ -45,7 +51,8 @@ def main():
             accuracy(logits, labels, topk=(1,))
             n, shape = n + len(labels), list(images.shape[1:])
     print("--result", json.dumps(dict(
-        n=n, shape=shape, position=type(model.position).__name__, argv=sys.argv[1:3], depth=len(model.blocks))))
+        n=n, shape=shape, position=type(model.position).__name__, argv=sys.argv[1:3], depth=len(model.blocks),
+        mean=config["mean"], logits=logits.tolist())))
 
 if __name__ == "__main__":
     main()
@@ -76,6 +83,38 @@ def test_a_script_of_timm_sees_our_names(script):
     said = done.stdout.split("--result")[1]
     for part in ('"n": 6', '"shape": [3, 48, 48]', '"AxialRoPE"', f'"argv": ["--model", "{NAME}"]', '"depth": 2'):
         assert part in said
+
+
+def read_by(script, capsys, *arguments):
+    """What the script says, of its last batch too: two images of dogs."""
+    wrapper.main([str(script), "--data-dir", str(script.parent / "data"), *arguments])
+    return json.loads(capsys.readouterr().out.split("--result")[1])
+
+
+@pytest.mark.need("B15")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of timm's reader of folders
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("position", ["learned+rope", None])
+def test_a_script_of_timm_reads_what_came_from_timm(script, capsys, position):
+    """Its folder, and its name with a file; the images that the script cuts are those of the base's record."""
+    base, sizes = "vit_base_patch16_siglip_224", dict(embed_dim=48, depth=2, num_heads=3, num_classes=2)
+    model = shaken(vit2dpe.from_timm(base, position, img_size=32, **sizes))
+    folder = script.parent / "model"
+    save_for_hf(model, folder, safe_serialization=True)
+    config = resolve_input_data_config(model, use_test_size=True) | dict(input_size=(3, 32, 32))
+    transform = create_transform(**config)
+    files = sorted((script.parent / "data" / "val" / "dog").iterdir())[1:]
+    images = torch.stack([transform(Image.open(file)) for file in files])
+    with torch.inference_mode():
+        expected = model(images).tolist()
+    found = read_by(script, capsys, "--model", f"local-dir:{folder}", "--pretrained", "--img-size", "32")
+    assert found["logits"] == expected
+    assert (found["mean"], found["shape"]) == ([0.5, 0.5, 0.5], [3, 32, 32])
+    kwargs = [f"base={base}", *([f"position={position}"] if position else []), "img_size=32"]
+    kwargs += [f"{key}={value}" for key, value in sizes.items() if key != "num_classes"]
+    file = str(folder / "model.safetensors")
+    named = ["--model", "vit2dpe_from_timm", "--checkpoint", file, "--img-size", "32", "--model-kwargs", *kwargs]
+    assert read_by(script, capsys, *named) == found
 
 
 def test_without_the_wrapper_the_name_is_unknown(script):

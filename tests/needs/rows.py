@@ -49,6 +49,7 @@ NEEDS = {
     "B12": ("an optimizer that was made before another input size", "set_input_size"),
     "B13": ("int8 by torchao without a filter", "torchao.quantize_"),
     "B14": ("fewer heads of keys under frequencies of each head", "grouped queries"),
+    "B15": ("a model that came from timm is saved and read back", "save_for_hf, local-dir:, run folders, validate.py"),
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
     "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
@@ -101,7 +102,7 @@ NEEDS = {
 
 OPEN = {
     **dict.fromkeys(["C3", "C4"], "open"),
-    **dict.fromkeys(["D19", "D20"], "open, issue 17"),
+    **dict.fromkeys(["D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",
     "E8": "open, issue 21",

@@ -125,6 +125,10 @@ def test_few_photos_make_small_batches(kind: type[TrainConfig], mine: Path, tmp_
     assert kind.of(root=str(mine), batch_size=16).optim.batch_size == 16
     assert kind.of(root=str(mine), data="folder").optim.batch_size == 128
     assert kind.of(root=str(tmp_path / "nowhere")).optim.batch_size == 2
+    (tmp_path / "linked").mkdir()
+    for name in "abc":
+        (tmp_path / "linked" / name).symlink_to(mine / name)
+    assert kind.of(root=str(tmp_path / "linked")).optim.batch_size == 4
     (tmp_path / "many.csv").write_text("path,label\n" + "x,1\n" * 7000)
     assert kind.of(root=str(tmp_path / "many.csv")).optim.batch_size == 128
 

@@ -128,7 +128,7 @@ def test_masks_are_drawn_by_key_and_by_sample():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(mask_ratio=1.0), "mask_ratio must be in (0, 1), got 1.0"),
+        (dict(mask_ratio=1.0), r"mask_ratio must be in \(0, 1\), got 1\.0"),
         (dict(pictures=-1), "pictures"),
         (dict(decoder=DecoderConfig(position="ropes")), "did you mean 'rope'"),
         (dict(decoder=DecoderConfig(width=16, heads=3)), "multiple of decoder_num_heads"),

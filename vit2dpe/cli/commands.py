@@ -69,6 +69,11 @@ COMMANDS = {
         "study.evaluate:evaluate_model",
         "study.settings:EvaluateConfig",
     ),
+    "predict": Command(
+        "name the classes of images or lines of text, with a trained model or any of timm",
+        "study.predict:predict_files",
+        "study.settings:PredictConfig",
+    ),
     "show": Command(
         "draw encodings, without data, or a model's attention to an image or a sentence",
         "cli.show:show",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
-from ..spec import Size
+from ..spec import Plain, Size
 from .decode import check_fit
 from .image_cache import SizesDiffer
 from .photos import Survey, how_fitted, source_size, survey, train_size
@@ -43,6 +43,7 @@ class Images:
             out; if there is one, it decides early stopping and `best/`.
         total: how many images the source has in `train`, in `test`, and in a `val` of its own, used or not.
         unreadable: the files that were left out because they cannot be read, with the reason.
+        fit: how images were brought to one size, see `decode.decode`.
     """
 
     name: str
@@ -56,6 +57,13 @@ class Images:
     val: Split | FileSplit | None = None
     total: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    fit: str = "crop"
+
+    @property
+    def about(self) -> dict[str, Plain]:
+        """What the checkpoint of a model has of them: classes, mean, std, and the fit where it is no crop."""
+        about: dict[str, Plain] = dict(classes=list(self.classes), mean=list(self.mean), std=list(self.std))
+        return about if self.fit == "crop" else about | {"fit": self.fit}
 
     @property
     def native(self) -> Size:
@@ -148,7 +156,7 @@ def load_images(
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes.append(f"same image in train and test: {leaked}")
     unread = {file: reason for reasons in lost.values() for file, reason in reasons.items()}
-    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, unread)
+    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, unread, fit)
 
 
 def _made(

@@ -60,6 +60,7 @@ def _formats_by_suffix() -> dict[str, str]:
     with suppress(ImportError):  # as Pillow's own plugins are: it opens nothing until it is registered
         importlib.import_module("pillow_heif").register_heif_opener()
     known = Image.registered_extensions()  # loads every plugin
+    known = {suffix: "JPEG" if name == "MPO" else name for suffix, name in known.items()}  # opened as what it begins as
     return {suffix: name for suffix, name in sorted(known.items()) if name in Image.OPEN and name not in REFUSED}
 
 

@@ -198,6 +198,17 @@ def resize(images: Tensor, size: Size) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
+def scaled(images: Tensor, size: Size, crop: float = 1.0) -> Tensor:
+    """Normalised images (B, C, h, w) at (H, W), bicubic, antialiased; `crop`: of the centre share of each side."""
+    if crop < 1:
+        h, w = (max(1, round(side * crop)) for side in images.shape[-2:])
+        top, left = (images.shape[-2] - h) // 2, (images.shape[-1] - w) // 2
+        images = images[..., top : top + h, left : left + w]
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
 def resized(images: Tensor, size: Size) -> Tensor:
     """uint8 images at another size."""
     if tuple(images.shape[-2:]) == tuple(size):

@@ -27,6 +27,13 @@ CITATIONS = {
     "Swin": "@article{liu2021swin, title={Swin Transformer: Hierarchical Vision Transformer using Shifted Windows}, "
     "author={Liu, Ze and others}, journal={arXiv:2103.14030}, year={2021}}",
 }
+HUB_LICENSES = (
+    "apache-2.0",
+    "mit",
+    "cc-by-nc-4.0",
+    "apple-ascl",
+    "apple-amlr",
+)  # of timm's weights; others have a name
 Results = str | Path | Iterable[Mapping[str, str | float | None]]  # rows of a sweep, or the path of their csv
 
 
@@ -35,6 +42,8 @@ class Card(TypedDict):
 
     tags: list[str]
     license: str
+    license_name: NotRequired[str]
+    base_model: NotRequired[str]  # in the README.md of `save_card` alone: timm writes none
     description: str
     details: dict[str, str | list[str]]
     usage: str
@@ -58,7 +67,7 @@ def card(
     *,
     recipe: str = UNKNOWN,
     data: str = UNKNOWN,
-    license: str = "other",
+    license: str | None = None,
     description: str = "",
 ) -> Card:
     """The `model_card` of a model for timm's `push_to_hf_hub`.
@@ -68,39 +77,55 @@ def card(
         results: rows of `sweep` or `vit2dpe evaluate`, or the path of their results.csv; of this model alone.
         recipe: how it was trained: the command, and where the run is described.
         data: what it was trained on.
-        license: of the weights, as the hub spells it ("apache-2.0"); the data constrain it, so none is assumed.
+        license: of the weights, as the hub spells it ("apache-2.0"). Default: that of timm's weights, for a model that
+            came from them through `from_timm`; else "other", because the data constrain it.
         description: a sentence in front.
 
     Raises:
         ConfigError: for results that are no rows of a sweep.
     """
-    kind, cfg = type(model).__name__, pretrained_cfg_of(model)
+    kind, cfg, record = type(model).__name__, pretrained_cfg_of(model), get_model_args(model).get("record", {})
+    base, weights = get_model_args(model).get("base"), record.get("weights")
+    license = license or (cfg.get("license") if weights else None) or "other"
+    origin = "" if base is None else f", from timm's `{base}`"
+    policies = "".join(f", `{policy}`" for policy, _ in record.get("policies", ()))
     patch, grid = model.patch_embed.patch_size, model.train_grid
     size = (grid[0] * patch[0], grid[1] * patch[1])
-    rows = _rows(results)
+    rows, free = _rows(results), model.patch_embed.any_size
+    elsewhere = ELSEWHERE.format(height=size[0], width=size[1]) if free else ""
     made = Card(
         tags=["image-classification", "timm", "vit2dpe", "positional-encoding"],
         license=license,
-        description=description or f"A {kind} whose positional encoding is {encoding_of(model)}.",
+        description=description or f"A {kind} whose positional encoding is {encoding_of(model)}{origin}.",
         details={
             "Model type": f"image classification and features, {kind} (`{_name(model)}`)",
             "Positional encoding": encoding_of(model),
             "Training size": f"{_spell(size)} pixels, {grid[0]}x{grid[1]} patches of {patch[0]}x{patch[1]}",
-            "Other sizes": "any height and width that the patch divides",
+            "Other sizes": f"any height and width that the patch divides{policies}" if free else "none",
             "Holds up at": _holds(rows, size),
             "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
             "Classes": str(model.num_classes),
-            "Normalisation": f"mean {[*cfg.get('mean', ())]}, std {[*cfg.get('std', ())]}" if cfg else UNKNOWN,
+            "Normalisation": f"mean {[*cfg.get('mean', ())]}, std {[*cfg.get('std', ())]}"
+            if "mean" in cfg
+            else UNKNOWN,
             "Data": data,
             "Recipe": recipe,
             "Software": f"vit2dpe {version('vit2dpe')}",
         },
-        usage=USAGE.format(height=size[0], width=size[1]),
+        usage=USAGE.format(height=size[0], width=size[1], elsewhere=elsewhere),
     )
+    if base is not None:
+        named = f"timm's record names the weights {weights}" if weights else "not from timm's weights"
+        made["details"] |= {"Base model": f"timm's `{base}`; {named}"}
+    if weights:
+        made["base_model"] = weights
+    if license not in (*HUB_LICENSES, "other") and license == cfg.get("license"):
+        made |= {"license": "other", "license_name": license}
     if rows:
         made["comparison"] = _table(rows)
-    if kind in CITATIONS:
-        made["citation"] = CITATIONS[kind]
+    for cited in type(model).__mro__:
+        if cited.__name__ in CITATIONS:
+            made["citation"] = CITATIONS[cited.__name__]
     return made
 
 
@@ -132,16 +157,20 @@ import vit2dpe  # its names are known to timm from here on
 
 model = timm.create_model("hf-hub:<user>/<name>", pretrained=True).eval()  # or local-dir:<folder>
 logits = model(torch.randn(1, model.in_chans, {height}, {width}))
+{elsewhere}```
+"""
+ELSEWHERE = """\
 with vit2dpe.use_policy(model, "default"):  # or "interpolate", ...: what its encoding can take at another size
     logits = model(torch.randn(1, model.in_chans, {height}, 2 * {width}))
-```
 """
 
 
 def _readme(made: Card, name: str) -> str:
     """The text that `push_to_hf_hub` makes of a card (timm writes it to the hub alone); a test compares the two."""
     lines = ["---", "tags:", *(f"- {tag}" for tag in made["tags"]), "pipeline_tag: image-classification"]
-    lines += ["library_name: timm", f"license: {made['license']}", "---", f"# Model card for {name}"]
+    lines += ["library_name: timm", f"license: {made['license']}"]
+    lines += [f"{key}: {made[key]}" for key in ("license_name", "base_model") if key in made]
+    lines += ["---", f"# Model card for {name}"]
     lines += ["", made["description"], "", "## Model Details"]
     for key, value in made["details"].items():
         listed = (
@@ -157,7 +186,9 @@ def _readme(made: Card, name: str) -> str:
 
 
 def _name(model: nn.Module) -> str:
-    return pretrained_cfg_of(model).get("architecture") or type(model).__name__
+    """timm's name of what it came from, or of itself."""
+    name: str | None = get_model_args(model).get("base") or pretrained_cfg_of(model).get("architecture")
+    return name or type(model).__name__
 
 
 def _rows(results: Results | None) -> list[Measured]:

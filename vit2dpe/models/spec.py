@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
 import timm
+from timm.models import get_model_args
 from torch import nn
 
 from ..errors import ConfigError, unknown
+from .deit import DistilledViT
 from .mae import MAE
 from .simmim import SimMIM
 from .swin.model import Swin
 from .text.heads import TextDecoder, TextEncoder
 from .text.model import TextModel
 from .text.seq2seq import Seq2Seq
+from .timm_api import pretrained_cfg_of
 from .vit import ViT
 
 Arguments = dict[str, Any]  # of a constructor, by name, as JSON holds them
@@ -83,6 +87,27 @@ def timm_model(model_name: str, **arguments: Any) -> nn.Module:
     return model
 
 
+def timm_spec(model: nn.Module) -> ModelSpec:
+    """How timm builds a model that was made by `timm.create_model` or `from_timm`, at the size it has at present.
+
+    Raises:
+        ConfigError: for a model that was made by its class, or with arguments that JSON cannot hold.
+    """
+    name, arguments = pretrained_cfg_of(model).get("architecture"), get_model_args(model)
+    if name is None:
+        raise ConfigError(
+            f"timm has no name for this {type(model).__name__}, which was made by its class: give its arguments"
+        )
+    for argument, value in arguments.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{argument} is a {type(value).__name__}, which JSON cannot hold: give arguments with a word instead"
+            ) from None
+    return ModelSpec("timm", dict(model_name=name) | arguments)
+
+
 def build_mae(encoder: Arguments, **decoder: Any) -> MAE:
     """A masked autoencoder of the encoder's arguments and the decoder's."""
     return MAE(_encoder(encoder), **decoder)
@@ -100,6 +125,7 @@ def _encoder(arguments: Arguments) -> Any:
 
 MODELS: dict[str, Callable[..., nn.Module]] = {  # name in a checkpoint -> factory
     "ViT": ViT,
+    "DistilledViT": DistilledViT,
     "Swin": Swin,
     "MAE": build_mae,
     "SimMIM": build_simmim,
@@ -113,4 +139,5 @@ HANDED_ON: dict[Callable[..., nn.Module], type[nn.Module]] = {  # further argume
     TextDecoder: TextModel,
     Seq2Seq: TextModel,
     build_mae: MAE,
+    DistilledViT: ViT,
 }

@@ -9,19 +9,23 @@ Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
+from timm.models import get_model_args
 
 # timm's public names read its record of a model (get_model_args, get_model_traits); none writes it.
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from ..spec import Size
 from .features import Features, take_indices
 from .layers import PatchEmbed
+from .predict import class_names, predict, preparation_of
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width)
@@ -32,10 +36,19 @@ class PretrainedCfg(TypedDict, total=False):
     """The entries of a model's `pretrained_cfg` (timm's record of its weights) that are used here."""
 
     architecture: str
+    tag: str
+    license: str
+    hf_hub_id: str
+    file: str
     input_size: tuple[int, int, int]
-    first_conv: str | tuple[str, ...]
+    fixed_input_size: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float
+    label_names: Sequence[str]
+    num_classes: int
+    first_conv: str | tuple[str, ...]
+    classifier: str | tuple[str, ...]
 
 
 class FeatureInfo(TypedDict):
@@ -62,6 +75,26 @@ class TimmModel(nn.Module):
     num_prefix_tokens: int
     global_pool: str
     pretrained_cfg: PretrainedCfg
+    default_cfg: PretrainedCfg  # the same, under timm's older name
+
+    def predict(
+        self, images: Picture | Sequence[Picture], k: int = 5, *, size: Size | None = None, batch_size: int = 64
+    ) -> Prediction | list[Prediction]:
+        """The k likeliest classes of an image, by name, and their probabilities; of several images a list of them.
+
+        Images are prepared as `vit2dpe evaluate` does it: see `vit2dpe.data.prepare.Preparation`. The mode of the model
+        is left alone.
+
+        Args:
+            images: a path, an image of Pillow's, a uint8 array or tensor (height, width, 3), or a list of them.
+            size: (H, W) that the model gets; default its own. What encodings do at another one is `use_policy`'s.
+            batch_size: images at a time.
+
+        Raises:
+            DataError: for a file that cannot be read.
+            ConfigError: for what is no image, and for a model without classes.
+        """
+        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size)
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
         """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""
@@ -116,6 +149,23 @@ class TimmModel(nn.Module):
         """Bring timm's record of the model's size up to date, for its data config and for saving."""
         patch = None if patch_size is None else self.patch_embed.patch_size
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch, window_size=window_size)
+
+    def record_arguments(self, **arguments: Any) -> None:
+        """Put arguments into timm's record of the model, which it is saved with and built again from."""
+        update_model_args(self, **arguments)
+
+    def record_policy(self, policy: str, extents: Sequence[tuple[int, ...]]) -> None:
+        """Keep a policy in timm's record, where that has a place for it: of models that came from timm.
+
+        Args:
+            extents: of each part of the model (`position_groups`), what the policy measures from.
+        """
+        record = get_model_args(self).get("record")
+        if record is not None:
+            entry = [policy, [list(extent) for extent in extents]]
+            update_model_args(
+                self, record=record | dict(policies=[*(p for p in record["policies"] if p != entry), entry])
+            )
 
 
 class Step(Protocol):
@@ -178,7 +228,7 @@ class TimmViT(Features, TimmModel):
                 self.attn_pool = None
             self.global_pool = global_pool
             # Where the norm stands follows from the first pooling; a model built from timm's record must agree.
-            update_model_args(self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+            self.record_arguments(fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         self.head = self.new_head(num_classes)
 

@@ -5,7 +5,7 @@ The policies themselves are in `policies.py`. A policy is chosen at evaluation, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,20 +148,30 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
     groups, (windows, policy) = position_groups(model), _split(policy, model)
     if train is not None and windows_of(model):
         raise ConfigError(f"train is one grid, and {type(model).__name__} has windows of other extents: leave it out")
-    able = []
     if windows is None or policy != "default":
-        for _, part, extent in groups:
-            chosen = _policy(policy, tuple(train or extent))
-            able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
-        if not able:
-            found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
-            raise ConfigError(
-                f"{', '.join(found) or 'a model without positions'} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
-                f"it can {' or '.join(policies_of(model))}"
-            )
+        restore_policy(model, policy, [tuple(train or extent) for _, _, extent in groups])
+    _set_windows(model, windows)
+
+
+def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent]) -> None:
+    """`set_policy` of the encodings alone, with what each part of the model (`position_groups`) measures from."""
+    groups, able = position_groups(model), []
+    for (_, part, _), extent in zip(groups, extents, strict=True):
+        chosen = _policy(policy, extent)
+        able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
+    if not able:
+        found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
+        raise ConfigError(
+            f"{', '.join(found) or 'a model without positions'} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
+            f"it can {' or '.join(policies_of(model))}"
+        )
     for encoding, chosen in able:
         encoding.own_policy = chosen
-    _set_windows(model, windows)
+    measured = {id(lead): extent for (lead, _, _), extent in zip(groups, extents, strict=True)}
+    for owner in model.modules():  # the model, or those inside of it, that timm saves from a record
+        keep: Callable[[str, list[Extent]], None] | None = getattr(owner, "record_policy", None)
+        if keep is not None and not {id(e) for e, _ in able}.isdisjoint(map(id, encodings_of(owner))):
+            keep(policy, [measured.get(id(lead), extent) for lead, _, extent in position_groups(owner)])
 
 
 def _policy(spec: str, train: Extent) -> Keep:

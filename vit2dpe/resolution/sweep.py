@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.splits import scaled
 from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
@@ -125,24 +126,14 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Se
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:
     """(B, C, H, W) -> (B, C, *size) by one of the two modes of `sweep`."""
-    if crop < 1:
-        h, w = (max(1, round(side * crop)) for side in images.shape[-2:])
-        top, left = (images.shape[-2] - h) // 2, (images.shape[-1] - w) // 2
-        images = images[..., top : top + h, left : left + w]
     if mode == "scale":
-        return _resize(images, size)
-    images = _resize(images, train_size)
+        return scaled(images, size, crop)
+    images = scaled(images, train_size, crop)
     for dim, (side, train) in zip((-2, -1), zip(size, train_size, strict=True), strict=True):
         index = torch.arange(side, device=images.device) + (train - side) // 2
         index = index.remainder(2 * train)
         images = images.index_select(dim, torch.where(index < train, index, 2 * train - 1 - index))
     return images
-
-
-def _resize(images: Tensor, size: Size) -> Tensor:
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def train_size_of(model: nn.Module) -> Size:

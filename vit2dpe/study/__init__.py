@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "study": "run",
     "evaluate_model": "evaluate",
+    "predict_files": "predict",
+    "read_predictions": "predict",
     "Row": "rows",
     "read_rows": "rows",
     "StudyConfig": "settings",
     "EvaluateConfig": "settings",
+    "PredictConfig": "settings",
     "ProbeConfig": "settings",
 }
 
@@ -29,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from .evaluate import evaluate_model  # noqa: F401
+    from .predict import predict_files, read_predictions  # noqa: F401
     from .rows import Row, read_rows  # noqa: F401
     from .run import study  # noqa: F401
-    from .settings import EvaluateConfig, ProbeConfig, StudyConfig  # noqa: F401
+    from .settings import EvaluateConfig, PredictConfig, ProbeConfig, StudyConfig  # noqa: F401

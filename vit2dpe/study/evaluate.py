@@ -22,6 +22,7 @@ from torch import nn
 from ..data.datasets import SOURCES, write_unreadable
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..models.predict import hub_names
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size, parse_terms
@@ -55,7 +56,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     modes = known("mode", config.modes, MODES)
     policies = policies_of(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
-    _check_sizes(model, len(subject.mean), sizes)
+    check_sizes(model, len(subject.mean), sizes)
 
     height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
     data, total = load_test_images(config, subject, (height, width))
@@ -83,7 +84,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
 def load_subject(config: EvaluateConfig) -> Subject:
     """The model of a run folder, or a timm model with its weights, and what is known about its inputs."""
     folder = Path(config.model)
-    if folder.is_dir():
+    if folder.is_dir() and not is_hub_folder(folder):
         run = load_run(folder)
         about: Meta = vars(run)["about"]
         if lacking := [key for key in ("classes", "mean", "std") if key not in about]:
@@ -100,15 +101,21 @@ def load_subject(config: EvaluateConfig) -> Subject:
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)
     data = resolve_model_data_config(model)
-    subset, classes = infer_imagenet_subset(model), None
+    subset, classes = infer_imagenet_subset(model), tuple(hub_names(model)) or None
     trained_here = _beside(config.checkpoint)
     if trained_here is not None:
         of = trained_here
         return Subject(model, name, None, tuple(of["classes"]), True, of["mean"], of["std"], 1.0)
-    if subset:
+    if subset and classes is None:
         classes = tuple(ImageNetInfo(subset).label_names())
     crop = 1.0 if config.data in SOURCES else data["crop_pct"]
     return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether it is a folder of the Hugging Face hub rather than one of a run."""
+    run = any((folder / place / "model.json").is_file() for place in (".", "last"))
+    return (folder / "config.json").is_file() and not run
 
 
 def _beside(checkpoint: str | None) -> Meta | None:
@@ -126,6 +133,7 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
         raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
     options = parse_terms(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
     name = name.strip()
+    name = f"local-dir:{name}" if is_hub_folder(Path(name)) else name
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -149,7 +157,7 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
     return name, model
 
 
-def _check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None:
+def check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None:
     """Every size once, on one blank image, before hours are spent on the first of them."""
     device = next(model.parameters()).device
     for height, width in sizes:

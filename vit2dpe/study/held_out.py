@@ -156,6 +156,12 @@ class _OfRun(NamedTuple):
         )
 
 
+def fit_of_run(model: str) -> str | None:
+    """How the images of a run were brought to one size."""
+    own = _data_of_run(model)
+    return own.data.fit if own else None
+
+
 def _data_of_run(model: str) -> _OfRun | None:
     """What the config.yaml of a run folder, or of the study that it is a trial of, says about images."""
     import yaml

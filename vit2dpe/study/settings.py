@@ -1,9 +1,9 @@
-"""Configuration of `vit2dpe study`, `evaluate` and `probe`. Nothing heavy is imported here."""
+"""Configuration of `vit2dpe study`, `evaluate`, `predict` and `probe`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from ..data.settings import AugmentConfig, DataConfig, source_of
@@ -229,6 +229,37 @@ class EvaluateConfig(Settings):
     batch_size: Count = 64
     device: str = "auto"
     out: str = "runs/evaluate"
+
+
+@dataclass(frozen=True)
+class PredictConfig(Settings):
+    """Name the classes of images, or of lines of text, with a run or any timm model.
+
+    Args:
+        inputs: the model, as `evaluate --model` takes it (a run folder, a hub folder, a timm name with arguments,
+            hf-hub:user/name, local-dir:folder), then image files and folders of them, at any depth; for a run of text
+            files of lines, or - for the lines of standard input.
+        out: a CSV to write: path (of text: the line), then class and probability of each of the top k.
+        top: classes for each image, the likeliest first.
+        size: that images are brought to, 48 or 48x64 (height x width); default the model's own.
+        policy: what encodings do at another size: interpolate, ntk, ...
+        fit: how images are brought to one size: crop, pad or squash; default that of a run, or crop.
+        checkpoint: weights for a timm name, instead of its pretrained ones.
+        unreadable: error, or skip: what cannot be read is left out, counted and named.
+        batch_size: images or lines at a time.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+
+    inputs: Words = field(default=(), metadata={"positional": True})
+    out: str | None = None
+    top: Count = 5
+    size: Size | None = None
+    policy: str = "default"
+    fit: str | None = None
+    checkpoint: str | None = None
+    unreadable: str = "error"
+    batch_size: Count = 64
+    device: str = "auto"
 
 
 @dataclass(frozen=True)

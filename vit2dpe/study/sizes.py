@@ -43,7 +43,7 @@ class OverSizes(Measure):
             classes=len(data.classes),
             channels=len(data.mean),
             facts=dict(images=data.used),
-            about=dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std)),
+            about=data.about,
             unreadable=data.unreadable,
         )
 

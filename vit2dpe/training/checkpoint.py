@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
-from ..models.spec import MODELS, ModelSpec
+from ..models.spec import MODELS, ModelSpec, timm_spec
 from ..spec import Plain
 
 
@@ -51,6 +51,7 @@ class Meta(TypedDict, total=False):
     classes: list[str]
     mean: list[float]
     std: list[float]
+    fit: str  # of images of several sizes, where it is no crop
     train_size: list[int]  # (H, W)
     tokenizer: dict[str, str]
     trained: Plain
@@ -65,18 +66,23 @@ MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp|\w+-[0-9a-f]{16}\.safetensors")
 
 
-def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any], **about: Plain) -> None:
+def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any] | None = None, **about: Plain) -> None:
     """Write `model` to `folder` so that `load_run` can build it again.
 
     Args:
         folder: made if missing; what it held is replaced in one moment.
-        model: of a class in `MODELS`.
-        arguments: of the constructor; plain JSON values, the encoding as its spec.
+        model: of a class in `MODELS`, or made by `timm.create_model` or `from_timm`.
+        arguments: of the constructor; plain JSON values, the encoding as its spec. Default: those in timm's record of
+            the model, without rates of dropout.
         about: further metadata (data, classes, mean, std, seed, numbers).
+
+    Raises:
+        ConfigError: for a model that was built by hand, without `arguments`; for an encoding given as an instance.
     """
     tensors = dict(model.state_dict())
     grid = getattr(model, "train_grid", None)
-    write_checkpoint(folder, ModelSpec(type(model).__name__, arguments), {"model": tensors}, grid=grid, **about)
+    spec = timm_spec(model) if arguments is None else ModelSpec(type(model).__name__, arguments)
+    write_checkpoint(folder, spec, {"model": tensors}, grid=grid, **about)
 
 
 def write_checkpoint(

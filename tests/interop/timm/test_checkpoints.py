@@ -361,7 +361,7 @@ def test_a_distilled_one_too():
 def test_what_timm_has_no_model_for(position):
     with pytest.raises(ConfigError, match=r"timm has no ViT with .*state_dict"):
         to_timm(ViT(position, img_size=(48, 80), patch_size=16, **MICRO))
-    with pytest.raises(ConfigError, match="a model of ours, got Linear"):
+    with pytest.raises(ConfigError, match="a ViT or a Swin of ours, got Linear"):
         to_timm(torch.nn.Linear(2, 2))
 
 

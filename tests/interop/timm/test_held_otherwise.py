@@ -50,13 +50,13 @@ CLASSES = {
 @pytest.mark.parametrize("kind", CLASSES)
 @torch.no_grad()
 def test_built_by_its_class(kind):
-    """Such a model has no `pretrained_cfg`."""
+    """Such a model has no `pretrained_cfg`; ours has sizes, and no numbers that would be timm's."""
     cls, more = CLASSES[kind]
     theirs = made(cls, **more)
     assert not hasattr(theirs, "pretrained_cfg")
     ours, x = from_timm(theirs), randn(2, 3, 32, 48)
     same(ours(x), theirs(x))
-    assert pretrained_cfg_of(ours) == {}
+    assert not {"mean", "std", "tag", "license"} & pretrained_cfg_of(ours).keys()
     assert resolve_data_config({}, model=ours)["input_size"]
     again = copy.deepcopy(theirs)
     again.load_state_dict(to_timm(ours))

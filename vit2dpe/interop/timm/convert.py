@@ -29,6 +29,7 @@ from ...resolution.apply import set_policy
 from ..own_encoding import names_of, own_weights, with_own_options
 from .names import create
 from .read import Recipe, read, refusal
+from .record import remember, without_source
 from .steps import keep_training
 from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .weights import create_with
@@ -88,6 +89,9 @@ def from_timm(
         theirs = create_with(model, weights, sizes, pretrained=pretrained, **kwargs)
     if isinstance(theirs, TimmModel):
         raise ConfigError(f"a {type(theirs).__name__} is a model of ours already: use it as it is")
+    if isinstance(model, str) and (not pretrained or weights is not None):
+        # Drawn, or from a file: not the weights that timm names.
+        vars(theirs)["pretrained_cfg"] = without_source(pretrained_cfg_of(theirs))
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
         if isinstance(position, str):
             position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
@@ -102,13 +106,14 @@ def from_timm(
     same = position is None or (isinstance(position, str) and names_of(position) == names_of(recipe.position))
     arguments = recipe.arguments | sizes
     _check_size(theirs, arguments)
+    built = recipe.position if position is None else position
     like = theirs.get_parameter("patch_embed.proj.weight")
     with torch.device("meta") if like.is_meta else nullcontext():
-        ours = recipe.model(recipe.position if position is None else position, **arguments)
+        ours = recipe.model(built, **arguments)
     complete = _load(ours, theirs, recipe, position)
-    ours.pretrained_cfg = pretrained_cfg_of(theirs)
     if same and complete:
         ours.timm_steps = recipe.steps
+    remember(ours, theirs, built, arguments)
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, train=recipe.grid)

@@ -31,8 +31,8 @@ from ...models.spec import Arguments
 from ...models.swin.model import Swin
 from ...models.swin.stage import Spec, SwinBlock, WindowAttention
 from ...models.swin.weights import TABLE
-from ...models.timm_api import pretrained_cfg_of
 from .read import SWINS, refusal
+from .record import remember
 from .steps import Rename, keep_training
 
 TheirSwin: TypeAlias = SwinTransformer | SwinTransformerV2
@@ -52,9 +52,10 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         ConfigError: for a family or a part that is not covered.
     """
     v2 = _refuse(theirs)
+    built, arguments = position or OWN_WORDS[type(theirs)], _arguments(theirs, v2) | kwargs
     like = theirs.patch_embed.proj.weight
     with torch.device("meta") if like.is_meta else nullcontext():
-        ours = Swin(position or OWN_WORDS[type(theirs)], **_arguments(theirs, v2) | kwargs)
+        ours = Swin(built, **arguments)
     state = theirs.state_dict()
     if position is not None:
         # Their tables and networks are left out where another encoding's parameters are drawn.
@@ -62,7 +63,7 @@ def from_timm_swin(theirs: TheirSwin, position: Spec | None = None, **kwargs: An
         state = {name: value for name, value in state.items() if "bias_table" not in name and "cpb_mlp" not in name}
         state |= {name: value for name, value in ours.state_dict().items() if "position." in name} | own
     ours.load_state_dict(state)
-    ours.pretrained_cfg = pretrained_cfg_of(theirs)
+    remember(ours, theirs, built, arguments)
     keep_training(ours, theirs, [Rename(f"attn.{name}", f"attn.position.{name}") for name in ("cpb_mlp", TABLE)])
     return ours.to(like.device, like.dtype)
 

@@ -49,6 +49,8 @@ class TimmSwin(TimmModel):
     def window_policy(self, policy: str) -> None:
         if policy not in ("keep", "scale"):
             raise unknown("window_policy", policy, ("keep", "scale"))
+        if policy != self.stages[0].own_window_policy:
+            self.record_arguments(window_policy=policy)
         for stage in self.stages:
             stage.own_window_policy = policy
 
@@ -110,6 +112,8 @@ class TimmSwin(TimmModel):
         if windows is None and window_ratio is not None:
             ratios = [window_ratio] * count if isinstance(window_ratio, int) else list(window_ratio)
             windows = [(max(1, grid[0] // ratio), max(1, grid[1] // ratio)) for ratio in ratios]
+        if any(stage.trained_window != stage.window for stage in self.stages):
+            self.record_arguments(pretrained_window_sizes=0)  # from here on encodings are measured by the windows
         for i, stage in enumerate(self.stages):
             grid = grid if i == 0 else (-(-grid[0] // 2), -(-grid[1] // 2))
             stage.resize(grid, stage.window_at(grid) if windows is None else windows[i])

@@ -9,17 +9,20 @@ Legend: B batch, N tokens, D width, V vocabulary. `valid` is boolean (B, N), Fal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.prepare import Prediction, ranked
+from ...data.tokenizers import from_json
 from ...encodings import PositionEncoding
-from ...errors import ConfigError, unknown
+from ...errors import ConfigError, DataError, unknown
+from ...modes import evaluating
 from ..layers import norm_factory
-from .model import Encoded, SequenceOptions, TextModel
+from .model import Encoded, SequenceOptions, TextModel, pad
 
 POOLS = ("cls", "mean", "max", "")
 
@@ -64,6 +67,33 @@ class TextEncoder(TextModel):
             self.head(self.pool(x, valid)) if self.masked_head is None else self.masked_head(x, self.embed.weight)
         )
         return out
+
+    def predict(self, texts: str | Sequence[str], k: int = 5, *, batch_size: int = 64) -> Prediction | list[Prediction]:
+        """The k likeliest classes of a text, by name, and their probabilities; of several texts a list of them.
+
+        A text is cut after `context` tokens, as in training. The mode of the model is left alone.
+
+        Raises:
+            ConfigError: for a model that was not trained to classify: it has no classes and no tokenizer.
+            DataError: for a text that is empty, or has a character that the tokenizer does not know.
+        """
+        about = vars(self).get("about") or {}
+        if not (self.num_classes and self.pool_name and {"classes", "tokenizer"} <= about.keys()):
+            raise ConfigError(
+                "predict is for a run of vit2dpe text train --objective classify: load_run(folder).predict(text)"
+            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        tokenizer, device = from_json(about["tokenizer"]), self.embed.weight.device
+        several, found = [texts] if isinstance(texts, str) else list(texts), list[Prediction]()
+        lines = [torch.tensor(tokenizer.encode(text)[: self.context]) for text in several]
+        if empty := [i for i, line in enumerate(lines) if not len(line)]:
+            raise DataError(f"text {empty[0] + 1} of {len(lines)} is empty: there is nothing to classify")
+        with evaluating(self), torch.inference_mode():
+            for start in range(0, len(lines), batch_size):
+                tokens, valid = pad(lines[start : start + batch_size])
+                found += ranked(self(tokens.to(device), valid.to(device)).float(), about["classes"], k)
+        return found[0] if isinstance(texts, str) else found
 
     def pool(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, D); padding never counts."""

@@ -119,9 +119,7 @@ class ImageTask(SeededTask):
         return numbers
 
     def describe(self) -> dict[str, Plain]:
-        data, size = self.data, list(self.train_size)
-        classes, mean, std = list(data.classes), list(data.mean), list(data.std)
-        return describe_data("classification", data, classes=classes, mean=mean, std=std, train_size=size)
+        return describe_data("classification", self.data, **self.data.about, train_size=list(self.train_size))
 
 
 def evaluation_batches(

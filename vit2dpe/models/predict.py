@@ -1,0 +1,91 @@
+"""What a classifier says to pictures: `predict` of our models, and of any module that `vit2dpe predict` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from ..data.prepare import NATIVE, Picture, Prediction, Preparation, pictures, ranked
+from ..errors import ConfigError
+from ..modes import evaluating
+from ..spec import Size
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def predict(
+    model: nn.Module,
+    images: Picture | Sequence[Picture],
+    k: int,
+    prepare: Preparation,
+    classes: Sequence[str] | None,
+    batch_size: int = 64,
+) -> Prediction | list[Prediction]:
+    """`TimmModel.predict` of any module from images (B, C, H, W) to logits (B, classes)."""
+    if not getattr(model, "num_classes", 1):
+        raise ConfigError(f"this {type(model).__name__} has no classes: it is no classifier")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    several = pictures(images)
+    device = next(model.parameters()).device
+    found: list[Prediction] = []
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(several), batch_size):
+            logits = model(prepare(several[start : start + batch_size]).to(device)).float()
+            found += ranked(logits, classes, k)
+    return found if isinstance(images, list | tuple) else found[0]
+
+
+def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:
+    """How images are prepared for a model: by a run's record (`about`), or by timm's (`pretrained_cfg`)."""
+    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    about: Mapping[str, Any] = vars(model).get("about") or {}
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    own, channels = (int(height), int(width)), int(getattr(model, "in_chans", 3))
+    if "mean" in about:
+        return prepared(about, size or own, own, about["mean"], about["std"])
+    mean, std = cfg.get("mean") or HALF[:channels], cfg.get("std") or HALF[:channels]
+    return prepared({}, size or own, own, mean, std, float(cfg.get("crop_pct") or 1.0))
+
+
+def prepared(
+    about: Mapping[str, Any],
+    size: Size,
+    own: Size,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop: float = 1.0,
+    fit: str | None = None,
+) -> Preparation:
+    """The preparation for a model whose own size is `own`.
+
+    Images are decoded at the larger of the two sizes, as in a sweep over both; those of data that have one size
+    (`about["data"]` of a run), at that.
+    """
+    height, width = (round(max(side) / crop) for side in zip(size, own, strict=True))
+    source = NATIVE.get(about.get("data", ""), (height, width))
+    return Preparation(size, tuple(mean), tuple(std), fit or about.get("fit", "crop"), crop, source)
+
+
+def class_names(model: nn.Module) -> Sequence[str] | None:
+    """The names of a model's classes by index: a run's, those of a hub folder, or ImageNet's; None without any."""
+    about: Mapping[str, Any] = vars(model).get("about") or {}
+    if "classes" in about:
+        return list(about["classes"])
+    if names := hub_names(model):
+        return names
+    if subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(info.num_classes())]
+    return None
+
+
+def hub_names(model: nn.Module) -> list[str]:
+    """The classes that the config.json of a hub folder names; none where it names not every one."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
+    found = [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else list(names)
+    return found if len(found) == getattr(model, "num_classes", None) else []
