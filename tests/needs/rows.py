@@ -53,7 +53,9 @@ NEEDS = {
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
     "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
+    "C1b": ("ONNX of a Swin that is filled up as timm's", "padding='timm'"),
     "C2": ("torch.jit.trace, and operations that converters have", "coremltools#1747, dinov2#102"),
+    "C2a": ("masked models and features in traces and in ONNX", "movedim in SimMIM"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
     # Training, data, command line
@@ -101,7 +103,6 @@ NEEDS = {
 }
 
 OPEN = {
-    **dict.fromkeys(["C3", "C4"], "open"),
     **dict.fromkeys(["D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",

@@ -117,7 +117,7 @@ def test_the_page_has_a_line_for_each_depth(tmp_path):
     keys = {(s["study"], s["part"], s["depth"]) for s in read.data["series"]}
     assert keys == {*itertools.product([0], ["scale", "canvas"], [1, 2]), (1, "scale", None)}
     (point,) = [s["points"][0] for s in read.data["series"] if (s["mode"], s["name"]) == ("scale, depth 2", "none")]
-    assert point["top1"][0::2] == [20.25, 2]
+    assert point["top1"][0:3:2] == [20.25, 2]
     assert {"heat", "heatmap", "heatover"} <= set(read.ids)
 
 

@@ -80,7 +80,9 @@ def test_means_deviations_and_counts_are_those_of_the_rows():
     (series,) = [s for s in read.data["series"] if s["name"] == "rope" and s["policy"] == "extrapolate"]
     assert [p["label"] for p in series["points"]] == ["32", "32x48", "48", "64", "96", "128"]
     assert series["points"][1]["x"] == pytest.approx(math.sqrt(32 * 48))
-    assert series["points"][0]["top1"] == [81.0, statistics.stdev([80, 81, 82]), 3]
+    half = 4.302652729911275 / math.sqrt(3)  # t of two degrees of freedom, a deviation of 1
+    interval = [pytest.approx(81 - half), pytest.approx(81 + half)]
+    assert series["points"][0]["top1"] == [81.0, statistics.stdev([80, 81, 82]), 3, *interval]
     assert series["first"]
     assert not next(s for s in read.data["series"] if s["policy"] == "ntk")["first"]
     assert read.data["names"] == ["rope", "a<b>&amp;"]
@@ -91,10 +93,11 @@ def test_means_deviations_and_counts_are_those_of_the_rows():
 
 def test_the_tables_hold_every_number():
     losses, every = Reader(page([Study("one", rows(), {})])).tables
-    assert losses[0] == ["mode", "encoding", "policy", "1.5x", "2x", "3x", "4x"]
+    sizes = ["32x48 (1.22x)", "48 (1.5x)", "64 (2x)", "96 (3x)", "128 (4x)"]
+    assert losses[0] == ["mode", "encoding", "policy", *sizes]
     assert losses[1:3] == [
-        ["scale", "rope", "extrapolate", "-10.0", "-20.0", "-30.0", "-40.0"],
-        ["scale", "rope", "ntk", "-5.0", "-10.0", "-15.0", "-20.0"],
+        ["scale", "rope", "extrapolate", "-3.0", "-10.0", "-20.0", "-30.0", "-40.0"],
+        ["scale", "rope", "ntk", "-1.5", "-5.0", "-10.0", "-15.0", "-20.0"],
     ]
     assert losses[3][:2] == ["canvas", "a<b>&amp;"]
     assert len(every) == 1 + 3 * 6
@@ -109,7 +112,7 @@ def test_entropy_and_distance_show_where_they_were_measured():
     read = Reader(page([Study("one", found, {})]))
     assert [m["key"] for m in read.data["measures"]] == ["top1", "loss", "entropy", "distance"]
     (point,) = [p for s in read.data["series"] for p in s["points"] if "entropy" in p]
-    assert point["entropy"] == [2.5, pytest.approx(math.sqrt(0.5)), 2]
+    assert point["entropy"][:3] == [2.5, pytest.approx(math.sqrt(0.5)), 2]
     assert point["top1"][2] == 3
 
 
@@ -225,7 +228,7 @@ def test_in_a_browser(width, tmp_path):
     assert found["down"] == sorted(found["up"], reverse=True)
     assert found["up"] == sorted(found["up"])
     assert found["tip"].startswith("size 32x48")
-    assert "rope 78.0% ± 1.0%" in found["said"]
+    assert "rope 78.0% [75.5 to 80.5]" in found["said"]
     assert found["tips"] == 0
     assert found["policies"] == 2
     assert found["heat"] == 6, "of rope, at each size"

@@ -47,6 +47,7 @@ def sweep(
     temperatures: Sequence[str] = ("none",),
     train_size: Size | None = None,
     crop: float = 1.0,
+    right: list[Tensor] | None = None,
 ) -> list[SweepRow]:
     """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
 
@@ -60,6 +61,7 @@ def sweep(
             canvases see its middle). The two answer different questions and are never mixed in a row.
         train_size: (height, width) of training; default: the model's.
         crop: the centre share of each side that is kept, the same for all sizes.
+        right: a list that collects, for each row, which images the model has right: (n,) booleans on the CPU.
 
     Returns:
         rows with mode, policy, temperature, train_height, train_width, height, width, top1 (percent), loss (nats), n.
@@ -77,9 +79,9 @@ def sweep(
                     batches = ((fit_size(x, size, mode, train_size, crop), y) for x, y in data)
                     if ours:
                         with use_policy(model, policy, temperature=temperature):
-                            score = evaluate(model, batches)
+                            score = evaluate(model, batches, right=right)
                     elif policy == "default" and temperature == "none":
-                        score = evaluate(model, batches)
+                        score = evaluate(model, batches, right=right)
                     else:
                         raise ConfigError(
                             f"policy {policy!r} with temperature {temperature!r} needs a model of ours; "
@@ -103,25 +105,36 @@ def sweep(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: Sequence[int] = (1,)) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    top: Sequence[int] = (1,),
+    right: list[Tensor] | None = None,
+) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
+        right: a list that gains (n,) booleans on the CPU: whether the likeliest class is the label.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    right, loss, n = dict.fromkeys(top, 0), 0.0, 0
+    hits, loss, n = dict.fromkeys(top, 0), 0.0, 0
+    answers: list[Tensor] = []
     with evaluating(model):
         for images, labels in batches:
             logits, labels = model(images.to(device)).float(), labels.to(device)
             for k in top:
                 likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
-                right[k] += int((likeliest == labels[:, None]).sum())
+                hits[k] += int((likeliest == labels[:, None]).sum())
+            if right is not None:
+                answers.append((logits.argmax(-1) == labels).cpu())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
     if n == 0:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
-    return {f"top{k}": 100 * hits / n for k, hits in right.items()} | {"loss": loss / n, "n": n}
+    if right is not None:
+        right.append(torch.cat(answers))
+    return {f"top{k}": 100 * count / n for k, count in hits.items()} | {"loss": loss / n, "n": n}
 
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:

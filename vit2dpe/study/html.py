@@ -22,12 +22,13 @@ from jinja2 import Environment, StrictUndefined, Template
 from ..errors import DataError
 from ..files import write_atomically
 from ..spec import Plain
+from .answers import ANSWERS, Right, read_answers
+from .intervals import of_mean
 from .rows import Row, read_rows
 from .tables import METRICS, metric_of, spell
+from .verdict import Verdict, verdict
 
 Facts = dict[str, Plain]  # the content of env.json
-
-MULTIPLES = (1.5, 2.0, 3.0, 4.0)  # of the training side
 
 
 class Measure(NamedTuple):
@@ -51,11 +52,16 @@ MEASURES = {
 
 
 class Study(NamedTuple):
-    """One run: its name, its rows (as in `results.csv`), and its record (as in `env.json`)."""
+    """One run: its name, its rows (as in `results.csv`), its record (as in `env.json`), what each row has right."""
 
     name: str
     rows: list[Row]
     about: Facts
+    answers: Sequence[Right] | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return verdict(self.rows, self.answers, self.about)
 
     @property
     def seeds(self) -> str:
@@ -69,11 +75,19 @@ class Study(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """Mean and standard deviation over n seeds."""
+    """Mean and standard deviation over n seeds, and the ends of an interval of 95%, where one can be given."""
 
     mean: float
     deviation: float = 0.0
     n: int = 1
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float], images: float | None, percent: bool) -> Statistic:
+        """Of one value a seed; `images`: over how many each share in percent was counted."""
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.mean(values), deviation, len(values), *(of_mean(values, images, percent) or (None, None)))
 
 
 class Point(NamedTuple):
@@ -130,15 +144,18 @@ def read_study(run: str | Path) -> Study:
         about = json.loads((folder / "env.json").read_text()) if (folder / "env.json").is_file() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / 'env.json'} cannot be read: {error}") from None
-    return Study(folder.resolve().name, rows, about)
+    return Study(folder.resolve().name, rows, about, read_answers(folder / ANSWERS, path, len(rows)))
 
 
 def merge(runs: Sequence[str | Path], out: str | Path = "report.html") -> Path:
-    """`vit2dpe report RUN...`: one page for several studies."""
+    """`vit2dpe report RUN...`: one page for several studies; prints the verdict of each."""
     if not runs:
         raise DataError("name at least one folder with the results.csv of a study")
-    path = Path(out)
-    write_atomically(path, encoded(page([read_study(run) for run in runs])))
+    path, studies = Path(out), [read_study(run) for run in runs]
+    for name, study in zip([_name(study, studies) for study in studies], studies, strict=True):
+        if found := study.verdict:
+            print(f"{name}\n\n{found.text()}\n" if len(studies) > 1 else f"{found.text()}\n")
+    write_atomically(path, encoded(page(studies)))
     return path
 
 
@@ -168,6 +185,7 @@ def page(studies: Sequence[Study]) -> str:
     return _template().render(
         title=metric.study if len(studies) == 1 else f"{len(studies)} studies",
         studies=dict(zip(names, studies, strict=True)),
+        verdicts={name: found for name, study in zip(names, studies, strict=True) if (found := study.verdict)},
         losses=_losses(series, names, relative),
         table=_all_numbers(series, names, measures),
         data=data,
@@ -186,6 +204,7 @@ def _series(study: Study, index: int) -> Iterator[Series]:
     """A line for each encoding, policy, temperature and mode: mean, deviation and count over seeds at each size."""
     Line = tuple[str, str, str, str, int | None, tuple[float, float]]
     lines: dict[Line, dict[tuple[float, float], dict[str, list[float]]]] = {}
+    counted: dict[tuple[Line, tuple[float, float]], tuple[str, float | None]] = {}
     first: dict[str, str] = {}
     for row in study.rows:
         policy = row.policy + ("" if row.temperature == "none" else f" · {row.temperature}")
@@ -193,15 +212,19 @@ def _series(study: Study, index: int) -> Iterator[Series]:
         line = (row.encoding, policy, row.panel, row.part, row.blocks, row.train_size)
         sizes = lines.setdefault(line, {})
         at_size = sizes.setdefault(row.size, {})
+        if row.metric in METRICS:
+            counted.setdefault((line, row.size), (row.metric, row.n))
         measured = {row.metric: row.value} | (dict(top1=row.top1, loss=row.loss) if row.metric in METRICS else {})
         for key, value in measured.items():
             if key in MEASURES and value is not None and math.isfinite(value):
                 at_size.setdefault(key, []).append(value)
-    for (name, policy, mode, part, depth, train), sizes in lines.items():
+    for line, sizes in lines.items():
+        name, policy, mode, part, depth, train = line
         points = []
         for size, at_size in sorted(sizes.items(), key=lambda item: math.prod(item[0])):
+            metric, n = counted.get((line, size), ("", None))
             values = {
-                key: Statistic(statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v))
+                key: Statistic.of(v, n if key == metric else None, percent=MEASURES[key].unit == "%")
                 for key, v in at_size.items()
             }
             points.append(Point(_side(size), spell(size), values))
@@ -209,12 +232,17 @@ def _series(study: Study, index: int) -> Iterator[Series]:
 
 
 def _losses(series: Sequence[Series], names: Sequence[str], relative: bool) -> Table:
-    """Change of top-1 at multiples of the training side: an encoding's default policy, then its best other one."""
+    """Change of top-1 from the training size to each other one: an encoding's default policy, then its best other one.
+
+    Where the training size was not measured, from the measured one that is nearest to it.
+    """
+    sides = {_ratio(point, one, relative): point.label for one in series for point in one.points if point.x}
+    base = min(sides, key=lambda ratio: (abs(math.log(ratio)), ratio)) if sides else 1.0
+    used = sorted(ratio for ratio in sides if ratio != base)
 
     def change(one: Series) -> list[Statistic | None]:
-        train = 1.0 if relative else one.train
-        at = {round(point.x / train, 2): point.values["top1"].mean for point in one.points if "top1" in point.values}
-        return [Statistic(at[m] - at[1.0]) if m in at and 1.0 in at else None for m in MULTIPLES]
+        at = {_ratio(point, one, relative): point.values["top1"].mean for point in one.points if "top1" in point.values}
+        return [Statistic(at[ratio] - at[base]) if ratio in at and base in at else None for ratio in used]
 
     groups: dict[tuple[int, str, str], list[Series]] = {}
     for one in series:
@@ -229,13 +257,13 @@ def _losses(series: Sequence[Series], names: Sequence[str], relative: bool) -> T
         for policy in dict.fromkeys([default, best]):
             if any(value is not None for value in changes[policy]):
                 rows.append(([names[study], mode, name, policy], changes[policy]))
-    used = [i for i in range(len(MULTIPLES)) if any(values[i] is not None for _, values in rows)]
-    return _one_study(
-        ["study", "mode", "encoding", "policy"],
-        [f"{MULTIPLES[i]:g}x" for i in used],
-        [(text, [values[i] for i in used]) for text, values in rows],
-        "{:+.1f}",
-    )
+    heads = [sides[ratio] if relative else f"{sides[ratio]} ({ratio:.3g}x)" for ratio in used]
+    return _one_study(["study", "mode", "encoding", "policy"], heads, rows, "{:+.1f}")
+
+
+def _ratio(point: Point, one: Series, relative: bool) -> float:
+    """Its side over that of training."""
+    return point.x if relative else round(point.x / one.train, 6)
 
 
 def _all_numbers(series: Sequence[Series], names: Sequence[str], measures: Sequence[str]) -> Table:

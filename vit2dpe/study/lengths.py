@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..data.text import SHAKESPEARE, TextData, load_text
 from ..data.text_settings import TextDataConfig
 from ..resolution.apply import policies_of, use_policy
+from ..spec import Plain
 from ..training.devices import pick_device
 from ..training.task import Task
 from ..training.tasks.language import LanguageTask, token_loss, windows
 from ..training.tasks.sequences import SequenceTask, answers
+from .answers import Right
 from .plan import Plan, Trial
 from .rows import Row
 from .trials import Measure, digest_of, policies_for
@@ -28,7 +30,7 @@ from .trials import Measure, digest_of, policies_for
 STEPS = 100  # updates of an epoch
 LAST = 64  # tokens at the end of a window that are measured by themselves too
 SYMBOLS = 10  # of the sequence tasks
-FACTS = dict(tables="learned tables start at N(0, 0.02), truncated")
+FACTS: dict[str, Plain] = dict(tables="learned tables start at N(0, 0.02), truncated")
 
 
 class Score(NamedTuple):
@@ -39,6 +41,16 @@ class Score(NamedTuple):
     n: int
 
 
+class Measured(NamedTuple):
+    """Mode, metric and value of a row, its score, and which sequences are right, where a row counts those."""
+
+    mode: str
+    metric: str
+    value: float
+    score: Score
+    right: Right = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class OverLengths(Measure):
     """The metric of one-dimensional models over the length of their input; which, subclasses say."""
@@ -47,7 +59,7 @@ class OverLengths(Measure):
         config, lengths = self.plan.config, [length for _, length in self.plan.sizes]
         return digest_of((lengths, config.policies, config.temperatures))
 
-    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[Row]:
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterator[tuple[Row, Right]]:
         plan, train_length = self.plan, self.plan.train_size[1]
         lengths = [length for _, length in plan.sizes]
         policies = policies_for(plan, model)
@@ -58,8 +70,8 @@ class OverLengths(Measure):
                 for length in lengths:
                     with use_policy(model, policy, temperature=temperature):
                         measured = list(self.scores(model, trial, length))
-                    for mode, metric, value, score in measured:
-                        yield Row(
+                    for mode, metric, value, score, right in measured:
+                        row = Row(
                             encoding=trial.encoding,
                             policy=policy,
                             temperature=temperature,
@@ -73,9 +85,10 @@ class OverLengths(Measure):
                             value=value,
                             **score._asdict(),
                         )
+                        yield row, right
 
-    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
-        """(mode, metric, value, score) of each row at a length."""
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[Measured]:
+        """What each row at a length holds."""
         raise NotImplementedError(f"{type(self).__name__} has no metric")
 
 
@@ -104,10 +117,10 @@ class Perplexity(OverLengths):
         device, batch_size = pick_device(config.run.device), config.optim.batch_size
         return LanguageTask(self.text, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
 
-    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[Measured]:
         device = next(model.parameters()).device
         for part, score in text_scores(model, self.text.val, length, device).items():
-            yield part, "perplexity", math.exp(score.loss), score
+            yield Measured(part, "perplexity", math.exp(score.loss), score)
 
     def label(self, row: Row, trial: Trial) -> Row:
         row = replace(super().label(row, trial), mode=row.part)
@@ -128,11 +141,12 @@ class ExactAnswers(OverLengths):
         device, batch_size = pick_device(config.run.device), config.optim.batch_size
         return SequenceTask(config.task, self.plan.train_size[1], batch_size, STEPS, seed=seed, device=device)
 
-    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[tuple[str, str, float, Score]]:
+    def scores(self, model: nn.Module, trial: Trial, length: int) -> Iterator[Measured]:
         device = next(model.parameters()).device
-        score = answers(model, self.plan.config.task, length, device=device)
+        whole: list[Tensor] = []
+        score = answers(model, self.plan.config.task, length, device=device, whole=whole)
         tokens = Score(score["loss"], score["top1"], int(score["n"]))
-        yield f"depth {trial.depth}", "exact", score["exact"], tokens
+        yield Measured(f"depth {trial.depth}", "exact", score["exact"], tokens, whole[0])
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .intervals import of_mean
 from .rows import Row
 from .tables import default_rows, depths_of, metric_of, over_depth, spell
 
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHARES = (-3, 103)  # the axis of every share in percent: a zoom makes noise look like a difference
 MODES = {"scale": ": the same picture with more pixels", "canvas": ": more content at the scale of training"}
 
 
 def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | None = None, status: str = "") -> Figure:
     """The metric over size, a panel a mode, a colour an encoding: solid its default policy, dashed its best other one.
 
+    Bands are intervals of 95% of each value by itself: over seeds, or over images of one seed.
     A study of several depths has a row of panels for each of them. Sequences of one length: over
     depth. Before a trial is finished the panel shows the training loss of `curves`.
     """
@@ -66,7 +69,7 @@ def _depth_panel(panel: Axes, rows: Sequence[Row]) -> None:
         values = [[row.value for row in shown if (row.encoding, row.mode) == (encoding, mode)] for mode in modes]
         panel.plot(x, [statistics.mean(v) if v else math.nan for v in values], "o-", label=encoding, ms=4)
     panel.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
-    panel.set(xlabel="depth [blocks]", ylabel=metric_of(rows).unit, ylim=(-4, 104))
+    panel.set(xlabel="depth [blocks]", ylabel=metric_of(rows).unit, ylim=SHARES)
     panel.grid(alpha=0.25)
     panel.legend(fontsize=8, frameon=False)
 
@@ -75,7 +78,7 @@ def _panel(panel: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None
     metric = metric_of(rows)
     side = {size: math.sqrt(size[0] * size[1]) for size in {row.size for row in rows}}
     sizes = sorted(side, key=lambda size: (side[size], size))
-    x = [side[size] for size in sizes]
+    x, images = [side[size] for size in sizes], {row.size: row.n for row in rows}
     for encoding, colour in colours.items():
         lines: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}  # policy and temperature -> size
         for row in rows:
@@ -89,18 +92,23 @@ def _panel(panel: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None
         for line in first + sorted(others, key=lambda line: score[line])[:1]:
             values = [lines[line].get(size, []) for size in sizes]
             mean = [statistics.mean(v) if v else math.nan for v in values]
-            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            bands = [
+                of_mean(v, images[size], metric.more_is_better) if v else None
+                for v, size in zip(values, sizes, strict=True)
+            ]
             default = line in first
             label = encoding if default else " · ".join([encoding, *(word for word in line if word != "none")])
             panel.plot(x, mean, "o-" if default else "--", color=colour, label=label, ms=4, lw=1.8 if default else 1)
-            if any(spread):
-                low, high = ([m + k * s for m, s in zip(mean, spread, strict=True)] for k in (-1, 1))
-                panel.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            if any(bands):
+                low, high = ([band[i] if band else m for m, band in zip(mean, bands, strict=True)] for i in (0, 1))
+                panel.fill_between(x, low, high, color=colour, alpha=0.12 if default else 0.06, lw=0)
     panel.axvline(math.sqrt(rows[0].train_height * rows[0].train_width), color="0.6", lw=1, ls=":")
     panel.set_xscale("log", base=2)
     panel.set_xticks(x, [spell(size) for size in sizes])
     panel.minorticks_off()
-    panel.set_xlabel(f"{metric.scale}; dotted: training")
-    if not metric.more_is_better:
+    panel.set_xlabel(f"{metric.scale}; dotted: training; bands: 95%")
+    if metric.more_is_better:
+        panel.set_ylim(*SHARES)
+    else:
         panel.set_yscale("log")
     panel.grid(alpha=0.25)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..files import write_atomically
 from ..spec import Settings, plain
 from ..training.run_folder import environment
+from .answers import ANSWERS, Right, write_answers
 from .heatmaps import draw as draw_cells
 from .html import Facts, Study, encoded, page
 from .pictures import draw
@@ -48,7 +49,7 @@ class Report:
         except ImportError:
             raise ConfigError('a study draws with matplotlib: pip install "vit2dpe[recipes]"') from None
         self.out, self.about, self.total, self.started = out, about, total, started
-        self.trials: dict[int, list[Row]] = {}
+        self.trials: dict[int, tuple[list[Row], Sequence[Right]]] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.drawn = float("-inf")
 
@@ -64,7 +65,16 @@ class Report:
     @property
     def rows(self) -> list[Row]:
         """Of all finished trials, in the order of the plan, whichever was finished first."""
-        return [row for i in sorted(self.trials) for row in self.trials[i]]
+        return [row for i in sorted(self.trials) for row in self.trials[i][0]]
+
+    @property
+    def answers(self) -> list[Right]:
+        """Which test images each of these rows has right."""
+        return [right for i in sorted(self.trials) for right in self.trials[i][1]]
+
+    @property
+    def study(self) -> Study:
+        return Study(self.out.resolve().name, self.rows, self.about, self.answers)
 
     def progress(self, name: str, seed: int, numbers: Mapping[str, float]) -> None:
         """Called while a trial trains; redraws at most every 20 seconds."""
@@ -72,10 +82,12 @@ class Report:
         if time.monotonic() - self.drawn > 20:
             self._draw(f"training {name}, seed {seed}, epoch {numbers['epoch']} of {numbers['epochs']}")
 
-    def add(self, index: int, name: str, rows: list[Row]) -> None:
-        """Add a finished trial: its index in the plan, its name on the screen, its rows."""
-        self.trials[index] = rows
-        write_atomically(self.out / "results.csv", to_csv(self.rows).encode())
+    def add(self, index: int, name: str, rows: list[Row], answers: Sequence[Right] | None = None) -> None:
+        """Add a finished trial: its index in the plan, its name on the screen, its rows, what each has right."""
+        self.trials[index] = rows, answers or [None] * len(rows)
+        table = to_csv(self.rows).encode()
+        write_atomically(self.out / "results.csv", table)
+        write_answers(self.out / ANSWERS, self.answers, table)
         at_train = [row.value for row in rows if row.size == row.train_size]
         metric = metric_of(rows)
         value = f", {metric.name} {at_train[0]:.1f} at the training {metric.over.split()[-1]}" if at_train else ""
@@ -85,8 +97,10 @@ class Report:
         self._write(minutes)
 
     def finish(self) -> Path:
-        """Print the table, where the files are and what to do next; returns the path of the picture."""
+        """Print the table, the verdict, where the files are and what to look at; returns the path of the picture."""
         print(f"\n{table(self.rows)}\n")
+        found = self.study.verdict
+        print(f"{found.text()}\n" if found else "")
         print(f"table    {self.out / 'results.csv'}")
         print(f"report   {self.out / 'report.html'}")
         print(f"picture  {self.picture}")
@@ -94,7 +108,7 @@ class Report:
             print(f"cells    {self.cells}")
         grid = "14x14" if metric_of(self.rows).over == "image size" else "64"
         print(
-            f"next     vit2dpe show {' '.join(shlex.quote(encoding) for encoding in best(self.rows)[:2])} --grid {grid}"
+            f"look     vit2dpe show {' '.join(shlex.quote(encoding) for encoding in best(self.rows)[:2])} --grid {grid}"
         )
         return self.picture
 
@@ -108,8 +122,12 @@ class Report:
         done = len(self.trials)
         state = "" if done == self.total else f"**{done} of {self.total} trials finished.**\n\n"
         seeds = sorted({int(row.seed) for row in self.rows if row.seed is not None})
+        found = (study := self.study).verdict
         lines = [
             f"# {metric_of(self.rows).study}",
+            "",
+            *([found.markdown()] if found else []),
+            "## The study",
             "",
             f"{state}    {self.about['command']}",
             "",
@@ -125,7 +143,6 @@ class Report:
         ]
         text = "\n".join(lines)
         write_atomically(self.out / "summary.md", encoded(text))
-        study = Study(self.out.resolve().name, self.rows, self.about)
         write_atomically(self.out / "report.html", encoded(page([study])))
 
 

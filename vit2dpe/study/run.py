@@ -14,9 +14,11 @@ from pathlib import Path
 
 from ..data.datasets import write_unreadable
 from ..files import write_atomically
+from ..spec import changed
 from ..training.devices import pick_device
 from .jobs import count, each
 from .lengths import ExactAnswers, Perplexity
+from .own_folder import STUDY, own_folder
 from .plan import TASKS, Plan
 from .report import Report, about_study, write_settings
 from .settings import StudyConfig, check_task
@@ -26,7 +28,9 @@ from .trials import Measure, run_trial
 
 
 def study(config: StudyConfig, command: str = "") -> Path:
-    """Run a study and write `results.csv`, `accuracy_vs_size.png`, `summary.md`, `report.html` under `config.out`.
+    """Run a study and write `results.csv`, `accuracy_vs_size.png`, `summary.md`, `report.html` under `config.run.out`.
+
+    Where that folder holds another study's results (`own_folder`), under the first of out-2, out-3, ... that does not.
 
     Args:
         config: settings; those at None take the preset of the task or the data.
@@ -43,18 +47,19 @@ def study(config: StudyConfig, command: str = "") -> Path:
     plan = settle(config)
     config, device = plan.config, pick_device(plan.config.run.device)
     measure = prepare(plan)
-    out = Path(config.run.out)
+    out, digest = own_folder(measure)
+    config = changed(config, {"run.out": str(out)})
     write_settings(out, config)
     write_unreadable(out, measure.unreadable)
-    about = about_study(command, config, device, *measure.source) | measure.facts
+    about = about_study(command, config, device, *measure.source) | measure.facts | {STUDY: digest}
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     report = Report(out, about, total=len(plan.trials), started=time.monotonic())
     jobs = count(config.jobs, config.run.threads, device, len(plan.trials))
     run = partial(run_trial, measure, out / "cells")  # the folder's name since the first version
-    for i, rows in each(run, plan.trials, report.progress, jobs=jobs, threads=config.run.threads):
+    for i, found in each(run, plan.trials, report.progress, jobs=jobs, threads=config.run.threads):
         trial = plan.trials[i]
         seed = f", seed {trial.seed}" if config.seeds > 1 else ""
-        report.add(i, plan.model_name(trial) + seed, rows)
+        report.add(i, plan.model_name(trial) + seed, found.rows, found.answers)
     return report.finish()
 
 

@@ -132,7 +132,7 @@ PRESETS: Mapping[str, dict[str, Plain]] = {
     "copy": _SEQUENCES, "reverse": _SEQUENCES, "sort": _SEQUENCES,
 }  # fmt: skip
 QUICK: dict[str, Plain] = {
-    "encodings": "none,learned,rope", "sizes": "16,24,32", "modes": "scale", "policies": "default", "optim.epochs": 12,
+    "encodings": "none,learned,rope", "sizes": "16,24,32", "modes": "scale", "policies": "all", "optim.epochs": 12,
 }  # fmt: skip
 
 # Settings, by dotted names or the start of them, that a task does not use.

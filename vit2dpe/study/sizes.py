@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from ..data.datasets import Images, load_fitted
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
-from ..spec import Size
+from ..spec import Plain, Size
 from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
+from .answers import Right
 from .plan import Plan, Trial
 from .rows import Row
+from .tables import FIT, MAJORITY
 from .trials import Measure, build, digest_of, policies_for, train
 
 
@@ -31,18 +33,22 @@ class OverSizes(Measure):
     def load(cls, plan: Plan) -> OverSizes:
         """Read the images and print what is noteworthy about them."""
         config = plan.config
-        data, _ = load_fitted(config.data, 0, lambda _: (plan.train_size, *plan.sizes))
+        data, fitted = load_fitted(config.data, 0, lambda _: (plan.train_size, *plan.sizes))
         for note in data.notes:
             print(f"note: {note}")
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
         print(f"{counts}; results in {config.run.out}")
+        majority = round(100 * float(data.test.labels.bincount().max()) / len(data.test), 2)
+        facts: dict[str, Plain] = {"images": data.used, MAJORITY: majority}
+        if fitted is not None:
+            facts[FIT] = config.data.fit
         return cls(
             plan=plan,
             data=data,
             source=(config.data.source, data.digest),
             classes=len(data.classes),
             channels=len(data.mean),
-            facts=dict(images=data.used),
+            facts=facts,
             about=data.about,
             unreadable=data.unreadable,
         )
@@ -64,7 +70,7 @@ class OverSizes(Measure):
         measured = (plan.train_size, plan.sizes, config.modes, config.policies, config.temperatures)
         return digest_of((*measured, config.finetune) if config.finetune else measured)
 
-    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[Row]:
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[tuple[Row, Right]]:
         plan = self.plan
         rows = self._sweep(model, trial, plan.sizes, policies_for(plan, model))
         if plan.config.finetune:
@@ -72,8 +78,11 @@ class OverSizes(Measure):
                 rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
         return rows
 
-    def _sweep(self, model: nn.Module, trial: Trial, sizes: Sequence[Size], policies: Sequence[str]) -> list[Row]:
+    def _sweep(
+        self, model: nn.Module, trial: Trial, sizes: Sequence[Size], policies: Sequence[str]
+    ) -> list[tuple[Row, Right]]:
         plan = self.plan
+        right: list[Tensor] = []
         measured = sweep(
             model,
             _TestBatches(self.data, _batch(plan)),
@@ -82,10 +91,12 @@ class OverSizes(Measure):
             modes=plan.config.modes,
             temperatures=plan.config.temperatures,
             train_size=plan.train_size,
+            right=right,
         )
-        return [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
+        rows = [Row(encoding=trial.encoding, seed=trial.seed, value=row["top1"], **row) for row in measured]
+        return list(zip(rows, right, strict=True))
 
-    def _finetuned(self, trial: Trial, trained: Path, size: Size) -> list[Row]:
+    def _finetuned(self, trial: Trial, trained: Path, size: Size) -> list[tuple[Row, Right]]:
         """The trained model after `finetune` epochs at another size, as a row of policy "finetuned".
 
         A tenth of the learning rate, falling from the first step. The idea is FixRes, arXiv 1906.06423; how ours
@@ -99,7 +110,7 @@ class OverSizes(Measure):
         train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size
-        return [replace(row, policy="finetuned", train_height=height, train_width=width) for row in rows]
+        return [(replace(row, policy="finetuned", train_height=height, train_width=width), r) for row, r in rows]
 
 
 class _TestBatches:

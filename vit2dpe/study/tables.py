@@ -36,6 +36,10 @@ METRICS = {
 }
 
 
+MAJORITY = "majority class [%]"  # in env.json: how often naming the most frequent class of the test images is right
+FIT = "fit"  # in env.json: how photos of differing sizes were brought to one, crop, pad or squash
+
+
 def metric_of(rows: Sequence[Row]) -> Metric:
     return METRICS[rows[0].metric if rows else "top1"]
 

@@ -1,7 +1,8 @@
 """A trial of a study: one encoding, depth and seed, trained, measured and written at once.
 
 `<out>/cells/<trial>-<digest of what its training depends on>/` holds the model and, for each set of sizes, policies and
-temperatures, the rows that were measured: a finished training is never repeated, and neither is a measurement.
+temperatures, the rows that were measured and which test images each has right: a finished training is never repeated,
+and neither is a measurement.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from ..training.devices import pick_device
 from ..training.engine import fit
 from ..training.settings import OptimConfig
 from ..training.task import Task
+from .answers import Right, read_answers, write_answers
 from .jobs import Progress
 from .plan import Plan, Trial
 from .rows import Row, read_rows, to_csv
@@ -62,7 +65,7 @@ class Measure:
     source: tuple[str, str]
     classes: int
     channels: int = 3
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Plain] = field(default_factory=dict)
     about: dict[str, Plain] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,8 +77,8 @@ class Measure:
         """Digest of the settings that the rows of a trained model depend on."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
-    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[Row]:
-        """Measure the model that was trained in `folder`."""
+    def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[tuple[Row, Right]]:
+        """Measure the model trained in `folder`: rows, each with which images are right, where that is kept."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def label(self, row: Row, trial: Trial) -> Row:
@@ -83,8 +86,15 @@ class Measure:
         return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None)
 
 
-def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> list[Row]:
-    """Rows of a trial: read where they are finished, else trained and measured. `out`: folder of all trials."""
+class Results(NamedTuple):
+    """Rows of a trial, and for each of them which test images were right, where that was kept."""
+
+    rows: list[Row]
+    answers: list[Right]
+
+
+def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> Results:
+    """A trial's rows: read where they are finished, else trained and measured. `out`: folder of all trials."""
     plan, device = measure.plan, pick_device(measure.plan.config.run.device)
     trained = training_settings(measure, trial)
     if plan.config.task == "images":  # the first version kept sizes as they were typed, 32x32 for 32
@@ -92,19 +102,27 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
     folder = _folder(out, plan, trial, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
+    answers = folder / f"answers-{measure.digest()}.safetensors"
     name = plan.model_name(trial)
     if results.is_file():
         print(f"{name}, seed {trial.seed}: finished before, read from {results}")
-        return [measure.label(row, trial) for row in read_rows(results)]
+        return _read(measure, trial, results, answers)
     if _finished(folder, trained):
         model = load_run(folder, device)
     else:
         model, spec = build(measure, trial)
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
         save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about, final=final)
-    rows = measure.rows(model.to(device), trial, folder)
-    write_atomically(results, to_csv(rows).encode())
-    return [measure.label(row, trial) for row in read_rows(results)]
+    measured = list(measure.rows(model.to(device), trial, folder))
+    table = to_csv(row for row, _ in measured).encode()
+    write_answers(answers, [right for _, right in measured], table)
+    write_atomically(results, table)
+    return _read(measure, trial, results, answers)
+
+
+def _read(measure: Measure, trial: Trial, table: Path, answers: Path) -> Results:
+    rows = [measure.label(row, trial) for row in read_rows(table)]
+    return Results(rows, read_answers(answers, table, len(rows)))
 
 
 def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:

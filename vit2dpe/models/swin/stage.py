@@ -15,7 +15,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ...attention.functional import FullMask, attend
+from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...encodings.base import overrides
@@ -173,7 +173,7 @@ class WindowAttention(Attention):
             attend(a, b, c, signal, None if mask is None else FullMask(mask), scale, dropout)
             for a, b, c, (_, mask) in parts
         ]
-        rows = [part.transpose(1, 2).flatten(2) for part in outputs]
+        rows = [merge_heads(part) for part in outputs]
         out = torch.cat(rows) if len(rows) > 1 else rows[0]
         projected: Tensor = self.proj_drop(self.proj(windows.join(out, images)))
         return projected
