@@ -12,6 +12,8 @@ NEEDS = {
     "A4": ("check_encoding takes an instance, a class, a builder", "an author's encoding"),
     "A5": ("contexts belong to their thread or task", "servers with threads"),
     "A6": ("maps of one model while others run", "notebooks with two models"),
+    "A6a": ("copies and pickles of a model that is looked into", "averages of weights, torch.save"),
+    "A6b": ("maps of all windows of a shifted Swin block", "attention_maps(swin)"),
     "A7": ("timm knows our names in any order of imports", "timm.create_model"),
     "A8": ("each cell of a study keeps its device and precision", "studies over two machines"),
     "A9": ("places that a table does not have are refused on a GPU too", "device-side assert"),
@@ -24,6 +26,10 @@ NEEDS = {
     "B1": ("original files that timm reads", "dinov2#120, #270, #321, timm#2014"),
     "B1a": ("an original file of another size than the name's, at its own size", "fine-tuned at another resolution"),
     "B2": ("a trained table stays when its encoding is named", "transformers#35411, dinov2#270"),
+    "B2a": (
+        "the same of a model of transformers, and both stacks of a T5",
+        "from_transformers(position=)",
+    ),
     "B3": ("vision checkpoints of transformers and torchvision", "transformers#26219, tao-pytorch#87, DEIMv2#68"),
     "B4": ("other channels and classes than the file's", "timm#2445, #2780, torchgeo#2324"),
     "B4a": ("--init and timm's loader with other channels and classes", "models of ours"),
@@ -35,6 +41,7 @@ NEEDS = {
     "B6": ("a timm model that pads images of any size", "dynamic_img_pad"),
     "B7": ("every timm name is read, or refused with the reason", "ViTamin and 560 others"),
     "B8": ("weights of wrapped models", "timm#2003, nanoGPT#325"),
+    "B8a": ("the average of the weights where a file has one, by every door", "state_dict_ema, model_ema"),
     "B9": ("the rest of timm's ViT: masks, causal attention, attributes", "timm#2686, dinov3#112"),
     "B9a": ("pooling by the largest, in the head and at a call", "global_pool='avgmax'"),
     "B10": ("weights of torch's own Transformer, in and out", "nn.TransformerEncoder, nn.TransformerDecoder"),
@@ -46,7 +53,9 @@ NEEDS = {
     # Export, tracing
     "C1": ("ONNX of a Swin with a free batch", "timm#1844, Swin#301"),
     "C1a": ("images that the patch does not divide, in ONNX", "dynamic_img_pad"),
+    "C1b": ("ONNX of a Swin that is filled up as timm's", "padding='timm'"),
     "C2": ("torch.jit.trace, and operations that converters have", "coremltools#1747, dinov2#102"),
+    "C2a": ("masked models and features in traces and in ONNX", "movedim in SimMIM"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
     # Training, data, command line
@@ -96,7 +105,6 @@ NEEDS = {
 }
 
 OPEN = {
-    **dict.fromkeys(["C3", "C4"], "open"),
     **dict.fromkeys(["D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",

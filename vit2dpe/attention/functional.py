@@ -172,6 +172,18 @@ def attend(
     return out if alive is None else out.masked_fill(~alive, 0.0)
 
 
+def merge_heads(out: Tensor) -> Tensor:
+    """(B, H, N, Dh) -> (B, N, H Dh).
+
+    In a program that is exported with gradients on, the copy is an operation of its own: torch's fused attention
+    returns other strides there than where ONNX takes it to pieces, and a view made for these does not fit those.
+    """
+    out = out.transpose(1, 2)
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        out = out.clone(memory_format=torch.contiguous_format)
+    return out.flatten(2)
+
+
 def _append_channels(
     q: Tensor, k: Tensor, v: Tensor, products: list[LowRank], scale: float | Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

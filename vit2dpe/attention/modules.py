@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
-from .functional import attend, rotate_qk, split_heads
+from .functional import attend, merge_heads, rotate_qk, split_heads
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
-        mixed: Tensor = self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))  # (B, N, D)
+        mixed: Tensor = self.proj_drop(self.proj(self.norm(merge_heads(out))))  # (B, N, D)
         return mixed
 
     def split(
@@ -206,5 +206,5 @@ class CrossAttention(nn.Module):
             cache.memory = (k, v)
         dropout = self.attn_drop if self.training else 0.0
         out = attend(q, k, v, signal, mask, self.scale, dropout=dropout)
-        mixed: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, Nq, D)
+        mixed: Tensor = self.proj_drop(self.proj(merge_heads(out)))  # (B, Nq, D)
         return mixed

@@ -100,7 +100,8 @@ class SimMIM(MaskedModel):
             prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
             features = features[:, prefix:].unflatten(1, extent)
         r, s = self.reduction
-        painted: Tensor = rearrange(self.decoder(features.movedim(-1, 1)), "b (c r s) h w -> b c (h r) (w s)", r=r, s=s)
+        pixels = self.decoder(features.permute(0, 3, 1, 2))
+        painted: Tensor = rearrange(pixels, "b (c r s) h w -> b c (h r) (w s)", r=r, s=s)
         return painted[..., : images.shape[-2], : images.shape[-1]]  # a grid of odd size was filled up in merging
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:

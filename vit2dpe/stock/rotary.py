@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..attention.functional import attend
+from ..attention.functional import attend, merge_heads
 from ..encodings import PositionEncoding
 from ..encodings.base import Sum, terms
 from ..signal import Dense, Signal
@@ -82,7 +82,7 @@ class RotaryEncoderLayer(nn.TransformerEncoderLayer):
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (N, H, L, E/H)
         out = attend(q, k, v, signal, mask, dropout=attn.dropout if self.training else 0.0)
-        return self.dropout1(attn.out_proj(out.transpose(1, 2).flatten(2)))
+        return self.dropout1(attn.out_proj(merge_heads(out)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))

@@ -88,19 +88,36 @@ def test_one_program_reads_sources_and_targets_of_every_length(word, cross):
             assert_close(program(ids(3, a), ids(3, b)), model(ids(3, a), ids(3, b)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.need("E6")
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "word"), [
-    (TextDecoder, "rope"), (TextEncoder, "learned"), (TextDecoder, "t5"), (TextEncoder, "relative"),
-])  # fmt: skip
-def test_a_file_of_onnx_serves_every_length(kind, word):
+def check_onnx(model, inputs, shapes, grad=True):
+    """`inputs(batch, length)`: a file that is made at one shape is right at others."""
     import onnxruntime
 
-    model = drawn(kind, word)
-    with torch.no_grad():
-        file = torch.onnx.export(model, (ids(2, 6),), dynamo=True, dynamic_shapes=(FREE,), verbose=False)
-        session = onnxruntime.InferenceSession(file.model_proto.SerializeToString())
-        name = session.get_inputs()[0].name
-        for batch, length in zip((1, 3, 2, 2), LENGTHS, strict=True):
-            x = ids(batch, length)
-            assert_close(torch.tensor(session.run(None, {name: x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(grad):
+        file = torch.onnx.export(model, inputs(2, 6), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(file.model_proto.SerializeToString())
+    names = [given.name for given in session.get_inputs()]
+    for batch, length in zip((1, 3, 2, 8), LENGTHS, strict=True):
+        given = inputs(batch, length)
+        (found,) = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+        with torch.no_grad():
+            assert_close(torch.tensor(found), model(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.need("E6", "C3")
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no_grad"])
+@pytest.mark.parametrize(("kind", "word"), [
+    (TextDecoder, "rope"), (TextEncoder, "learned"), (TextDecoder, "t5"), (TextEncoder, "relative"),
+    (TextDecoder, "fire"), (TextEncoder, "sincos+rope"), (TextDecoder, "alibi"),
+])  # fmt: skip
+def test_a_file_of_onnx_serves_every_length(kind, word, grad):
+    check_onnx(drawn(kind, word), lambda *shape: (ids(*shape),), (FREE,), grad)
+
+
+@pytest.mark.need("C3")
+@pytest.mark.slow
+def test_a_file_of_onnx_serves_padded_texts_and_pairs():
+    check_onnx(drawn(TextEncoder, "relative"), padded, (FREE, FREE))
+    target = {0: BATCH, 1: Dim("target", min=2, max=33)}
+    pairs = lambda batch, length: (ids(batch, length), ids(batch, length + 1))  # noqa: E731
+    check_onnx(drawn(Seq2Seq, "t5", cross_position="relative"), pairs, (FREE, target))

@@ -15,7 +15,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ...attention.functional import FullMask, attend
+from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...encodings.base import overrides
@@ -161,6 +161,8 @@ class PatchMerging(nn.Module):
 class WindowAttention(Attention):
     """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
 
+    attends_in_parts = True  # maps of the two calls are one (`attention_maps`)
+
     def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
         images = x.shape[0]
         q, k, v, signal, scale = self.split(windows.split(x), signal)
@@ -171,7 +173,7 @@ class WindowAttention(Attention):
             attend(a, b, c, signal, None if mask is None else FullMask(mask), scale, dropout)
             for a, b, c, (_, mask) in parts
         ]
-        rows = [part.transpose(1, 2).flatten(2) for part in outputs]
+        rows = [merge_heads(part) for part in outputs]
         out = torch.cat(rows) if len(rows) > 1 else rows[0]
         projected: Tensor = self.proj_drop(self.proj(windows.join(out, images)))
         return projected

@@ -165,7 +165,8 @@ def _places(count: int, side: int, shift: int, device: torch.device) -> Tensor:
 def _rolled(places: Tensor, shift: int, size: int) -> Tensor:
     """(windows, side) places of an axis that is rolled by the shift first, and filled up afterwards."""
     index = torch.arange(places.numel(), device=places.device).view_as(places)
-    return torch.where(index < size, (index + shift) % size, index)
+    length = index.new_full((), size)  # a tensor: ONNX has no remainder by a free number
+    return torch.where(index < size, torch.remainder(index + shift, length), index)
 
 
 def _parted(places: Tensor, shift: int) -> Tensor:
