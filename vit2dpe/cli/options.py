@@ -56,18 +56,19 @@ class Option(NamedTuple):
         return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str], others: Others = dict) -> S:
+def settings(name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
 
     Args:
         others: gives the settings of other commands, by which a file of theirs is recognized.
+        imports: whether the command takes --import, for its help.
 
     Raises:
         ConfigError: for what cannot be understood.
         SystemExit: after --help and --print_config.
     """
     options = list(options_of(config()))
-    parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options)
+    parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options, imports)
     if "-h" in args or "--help" in args:
         text = re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
@@ -102,7 +103,7 @@ def _union(hint: type | UnionType) -> type | UnionType:
     return reduce(or_, get_args(hint)) if get_origin(hint) is Union else hint
 
 
-def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
+def _parser(name: str, doc: str, options: list[Option], imports: bool = False) -> ArgumentParser:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -119,6 +120,8 @@ def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
             add(f"--{option.name}", type=option.hint, default=option.default, help=text)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
+    if imports:
+        parser.add_argument("--import", help="a file (near.py) or module that adds encodings; or several")
     return parser
 
 
