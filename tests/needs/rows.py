@@ -22,6 +22,7 @@ NEEDS = {
     "A11": ("rotary on three axes at head widths 64 and 128", "video models"),
     "A12": ("golden directions on three axes", "the source's directions"),
     "A13": ("a LookHere query that may look at nothing", "LookHere"),
+    "A13a": ("the same in float64 and float16", "LookHere"),
     # Models and checkpoints
     "B1": ("original files that timm reads", "dinov2#120, #270, #321, timm#2014"),
     "B1a": ("an original file of another size than the name's, at its own size", "fine-tuned at another resolution"),
