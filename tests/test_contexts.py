@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from torch import nn
 
 from vit2dpe import ConfigError, Swin, ViT, attention_maps, explain, frozen, set_policy, use_policy
 from vit2dpe.encodings import base
@@ -182,6 +185,36 @@ def test_maps_are_those_of_the_model_that_was_given():
         elsewhere(b, LARGER + 1)
     assert list(maps) == ["blocks.0.attn", "blocks.1.attn"]
     assert all(torch.equal(one, kept[name]) for name, one in maps.items())
+
+
+class Holder(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.stock = model, nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+
+    def forward(self, images):
+        self.stock(torch.ones(1, 3, 8))
+        return self.model(images)
+
+
+@pytest.mark.need("A6a")
+@torch.no_grad()
+def test_copies_of_a_model_that_is_looked_into_are_other_models():
+    """Made inside the context, as averages of weights and saved models are."""
+    model = Holder(vit()).eval()
+    with attention_maps(model) as maps:
+        model(LARGER)
+        kept = {name: one.clone() for name, one in maps.items()}
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for one in copies:
+            one(LARGER + 1)
+        assert len(maps) == 3
+        assert all(torch.equal(one, kept[name]) for name, one in maps.items())
+    for one in copies:
+        torch.testing.assert_close(pickle.loads(pickle.dumps(one))(LARGER), model(LARGER))
+        with attention_maps(one) as maps:
+            one(LARGER)
+        assert all(torch.equal(one, kept[name]) for name, one in maps.items())
 
 
 @pytest.mark.need("A6")

@@ -11,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 from tests.helpers import randn
-from vit2dpe import Attention, Positions, Signal, ViT, attend, attention_maps
+from vit2dpe import Attention, Positions, Signal, Swin, ViT, attend, attention_maps
 from vit2dpe.attention import functional as attention
 from vit2dpe.attention.maps import entropy, mean_distance, rollout, summary
 from vit2dpe.attention.observe import weights
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.models import MAE
+from vit2dpe.models.swin.stage import WindowAttention
 from vit2dpe.plots import attention as show_attention
 from vit2dpe.signal import Dense, LowRank, Rotation
 from vit2dpe.testing import randomise
@@ -154,6 +155,27 @@ def test_windows_and_cross_attention():
     assert maps["attn"].shape == (12, 2, 4, 4)
     with pytest.raises(ConfigError, match="same tokens"):
         rollout([maps["attn"], torch.rand(12, 2, 4, 5)])
+
+
+@pytest.mark.need("A6b")
+@torch.no_grad()
+def test_maps_of_a_swin_are_those_of_all_its_windows():
+    """Times the values, put back and projected, they are what each attention returns: shifted, filled up or neither."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=(24, 40), patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4)
+    model, seen = Swin("relative", **sizes).eval(), {}
+    for name, part in model.named_modules():
+        if isinstance(part, WindowAttention):
+            part.register_forward_hook(lambda part, given, out, name=name: seen.update({name: (part, given, out)}))
+    with attention_maps(model) as maps:
+        for _ in range(2):  # a second call has maps of its own
+            model(torch.randn(3, 3, 24, 40))
+    assert maps.keys() == seen.keys()
+    for name, (part, (x, signal, windows), out) in seen.items():
+        v = part.split(windows.split(x), signal)[2]
+        assert maps[name].shape == (*v.shape[:3], 16)
+        mixed = (maps[name] @ v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(part.proj(windows.join(mixed, 3)), out, atol=1e-5, rtol=1e-5)
 
 
 class Own(nn.Module):

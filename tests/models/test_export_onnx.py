@@ -123,6 +123,7 @@ def test_no_remainder_by_a_free_number():
 
 @pytest.mark.need("C2a")
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*The axis name. batch will not be used")
 @pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no_grad"])
 @pytest.mark.parametrize("position", ["rope", "relative"])
 @pytest.mark.parametrize("kind", ["MAE", "SimMIM", "Swin"])
@@ -134,7 +135,7 @@ def test_masked_models_at_any_batch(kind, position, grad):
         file = torch.onnx.export(model, (images, noise), dynamo=True, dynamic_shapes=free, verbose=False)
     session = onnxruntime.InferenceSession(file.model_proto.SerializeToString())
     for batch in (1, 5):
-        given = {"images": torch.randn(batch, 3, 32, 48), "noise": torch.rand(batch, 24)}
+        given = {"images": torch.randn(batch, 3, 32, 48), "noise": torch.rand(batch, 24).round(decimals=1)}
         found = session.run(None, {name: x.numpy() for name, x in given.items()})
         with torch.no_grad():
             for ours, theirs in zip(found, model(**given), strict=True):

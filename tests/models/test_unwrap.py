@@ -1,13 +1,14 @@
 """Weights of a wrapped model go into the plain one: compiled, DDP, FSDP, averaged, of Lightning, and these nested."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
-from vit2dpe import MAE, Swin, ViT
+from vit2dpe import MAE, Swin, ViT, from_timm
 from vit2dpe.models.simmim import SimMIM
 from vit2dpe.models.text.heads import TextDecoder, TextEncoder
 from vit2dpe.models.text.seq2seq import Seq2Seq
@@ -101,3 +102,37 @@ def test_the_plain_model_takes_them(kind, wrapper, tmp_path):
 def test_names_that_only_look_like_a_wrapper_stay():
     state = {"model.layers.0": torch.zeros(1), "head": torch.zeros(1)}
     assert unwrapped(state).keys() == state.keys()
+
+
+@pytest.mark.need("B8a")
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda trained, average: {"model": trained, "model_ema": average},
+        lambda trained, average: {"state_dict": trained, "state_dict_ema": average, "epoch": 3},
+        lambda trained, average: {
+            "state_dict": trained,
+            "state_dict_ema": {f"module.{n}": v for n, v in average.items()},
+        },
+        lambda _, average: {"module": average, "step": 7},
+        lambda _, average: {"model": average, "model_ema": None},
+    ],
+)
+@torch.no_grad()
+def test_of_a_file_with_an_average_every_door_takes_it_as_timm_does(form, tmp_path):
+    name, sizes = (
+        "vit_tiny_patch16_224",
+        dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=5),
+    )
+    theirs = timm.create_model(name, **sizes).eval()
+    average = {name: value + 0.1 for name, value in theirs.state_dict().items()}
+    file = form(theirs.state_dict(), average)
+    torch.save(file, tmp_path / "file.pth")
+    theirs.load_state_dict(average)
+    models = [ViT("learned", **sizes) for _ in range(3)]
+    models[0].load_state_dict(file)
+    load_weights(models[1], tmp_path / "file.pth")
+    timm.models.load_checkpoint(models[2], str(tmp_path / "file.pth"))
+    models += [from_timm(name, weights=weights, **sizes) for weights in (file, tmp_path / "file.pth")]
+    for model in models:
+        torch.testing.assert_close(model.eval()(x := torch.ones(1, 3, 32, 32)), theirs(x))

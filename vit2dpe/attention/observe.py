@@ -17,7 +17,7 @@ Legend: B batch, H heads, Lq, Lk tokens of queries and keys, N tokens, prefix in
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -80,6 +80,20 @@ class Running(NamedTuple):
             self.report.fused(self.name, q, k, v, added, dropout, scale)
 
 
+class _Hook:
+    """A hook of the module that it was given to: copies of the module, and its pickle, have one that does nothing."""
+
+    def __init__(self, act: Callable[..., None] | None = None) -> None:
+        self.act = act
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        if self.act is not None:
+            self.act(*arguments, **options)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 @contextmanager
 def observe(report: Report, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within this context `report` receives what this thread or task does in these modules.
@@ -101,8 +115,8 @@ def observe(report: Report, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
     handles: list[RemovableHandle] = []
     for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(partial(leave, name), always_call=True))
+        handles.append(module.register_forward_pre_hook(_Hook(partial(enter, name))))
+        handles.append(module.register_forward_hook(_Hook(partial(leave, name)), always_call=True))
     OBSERVER.set(Running(report))
     try:
         with _EAGER:
@@ -149,16 +163,22 @@ _EAGER = _EagerWhileObserved()
 
 
 class _MapReport(Report):
-    def __init__(self, maps: Maps) -> None:
+    def __init__(self, maps: Maps, in_parts: set[str]) -> None:
         self.maps, self.ran = maps, False
+        self.in_parts = in_parts  # modules that attend several times in one call, each time for some of their windows
+        self.begun: set[str] = set()  # of these, those that are running and have a map of some windows
 
     def left(self, name: str) -> None:
         self.ran = True
+        self.begun.discard(name)
 
     def attended(
         self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
     ) -> None:
-        self.maps[name] = weights(q, k, signal, mask, scale)
+        found = weights(q, k, signal, mask, scale)
+        self.maps[name] = torch.cat([self.maps[name], found]) if name in self.begun else found
+        if name in self.in_parts:
+            self.begun.add(name)
 
 
 @contextmanager
@@ -167,8 +187,9 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
 
     The maps are softmax(temperature · (scale · R(q) R(k)ᵀ + bias)) under the mask, before dropout; rows sum to 1, those
     of a query that may attend to nothing are 0, and maps times values are what the fused kernel gives. They are
-    computed beside the kernel, so results do not change, and without gradients. In windows B counts windows. A module
-    that is called again (a decoding step) leaves its last map. Compiled modules run in eager mode meanwhile.
+    computed beside the kernel, so results do not change, and without gradients. In windows B counts windows, the images
+    of a window beside each other; where windows are shifted, first those without a mask, row by row, then the others. A
+    module that is called again (a decoding step) leaves its last map. Compiled modules run in eager mode meanwhile.
 
     Calls by this thread or asyncio task alone are recorded, and those of this model alone.
 
@@ -178,16 +199,16 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
             torch's own.
     """
     maps: Maps = {}
-    report = _MapReport(maps)
     # A map is named after the innermost running module with children: an attention has at least its projections.
     inside = {name: module for name, module in model.named_modules() if any(True for _ in module.children())}
+    report = _MapReport(maps, {name for name, module in inside.items() if getattr(module, "attends_in_parts", False)})
     stock = {name: module for name, module in inside.items() if isinstance(module, nn.MultiheadAttention)}
     lacks = "has no attention of ours, and none of torch's (nn.MultiheadAttention), whose maps can be kept"
     if not inside:
         raise not_ours(model, lacks)
     with observe(report, {name: module for name, module in inside.items() if name not in stock}):
         handles = [
-            module.register_forward_hook(partial(_stock, report, name), with_kwargs=True)
+            module.register_forward_hook(_Hook(partial(_stock, report, name)), with_kwargs=True)
             for name, module in stock.items()
         ]
         try:

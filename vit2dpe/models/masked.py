@@ -57,7 +57,10 @@ class MaskedModel(nn.Module):
                 f"noise must be {shape} = {(batch, n)}, one value for each {one}, got {tuple(noise.shape)}"
             )
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        keep = noise.to(images.device).argsort(dim=1, stable=True)[:, : keep_count(n, ratio)]
+        noise = noise.to(images.device)
+        # ONNX lacks a stable sort, and its own puts the lower index first among equals.
+        order = noise.sort(dim=1)[1] if torch.onnx.is_in_onnx_export() else noise.argsort(dim=1, stable=True)
+        keep = order[:, : keep_count(n, ratio)]
         return keep, torch.ones(batch, n, device=images.device).scatter(1, keep, 0.0)
 
     def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

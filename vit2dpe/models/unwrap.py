@@ -11,7 +11,8 @@ from .mae_names import State
 
 Rest = dict[str, str] | bool | list[str]  # further arguments of a load pre-hook
 
-KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")  # under which files keep their tensors
+# Under which files keep their tensors. Where there is an average beside them it is taken, as timm does.
+KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # Parts of a dotted name that belong to torch.compile, FSDP, activation checkpointing and Lightning's Fabric, wherever
 # they stand: blocks and layers are wrapped one by one too.
 INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -25,8 +26,7 @@ def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
     `module.` is taken off name by name, `model.` where every name has it; both as often as they are there. The count of
     torch's AveragedModel is left out.
     """
-    while key := next((key for key in KEYS if isinstance(state_dict.get(key), Mapping)), None):
-        state_dict = cast("Mapping[str, Tensor]", state_dict[key])
+    state_dict = cast("Mapping[str, Tensor]", innermost(state_dict))
     state = {_without_parts(name): value for name, value in state_dict.items()}
     if any(name.startswith("module.") for name in state):
         state.pop("n_averaged", None)
@@ -36,6 +36,13 @@ def unwrapped(state_dict: Mapping[str, Tensor]) -> State:
             break
         state = {name.removeprefix(shared[0]): value for name, value in state.items()}
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def innermost(file: Mapping[str, object]) -> Mapping[str, object]:
+    """What a file keeps under "model" or the like, however deep; the average of the weights where it has one."""
+    while key := next((key for key in KEYS if isinstance(file.get(key), Mapping) and file[key]), None):
+        file = cast("Mapping[str, object]", file[key])
+    return file
 
 
 def _without_parts(name: str) -> str:

@@ -45,7 +45,8 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
     was drawn. What is returned names both.
 
     Args:
-        source: a run folder (its last/), a folder with model.json, a .safetensors, or a .pth of tensors.
+        source: a run folder (its last/), a folder with model.json, a .safetensors, or a .pth of tensors, by name or
+            under "model" or the like; of a file with an average of the weights (`state_dict_ema`, `model_ema`) that.
         least: the share of the model's tensors that must fit; below it is another architecture.
 
     Raises:
@@ -183,9 +184,9 @@ def _adapted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor])
 
 
 def _unwrapped(tree: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            tree = tree[key]
+    from ..models.unwrap import innermost
+
+    tree = innermost(tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
         raise CheckpointError(f"{path} holds no tensors by name")
     return tree

@@ -7,7 +7,7 @@ import torch
 from tests.helpers import randn
 from vit2dpe import ViT, from_timm, to_timm
 from vit2dpe.encodings import LearnedTable, RelativeBias
-from vit2dpe.interop.timm.convert import with_own_options
+from vit2dpe.interop.own_encoding import with_own_options
 from vit2dpe.interop.timm.read import read
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)

@@ -25,6 +25,7 @@ from transformers import (
 
 from tests.helpers import within
 from vit2dpe import CheckpointError, ConfigError, use_policy
+from vit2dpe.encodings import AxialRoPE
 from vit2dpe.interop.transformers.convert import from_transformers, interleaved
 from vit2dpe.models.text.generate import beam_search, generate
 from vit2dpe.models.text.model import pad
@@ -176,6 +177,38 @@ def test_another_encoding_keeps_the_other_weights():
     ours = from_transformers(reference, position="rope")
     assert torch.equal(ours.blocks[1].mlp.fc1.weight, reference.transformer.h[1].mlp.c_fc.weight.t())
     assert ours(ids(1, 40)).isfinite().all()
+
+
+OWN = [
+    (BertForMaskedLM, BertConfig(**BERT), "learned"),
+    (GPT2LMHeadModel, GPT2Config(**GPT2), "learned"),
+    (BloomForCausalLM, BloomConfig(**BLOOM), "alibi"),
+    (LlamaForCausalLM, LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="default", rope_theta=500.0)), "rope"),
+    (T5ForConditionalGeneration, T5Config(**T5), "t5"),
+]
+
+
+@pytest.mark.need("B2a")
+@pytest.mark.parametrize(("kind", "config", "word"), OWN)
+@torch.no_grad()
+def test_naming_the_models_own_encoding_changes_nothing(kind, config, word):
+    reference = theirs(kind, config)
+    wanted, ours = from_transformers(reference), from_transformers(reference, position=word)
+    assert wanted.state_dict().keys() == ours.state_dict().keys()
+    inputs = (ids(2, 9),) * (2 if word == "t5" else 1)
+    assert torch.equal(ours(*inputs), wanted(*inputs))
+    more = from_transformers(reference, position=f"{word}+none")
+    assert torch.equal(more(*inputs), wanted(*inputs))
+
+
+@pytest.mark.need("B2a")
+@torch.no_grad()
+def test_another_encoding_is_that_of_both_stacks():
+    ours = from_transformers(theirs(T5ForConditionalGeneration, T5Config(**T5)), position="rope")
+    assert type(ours.encoder.position) is type(ours.decoder.position) is AxialRoPE
+    other = from_transformers(theirs(GPT2LMHeadModel, GPT2Config(**GPT2)), position="learned(resize=dino)+rope")
+    assert torch.equal(next(other.position.parameters()), from_transformers(
+        theirs(GPT2LMHeadModel, GPT2Config(**GPT2))).position.pos_embed)  # fmt: skip
 
 
 def test_what_is_not_covered_is_named(tmp_path):

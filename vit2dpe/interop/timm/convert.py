@@ -7,7 +7,6 @@ covered families; the steps between their parameters and ours are in `steps.py`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -18,8 +17,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from ...encodings import PositionEncoding, Sum, named_encodings
-from ...encodings.registry import parse
+from ...encodings import PositionEncoding
 from ...errors import CheckpointError, ConfigError
 from ...models.mae_names import State
 from ...models.spec import Arguments
@@ -28,7 +26,7 @@ from ...models.timm_api import TimmModel, pair, pretrained_cfg_of
 from ...models.unwrap import unwrapped_module
 from ...models.vit import ViT
 from ...resolution.apply import set_policy
-from ...spec import Term
+from ..own_encoding import names_of, own_weights, with_own_options
 from .names import create
 from .read import Recipe, read, refusal
 from .record import remember, without_source
@@ -105,7 +103,7 @@ def from_timm(
     recipe = read(theirs)
     if isinstance(position, str):
         position = with_own_options(position, recipe.position)
-    same = position is None or (isinstance(position, str) and _names(position) == _names(recipe.position))
+    same = position is None or (isinstance(position, str) and names_of(position) == names_of(recipe.position))
     arguments = recipe.arguments | sizes
     _check_size(theirs, arguments)
     built = recipe.position if position is None else position
@@ -135,16 +133,6 @@ def _check_size(theirs: nn.Module, arguments: Arguments) -> None:
         )
 
 
-def with_own_options(position: str, own: str) -> str:
-    """`position` with the options of the terms of `own` that it names, where it does not say otherwise."""
-    options = dict(parse(own))
-    return "+".join(str(Term(name, {**options.get(name, {}), **given})) for name, given in parse(position))
-
-
-def _names(spec: str) -> list[str]:
-    return [name for name, _ in parse(spec)]
-
-
 def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | PositionEncoding | None) -> bool:
     """Load their weights into ours; whether all of ours are theirs."""
     state: State = dict(theirs.state_dict())
@@ -154,7 +142,7 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | Position
     if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
         state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
     kept = {name: value for name, value in state.items() if position is None or "position." not in name}
-    if isinstance(position, str) and set(_names(position)) & set(_names(recipe.position)):
+    if isinstance(position, str) and set(names_of(position)) & set(names_of(recipe.position)):
         kept |= _own_weights(recipe, position, state)
     missing, unexpected = ours.load_state_dict(kept, strict=False)
     lost = [name for name in missing if position is None or "position." not in name] + list(unexpected)
@@ -164,28 +152,10 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | Position
 
 
 def _own_weights(recipe: Recipe, position: str, state: State) -> State:
-    """Of the encodings of `position` that are the model's own, the weights in `state`, under the names they get.
-
-    An option that gives a parameter another shape, or takes it away, leaves that parameter as it is drawn.
-    """
+    """The weights in `state` of the encodings of `position` that are the model's own, under the names they get."""
     with torch.device("meta"):
         own, new = (recipe.model(spec, **recipe.arguments) for spec in (recipe.position, position))
-    sources = {(_place(owner), type(part)): (owner, part) for owner, part in named_encodings(own).items()}
-    found: State = {}
-    for owner, part in named_encodings(new).items():
-        source = sources.get((_place(owner), type(part))) or sources.get(("position", type(part)))  # now of each block
-        if source is None or isinstance(part, Sum):
-            continue
-        stored = {name: f"{source[0]}.{name}" for name, _ in source[1].named_parameters()}
-        for name, value in part.named_parameters():
-            if name in stored and state[stored[name]].shape == value.shape:
-                found[f"{owner}.{name}"] = state[stored[name]]
-    return found
-
-
-def _place(owner: str) -> str:
-    """The name of an encoding, or of the sum that it is a term of."""
-    return re.sub(r"\.terms\.\d+$", "", owner)
+    return own_weights(own, new, state)
 
 
 def to_timm(model: nn.Module) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ def _file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
-        state: Mapping[str, Tensor] = timm.models.load_state_dict(str(path), use_ema=False)
+        state: Mapping[str, Tensor] = timm.models.load_state_dict(str(path))
     except Exception as error:  # torch and safetensors report damage and forbidden pickles in many ways
         first = str(error).strip().splitlines()
         why = first[0] if first else repr(error)

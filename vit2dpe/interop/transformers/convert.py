@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import load_file
 
 from ...errors import CheckpointError, ConfigError, unknown
 from ...models.mae_names import State
+from ...models.spec import Arguments
+from ..own_encoding import own_weights, with_own_options
 from .bert import bert
 from .bloom import bloom
 from .dinov3 import dinov3
@@ -56,7 +59,9 @@ def from_transformers(
 
     Args:
         source: a model of `transformers`, or a folder with `config.json` and `model.safetensors`.
-        position: another encoding; default: its own, so that outputs are equal.
+        position: another encoding, of both stacks of a T5; default: its own, so that outputs are equal. A word that
+            names the model's own encoding, alone or in a sum, keeps its weights and options too, but for the options
+            that it names: "rope" has a Llama's own base, "learned+rope" a GPT-2's table and a rotation.
         plain_rope: load a Llama whose config scales its frequencies at the length before scaling; run it under
             `use_policy(model, "yarn", temperature="yarn")` or whichever policy it was scaled by.
 
@@ -85,14 +90,26 @@ def from_transformers(
     converted = FAMILIES[family](config, Weights(state))
     arguments, weights = converted.arguments, converted.state
     if position is not None:
-        arguments["position"] = position
-        weights = {name: value for name, value in weights.items() if "position." not in name}
+        own = dict(arguments)
+        for stack in ("position", "decoder_position"):
+            if stack in own:
+                arguments[stack] = with_own_options(position, own[stack])
+        weights = _of_the_encoding(converted.model, own, arguments, weights)
     model = converted.model(**arguments).eval()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if position is None or "position." not in name] + list(unexpected)
     if wrong:
         raise CheckpointError(f"weights without a counterpart: {', '.join(wrong[:5])}")
     return model
+
+
+def _of_the_encoding(model: type[OurModel], own: Arguments, arguments: Arguments, weights: State) -> State:
+    """The weights without those of encodings, but for encodings that the model has under both arguments."""
+    kept = {name: value for name, value in weights.items() if "position." not in name}
+    if len(kept) < len(weights):
+        with torch.device("meta"):
+            kept |= own_weights(model(**own), model(**arguments), weights)
+    return kept
 
 
 def _read(folder: Path) -> tuple[Config, State]:

@@ -161,6 +161,8 @@ class PatchMerging(nn.Module):
 class WindowAttention(Attention):
     """Attention within windows: the same signal for all, one call for those without a mask and one for the rest."""
 
+    attends_in_parts = True  # maps of the two calls are one (`attention_maps`)
+
     def forward(self, x: Tensor, signal: Signal, windows: Windows) -> Tensor:  # type: ignore[override]
         images = x.shape[0]
         q, k, v, signal, scale = self.split(windows.split(x), signal)

@@ -1,0 +1,50 @@
+"""A word that names the encoding a foreign model has already: its weights and options stay, but for what is named."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from ..encodings import Sum, named_encodings
+from ..encodings.registry import parse
+from ..models.mae_names import State
+from ..spec import Term
+
+
+def with_own_options(position: str, own: str) -> str:
+    """`position` with the options of the terms of `own` that it names, where it does not say otherwise."""
+    options = dict(parse(own))
+    return "+".join(str(Term(name, {**options.get(name, {}), **given})) for name, given in parse(position))
+
+
+def names_of(spec: str) -> list[str]:
+    """The words of a sum, without options."""
+    return [name for name, _ in parse(spec)]
+
+
+def own_weights(own: nn.Module, new: nn.Module, state: State) -> State:
+    """Of the encodings of `new` that `own` has too, the weights in `state`, under the names they get.
+
+    An option that gives a parameter another shape, or takes it away, leaves that parameter as it is drawn.
+
+    Args:
+        own, new: the model with its own encodings and with the named ones; the meta device will do.
+        state: the weights, by the names of `own`.
+    """
+    sources = {(_place(owner), type(part)): (owner, part) for owner, part in named_encodings(own).items()}
+    found: State = {}
+    for owner, part in named_encodings(new).items():
+        source = sources.get((_place(owner), type(part))) or sources.get(("position", type(part)))  # now of each block
+        if source is None or isinstance(part, Sum):
+            continue
+        stored = {name: f"{source[0]}.{name}" for name, _ in source[1].named_parameters()}
+        for name, value in part.named_parameters():
+            if name in stored and state[stored[name]].shape == value.shape:
+                found[f"{owner}.{name}"] = state[stored[name]]
+    return found
+
+
+def _place(owner: str) -> str:
+    """The name of an encoding, or of the sum that it is a term of."""
+    return re.sub(r"\.terms\.\d+$", "", owner)
