@@ -199,9 +199,10 @@ def needs() -> str:
     ]
     return f"""# Needs
 
-Built by `python docs/build_tables.py`. What people need who come from timm, transformers, torchvision, MAE, Swin, DINOv2
-and torch's own Transformer, and the public report it was met in (repository and number). `pytest tests/needs --board`
-prints the board with what came about on the machine it runs on; what no test can mend stands on [Limits](limits.md).
+Built by `python docs/build_tables.py`. What people need who come from timm, transformers, torchvision, MAE, Swin,
+DINOv2 and torch's own Transformer, and the public report it was met in (repository and number).
+`pytest tests/needs --board` prints the board with what came about on the machine it runs on; what no test can mend
+stands on [Limits](limits.md).
 
 | | need | met in | |
 |---|---|---|---|
