@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,12 @@ from vit2dpe.spec import Settings, parse_size, split_words
 
 MODES = ("inference", "training", "first")
 PRECISIONS = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}  # and how far ours may be from the peer
+
+
+def _listed(default: str) -> str:
+    """A field of comma-separated words, which YAML may hold as a list."""
+    text: str = field(default=default, metadata={"list": ","})
+    return text
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,9 @@ class BenchConfig(Settings):
         table: print the rows of these JSON files or folders (comma-separated) as a Markdown table; nothing is measured.
     """
 
-    models: str = "vit_small_patch16_rope_224,vit_small_patch16_rope_mixed_224,vit_relpos_small_patch16_224"
-    sizes: str = "224"
-    modes: str = "inference,training"
+    models: str = _listed("vit_small_patch16_rope_224,vit_small_patch16_rope_mixed_224,vit_relpos_small_patch16_224")
+    sizes: str = _listed("224")
+    modes: str = _listed("inference,training")
     level: str = "encoder"
     block: Natural = 1
     precision: str = "float32"
@@ -75,7 +81,7 @@ class BenchConfig(Settings):
     least: Positive | None = None
     most: Positive | None = None
     out: str = "runs/bench.json"
-    table: str = ""
+    table: str = _listed("")
 
 
 def bench(config: BenchConfig, command: str = "") -> list[Row]:

@@ -1,7 +1,7 @@
 """Writes the generated pages from what the code declares and does: `python docs/build_tables.py`.
 
-docs/encodings.md, models.md, faults.md and needs.md are made here, matrix.md in build_matrix.py. Names of pages after the
-command build these alone.
+docs/encodings.md, models.md, faults.md and needs.md are made here, matrix.md in build_matrix.py. Names of pages after
+the command build these alone.
 """
 
 from __future__ import annotations
@@ -199,9 +199,10 @@ def needs() -> str:
     ]
     return f"""# Needs
 
-Built by `python docs/build_tables.py`. What people need who come from timm, transformers, torchvision, MAE, Swin, DINOv2 and
-torch's own Transformer, and the public report it was met in (repository and number). `pytest tests/needs --board` prints
-the board with what came about on the machine it runs on; what no test can mend stands on [Limits](limits.md).
+Built by `python docs/build_tables.py`. What people need who come from timm, transformers, torchvision, MAE, Swin,
+DINOv2 and torch's own Transformer, and the public report it was met in (repository and number).
+`pytest tests/needs --board` prints the board with what came about on the machine it runs on; what no test can mend
+stands on [Limits](limits.md).
 
 | | need | met in | |
 |---|---|---|---|

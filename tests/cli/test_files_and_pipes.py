@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import BenchConfig
 from vit2dpe.cli import main
 from vit2dpe.cli.commands import COMMANDS
 from vit2dpe.cli.options import options_of, settings
@@ -50,6 +51,12 @@ RECIPES = Path(__file__).parents[2] / "recipes"
         (EvaluateConfig, "modes: scale\nsizes: [32, 48x64]", ["--modes", "scale", "--sizes", "32,48x64"]),
         (ShowConfig, "grid: 14\nencodings: [rope, alibi]", ["--grid", "14", "rope", "alibi"]),
         (ShowConfig, "encodings: rope", ["rope"]),
+        (ShowConfig, "grid: [14, 20]", ["--grid", "14x20"]),
+        (ShowConfig, "grid: [64]", ["--grid", "64"]),
+        (TrainConfig, "optim: {betas: '0.9,0.95'}", ["--betas", "[0.9,0.95]"]),
+        (TrainConfig, "betas: 0.9, 0.95", ["--optim.betas=0.9,0.95"]),
+        (BenchConfig, "models: [a, b(x=1)]\nsizes: [224, 1x64]", ["--models", "a,b(x=1)", "--sizes", "224,1x64"]),
+        (BenchConfig, "modes: [first]\nsizes: 96\ntable: [x]", ["--modes=first", "--sizes=96", "--table=x"]),
     ],
 )
 def test_yaml_means_what_is_typed(config, yaml, args, tmp_path):

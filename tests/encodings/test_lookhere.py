@@ -131,6 +131,18 @@ def test_a_query_that_sees_no_key_that_is_left_gets_their_mean():
     assert bool(out.isfinite().all())
 
 
+@pytest.mark.need("A13a")
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-6), (torch.float16, 2e-3)])
+def test_in_other_precisions_it_weighs_them_by_their_contents(dtype, atol):
+    at, mask = Positions.grid((3, 4)), torch.zeros(12, 12, dtype=torch.bool)
+    mask[:, 8:] = True
+    q, k, v = (torch.randn(1, HEADS, 12, 6, dtype=torch.float64).to(dtype) for _ in range(3))
+    encoding = LookHere(HEADS).double() if dtype == torch.float64 else LookHere(HEADS)
+    weights = (q.double() @ k.double().mT * 6**-0.5)[:, 0, :8, 8:].softmax(-1)
+    out = attend(q, k, v, encoding(at), mask).double()
+    torch.testing.assert_close(out[:, 0, :8], weights @ v[:, 0, 8:].double(), atol=atol, rtol=0)
+
+
 @pytest.mark.need("E3")
 def test_an_instance_in_a_model_has_the_slope_of_each_block():
     slopes = []

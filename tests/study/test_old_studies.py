@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.pictures import pixels, save
+from tests.helpers import seal
 from vit2dpe import DataError
 from vit2dpe.cli import main
 from vit2dpe.cli.options import settings
@@ -98,3 +100,31 @@ def test_tables_of_all_versions_are_read(tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_rows(path)
+
+
+@pytest.mark.need("D10a")
+@pytest.mark.parametrize(("first", "then"), [("memory", "none"), ("none", "memory")])
+def test_trials_are_found_where_the_cache_was_decided_otherwise(first, then, cache, tmp_path, monkeypatch):
+    """Those of older versions, whose folders are named by the digest of one kind alone, in the same kind."""
+    for i in range(12):
+        save(tmp_path / "data" / ("val" if i < 4 else "train") / "ab"[i % 2] / f"{i}.bmp", pixels(i, 8, 8))
+    words = ["study", "--data", "folder", "--root", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *COMMON]
+    words += ["--depth", "1", "--epochs", "1", "--encodings", "rope", "--sizes", "8", "--patch", "4", "--train-size",
+              "8", "--modes", "scale", "--policies", "default", "--data.workers", "0"]  # fmt: skip
+    assert main([*words, "--data.cache", first]) == 0
+    monkeypatch.setattr(trials, "fit", None)
+    before = (tmp_path / "out/results.csv").read_bytes()
+    assert main([*words, "--data.cache", then]) == 0
+    assert (tmp_path / "out/results.csv").read_bytes() == before
+    (folder,) = tmp_path.glob("out/cells/*")
+    for results in folder.glob("sweep-*.csv"):
+        results.unlink()
+    meta = json.loads((folder / "last/model.json").read_text())
+    listing = meta.pop("digest_of_files").partition("-")[0]
+    meta["trained"]["data"] = meta["trained"]["data"] if first == "memory" else listing
+    (folder / "last/model.json").write_text(json.dumps(seal(meta)))
+    folder.rename(folder.with_name(f"rope-seed0-{trials.digest_of(meta['trained'])}"))
+    assert main([*words, "--data.cache", first]) == 0
+    save(tmp_path / "data/train/a/0.bmp", pixels(0, 9, 9))
+    with pytest.raises(TypeError):  # of `fit`: other data are trained anew
+        main([*words, "--data.cache", then, "--source-size", "8"])

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from tests.data.pictures import pixels, save
 from tests.helpers import read_csv
 from vit2dpe.cli import main
+from vit2dpe.training.initial_weights import INITS
 
 MICRO = ["--smoke", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"]
 FEW = {("causal", "bpe"), ("masked", "wordpiece"), ("classify", "bpe")}  # the others are slow together
@@ -87,3 +89,24 @@ def test_other_settings_of_images(command, more, tmp_path):
         more = more[: more.index("--augment.train_sizes")]
     assert main([command, *MICRO, *more, "--run.out", str(tmp_path / "run")]) == 0
     assert len(read_csv(tmp_path / "run" / "metrics.csv")) == 1
+
+
+@pytest.mark.need("D18")
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--data.cache", "none", "--data.workers", "1", "--model.init", "xavier"],
+        pytest.param(["--data.cache", "none"], marks=SLOW),
+        pytest.param(["--data.workers", "2"], marks=SLOW),
+        *(pytest.param(["--model.init", how], marks=SLOW) for how in INITS),
+    ],
+)
+def test_where_images_are_and_what_a_run_starts_from(command, more, cache, tmp_path):
+    for i in range(8):
+        save(tmp_path / "data" / ("val" if i < 4 else "train") / "ab"[i % 2] / f"{i}.png", pixels(i, 8, 8))
+    own = ["--decoder.width", "16", "--decoder.heads", "2", "--mask_unit", "4"] if command == "pretrain" else []
+    run, again = str(tmp_path / "run"), ["--init", str(tmp_path / "run"), "--run.out", str(tmp_path / "again")]
+    words = [command, *MICRO, "--data.name", "folder", "--data.root", str(tmp_path / "data"), *own, *more]
+    assert main([*words, "--run.out", run]) == 0
+    assert main([*words, *again]) == 0

@@ -21,13 +21,14 @@ class Command(NamedTuple):
 
     Both are named "module:name" within the package, so that nothing is imported before the command is known. The
     function is called as `run(config, command="what was typed")`. `parallel`: several processes of torchrun share its
-    work.
+    work. `encodings`: it takes words of encodings, or models that have them, and so --import.
     """
 
     summary: str
     run: str
     config: str
     parallel: bool = False
+    encodings: bool = True
 
 
 COMMANDS = {
@@ -79,11 +80,15 @@ COMMANDS = {
         "cli.show:show",
         "cli.show:ShowConfig",
     ),
-    "report": Command("one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig"),
+    "report": Command(
+        "one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig", encodings=False
+    ),
     "bench": Command(
         "time our models against timm's, and against no encoding", "cli.bench:bench", "cli.bench:BenchConfig"
     ),
-    "doctor": Command("say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig"),
+    "doctor": Command(
+        "say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig", encodings=False
+    ),
 }
 
 
@@ -131,8 +136,10 @@ def _run(argv: Sequence[str] | None) -> int:
         command, processes = COMMANDS[name], int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and not command.parallel:
             raise ConfigError(f"vit2dpe {name} is one process, torchrun started {processes}: leave it out")
+        if command.encodings:
+            rest = _imported(rest)
         config = settings(
-            name, _named(command.config), rest, _with_files
+            name, _named(command.config), rest, _with_files, imports=command.encodings
         )  # --help leaves here, before anything heavy is imported
         _named(command.run)(config, command=shlex.join(["vit2dpe", *args]))
         return 0
@@ -147,6 +154,25 @@ def _run(argv: Sequence[str] | None) -> int:
         line = " ".join(str(error).split())
         print(f"vit2dpe: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _imported(args: list[str]) -> list[str]:
+    """The arguments without every --import, whose file or module is imported."""
+    rest, sources, words = list[str](), list[str](), iter(args)
+    for word in words:
+        if word == "--import" or word.startswith("--import="):
+            source = word.partition("=")[2] or next(words, "")
+            if not source or source.startswith("--"):
+                raise ConfigError("--import takes a file or a module that adds encodings: --import near.py")
+            sources += [source]
+        else:
+            rest.append(word)
+    if sources and not {"-h", "--help"} & set(rest):
+        from ..encodings.own import import_encodings
+
+        for source in sources:
+            import_encodings(source)
+    return rest
 
 
 def _with_files() -> dict[str, type[Settings]]:

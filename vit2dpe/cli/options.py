@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_orig
 from ..errors import ConfigError, unknown
 from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
-from .yaml_files import Others, read_yaml
+from .yaml_files import Others, read_yaml, several_numbers
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -56,18 +56,19 @@ class Option(NamedTuple):
         return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str], others: Others = dict) -> S:
+def settings(name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
 
     Args:
         others: gives the settings of other commands, by which a file of theirs is recognized.
+        imports: whether the command takes --import, for its help.
 
     Raises:
         ConfigError: for what cannot be understood.
         SystemExit: after --help and --print_config.
     """
     options = list(options_of(config()))
-    parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options)
+    parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options, imports)
     if "-h" in args or "--help" in args:
         text = re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
@@ -75,7 +76,7 @@ def settings(name: str, config: type[S], args: list[str], others: Others = dict)
         raise SystemExit(0)
     words = _with_preset([word for arg in args for word in _full_option(arg, config)])
     words, read = _with_files(words, config, others)
-    words = [_null(last, word, options) for last, word in pairwise(["", *words])]
+    words = [_value(last, word, options) for last, word in pairwise(["", *words])]
     given = _parse(parser, words, options)
     return config.of(read | {name: value for name, value in given.items() if value != [] or name not in read})
 
@@ -102,7 +103,7 @@ def _union(hint: type | UnionType) -> type | UnionType:
     return reduce(or_, get_args(hint)) if get_origin(hint) is Union else hint
 
 
-def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
+def _parser(name: str, doc: str, options: list[Option], imports: bool = False) -> ArgumentParser:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -119,14 +120,18 @@ def _parser(name: str, doc: str, options: list[Option]) -> ArgumentParser:
             add(f"--{option.name}", type=option.hint, default=option.default, help=text)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
+    if imports:
+        parser.add_argument("--import", help="a file (near.py) or module that adds encodings; or several")
     return parser
 
 
-def _null(last: str, word: str, options: list[Option]) -> str:
-    """The word none as null, where it is the value of an option that may be null and is no text."""
+def _value(last: str, word: str, options: list[Option]) -> str:
+    """The word none as null, where it is the value of an option that may be null and is no text; 1,2 as [1,2]."""
     name, equals, value = word.partition("=")
     name, start, value = (name, f"{name}=", value) if equals else (last, "", word)
     able = [option for option in options if f"--{option.name}" == name and option.nullable]
+    if able and "," in value and "[" not in value and several_numbers(able[0].hint):
+        return f"{start}[{value}]"
     return f"{start}null" if able and value.lower() == "none" else word
 
 

@@ -32,7 +32,7 @@ class ShowConfig(Settings):
     """
 
     encodings: Words = field(default=(), metadata={"positional": True})
-    grid: str | None = None
+    grid: str | None = field(default=None, metadata={"list": "x"})
     out: str | None = None
     attention: bool = False
     image: str | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, unknown
 from ..spec import Plain, Settings, Words, flat, full_names
@@ -95,6 +96,11 @@ def _value(path: str, leaf: _Leaf, config: type[Settings]) -> Plain:
             return str(node.value)
         if kind == "str" and node.value.lower() == "none" and _nullable(_hint(config, leaf.setting)):
             return None
+        if kind == "str" and "," in node.value and several_numbers(_hint(config, leaf.setting)):
+            node = yaml.compose(f"[{node.value}]", Loader=yaml.SafeLoader) or node
+    joint = _joint(config, leaf.setting)
+    if isinstance(node, yaml.SequenceNode) and joint and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return joint.join(str(item.value) for item in node.value)
     value: Plain = yaml.SafeLoader("").construct_object(node, deep=True)
     return value
 
@@ -102,6 +108,19 @@ def _value(path: str, leaf: _Leaf, config: type[Settings]) -> Plain:
 def _nullable(hint: object) -> bool:
     """Whether a type may be null, and holds no text that may be the word none."""
     return type(None) in get_args(hint) and hint not in (str | None, Words | None)
+
+
+def several_numbers(hint: object) -> bool:
+    """Whether a type is a tuple of numbers, or that or null."""
+    return any(get_origin(kind) is tuple and set(get_args(kind)) <= {int, float} for kind in (hint, *get_args(hint)))
+
+
+def _joint(config: type[Settings], name: str) -> str | None:
+    """What stands between the items of a text that may be written as a list, by the field's metadata "list"."""
+    head, _, rest = name.partition(".")
+    if rest:
+        return _joint(get_type_hints(config)[head], rest)
+    return next((field.metadata.get("list") for field in fields(config) if field.name == head), None)
 
 
 def _hint(config: type[Settings], name: str) -> object:

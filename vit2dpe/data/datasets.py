@@ -19,11 +19,12 @@ from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
 from ..spec import Plain, Size
 from .decode import check_fit
+from .identity import digest_of, digest_of_files
 from .image_cache import SizesDiffer
 from .photos import Survey, how_fitted, source_size, survey, train_size
 from .settings import DataConfig
 from .sources import CACHES, FILES, SOURCES, UNREADABLE, Reading
-from .splits import FileSplit, Split, digest_of, resize
+from .splits import FileSplit, Split, resize
 
 HELD_OUT = 0.2  # of every class, where there is no held-out split
 
@@ -37,13 +38,14 @@ class Images:
         classes: class names; a label is an index into them.
         train, test: the two splits, of one image size.
         mean, std: of every channel over the pixels of `train`, for images in [0, 1].
-        digest: sha256 of all splits: equal digests, equal data.
+        digest: of all splits (`identity.digest_of`): equal digests, equal data.
         notes: remarks on the data for the user, a line each.
         val: the source's own validation split beside a test split, or the part of training that `val_fraction` held
             out; if there is one, it decides early stopping and `best/`.
         total: how many images the source has in `train`, in `test`, and in a `val` of its own, used or not.
         unreadable: the files that were left out because they cannot be read, with the reason.
         fit: how images were brought to one size, see `decode.decode`.
+        digest_of_files: the same in memory and on disk (`identity.digest_of_files`); None where there are none.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Images:
     total: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     fit: str = "crop"
+    digest_of_files: str | None = None
 
     @property
     def about(self) -> dict[str, Plain]:
@@ -74,6 +77,13 @@ class Images:
     def held_out(self) -> dict[str, Split | FileSplit]:
         """The splits that are evaluated, by name; the first decides which weights are best."""
         return ({} if self.val is None else {"val": self.val}) | {"test": self.test}
+
+    def as_recorded(self, about: Mapping[str, object]) -> Images:
+        """With the mean and deviation of a training's record, which are estimated where images stay on disk."""
+        mean, std = (about.get(name) for name in ("mean", "std"))
+        if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) == len(self.mean)):
+            return self
+        return replace(self, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
     @property
     def used(self) -> str:
@@ -151,12 +161,14 @@ def load_images(
         raise DataError(f"{name} has no held-out split")
     test = test if limit_test is None else test.subsample(limit_test)
     with ThreadPoolExecutor(1) as thread:  # hashing releases the interpreter's lock
-        digest = thread.submit(digest_of, *(split for split in (train, test, val) if split is not None))
+        splits = [split for split in (train, test, val) if split is not None]
+        digest = thread.submit(digest_of, *splits)
         mean, std = _statistics(train.sample())
         if isinstance(train, Split) and isinstance(test, Split) and (leaked := _shared(train, test)):
             notes.append(f"same image in train and test: {leaked}")
     unread = {file: reason for reasons in lost.values() for file, reason in reasons.items()}
-    return Images(name, classes, train, test, mean, std, digest.result(), tuple(notes), val, total, unread, fit)
+    about = (digest.result(), tuple(notes), val, total, unread, fit, digest_of_files(*splits))
+    return Images(name, classes, train, test, mean, std, *about)
 
 
 def _made(

@@ -147,19 +147,19 @@ def files(kind: str, root: Path | None, how: Reading) -> SourceData:
     size, skip, where = how.source_size, how.unreadable == "skip", layout.root
     labels, splits = torch.tensor(numbers), dict[str, Split | FileSplit]()
     sizes = dict(zip(layout.splits, counts, strict=True))
-    if how.cache != "memory" and (large := _too_large(where, names, how)):
+    large = None if how.cache == "memory" else _too_large(where, names, how)
+    if large is not None:
         native, more = large
-        wrong = find_unreadable(where, names, size) if skip else {}
-        parts = readable(wrong, names, labels, sizes)
-        named = np.array([os.fsencode(name) for name in names])
-        for split, part in parts.items():
-            splits[split] = FileSplit(where, named[part], labels[part], size, native, native, how.fit)
+        images, wrong = None, find_unreadable(where, names, size) if skip else {}
     else:
         images, more, wrong = load_files(where, names, size, skip=skip, fit=how.fit)
-        parts, start = readable(wrong, names, labels, sizes), 0
-        for split, part in parts.items():
-            splits[split] = Split(images[start : start + len(part)], labels[part])
-            start += len(part)
+        native = images.shape[2], images.shape[3]
+    named, start = np.array([os.fsencode(name) for name in names]), 0
+    for split, part in readable(wrong, names, labels, sizes).items():
+        on_disk = FileSplit(where, named[part], labels[part], size, native, native, how.fit)
+        stop = start + len(part)
+        splits[split] = on_disk if images is None else Split(images[start:stop], on_disk.labels, on_disk)
+        start = stop
     at = torch.arange(len(names)).split(counts)
     lost = {
         split: {names[i]: wrong[i] for i in part.tolist() if i in wrong}

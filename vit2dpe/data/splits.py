@@ -5,7 +5,6 @@ Legend: N images, B batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -84,10 +83,15 @@ class LabelledDataset:
 
 @dataclass(frozen=True)
 class Split(LabelledDataset):
-    """Images uint8 (N, C, H, W) and their labels int64 (N,), on the CPU."""
+    """Images uint8 (N, C, H, W) and their labels int64 (N,), on the CPU.
+
+    Args:
+        origin: the files that the images were decoded from; None: they come from elsewhere.
+    """
 
     images: Tensor
     labels: Tensor
+    origin: FileSplit | None = None
 
     @property
     def size(self) -> Size:
@@ -95,7 +99,8 @@ class Split(LabelledDataset):
         return self.images.shape[2], self.images.shape[3]
 
     def select(self, index: Tensor) -> Split:
-        return Split(self.images[index], self.labels[index])
+        origin = None if self.origin is None else self.origin.select(index)
+        return Split(self.images[index], self.labels[index], origin)
 
     def pixels(self, index: Tensor) -> Tensor:
         """uint8 (B, C, H, W)"""
@@ -106,7 +111,7 @@ class Split(LabelledDataset):
         return self.images
 
     def resized(self, size: Size) -> Split:
-        return Split(resized(self.images, size), self.labels)
+        return replace(self, images=resized(self.images, size))
 
     def content(self) -> Iterator[bytes | memoryview]:
         """What the digest is taken of: pixels and labels."""
@@ -176,15 +181,6 @@ class FileSplit(LabelledDataset):
             yield name + f"\0{label} {length}\n".encode()
         if self.fit != "crop":
             yield f"fit {self.fit}\n".encode()
-
-
-def digest_of(*splits: Split | FileSplit) -> str:
-    """sha256 of the content of the splits: equal digests, equal data."""
-    digest = hashlib.sha256()
-    for split in splits:
-        for chunk in split.content():
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def resize(images: Tensor, size: Size) -> Tensor:

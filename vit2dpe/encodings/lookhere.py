@@ -13,7 +13,9 @@ evenly over the others, from "up" on (for 45 degrees, half a step on, as theirs)
 count; nothing is kept in buffers (theirs: 4.8 GB at 1,024 px), what all blocks share is built once a forward; "not
 seen" is -1e9 times the slope, which no softmax tells from minus infinity, and which leaves a row that sees nothing
 finite: where a mask hides all that a query sees, it gets the mean of the keys that are left, as under theirs, the
-largest negative bfloat16; minus infinity would give NaN. Prefix tokens are seen by all and see all.
+largest negative bfloat16; minus infinity would give NaN. In float64, which tells logits apart at -1e9, and in float16,
+where `attend` moves the row to 0, these keys are weighed by their contents. Prefix tokens are seen by all and
+see all.
 
 Limits: one axis (before, behind) or two.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -11,10 +10,9 @@ from torch import nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .registry import Dims, build
+from .registry import Dims, arguments_of, build
 
 Make = Callable[[Dims], PositionEncoding]
-Argument = Dims | int | tuple[int, ...] | None  # of an encoding's class
 Encoding = str | PositionEncoding | type[PositionEncoding] | Make
 
 
@@ -38,27 +36,12 @@ def makers(encoding: Encoding, grids: Mapping[int, tuple[int, ...]], skip: bool 
     def make(dims: Dims) -> PositionEncoding:
         if isinstance(encoding, str):
             return build(encoding, dims)
-        made = encoding(**_arguments(encoding, dims)) if isinstance(encoding, type) else encoding(dims)
+        made = encoding(**arguments_of(encoding, dims)) if isinstance(encoding, type) else encoding(dims)
         if not isinstance(made, PositionEncoding):
             raise ConfigError(f"{encoding!r} builds a {type(made).__name__}, which is no PositionEncoding")
         return made
 
     return [(make, Dims(width=36, heads=3, grid=grid, depth=4)) for grid in grids.values()]
-
-
-def _arguments(encoding: type, dims: Dims) -> dict[str, Argument]:
-    """The arguments of a class that `dims` has, by their names."""
-    known: dict[str, Argument] = {"dims": dims, "dim": dims.width, "width": dims.width, "heads": dims.heads}
-    known |= {"head_dim": dims.head_dim, "axes": dims.axes, "grid": dims.grid, "block": dims.block, "depth": dims.depth}
-    parameters = inspect.signature(encoding).parameters
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    for name, parameter in parameters.items():
-        if name not in known and parameter.default is parameter.empty and parameter.kind not in starred:
-            raise ConfigError(
-                f"{encoding.__name__} wants {name!r}, which no model knows: give a function that builds it, "
-                f"lambda dims: {encoding.__name__}(...); known are {', '.join(known)}"
-            )
-    return {name: known[name] for name in parameters if name in known}
 
 
 def _accepted(encoding: PositionEncoding, grids: Mapping[int, tuple[int, ...]], skip: bool) -> list[Dims]:

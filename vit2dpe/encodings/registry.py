@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from importlib.metadata import entry_points
 from operator import add
 from typing import Any
 
 from ..errors import ConfigError, unknown
-from ..spec import Term, check_option, parse_terms
+from ..spec import Plain, Term, check_option, parse_terms, read_terms
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding, terms
 from .factorized import Factorized
@@ -31,6 +32,8 @@ from .rope_golden import GoldenRoPE
 from .sincos import SinCos
 from .t5 import T5Bias
 from .windowed import WindowedTable
+
+GROUP = __name__.rpartition(".")[0]  # vit2dpe.encodings, of entry points: word = "module:function from Dims, or class"
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,53 @@ def build(spec: str, dims: Dims) -> PositionEncoding:
 
 
 def parse(spec: str) -> list[Term]:
-    """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`."""
-    return parse_terms(spec, "encoding", ENCODINGS)
+    """[(name, options), ...] of an encoding's specification; every name is one of `ENCODINGS`.
+
+    A name that is not there is looked for among the entry points of installed packages.
+    """
+    if all(name in ENCODINGS or from_entry_point(name) for name, _ in read_terms(spec)):
+        return parse_terms(spec, "encoding", ENCODINGS)
+    declared = [name for name in entry_points(group=GROUP).names if name not in ENCODINGS]
+    try:
+        return parse_terms(spec, "encoding", [*ENCODINGS, *declared])
+    except ConfigError as error:
+        raise ConfigError(f"{error}; for one of your own: --import file.py") from None
+
+
+def from_entry_point(word: str) -> bool:
+    """Whether an installed package declares this word; it is then known.
+
+    What it names is a function from `Dims`, or a class, whose arguments are found by their names.
+    """
+    for point in entry_points(group=GROUP, name=word):
+        try:
+            found = point.load()
+        except Exception as error:  # whatever the code of others raises
+            raise ConfigError(f"encoding {word!r} of {point.value} failed: {type(error).__name__}: {error}") from error
+        if word not in ENCODINGS:
+            ENCODINGS[word] = partial(of_class, found) if isinstance(found, type) else found
+        return True
+    return False
+
+
+def of_class(kind: type[PositionEncoding], dims: Dims, **options: Plain) -> PositionEncoding:
+    """An encoding of a class whose other arguments are found by their names."""
+    return kind(**arguments_of(kind, dims, options), **options)
+
+
+def arguments_of(encoding: type, dims: Dims, given: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments of a class that `dims` has, by their names, without those that are given."""
+    known: dict[str, Any] = {"dims": dims, "dim": dims.width, "width": dims.width, "heads": dims.heads}
+    known |= {"head_dim": dims.head_dim, "axes": dims.axes, "grid": dims.grid, "block": dims.block, "depth": dims.depth}
+    parameters = inspect.signature(encoding).parameters
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in parameters.items():
+        if name not in (*known, *given) and parameter.default is parameter.empty and parameter.kind not in starred:
+            raise ConfigError(
+                f"{encoding.__name__} wants {name!r}, which no model knows: give a function that builds it, "
+                f"lambda dims: {encoding.__name__}(...); known are {', '.join(known)}"
+            )
+    return {name: known[name] for name in parameters if name in known and name not in given}
 
 
 def split_shared_and_per_block(

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from ..errors import TrainingError
+from .replay import Needed, needed, replay, without_main
 
 Progress = Callable[[str, int, Mapping[str, float]], None]  # name and seed of a trial, latest numbers of its training
 T = TypeVar("T")
@@ -50,6 +51,7 @@ def each(
     *,
     jobs: int = 1,
     threads: int | None = None,
+    encodings: Sequence[str] = (),
 ) -> Iterator[tuple[int, R]]:
     """(index, `run(trial, progress)`) of every trial, in the order in which they finish.
 
@@ -58,12 +60,18 @@ def each(
         progress: called in this process, also for trials that another process trains.
         jobs: how many at a time. With several, each has a process of its own.
         threads: CPU threads of each; default torch's choice, and 1 where there are several processes.
+        encodings: specs that the trials need; those of one's own are imported in each process (`replay`). Where that
+            cannot be, because they were typed into a session, trials run one after the other in this one.
 
     Raises:
         TrainingError: where a process dies.
         Whatever a trial raises. The other processes are ended; finished trials are kept.
     """
-    if jobs == 1:
+    own = None if jobs == 1 else needed(encodings)
+    if jobs > 1 and own is None:
+        print("note: an encoding was typed into this session, where no other process finds it: one trial at a time")
+        jobs, threads = 1, threads or 1
+    if jobs == 1 or own is None:
         if threads:
             torch.set_num_threads(threads)
         for i, trial in enumerate(trials):
@@ -76,8 +84,8 @@ def each(
     try:
         for _ in range(jobs):
             pipe, far_end = context.Pipe()
-            worker: BaseProcess = context.Process(target=_work, args=(run, far_end, threads or 1))
-            with _lost_process():
+            worker: BaseProcess = context.Process(target=_work, args=(run, far_end, threads or 1, own))
+            with _lost_process(), without_main(unless=run):
                 worker.start()
             workers[pipe] = worker
             far_end.close()  # the worker's alone, so that its death ends the pipe
@@ -122,7 +130,7 @@ def _assign(pipe: Connection, running: dict[Connection, int], pending: Iterator[
         return
 
 
-def _work(run: Callable[[T, Progress], R], pipe: Connection, threads: int) -> None:
+def _work(run: Callable[[T, Progress], R], pipe: Connection, threads: int, own: Needed) -> None:
     """Run trials that arrive through the pipe until it is closed; progress and results go back through it."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
@@ -132,6 +140,7 @@ def _work(run: Callable[[T, Progress], R], pipe: Connection, threads: int) -> No
         while True:
             trial = pipe.recv()
             try:
+                replay(own)
                 pipe.send(run(trial, lambda *numbers: pipe.send(_Progress(*numbers))))
             except Exception as error:
                 error.add_note(traceback.format_exc())  # the parent's traceback ends at the pipe

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
+from ..data.identity import FILES, same_data
 from ..errors import CheckpointError, DataError
-from ..spec import Numbers, Plain, Settings, plain
+from ..spec import Plain, Settings, plain
 from ..training.checkpoint import read_meta
 from .rows import read_rows
 from .trials import Measure, digest_of, training_settings
@@ -36,7 +37,10 @@ def own_folder(measure: Measure) -> tuple[Path, str]:
     typed = trained | dict(train_size="{}x{}".format(*measure.plan.train_size))  # as the first version kept it
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        if not (folder / "results.csv").is_file() or _holds(folder, {digest, _digest(typed)}, measure.plan.depths):
+        if not (folder / "results.csv").is_file():
+            break
+        if _holds(folder, {digest, _digest(typed)}, measure):
+            digest = str(_about(folder).get(STUDY, digest))  # another one where data.cache was decided otherwise
             break
     if folder != wanted:
         why = _differences(wanted, config)
@@ -66,28 +70,33 @@ def _digest(trained: Mapping[str, Plain]) -> str:
     return digest_of({name: value for name, value in trained.items() if name not in _OF_A_TRIAL})
 
 
-def _holds(folder: Path, digests: set[str], depths: Numbers) -> bool:
+def _holds(folder: Path, digests: set[str], measure: Measure) -> bool:
     """Whether the results in a folder are of the study with one of these digests; older folders say so by trials.
 
     Rows of one depth do not say which, so that those of another depth would be taken for them.
     """
-    about = _about(folder)
-    trained = [one for one in _trained(folder) if _digest(one) in digests]
+    about, depths = _about(folder), measure.plan.depths
+    trained = [one for one, here in _trained(folder, measure) if _digest(here) in digests]
+    digests = digests | {_digest(one) for one in trained}
     if about.get(STUDY) not in digests and (STUDY in about or not trained):
         return False
     there = {one["depth"] for one in trained if "depth" in one}
     return len(depths) > 1 or len(there) != 1 or set(depths) == there
 
 
-def _trained(folder: Path) -> Iterator[Mapping[str, Plain]]:
-    """What the trainings of the trials in a folder depended on."""
+def _trained(folder: Path, measure: Measure) -> Iterator[tuple[Mapping[str, Plain], Mapping[str, Plain]]]:
+    """What the trainings of the trials in a folder depended on, as it stands there, and with the digest that the data
+    have here if they are the same."""
+    data = {"digest": measure.source[1], FILES: measure.files}
     for path in sorted(folder.glob("cells/*/last/model.json")):
         try:
-            trained = read_meta(path.parent).get("trained")
+            about = read_meta(path.parent)
         except CheckpointError:
             continue
+        trained = about.get("trained")
         if isinstance(trained, Mapping):
-            yield trained
+            same = same_data({"digest": trained.get("data"), FILES: about.get(FILES)}, data)
+            yield trained, {**trained, "data": measure.source[1]} if same else trained
 
 
 def _about(folder: Path) -> Mapping[str, Plain]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.datasets import load, normalize
+from ..data.identity import FILES, same_data
 from ..data.settings import DataConfig
 from ..data.splits import resize
 from ..errors import ConfigError, unknown
@@ -96,7 +97,7 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
     data = load(*data_of(config, folder, about["data"]))
     if len(data.mean) != len(about["mean"]):
         raise ConfigError(f"the run saw images of {len(about['mean'])} channels, these have {len(data.mean)}")
-    if config.data is None and data.digest != about["digest"]:
+    if config.data is None and not same_data(about, {"digest": data.digest, FILES: data.digest_of_files}):
         print(f"note: not all of the images the run saw, or others: {len(data.train)} for training the probe")
     height, width = about["train_size"]
     pools = {"both": ["avg", "token"], None: ["avg"]}.get(config.pool, [str(config.pool)])

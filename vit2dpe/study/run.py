@@ -20,6 +20,7 @@ from .jobs import count, each
 from .lengths import ExactAnswers, Perplexity
 from .own_folder import STUDY, own_folder
 from .plan import TASKS, Plan
+from .replay import stop_replay
 from .report import Report, about_study, write_settings
 from .settings import StudyConfig, check_task
 from .settle import settle
@@ -42,6 +43,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     Raises:
         ConfigError, DataError: before anything is trained, for settings or data that cannot work.
     """
+    stop_replay()
     if config.task in TASKS:
         check_task(config)
     plan = settle(config)
@@ -56,7 +58,8 @@ def study(config: StudyConfig, command: str = "") -> Path:
     report = Report(out, about, total=len(plan.trials), started=time.monotonic())
     jobs = count(config.jobs, config.run.threads, device, len(plan.trials))
     run = partial(run_trial, measure, out / "cells")  # the folder's name since the first version
-    for i, found in each(run, plan.trials, report.progress, jobs=jobs, threads=config.run.threads):
+    threads = config.run.threads
+    for i, found in each(run, plan.trials, report.progress, jobs=jobs, threads=threads, encodings=plan.encodings):
         trial = plan.trials[i]
         seed = f", seed {trial.seed}" if config.seeds > 1 else ""
         report.add(i, plan.model_name(trial) + seed, found.rows, found.answers)

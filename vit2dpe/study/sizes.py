@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class OverSizes(Measure):
             plan=plan,
             data=data,
             source=(config.data.source, data.digest),
+            files=data.digest_of_files,
             classes=len(data.classes),
             channels=len(data.mean),
             facts=facts,
@@ -64,6 +65,9 @@ class OverSizes(Measure):
             augment=config.augment,
             workers=config.data.workers,
         )
+
+    def as_trained(self, about: Mapping[str, object]) -> OverSizes:
+        return replace(self, data=self.data.as_recorded(about))
 
     def digest(self) -> str:
         plan, config = self.plan, self.plan.config

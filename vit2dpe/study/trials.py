@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..data.identity import FILES, same_data
+from ..errors import CheckpointError
 from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
@@ -54,6 +57,7 @@ class Measure:
     Args:
         plan: settings.
         source: name and digest of the data; an empty digest where nothing is read.
+        files: digest of their files (`data.identity`), None where there are none.
         classes: of images, or the size of the vocabulary.
         channels: of images.
         facts: further entries of env.json.
@@ -63,6 +67,7 @@ class Measure:
 
     plan: Plan
     source: tuple[str, str]
+    files: str | None = None
     classes: int
     channels: int = 3
     facts: dict[str, Plain] = field(default_factory=dict)
@@ -80,6 +85,10 @@ class Measure:
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[tuple[Row, Right]]:
         """Measure the model trained in `folder`: rows, each with which images are right, where that is kept."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
+
+    def as_trained(self, about: Mapping[str, object]) -> Measure:
+        """With the data prepared as they were for a training, whose record this is."""
+        return self
 
     def label(self, row: Row, trial: Trial) -> Row:
         """A row of a trial as this study names it; it may have been measured in one of another number of depths."""
@@ -101,6 +110,8 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
         trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
     folder = _folder(out, plan, trial, trained)
+    if measure.files is not None and not folder.is_dir():
+        folder, trained = _cached_otherwise(out, measure, trained) or (folder, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
     answers = folder / f"answers-{measure.digest()}.safetensors"
     name = plan.model_name(trial)
@@ -109,10 +120,12 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         return _read(measure, trial, results, answers)
     if _finished(folder, trained):
         model = load_run(folder, device)
+        measure = measure.as_trained(read_meta(folder / "last"))
     else:
         model, spec = build(measure, trial)
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
-        save_model(folder / "last", model, spec.arguments, trained=trained, **measure.about, final=final)
+        about = measure.about | ({} if measure.files is None else {FILES: measure.files})
+        save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final)
     measured = list(measure.rows(model.to(device), trial, folder))
     table = to_csv(row for row, _ in measured).encode()
     write_answers(answers, [right for _, right in measured], table)
@@ -166,6 +179,23 @@ def _folder(out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -
     named, short = out / f"{encoding}-depth{trial.depth}{end}", out / f"{encoding}{end}"
     first, other = (named, short) if plan.config.task != "images" or len(plan.depths) > 1 else (short, named)
     return other if other.is_dir() and not first.is_dir() else first
+
+
+def _cached_otherwise(
+    out: Path, measure: Measure, trained: Mapping[str, Plain]
+) -> tuple[Path, dict[str, Plain]] | None:
+    """A finished training of these settings on these data, in memory where they are on disk now or the other way
+    round, which is why its folder has another digest; and its settings as they stand there."""
+    here = {"digest": measure.source[1], FILES: measure.files}
+    for path in sorted(out.glob("*/last/model.json")):
+        with suppress(CheckpointError):  # damaged, and perhaps none of this study's
+            about = read_meta(path.parent)
+            before = about.get("trained")
+            if not isinstance(before, dict) or before | {"data": trained["data"]} != trained:
+                continue
+            if same_data({"digest": before["data"], FILES: about.get(FILES)}, here):
+                return path.parents[1], before
+    return None
 
 
 def digest_of(settings: Plain) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..encodings.own import check_known, sources_in
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
 from ..models.spec import MODELS, ModelSpec, timm_spec
@@ -39,6 +40,7 @@ class Meta(TypedDict, total=False):
     torch: str
     model: str  # a name in `models.spec.MODELS`
     arguments: dict[str, Any]  # of its constructor
+    encodings: dict[str, str]  # of one's own: word, and what was imported for it
     train_grid: list[int] | None
     sha256: str  # of the file "model"
     files: dict[str, str]  # SHA-256 by file name, without .safetensors
@@ -48,6 +50,7 @@ class Meta(TypedDict, total=False):
     task: str
     data: str
     digest: str  # of the data
+    digest_of_files: str  # of images from files, in memory or on disk
     classes: list[str]
     mean: list[float]
     std: list[float]
@@ -116,6 +119,8 @@ def write_checkpoint(
         files=digests,
         **about,
     )
+    if sources := sources_in(spec.arguments):
+        meta["encodings"] = sources
     meta = json.loads(json.dumps(meta))  # as a reader will see it
     meta["check"] = _check(meta)
     try:
@@ -151,7 +156,8 @@ def load_run(
         allow_nan: accept weights that are not finite.
 
     Raises:
-        ConfigError: for another `which`.
+        ConfigError: for another `which`, and for an encoding of one's own that was not imported: it names what to
+            import, and imports nothing.
         CheckpointError: if a file is missing, was altered, is not finite, or comes from a newer version.
     """
     if which not in ("last", "best"):
@@ -164,6 +170,7 @@ def load_run(
         check_finite(tensors, folder)
     if meta["model"] not in MODELS:
         raise CheckpointError(f"{folder} holds a {meta['model']!r}; this version can build {', '.join(MODELS)}")
+    check_known(meta.get("encodings", {}), str(folder))
     model = ModelSpec(meta["model"], meta["arguments"]).build()
     _resize(model, meta.get("train_grid"))
     try:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -20,15 +20,33 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process, and the number of processes."""
+    """The rank of this process, and the number of processes.
+
+    Args:
+        patient: the processes as a group whose exchanges may last long, for `wait`; None: there is nothing to wait for.
+    """
 
     rank: int = 0
     size: int = 1
+    patient: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here: before the next exchange, where one of them may have worked alone for long."""
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
+
+    def gather(self, words: Sequence[str]) -> list[str]:
+        """The words of all processes, in the order of their ranks; each may have worked on its own for long."""
+        if self.patient is None:
+            return list(words)
+        parts: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, list(words), group=self.patient)
+        return [word for part in parts for word in part]
 
     def share(self, n: int) -> slice:
         """This rank's contiguous part of n things; the parts differ by at most one and cover all of them."""
@@ -43,7 +61,8 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
     """The processes that torchrun started, by its environment variables; this one alone without them.
 
     A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
-    `timeout_s`. At the end all wait up to `wait_minutes` for one that works alone, as the first does for its results.
+    `timeout_s`. Where one works alone, as the first does in writing files, all wait for it up to `wait_minutes`, and so
+    they do at the end.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -55,9 +74,10 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
     patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes))
+    world = World(rank, size, patient if isinstance(patient, dist.ProcessGroup) else None)
     try:
-        yield World(rank, size)
-        dist.barrier(group=patient if isinstance(patient, dist.ProcessGroup) else None)
+        yield world
+        world.wait()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error):
             why = str(error).strip().splitlines()[0]

@@ -108,6 +108,7 @@ class Trainer(Generic[B]):
         about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), **self.about)
         wandb = self.run.wandb if first else None
         trackers = Trackers(self.folder, first and self.run.tensorboard, wandb, about, resume)
+        self.world.wait()  # for folders and trackers of the first
         total = self.optim.epochs * self.task.steps_per_epoch
         self.began = time.monotonic() - self.state.seconds
         self.cpu_began = time.process_time() - self.state.cpu_seconds
@@ -120,6 +121,7 @@ class Trainer(Generic[B]):
                 while self.state.epoch < self.optim.epochs and not self._patience_ended():
                     self._train_epoch(self.state.epoch)
                     trackers.add(self._evaluate())
+                    self.world.wait()
                     if self._stop_reached():
                         break
             except RuntimeError as error:  # torch reports a dead data worker wherever the training is at that moment
@@ -191,9 +193,10 @@ class Trainer(Generic[B]):
         evaluated = self.model if averaged is None else averaged
         self.interrupts.at_once = self.world.size == 1
         try:
-            if self.interrupts.received:
+            if self._agree()[0]:
                 self._leave()
             score = self.task.evaluate(evaluated)
+            self.world.wait()  # a task may measure on one process alone
         except Stopped:
             self._leave()
         finally:
@@ -273,7 +276,6 @@ class Trainer(Generic[B]):
         self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
 
     def load(self) -> None:
-        digest = self.task.describe().get("digest")
-        self.state = self.snapshots.load(None if digest is None else str(digest))
+        self.state = self.snapshots.load(self.task.describe())
         self.state.count_in(self.task.steps_per_epoch, self.optim.batch_size)
         self.updater.schedule.step_update(max(0, self.state.place - 1))  # the rate of the last update

@@ -72,7 +72,7 @@ class RunConfig(Settings):
         compile: torch.compile the model.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
-        wait_minutes: under torchrun: how long processes wait for results that the first one alone makes at the end.
+        wait_minutes: under torchrun: how long processes wait for one that works alone: files, trackers, results.
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..data.identity import FILES, same_data
 from ..errors import CheckpointError
 from ..models.spec import ModelSpec
 from ..spec import Plain
@@ -119,12 +120,13 @@ class Snapshots:
                 state=progress,
                 **about,
             )
+        self.world.wait()  # a slow disk is no reason to lose the others
 
-    def load(self, digest: str | None) -> TrainingState:
+    def load(self, about: Mapping[str, Plain]) -> TrainingState:
         """Restore weights and optimizer from `last`, on any number of processes.
 
         Args:
-            digest: of the data; None: the task has none.
+            about: of the task; its record of the data is compared, where it has one.
 
         Raises:
             CheckpointError: if it is of another model, of other data, or holds no state of a training.
@@ -138,8 +140,15 @@ class Snapshots:
                 f"{self.spec.kind} {self.spec.arguments}: give another --run.out, or "
                 f"--init {folder} to start from its weights"
             )
-        if digest != meta.get("digest"):
-            raise CheckpointError(f"{folder} was trained on other data ({meta.get('digest')}, here {digest})")
+        if not same_data(meta, about):
+            raise CheckpointError(
+                f"{folder} was trained on other data ({meta.get('digest')}, here {about.get('digest')})"
+                + (
+                    "; an older version wrote it, and what it had in memory is compared with --data.cache memory"
+                    if FILES in about and FILES not in meta
+                    else ""
+                )
+            )
         if "state" not in meta or "optimizer" not in meta["files"]:
             raise CheckpointError(f"{folder} holds a model but no state of its training: --init takes its weights")
         if (self.averaged is not None) != ("raw" in meta["files"]):

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data.identity import FILES
 from ..seeding import generator
 from ..spec import Plain
 from .distributed import World
@@ -75,7 +76,8 @@ class Dataset(Protocol):
 
 def describe_data(task: str, data: Dataset, **more: Plain) -> dict[str, Plain]:
     """Metadata that all tasks have in common, and `more`."""
-    return dict(task=task, data=data.name, digest=data.digest) | more
+    files: str | None = getattr(data, FILES, None)
+    return dict(task=task, data=data.name, digest=data.digest) | ({} if files is None else {FILES: files}) | more
 
 
 def count_steps(count: int, batch_size: int, world: World) -> int:

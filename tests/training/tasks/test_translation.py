@@ -16,11 +16,15 @@ from vit2dpe.data.text import IGNORE
 from vit2dpe.data.text_settings import TextDataConfig
 from vit2dpe.models.text.seq2seq import Seq2Seq
 from vit2dpe.models.text.translate import translate
+from vit2dpe.training.checkpoint import save_model
 from vit2dpe.training.distributed import ALONE, World
+from vit2dpe.training.objectives.text import translate_test_set
 from vit2dpe.training.optimizer import make_optimizer, make_schedule
+from vit2dpe.training.session import TrainSession
 from vit2dpe.training.settings import OptimConfig
 from vit2dpe.training.tasks.seq2seq import decoding_batch, decoding_loss, evaluate_pairs
 from vit2dpe.training.tasks.translation import TranslationTask, bleu
+from vit2dpe.training.text_settings import TextTrainConfig
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "Hund": "dog", "Haus": "house"}
@@ -210,3 +214,44 @@ def test_settings_that_cannot_work(folder, tmp_path, capsys):
         common = ["--objective", "translate", "--data.pairs", str(folder), "--run.out", str(tmp_path / "run")]
         assert main(["text", "train", *common, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.need("D7a")
+def test_ranks_share_the_test_set(folder, tmp_path, monkeypatch):
+    """Each translates its part, the first writes what one process writes; where the others do not see the run folder,
+    it translates all."""
+    found, out = data(folder), tmp_path / "run"
+    model = small(found).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    arguments = dict(position="rope", source_vocab=found.tokenizer.size, target_vocab=found.tokenizer.size, context=40)
+    save_model(out / "best", model, arguments | dict(embed_dim=32, depth=1, num_heads=2, hidden=64, shared=True))
+    lines, said = [], []
+
+    def translated(world, sees=True):
+        place = out if sees else tmp_path / "elsewhere"
+        session = TrainSession(TextTrainConfig(beams=2), "", torch.device("cpu"), world, place)
+        return translate_test_set(session.config, session, found)
+
+    whole = translated(ALONE), [(out / name).read_bytes() for name in ("translations.txt", "bleu.json")]
+    assert whole[1][0].strip()
+    for path in ("translations.txt", "bleu.json"):
+        (out / path).unlink()
+
+    def gather(world, words):
+        said.append(words)
+        return [*words, *lines.pop(0)] if world.first else words
+
+    monkeypatch.setattr(World, "gather", gather)
+    assert translated(World(1, 2)) == []
+    lines[:] = said
+    assert (len(lines[1]), len(found.test)) == (3, 5)
+    assert (translated(World(0, 2)), [(out / n).read_bytes() for n in ("translations.txt", "bleu.json")]) == whole
+    said.clear()
+    assert translated(World(1, 2), sees=False) == []
+    lines[:] = said
+    monkeypatch.setattr(
+        World, "gather", lambda world, words: [*words, *(lines.pop(0) if lines and world.size > 1 else ())]
+    )
+    assert translated(World(0, 2)) == whole[0]

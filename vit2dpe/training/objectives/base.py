@@ -38,6 +38,7 @@ class Prepared(NamedTuple):
         title: of summary.md.
         next_command: what to try after this run.
         results: lines to print, from the rows of `fit`; also writes what the objective adds to the run folder.
+        together: what all processes work out together after training; lines to print behind the results.
         facts: more for env.json.
         initialize: draws first weights, before those of `--init` are loaded.
         adapt: changes the model in what its state_dict does not hold.
@@ -52,6 +53,7 @@ class Prepared(NamedTuple):
     title: str
     next_command: str
     results: Callable[[list[Row]], list[str]]
+    together: Callable[[], list[str]] = list
     facts: Mapping[str, Plain] = {}
     initialize: Callable[[nn.Module], None] = keep
     adapt: Callable[[nn.Module], None] = keep
@@ -76,6 +78,7 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
     """
     with train_session(config, command) as session:
         prepared = prepare(config, session)
+        session.world.wait()  # one of them may have downloaded, unpacked or decoded for all
         model = session.build_model(prepared.spec, prepared.initialize)
         prepared.adapt(model)
         folder, first = session.folder, session.world.first
@@ -99,8 +102,9 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
             about=dict(command=command),
             stop_after=2 if config.smoke else None,
         )
+        together = prepared.together()
         if first:
-            *lines, last = prepared.results(rows)
+            *lines, last = [*prepared.results(rows), *together]
             write_summary(folder, prepared.title, rows, facts, prepared.next_command)
             for line in [*lines, f"{last}; summary {folder / 'summary.md'}", f"next     {prepared.next_command}"]:
                 session.print(line)

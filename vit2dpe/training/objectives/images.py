@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec
 from ...models.timm_api import TimmViT
 from ...spec import Size, Sizes, changed, show_size
+from ..checkpoint import read_meta
 from ..distributed import World, parallelize
 from ..initial_weights import INITS, initialize, jitter_positions
 from ..log import Row
@@ -52,10 +54,10 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         f"{spec.arguments.get('position', '')} on {data.name}",
         next_command(config, session.folder, size),
         partial(best_accuracy, by=str(task.best[0]) if task.best else "test_top1"),
-        dict(images=data.used),
-        partial(initialize, how=config.model.init),
-        partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
-        config,
+        facts=dict(images=data.used),
+        initialize=partial(initialize, how=config.model.init),
+        adapt=partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
+        config=config,
     )
 
 
@@ -117,6 +119,11 @@ def read_images(config: C, session: TrainSession, *, labels: bool = True) -> tup
         return [(factor * height, factor * width), *several]
 
     images, found = load_fitted(data, config.run.seed, needed, labels=labels)
+    if config.resume and (session.folder / "last" / "model.json").is_file():
+        images = images.as_recorded(read_meta(session.folder / "last"))
+    # One rank's images may be in memory and another's on disk, where mean and deviation are estimated.
+    mean, std = json.loads(session.world.gather([json.dumps([images.mean, images.std])])[0])
+    images = images.as_recorded(dict(mean=mean, std=std))
     size = chosen or (images.native if found is None else train_size(found, config.model.patch))
     for note in images.notes:
         session.print(f"note: {note}")

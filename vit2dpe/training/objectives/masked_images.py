@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...data.datasets import Images, check_data, normalize
+from ...data.identity import FILES
 from ...data.settings import AugmentConfig
 from ...data.splits import resize
 from ...encodings import parse
@@ -66,10 +67,10 @@ def prepare(config: PretrainConfig, session: TrainSession) -> Prepared:
         f"Masked pretraining ({config.objective}), {encoder.position or encoder.name}, on {data.name}",
         next_command(config, session.folder, bool(data.classes)),
         partial(finish, config, session.folder, data, size, spec),
-        dict(images=data.used),
-        draw,
-        (lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
-        config,
+        facts=dict(images=data.used),
+        initialize=draw,
+        adapt=(lambda model: jitter_positions(masked_model(model).encoder, encoder.jitter)) if encoder.jitter else keep,
+        config=config,
     )
 
 
@@ -153,6 +154,7 @@ def finish(
     """Write `encoder/` and the pictures, from the weights that were kept."""
     model, meta = masked_model(load_run(folder)), read_meta(folder / "last")
     about = {name: meta[name] for name in ("data", "digest", "classes", "mean", "std", "train_size")}
+    about |= {FILES: meta[FILES]} if FILES in meta else {}
     encoder = spec.arguments["encoder"]
     kind = ModelSpec("timm" if "model_name" in encoder else "ViT", encoder)
     tensors = dict(model.encoder.state_dict())

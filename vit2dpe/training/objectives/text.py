@@ -23,6 +23,7 @@ from ...models.spec import ModelSpec
 from ...models.text.seq2seq import Seq2Seq
 from ...models.text.translate import translate
 from ..checkpoint import load_run, read_meta
+from ..distributed import ALONE
 from ..log import Row
 from ..session import TrainSession, check_run
 from ..settings import model_arguments, own_options
@@ -67,7 +68,8 @@ def prepare(config: TextTrainConfig, session: TrainSession) -> Prepared:
         f"; {source.amount}",
         f"{config.model.position} on {data.name}",
         next_command(config, folder, source.example),
-        partial(results, config, folder, session.device, data),
+        partial(results, config),
+        partial(translate_test_set, config, session, data) if isinstance(data, Pairs) else list,
     )
 
 
@@ -170,30 +172,41 @@ def tokenizer_of_run(init: str | None) -> tuple[Tokenizer | None, int]:
     return from_json(about["tokenizer"]), int(about["arguments"].get("vocab_size", 0))
 
 
-def results(config: TextTrainConfig, folder: Path, device: torch.device, data: Dataset, rows: list[Row]) -> list[str]:
-    """Loss, accuracy of a classifier, BLEU of a translator."""
+def results(config: TextTrainConfig, rows: list[Row]) -> list[str]:
+    """Loss, and accuracy of a classifier."""
     best = min((row["val_loss"] for row in rows), default=float("nan"))
     unit = "line" if config.objective == "classify" else "token"
     lines = [f"validation loss {rows[-1]['val_loss']:.4f} nats a {unit} (best {best:.4f})"]
     if config.objective == "classify":
         lines += [f"right {rows[-1]['val_top1']:.1f}% (best {max(row['val_top1'] for row in rows):.1f}%)"]
-    if isinstance(data, Pairs):
-        lines += [translate_test_set(config, folder, device, data)]
     return lines
 
 
-def translate_test_set(config: TextTrainConfig, folder: Path, device: torch.device, pairs: Pairs) -> str:
-    """Translate the test set with the best weights; write translations.txt and bleu.json, return a line about them."""
+def translate_test_set(config: TextTrainConfig, session: TrainSession, pairs: Pairs) -> list[str]:
+    """Translate the test set with the best weights, each process its part; write translations.txt and bleu.json.
+
+    Where not all processes see the run folder, the first translates alone.
+
+    Returns:
+        a line about them, of the first process.
+    """
+    folder, device, world = session.folder, session.device, session.world
+    if not all(world.gather(["seen" if (folder / "best" / "model.json").is_file() else ""])):
+        if not world.first:
+            return []
+        world = ALONE
     model = load_run(folder, device, which="best")
     if not isinstance(model, Seq2Seq):
         raise CheckpointError(f"{folder} holds a {type(model).__name__}, not the Seq2Seq that was trained")
     sources, references = zip(*pairs.test, strict=True)
-    written = translate(model, pairs.tokenizer, sources, beams=config.beams)
+    written = world.gather(translate(model, pairs.tokenizer, sources[world.share(len(sources))], beams=config.beams))
+    if not world.first:
+        return []
     score = bleu(written, references)
     write_atomically(folder / "translations.txt", "".join(f"{line}\n" for line in written).encode())
     facts = dict(bleu=score.bleu, signature=score.signature, set=config.data.test, n=len(written), beams=config.beams)
     write_atomically(folder / "bleu.json", json.dumps(facts, indent=1).encode())
-    return f"BLEU {score.bleu:.2f} on {len(written)} sentences of {config.data.test} ({score.signature})"
+    return [f"BLEU {score.bleu:.2f} on {len(written)} sentences of {config.data.test} ({score.signature})"]
 
 
 def next_command(config: TextTrainConfig, folder: Path, example: str) -> str:
