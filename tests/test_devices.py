@@ -39,7 +39,7 @@ OPTIONS = (
     "relative(shared=true)", "logcpb(form=cr)", "fire(shared=true)", "sincos(layout=timm)", "rope(start=1)",
     "rope_dinov3(jitter=2, shift=0.1)", "sincos+rope_mixed",
 )  # fmt: skip
-WORDS = [*ENCODINGS, OPTIONS[-1]]
+WORDS = [*ENCODINGS, pytest.param(OPTIONS[-1], marks=pytest.mark.slow)]
 GRIDS = ((12,), (3, 4), (2, 3, 2))
 
 
@@ -202,6 +202,7 @@ def test_augmentation_is_that_of_the_cpu(name):
 
 
 @pytest.mark.need("A10a")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_training_and_what_it_leaves(name, tmp_path):
     data = load_images("digits", limit_train=24, limit_test=10)

@@ -17,6 +17,8 @@ pytestmark = [
 # What CoreML or OpenVINO cannot convert.
 LACKING = {"movedim", "block_diag", "complex", "view_as_real", "view_as_complex", "polar", "conj_physical", "unfold"}
 
+V2 = dict(qk="cosine", post_norm=True)
+
 
 def check(model, example, others):
     """Traced with torch's own check, with gradients on; logits at another batch are those of the model."""
@@ -34,7 +36,7 @@ def test_a_vit(position):
 
 @pytest.mark.one_of_each_kind
 @pytest.mark.parametrize("position", ENCODINGS)
-@pytest.mark.parametrize("version", [{}, dict(qk="cosine", post_norm=True)], ids=["V1", "V2"])
+@pytest.mark.parametrize("version", [{}, pytest.param(V2, marks=pytest.mark.slow)], ids=["V1", "V2"])
 def test_a_swin(position, version):
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depths=(2,), num_heads=(2,), window_size=3, num_classes=3)
@@ -85,7 +87,7 @@ def masked(kind, position="rope"):
 
 
 @pytest.mark.need("C2a")
-@pytest.mark.parametrize("position", ["rope", *(pytest.param(w, marks=pytest.mark.slow) for w in ENCODINGS)])
+@pytest.mark.parametrize("position", [w if w == "rope" else pytest.param(w, marks=pytest.mark.slow) for w in ENCODINGS])
 @pytest.mark.parametrize("kind", ["MAE", "SimMIM", pytest.param("Swin", marks=pytest.mark.slow)])
 def test_a_masked_model(kind, position):
     try:
