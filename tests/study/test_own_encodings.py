@@ -205,7 +205,7 @@ def test_a_script_is_run_again_up_to_its_study(near: Path, monkeypatch: pytest.M
     replay(found)
     assert build("near", Dims(24, 2, (2, 3))).gives == {"bias"}
     assert own.source_of("near") == str(script)
-    assert module._replaying is False
+    assert module._REPLAYING.get() is False
 
 
 def test_a_word_typed_into_a_session_runs_one_at_a_time(

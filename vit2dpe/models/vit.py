@@ -20,7 +20,7 @@ from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .card import save_card
-from .features import allow, given
+from .features import allow
 from .layers import (
     ACTS,
     Block,
@@ -199,9 +199,12 @@ class ViT(TimmViT):
                 where both allow it (timm takes one of them).
         """
         x, signal, at = self.embed(images, token_filter)
-        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+        mask: tuple[Tensor, ...] = ()  # no argument where there is none: blocks of other people need not take one
+        if attn_mask is not None or is_causal:
+            signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+            mask = () if allowed is None else (allowed,)
         for block in self.blocks:
-            x = run_block(block, x, signal, at, *given(mask), recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *mask, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return out
 

@@ -11,6 +11,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from ..encodings.own import import_encodings, module_of, record_source, source_o
 from ..encodings.registry import from_entry_point
 
 _MAIN = "__mp_main__"  # what multiprocessing calls a script that it runs again
-_replaying = False
+_REPLAYING = ContextVar("replaying", default=False)
 
 
 class Needed(NamedTuple):
@@ -68,14 +69,13 @@ def _script(main: ModuleType) -> str | None:
 
 def replay(own: Needed) -> None:
     """Make the words known in this process."""
-    global _replaying
     if all(word in ENCODINGS or from_entry_point(word) for word in own.words):
         return
     for source, typed in own.sources:
         import_encodings(source, typed)
     if own.script is not None:
         record_source(_MAIN, own.typed)
-        _replaying = True
+        token = _REPLAYING.set(True)
         try:
             with suppress(_Enough):
                 if own.script.endswith(".py") or Path(own.script).is_file():
@@ -83,12 +83,12 @@ def replay(own: Needed) -> None:
                 else:
                     runpy.run_module(own.script, run_name=_MAIN, alter_sys=True)
         finally:
-            _replaying = False
+            _REPLAYING.reset(token)
 
 
 def stop_replay() -> None:
     """Called where a study begins: end the script that is run again for its encodings alone."""
-    if _replaying:
+    if _REPLAYING.get():
         raise _Enough
 
 
