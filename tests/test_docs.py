@@ -117,6 +117,7 @@ def test_commands_on_the_pages_are_understood(line, monkeypatch):
         return found if isinstance(found, type) else lambda *args, **_: seen.append(args) or 0
 
     monkeypatch.setattr(cli, "_named", named)
+    monkeypatch.setattr("vit2dpe.encodings.own.import_encodings", lambda source: [])  # near.py is the reader's
     monkeypatch.chdir(ROOT)
     if line.endswith("--print_config"):  # which ends by itself
         with pytest.raises(SystemExit, match="0"):

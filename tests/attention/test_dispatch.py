@@ -165,7 +165,7 @@ def test_swin_and_a_module_alone():
 
 
 def test_what_cannot_be_explained():
-    with pytest.raises(ConfigError, match="an Attention of ours"):
+    with pytest.raises(ConfigError, match="no Attention of ours"):
         explain(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     model = vit("rope")
     model.blocks[0].attn.qkv.register_forward_hook(lambda *_: explain(model, 32))

@@ -35,6 +35,8 @@ def read_yaml(path: str, config: type[Settings], others: Others = dict) -> dict[
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path} holds no settings: write name: value")
+        if root is not None:
+            _refuse_twice(path, root)
         values: dict[str, Plain] = {}
         for leaf in [] if root is None else _leaves(root, config):
             if not leaf.setting:
@@ -50,6 +52,20 @@ def read_yaml(path: str, config: type[Settings], others: Others = dict) -> dict[
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is no YAML file: {error}") from None
     return values
+
+
+def _refuse_twice(path: str, group: MappingNode, prefix: str = "") -> None:
+    """YAML's own loader lets the last of equal keys win."""
+    import yaml
+
+    seen = set()
+    for key, value in group.value:
+        name = f"{prefix}{key.value}"
+        if name in seen:
+            raise ConfigError(f"{path}: {name} is given twice, again in line {key.start_mark.line + 1}")
+        seen.add(name)
+        if isinstance(value, yaml.MappingNode):
+            _refuse_twice(path, value, f"{name}.")
 
 
 class _Leaf(NamedTuple):

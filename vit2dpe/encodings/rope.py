@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..errors import ConfigError
-from ..positions import Positions, float64_device
+from ..positions import Positions, float64_device, is_tracing
 from ..signal import Rotation
 from .base import Policy, PositionEncoding, can_interleave
 
@@ -202,8 +202,13 @@ class MixedRoPE(DirectionalRoPE):
 
 
 def along_axes(banks: list[Tensor]) -> Tensor:
-    """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix, by padding, which converters
-    of traced graphs have."""
+    """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix.
+
+    A traced graph pads, because converters of such graphs lack `block_diag`; elsewhere that is one kernel.
+    """
+    if not is_tracing():
+        w: Tensor = torch.block_diag(*banks)
+        return w[:, None]
     count, last = len(banks[0]), len(banks) - 1
     return torch.stack([F.pad(bank, (i * count, (last - i) * count)) for i, bank in enumerate(banks)])[:, None]
 
