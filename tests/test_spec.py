@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -108,3 +109,30 @@ def test_a_config_prints_as_it_was_written():
         for group, values in plain(config).items()
         for name in (values if isinstance(values, dict) and values else [group])
     }
+
+
+@pytest.mark.need("D15c")
+def test_a_group_of_settings_may_be_given_as_yaml_nests_it():
+    assert TrainConfig.of(model={"heads": 2}, optim={"lr": 0.5}) == TrainConfig.of(heads=2, lr=0.5)
+    assert TrainConfig.of({"model": {"name": "vit2dpe_tiny_patch4_32"}}) == TrainConfig.of(
+        model="vit2dpe_tiny_patch4_32"
+    )
+    with pytest.raises(ConfigError, match=r"model\.heads must be at least 1"):
+        TrainConfig.of(model={"heads": 0})
+    with pytest.raises(ConfigError, match=r"did you mean 'model\.depth'"):
+        TrainConfig.of(model={"depht": 2})
+
+
+@pytest.mark.need("D15c")
+@pytest.mark.parametrize("given", [{"optim": 3}, {"model.position": 5}, {"resume": "yes"}, {"model.options": 3}])
+def test_a_setting_of_another_type_is_refused(given: dict):
+    with pytest.raises(ConfigError, match=r"must be of type (str|bool|dict)"):
+        TrainConfig.of(given)
+
+
+@pytest.mark.need("D15c")
+def test_a_group_that_is_none_is_refused():
+    for wrong in (3, None, {"lr": 1.0}):
+        with pytest.raises(ConfigError, match="optim must be of type OptimConfig"):
+            TrainConfig(optim=wrong)
+    assert RunConfig(out=Path("runs")).out == Path("runs")

@@ -7,6 +7,7 @@ or a text in place of a number are refused too.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -84,6 +85,24 @@ def _number(value: object) -> int | float | None:
     if isinstance(value, Integral):
         return None if isinstance(value, bool) else int(value)
     return float(value) if isinstance(value, Real) else None
+
+
+def check_numbers(ranges: Mapping[str, object], given: Mapping[str, object], several: Collection[str] = ()) -> None:
+    """Refuse arguments outside their ranges; None is a default.
+
+    Args:
+        ranges: argument -> a type above.
+        given: argument -> its value; names without a range are passed over.
+        several: arguments that may be a sequence, each number of which is in the range.
+
+    Raises:
+        SettingError: naming the argument, what it must be and what came.
+    """
+    for name, value in given.items():
+        if name in ranges and value is not None and (number := _range(ranges[name])) is not None:
+            many = value if name in several and isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            for one in many:
+                number.check(name, one)
 
 
 def numbers_of(config: type) -> dict[str, Number]:

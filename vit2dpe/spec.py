@@ -7,6 +7,8 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from os import PathLike
+from types import NoneType, UnionType
 from typing import ClassVar, NamedTuple, Self, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, SettingError, unknown
@@ -41,6 +43,8 @@ def check_option(kind: Callable[..., object], name: str, value: Plain) -> None:
         names = ["a finite number" if option is float else option.__name__ for option in allowed]
         kinds = " or ".join(name for name in names if name != "NoneType")
         raise ConfigError(f"option {name} of {kind.__name__} must be {kinds}, got {value!r}")
+    if isinstance(value, int) and abs(value) > (bound := 2**31 - 1 if float not in allowed else 2**63 - 1):
+        raise ConfigError(f"option {name} of {kind.__name__} must lie within {bound} of 0, got {value}")
 
 
 def parse_terms(text: str, kind: str, known: Iterable[str]) -> list[Term]:
@@ -210,6 +214,11 @@ class Settings:
                     raise SettingError(name, f": {error}") from None
         for name, number in numbers_of(type(self)).items():
             number.check(name, getattr(self, name))
+        for name, kinds in _kinds_of(type(self)).items():
+            if not isinstance(value := getattr(self, name), kinds):
+                named = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                of = f"; {type(self).__name__}.of({name}={{...}}) takes a dict" if isinstance(value, dict) else ""
+                raise SettingError(name, f" must be of type {named.replace(' or PathLike', '')}, got {value!r}{of}")
 
     @classmethod
     def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
@@ -218,12 +227,35 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Plain] | None = None, **settings: Plain) -> Self:
-        """Settings by any of their names: `of(epochs=3, data="digits", width=64)`; those not given are the preset's."""
-        named = {full_name(cls, name): value for name, value in {**(given or {}), **settings}.items()}
+        """Settings by any of their names: `of(epochs=3, data="digits", width=64)`; those not given are the preset's.
+
+        A group may be given as YAML nests it: `of(optim={"epochs": 3})`.
+        """
+        named = {full_name(cls, name): value for name, value in _by_name(cls, {**(given or {}), **settings}).items()}
         return changed(cls(), {**cls.preset(named), **named})
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def _by_name(config: type[Settings], given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Settings by dotted names, of groups that are nested."""
+    groups = {name for name, kinds in _kinds_of(config).items() if issubclass(kinds[0], Settings)}
+    values: dict[str, Plain] = {}
+    for name, value in given.items():
+        inner = value if isinstance(value, Mapping) and name in groups else None
+        values |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+    return values
+
+
+def _kinds_of(config: type) -> dict[str, tuple[type, ...]]:
+    """Field -> the types it may have, of those that are a word, a path, a switch, a dict or a group of settings."""
+    found: dict[str, tuple[type, ...]] = {}
+    for name, hint in get_type_hints(config).items():
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+        if all(isinstance(kind, type) and issubclass(kind, str | bool | dict | Settings | NoneType) for kind in kinds):
+            found[name] = (*kinds, PathLike) if str in kinds else tuple(kinds)
+    return found
 
 
 def texts_of(config: type) -> dict[str, _Text]:

@@ -13,12 +13,15 @@ from PIL import Image
 
 from tests.training.interrupted import Killed, after_updates, die
 from tests.training.test_resume import CLOCKED, everything
+from vit2dpe import ViT
 from vit2dpe.data import sources
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.loader import lost_worker, stream, watch_workers
 from vit2dpe.data.settings import AugmentConfig, DataConfig
 from vit2dpe.data.splits import FileSplit
 from vit2dpe.errors import ConfigError, DataError
+from vit2dpe.resolution.sweep import evaluate
+from vit2dpe.training.distributed import World
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.log import read_table
 from vit2dpe.training.objectives.images import train
@@ -67,6 +70,22 @@ def test_workers_change_no_bit(root, workers):
     for size in (None, (12, 8)):
         pairs = zip(evaluation_batches(kept, size, 4), evaluation_batches(disk, size, 4, workers=workers), strict=True)
         assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+
+
+@pytest.mark.need("D7b")
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_ranks_without_a_test_image_count_nothing(root, cache):
+    data, size = load_images("folder", root, source_size=(10, 12), cache=cache), 17  # 14 test images
+    model = ViT("rope", img_size=(8, 12), patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    whole = evaluate(model, evaluation_batches(data, (8, 12), workers=0))
+    ranks = [evaluation_batches(data, (8, 12), 256, World(rank, size), workers=0) for rank in range(size)]
+    parts = [evaluate(model, batches, least=0) for batches in ranks]
+    assert [part["n"] for part in parts].count(0) == 3
+    assert sum(part["n"] for part in parts) == whole["n"] == 14
+    for name in ("top1", "loss"):
+        assert sum(part["n"] * part[name] for part in parts) / 14 == pytest.approx(whole[name], rel=1e-5)
+    with pytest.raises(ConfigError, match="no images to evaluate"):
+        evaluate(model, iter(()))
 
 
 def config(root, out, **data):

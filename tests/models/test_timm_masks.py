@@ -48,6 +48,13 @@ def timm_eva():
     return shaken(Eva(**SIZES, use_rot_pos_emb=True, use_abs_pos_emb=True, num_reg_tokens=1))
 
 
+@pytest.mark.need("B9b")
+def test_a_mask_on_another_device_is_refused():
+    model = ViT("rope", img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=1)
+    with pytest.raises(ValueError, match="attn_mask is on meta, and the tokens are on cpu"):
+        model(torch.zeros(1, 3, 16, 16), attn_mask=torch.ones(5, 5, dtype=torch.bool, device="meta"))
+
+
 @pytest.mark.parametrize("make", [timm_vit, timm_eva])
 @torch.no_grad()
 def test_masks_give_what_they_give_in_timm(make):

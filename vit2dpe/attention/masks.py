@@ -81,6 +81,8 @@ def as_torch_takes_it(mask: Tensor | None, is_causal: bool, tokens: Tensor, head
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"attn_mask is a tensor, got {type(mask).__name__}; a token_filter is given by name")
+        if mask.device != tokens.device:
+            raise ValueError(f"attn_mask is on {mask.device}, and the tokens are on {tokens.device}: use mask.to(...)")
         _check_shape(mask, batch, count, heads)
         if mask.dtype == torch.bool:
             allowed = mask

@@ -59,7 +59,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if dim % heads or heads % kv_heads:
+        if min(dim, heads, kv_heads) < 1 or dim % heads or heads % kv_heads:
             raise ValueError(
                 "the width must be a multiple of the heads, and these of kv_heads: "
                 f"got dim={dim}, heads={heads}, kv_heads={kv_heads}"

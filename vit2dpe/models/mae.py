@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..encodings import Dims, PositionEncoding, modules_outside_encodings, named_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
+from .arguments import check_arguments
 from .layers import Block, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
@@ -68,9 +69,10 @@ class MAE(MaskedModel):
         decoder_mlp_ratio: float = 4.0,
         norm_pix: bool = False,
     ) -> None:
+        check_arguments(locals())
         super().__init__()
         _refuse(encoder, norm_pix)
-        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
+        if decoder_embed_dim % decoder_num_heads:
             came = f"{decoder_embed_dim} and {decoder_num_heads}"
             raise ConfigError(f"decoder_embed_dim must be a multiple of decoder_num_heads: got {came}")
         self.encoder, self.norm_pix = encoder, norm_pix

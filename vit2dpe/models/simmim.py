@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..positions import Positions
+from .arguments import check_arguments
 from .masked import MaskedModel
 from .swin.model import Swin
 from .timm_api import pair
@@ -45,6 +46,7 @@ class SimMIM(MaskedModel):
     mask_ratio = 0.6
 
     def __init__(self, encoder: ViT | Swin, *, mask_unit: int | tuple[int, int] = 32) -> None:
+        check_arguments(locals())
         super().__init__()
         nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
         if encoder.num_classes > 0:

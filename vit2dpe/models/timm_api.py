@@ -8,7 +8,8 @@ Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -293,4 +294,13 @@ def check_pool(global_pool: str, class_token: bool) -> None:
 
 
 def pair(size: ImageSize) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """(rows, columns) of one number or two.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    try:
+        rows, columns = map(index, size if isinstance(size, Iterable) else (size, size))
+    except (TypeError, ValueError):
+        raise ConfigError(f"a size is a whole number or two of them (rows, columns), got {size!r}") from None
+    return rows, columns

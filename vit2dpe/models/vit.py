@@ -19,6 +19,7 @@ from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
+from .arguments import check_arguments
 from .card import save_card
 from .features import allow
 from .layers import (
@@ -106,13 +107,14 @@ class ViT(TimmViT):
         dtype: torch.dtype | None = None,
         **block: Unpack[BlockArguments],
     ) -> None:
+        check_arguments({**locals(), **block})
         super().__init__()
         for name in block:
             if name not in BlockArguments.__annotations__:
                 known = {*inspect.signature(ViT).parameters, *BlockArguments.__annotations__} - {"block"}
                 raise unknown(f"argument of {type(self).__name__}", name, sorted(known), ArgumentError)
         check_pool(global_pool, class_token)
-        if num_heads < 1 or embed_dim % num_heads:
+        if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
         self.num_classes = num_classes
         self.in_chans = in_chans

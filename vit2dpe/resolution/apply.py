@@ -117,6 +117,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
 
 def _split(spec: str, model: nn.Module) -> tuple[str | None, str]:
     """What windows do (None: as before) and what encodings do, of "scale+interpolate", "scale" or "interpolate"."""
+    if not isinstance(spec, str):
+        raise ConfigError(f"a policy is a word, such as 'ntk' or 'interpolate', got {spec!r}")
     first, _, rest = spec.partition("+")
     if first.strip() not in WINDOW_POLICIES:
         return None, spec

@@ -110,12 +110,14 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     top: Sequence[int] = (1,),
     right: list[Tensor] | None = None,
+    least: int = 1,
 ) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
         right: a list that gains (n,) booleans on the CPU: whether the likeliest class is the label.
+        least: images there must be; 0 for a process whose share of them may be empty: its numbers are then 0.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     hits, loss, n = dict.fromkeys(top, 0), 0.0, 0
@@ -130,11 +132,11 @@ def evaluate(
                 answers.append((logits.argmax(-1) == labels).cpu())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
-    if n == 0:
+    if n < least:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
     if right is not None:
         right.append(torch.cat(answers))
-    return {f"top{k}": 100 * count / n for k, count in hits.items()} | {"loss": loss / n, "n": n}
+    return {f"top{k}": 100 * count / max(1, n) for k, count in hits.items()} | {"loss": loss / max(1, n), "n": n}
 
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:

@@ -559,7 +559,7 @@ def test_bfloat16_is_near(word):
         (dict(norm="batch"), "unknown norm_layer 'batch'"),
         (dict(mlp="swigl"), "did you mean 'swiglu'"),
         (dict(pool="meen"), "did you mean 'mean'"),
-        (dict(context=0), "context=0"),
+        (dict(context=0), "context must be at least 1, got 0"),
         (dict(cross_position="rope"), "for models with cross-attention"),
         (dict(cross=True, cross_position="sincos"), "adds to tokens"),
         (dict(masked_lm=True), "pool=''"),

@@ -64,7 +64,7 @@ def split_and_rotate(qkv: Tensor, rotation: Rotation, heads: int) -> tuple[Tenso
 
 
 def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    packed = qkv.view(*qkv.shape[:2], 3, heads, -1)
+    packed = qkv.view(*qkv.shape[:2], 3, heads, 2 * cos.shape[-1])  # named, so that a batch may be empty
     turn = as_complex(cos, sin).transpose(1, 2).unsqueeze(2)  # (B|1, N, 1, 1|H, Dh/2)
     if _WIDE.get(qkv.dtype) == turn.dtype:
         _complex(packed).narrow(2, 0, 2).mul_(turn)

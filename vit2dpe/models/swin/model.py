@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ...encodings import Dims
 from ...errors import ConfigError
 from ...positions import Positions
+from ..arguments import check_arguments
 from ..card import save_card
 from ..layers import PatchEmbed, TokenFilter, add_token
 from ..timm_api import FeatureInfo, pair
@@ -99,6 +100,7 @@ class Swin(TimmSwin):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_arguments(locals(), stages=True)
         super().__init__()
         check_pool(global_pool)
         if len(depths) != len(num_heads):

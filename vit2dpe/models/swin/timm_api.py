@@ -225,7 +225,7 @@ def check_pool(global_pool: str) -> None:
 
 def per_stage(size: WindowSize, stages: int, least: int = 1) -> list[Size]:
     """(h, w) for each stage, of a side, (h, w), or one of either for each stage; two numbers are (h, w)."""
-    listed = [size, size] if isinstance(size, int) else list(size)
+    listed = [*size] if isinstance(size, Sequence) else [size, size]
     sides = [side for side in listed if isinstance(side, int)]
     sizes = [pair(sides)] * stages if len(sides) == len(listed) == 2 else [pair(one) for one in listed]
     if len(sizes) != stages or any(side < least for one in sizes for side in one):

@@ -21,6 +21,7 @@ from ...data.tokenizers import from_json
 from ...encodings import PositionEncoding
 from ...errors import ConfigError, DataError, unknown
 from ...modes import evaluating
+from ..arguments import check_arguments
 from ..layers import norm_factory
 from .model import Encoded, SequenceOptions, TextModel, pad
 
@@ -51,6 +52,7 @@ class TextEncoder(TextModel):
             raise unknown("pool", pool, POOLS)
         if masked_lm and (pool or num_classes):
             raise ConfigError(f"masked_lm speaks of every token: it goes with pool='' and no classes, got {pool!r}")
+        check_arguments({"num_classes": num_classes})
         super().__init__(position, **model)
         self.pool_name, self.num_classes = pool, num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()

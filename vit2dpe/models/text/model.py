@@ -31,6 +31,7 @@ from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
 from ...positions import Positions, checkable, is_tracing, longer
+from ..arguments import check_arguments
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
@@ -118,9 +119,10 @@ class TextModel(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        check_arguments(locals())
         super().__init__()
         nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
-        if num_heads < 1 or embed_dim % num_heads or num_heads % (kv_heads or 1):
+        if embed_dim % num_heads or num_heads % (kv_heads or 1):
             raise ConfigError(
                 "embed_dim must be a multiple of num_heads, and this of kv_heads: "
                 f"got {embed_dim}, {num_heads} and {kv_heads}"
@@ -128,11 +130,6 @@ class TextModel(nn.Module):
         hidden = hidden or int(embed_dim * mlp_ratio)
         if hidden < 1:
             raise ConfigError(f"the MLP needs hidden channels: got mlp_ratio={mlp_ratio}, hidden={hidden}")
-        if vocab_size < 1 or context < 1 or depth < 0 or (window is not None and window < 0):
-            raise ConfigError(
-                "a text model needs a vocabulary, a context, and no negative depth or window: "
-                f"got vocab_size={vocab_size}, context={context}, depth={depth}, window={window}"
-            )
         self.vocab_size, self.context, self.embed_dim, self.window = vocab_size, context, embed_dim, window
         self.embed_scale, self.grad_checkpointing = 1.0 if embed_scale is None else embed_scale, False
         self.train_grid = (context,)

@@ -110,7 +110,7 @@ class ImageTask(SeededTask):
         names, numbers = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
         for split in self.data.held_out:
             batches = evaluation_batches(self.data, self.train_size, 256, self.world, split, self.workers)
-            score = evaluate(model, batches, top)
+            score = evaluate(model, batches, top, least=int(self.world.size == 1))
             if self.world.size > 1:
                 totals = [score["n"], *(score["n"] * score[name] for name in names)]
                 n, *sums = sum_over_ranks(totals, self.world, next(model.parameters()).device)
