@@ -80,6 +80,26 @@ def test_marked_axes_are_one_graph(word):
     assert counted(create(word), images(*shapes), (0, 2, 3)) == [1] * 5
 
 
+TRAINED = [*ENCODINGS, "learned+rope", "learned(resize=plain)"]
+
+
+@pytest.mark.need("C4a")
+@pytest.mark.parametrize("word", [w if w == "learned" else pytest.param(w, marks=pytest.mark.slow) for w in TRAINED])
+@pytest.mark.parametrize("marked", [(0, 2, 3), pytest.param((), marks=pytest.mark.slow)], ids=["marked", "unmarked"])
+def test_gradients_at_free_sizes_are_those_of_the_plain_model(word, marked):
+    """Not of the first size alone: torch has no backward pass of bicubic with antialias to a size that is free."""
+    torch.compiler.reset()
+    model = create(word)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for i, x in enumerate(images((2, 32, 40), (3, 48, 24), (2, 56, 64))):
+        for axis in marked if i == 0 else ():
+            torch._dynamo.mark_dynamic(x, axis)
+        loss, expected = compiled(x).square().sum(), model(x).square().sum()
+        given, right = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))
+        torch.testing.assert_close(given, right, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
 @pytest.mark.need("C4")
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ENCODINGS)

@@ -60,6 +60,7 @@ NEEDS = {
     "C2a": ("masked models and features in traces and in ONNX", "movedim in SimMIM"),
     "C3": ("ONNX outside of no_grad", "ConversionError"),
     "C4": ("graphs of a compiled model over sizes", "torch.compile"),
+    "C4a": ("a compiled model is trained at several sizes, axes marked or not", "torch.compile"),
     # Training, data, command line
     "D1": ("resume with another batch size", "stylegan-xl#92, OLMo#182"),
     "D2": ("class folders in the order of the checkpoint", "timm#222, vision#714"),

@@ -48,9 +48,24 @@ def resize(
         if offset:
             image = F.interpolate(image, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
         else:
-            image = F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
+            image = _resize_last(image, size, mode, antialias)
         wide = image.reshape(*moved.shape[:-1], size).transpose(axis, -1)
     return wide.to(dtype)
+
+
+def _resize_last(image: Tensor, size: int, mode: str, antialias: bool) -> Tensor:
+    """`F.interpolate` of the last axis.
+
+    torch cannot compile the backward pass of bicubic with antialias to a size that is free. Gradients then flow through
+    a product with the matrix of the kernel, which is the identity resized.
+    """
+    old = image.shape[-1]
+    trained = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    if not (trained and image.requires_grad and antialias and mode == "bicubic"):
+        return F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
+    with torch.autocast(image.device.type, enabled=False):
+        one = torch.eye(old, dtype=image.dtype, device=image.device)[None, None]
+        return image @ F.interpolate(one, (old, size), mode=mode, antialias=antialias, align_corners=False)
 
 
 def resize_geometric(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
