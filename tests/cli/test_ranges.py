@@ -150,7 +150,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @need
-@whatever(100)
+@whatever(200)
 @given(line=command_lines())
 def test_whatever_is_typed_ends_in_a_result_or_in_one_line(line, capsys, monkeypatch, tmp_path):
     stop(monkeypatch, tmp_path)
@@ -161,7 +161,7 @@ def test_whatever_is_typed_ends_in_a_result_or_in_one_line(line, capsys, monkeyp
 @pytest.mark.slow
 @whatever(2000)
 @given(line=command_lines())
-def test_whatever_is_typed_twenty_times_as_much_of_it(line, capsys, monkeypatch, tmp_path):
+def test_whatever_is_typed_ten_times_as_much_of_it(line, capsys, monkeypatch, tmp_path):
     stop(monkeypatch, tmp_path)
     check(line, capsys)
 
@@ -177,7 +177,7 @@ KEPT = ("smoke", "init", "jobs", "seeds", "run.device", "data.workers", "data.na
 
 
 @need
-@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_what_passes_the_checks_trains(examples, capsys, monkeypatch, tmp_path):
     """Two steps; 1 is the status of a loss that is not finite, as a learning rate
     of 9, which is in its range, may make it: no check can say so beforehand."""
