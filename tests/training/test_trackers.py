@@ -107,8 +107,10 @@ def test_an_id_is_new_for_another_training_in_a_folder_and_that_of_before_for_ol
     assert runs[-1]["id"] == re.sub(r"[^\w.-]+", "_", folder.name)[:64]
 
 
-@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch, setting, module):
+@pytest.mark.parametrize(
+    ("setting", "value", "module"), [("tensorboard", True, "torch.utils.tensorboard"), ("wandb", "x", "wandb")]
+)
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, setting, value, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ConfigError, match=rf"run\.{setting} needs it installed.*vit2dpe\[tracking\]"):
-        train(at(MICRO, tmp_path, **{setting: "x"}))
+        train(at(MICRO, tmp_path, **{setting: value}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..errors import ConfigError
-from ..ranges import Count, Depth, Natural, NotNegative, Positive, Probability, check_numbers
+from ..ranges import Count, Depth, Natural, NotNegative, Positive, Probability, Rate, check_numbers
 
 RANGES: dict[str, object] = {
     **dict.fromkeys(("patch_size", "img_size", "mask_unit"), Count),
@@ -19,7 +19,8 @@ RANGES: dict[str, object] = {
     **dict.fromkeys(("mlp_ratio", "decoder_mlp_ratio", "attn_pool_mlp_ratio", "scale", "embed_scale"), Positive),
     "norm_eps": NotNegative,
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), Probability),
-    **dict.fromkeys(("patch_drop_rate", "drop_path_rate"), Probability),
+    "drop_path_rate": Probability,
+    "patch_drop_rate": Rate,
 }
 AXES = ("patch_size", "img_size", "mask_unit")  # one number, or (rows, columns)
 STAGES = ("depths", "num_heads", "mlp_ratio")  # one for each stage, of a Swin
