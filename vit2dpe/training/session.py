@@ -20,9 +20,10 @@ from .initial_weights import load_weights
 from .pretrain_settings import PretrainConfig
 from .run_folder import changed_settings, printable, run_folder
 from .settings import TrainConfig, check_numbers
+from .swap_settings import SwapConfig
 from .text_settings import TextTrainConfig
 
-Trainable = TrainConfig | PretrainConfig | TextTrainConfig
+Trainable = TrainConfig | PretrainConfig | TextTrainConfig | SwapConfig
 
 
 class Where(TypedDict):
@@ -66,8 +67,9 @@ class TrainSession:
         torch.manual_seed(derive_seed(self.config.run.seed, "init"))
         model = spec.build()
         initialize(model)
-        if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
-            self.print(f"{self.config.init}: {load_weights(model, self.config.init)}")
+        init = None if isinstance(self.config, SwapConfig) else self.config.init  # a swap moves weights in `initialize`
+        if init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
+            self.print(f"{init}: {load_weights(model, init)}")
         return model
 
 

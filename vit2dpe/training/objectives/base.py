@@ -43,6 +43,7 @@ class Prepared(NamedTuple):
         initialize: draws first weights, before those of `--init` are loaded.
         adapt: changes the model in what its state_dict does not hold.
         config: settings that were open until the data were read, for config.yaml; default those of the command.
+        summarized: whether summary.md has the lines of `results` too.
     """
 
     spec: ModelSpec
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
     initialize: Callable[[nn.Module], None] = keep
     adapt: Callable[[nn.Module], None] = keep
     config: Trainable | None = None
+    summarized: bool = False
 
 
 def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared]) -> Path:
@@ -104,8 +106,10 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
         )
         together = prepared.together()
         if first:
-            *lines, last = [*prepared.results(rows), *together]
-            write_summary(folder, prepared.title, rows, facts, prepared.next_command)
+            results = prepared.results(rows)
+            *lines, last = [*results, *together]
+            told = results if prepared.summarized else []
+            write_summary(folder, prepared.title, rows, facts, prepared.next_command, told)
             for line in [*lines, f"{last}; summary {folder / 'summary.md'}", f"next     {prepared.next_command}"]:
                 session.print(line)
     return folder
