@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..data.datasets import SOURCES, write_unreadable
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
-from ..spec import Size, parse_terms
+from ..spec import Size
 from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
 from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
@@ -130,12 +131,6 @@ def load_subject(config: EvaluateConfig) -> Subject:
     return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
 
 
-def is_hub_folder(folder: Path) -> bool:
-    """Whether it is a folder of the Hugging Face hub rather than one of a run."""
-    run = any((folder / place / "model.json").is_file() for place in (".", "last"))
-    return (folder / "config.json").is_file() and not run
-
-
 def _beside(checkpoint: str | None) -> Meta | None:
     """What the model.json beside a file of weights says, if they are a classifier that was trained here."""
     folder = None if checkpoint is None else Path(checkpoint).expanduser().parent
@@ -146,11 +141,7 @@ def _beside(checkpoint: str | None) -> Meta | None:
 
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
-    name, bracket, rest = config.model.partition("(")
-    if bracket and not rest.endswith(")"):
-        raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
-    options = parse_terms(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
-    name = name.strip()
+    name, options = split_name(config.model)
     name = f"local-dir:{name}" if is_hub_folder(Path(name)) else name
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -167,7 +158,7 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
         model = timm.create_model(name, pretrained=pretrained, **options)
         if config.checkpoint is not None:
             load_checkpoint(model, config.checkpoint)
-    except (RuntimeError, OSError, TypeError, AssertionError) as error:  # timm's ways to refuse; no network
+    except REFUSALS as error:
         wanted = "its pretrained weights" if pretrained else "these settings"
         raise ConfigError(
             f"timm could not make {name} with {wanted}: {error}; --checkpoint takes a file of weights, --untrained none"

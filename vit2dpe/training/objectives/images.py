@@ -18,7 +18,7 @@ from ...data.settings import AugmentConfig
 from ...data.sources import FILES
 from ...encodings import parse
 from ...errors import ConfigError, unknown
-from ...models.spec import ModelSpec
+from ...models.spec import ModelSpec, takes_size
 from ...models.timm_api import TimmViT
 from ...resolution.sweep import evaluate
 from ...spec import Size, Sizes, changed, show_size
@@ -152,19 +152,9 @@ def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> M
     options = own_options(model.options, dict(num_classes="the data", in_chans="the data", device="run.device"))
     if model.name is None:
         return ModelSpec("ViT", arguments | dict(img_size=list(size)) | options)
-    if _takes_size(model.name):
+    if takes_size(model.name):
         arguments["img_size"] = list(size)
     return ModelSpec("timm", dict(model_name=model.name) | arguments | options)
-
-
-def _takes_size(name: str) -> bool:
-    """Whether a model of timm's registry is built for one size of images."""
-    import timm
-
-    if name.startswith("vit2dpe_") or not timm.is_model(name):
-        return True
-    config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and config.fixed_input_size)
 
 
 def image_task(
