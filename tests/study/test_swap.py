@@ -113,17 +113,15 @@ def test_differences_have_paired_intervals():
 # Where it starts from ---------------------------------------------------------------------------------------------
 
 
-def test_from_timm_and_photos_without_classes(tmp_path, capsys):
+def test_from_a_hub_folder_of_timm_and_photos_without_classes(tmp_path, capsys):
     """A flat folder of photos: a tenth is measured, by agreement alone."""
     (tmp_path / "photos").mkdir()
     for i in range(20):
         Image.new("RGB", (60 + i, 50), (10 * i, 90, 200 - 9 * i)).save(tmp_path / "photos" / f"{i}.png")
-    line = (
-        "swap --init vit_tiny_patch16_224(img_size=(32,48),embed_dim=48,depth=1,num_heads=3) --untrained --to relative "
-    )
-    line += (
-        f"--root {tmp_path / 'photos'} --epochs 1 --batch_size 9 --device cpu --measure 32x48 --out {tmp_path / 'run'}"
-    )
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), embed_dim=48, depth=1, num_heads=3)
+    timm.models.save_for_hf(theirs, tmp_path / "theirs", safe_serialization=True)
+    line = f"swap --init {tmp_path / 'theirs'} --to relative --root {tmp_path / 'photos'} --epochs 1 --batch_size 9 "
+    line += f"--device cpu --measure 32x48 --out {tmp_path / 'run'}"
     assert main(line.split()) == 0, capsys.readouterr().err
     assert "at 32x48, 48x80, 64x96" in capsys.readouterr().out
     rows = read_rows(tmp_path / "run" / "swap.csv")

@@ -1,4 +1,4 @@
-"""Another encoding in a model of ours that is trained: how such a model is built, and the weights that go into it.
+"""Another encoding in a model of ours that is trained: the weights that go into it.
 
 Source of the idea: DroPE, arXiv 2512.12167, which drops the rotary encoding of language models. How ours differs: any
 encoding for any other one, and what all places have in common of a table or a formula that is added to tokens is kept:
@@ -11,49 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..encodings import named_encodings
-from ..encodings.registry import parse
 from ..errors import ConfigError
-from ..models.spec import ModelSpec
 from ..models.swin.model import Swin
 from ..models.vit import ViT
 from ..resolution.sweep import train_size_of
-from .own_encoding import own_weights, with_own_options
-from .timm.record import is_rate
-
-
-def encoding_word(model: ViT | Swin, spec: ModelSpec) -> str:
-    """The word of a model's encoding, from what it is built of; a class where an instance was given."""
-    word = spec.arguments.get("position")
-    if word is None:
-        word = "relative" if isinstance(model, Swin) else "learned"
-    return str(word)
-
-
-def with_encoding(model: ViT | Swin, spec: ModelSpec, to: str) -> ModelSpec:
-    """How the model is built with another encoding, at the size it has at present, without dropout.
-
-    Args:
-        spec: of the model as it is.
-        to: a word or a sum; of terms that the model has already the options stay, where it does not say otherwise.
-
-    Raises:
-        ConfigError: for the encoding that it has, and one that it cannot take.
-    """
-    now = encoding_word(model, spec)
-    to = with_own_options(to, now)
-    if parse(to) == parse(now):
-        raise ConfigError(f"the encoding of this model is {now} already: give another one, --to rope")
-    rates = {name: 0.0 for name in spec.arguments if is_rate(name)}
-    arguments = spec.arguments | rates | {"position": to, "img_size": list(train_size_of(model))}
-    found = ModelSpec(spec.kind, arguments)
-    with torch.device("meta"):
-        found.build()
-    return found
+from .own_encoding import own_weights
 
 
 @torch.no_grad()
 def move_weights(old: ViT | Swin, new: nn.Module) -> None:
-    """Put the weights of `old` into `new`, a model of `with_encoding`, in place.
+    """Put the weights of `old` into `new`, the same model with another encoding, in place.
 
     All but those of encodings; of encodings those of the terms that both have. Of what `old` adds to tokens and `new`
     does not, the mean over all places goes into the bias behind the patches, which is exact: every token of the first

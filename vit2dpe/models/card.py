@@ -116,7 +116,8 @@ def card(
     )
     if isinstance(exchanged := (vars(model).get("about") or {}).get("swap"), dict):
         made["details"]["Encoding exchanged"] = (
-            f"`{exchanged['from']}` for `{exchanged['to']}`, recovered from {exchanged['images']:,} images without labels"
+            f"`{exchanged['from']}` for `{exchanged['to']}`, recovered from {exchanged['images']:,} images without "
+            "labels"
         )
     if base is not None:
         named = f"timm's record names the weights {weights}" if weights else "not from timm's weights"

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..data.datasets import Images, check_data, load_fitted, write_unreadable
 from ..data.settings import AugmentConfig
 from ..data.sources import FILES
 from ..encodings import parse
 from ..errors import CheckpointError, ConfigError, DataError
-from ..interop.exchange import encoding_word, move_weights, with_encoding
-from ..interop.timm.convert import from_timm
-from ..models.masked import MaskedModel
-from ..models.spec import ModelSpec, timm_spec
+from ..interop.exchange import move_weights
+from ..interop.timm.record import is_rate
+from ..models.predict import hub_names
+from ..models.spec import ModelSpec
 from ..models.swin.model import Swin
 from ..models.vit import ViT
 from ..resolution.apply import policies_of
@@ -39,22 +40,21 @@ from ..training.log import Row as LogRow
 from ..training.objectives.base import Prepared, run
 from ..training.session import TrainSession
 from ..training.settings import check_numbers, image_smoke
+from ..training.start import Start, describe, on_meta
 from ..training.swap_settings import SwapConfig
 from ..training.tasks.classification import ImageTask
 from ..training.tasks.distill import DistillTask
-from .evaluate import check_sizes, is_hub_folder, load_subject
+from .evaluate import check_sizes
 from .exchange_table import Model, measure, write
 from .held_out import Batches, Subject, numbering
-from .settings import EvaluateConfig
 
 
 class Source(NamedTuple):
-    """The old model, what is known of its images, and how it is built."""
+    """The old model, in evaluation mode, what is known of its images, and a digest of its weights."""
 
-    subject: Subject
     model: ViT | Swin
-    spec: ModelSpec
-    digest: str  # of its weights
+    subject: Subject
+    digest: str
 
     @property
     def size(self) -> Size:
@@ -90,8 +90,10 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
         raise ConfigError("data.size is that of the old model: leave it out; --sizes is what the new one learns at")
     if config.smoke:
         config = changed(config, image_smoke(config.data, config.optim))
-    source = load_source(config)
-    spec = with_encoding(source.model, source.spec, config.to)
+    encoder = Path(config.init).expanduser() / "encoder"  # of a run of `pretrain`
+    start = describe(encoder if (encoder / "model.json").is_file() else config.init)
+    spec = with_encoding(start, config.to)
+    source = load_source(start)
     own = source.size
     sizes = config.sizes or (own, own, scaled_size(source.model, 1.5), scaled_size(source.model, 2))
     measure = config.measure or tuple(dict.fromkeys(scaled_size(source.model, by) for by in (1, 1.5, 2, 3, 4)))
@@ -111,41 +113,40 @@ def scaled_size(model: ViT | Swin, by: float) -> Size:
     return height, width
 
 
-def load_source(config: SwapConfig) -> Source:
-    """The model that `init` names, as one of ours, in evaluation mode.
+def with_encoding(start: Start, to: str) -> ModelSpec:
+    """How the model is built with another encoding, without dropout.
+
+    Raises:
+        ConfigError: for the encoding that it has, and one that it cannot take.
+    """
+    rates = {name: 0.0 for name in start.spec.arguments if is_rate(name)}
+    spec = start.changed(to, **rates)
+    if parse(spec.arguments["position"]) == parse(str(start.position)):
+        raise ConfigError(f"the encoding of {start.source} is {start.position} already: give another one, --to rope")
+    on_meta(spec)
+    return spec
+
+
+def load_source(start: Start) -> Source:
+    """The model with its weights, as one of ours.
 
     Raises:
         ConfigError: for a model whose encoding cannot be exchanged.
     """
-    place = Path(config.init or "").expanduser()
-    if place.is_file() and (place.parent / "model.json").is_file():
-        place = place.parent
-    if place.is_dir() and not is_hub_folder(place):
-        model = load_run(place / "encoder" if (place / "encoder").is_dir() else place)
-        about = vars(model)["about"]
-        if lacking := [key for key in ("mean", "std") if key not in about]:
-            raise ConfigError(
-                f"{config.init} does not say {', '.join(lacking)} of its images: it is no model of images"
-            )
-        spec, classes = ModelSpec(about["model"], about["arguments"]), tuple(about["classes"]) or None
-        subject = Subject(model, "", None, classes, False, about["mean"], about["std"], 1.0)
-    else:
-        subject = load_subject(EvaluateConfig(model=config.init or "", untrained=config.untrained))
-        model = subject.model
-        spec = timm_spec(model)
-    if isinstance(model, MaskedModel):
-        raise ConfigError(f"{config.init} holds a {type(model).__name__}: give the folder of its encoder")
+    model = start.load()[0].requires_grad_(False)
     if not isinstance(model, ViT | Swin):
-        model = from_timm(model)
-        spec = timm_spec(model)
-    model = model.eval().requires_grad_(False)
+        raise start.reason or ConfigError(f"{start.source} holds a {type(model).__name__}, no ViT and no Swin")
+    if start.mean is None or start.std is None:
+        raise ConfigError(f"{start.source} does not say how its images were normalized: give a run, or a name of timm")
+    subset, classes = infer_imagenet_subset(model), start.classes or tuple(hub_names(model))
+    if not classes and subset:
+        classes = tuple(ImageNetInfo(subset).label_names())
+    subject = Subject(model, str(start.position), None, classes or None, False, start.mean, start.std, 1.0)
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        digest.update(
-            f"{name} {tuple(value.shape)}\n".encode() + value.contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    label = encoding_word(model, spec)
-    return Source(subject._replace(model=model, label=label), model, spec, digest.hexdigest())
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().data)
+    return Source(model, subject, digest.hexdigest())
 
 
 def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: ModelSpec) -> Prepared:
@@ -177,7 +178,7 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
             swap={"from": subject.label, "to": spec.arguments["position"], "images": len(images.train)},
         ),
     )
-    to = spec.arguments["position"]
+    to, told = spec.arguments["position"], list[str]()
     return Prepared(
         spec,
         task,
@@ -189,11 +190,11 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
         shlex.join(
             ["vit2dpe", "evaluate", "--model", str(folder), "--sizes", ",".join(map(show_size, dict.fromkeys(sizes)))]
         ),
-        partial(finish, config, session, source, spec, images),
+        partial(finish, config, session, source, spec, images, told),
         facts=dict(images=images.used),
         initialize=partial(move_weights, source.model),
         config=config,
-        summarized=True,
+        summary=told.copy,
     )
 
 
@@ -209,7 +210,13 @@ def _check_teacher(config: SwapConfig, folder: Path, source: Source) -> None:
 
 
 def finish(
-    config: SwapConfig, session: TrainSession, source: Source, spec: ModelSpec, images: Images, rows: list[LogRow]
+    config: SwapConfig,
+    session: TrainSession,
+    source: Source,
+    spec: ModelSpec,
+    images: Images,
+    told: list[str],
+    rows: list[LogRow],
 ) -> list[str]:
     """Measure the old model, the new one as it was exchanged, and as it was recovered; write table and picture."""
     folder, to = session.folder, str(spec.arguments["position"])
@@ -230,4 +237,6 @@ def finish(
         session.print("note: the classes of these images are not the model's: agreement alone is measured")
     batch = Batches(images.test, labels, source.subject, 64, images.digest, {})
     found = measure(models, batch, config.measure or (source.size,), source.size, labelled)
-    return write(folder, found)
+    lines = write(folder, found)
+    told += [line for text in lines[:-1] for line in (text, "")]
+    return lines

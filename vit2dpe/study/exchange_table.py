@@ -1,6 +1,6 @@
 """What an exchange of encodings costs, and what is recovered: table, picture and sentence.
 
-Three models on the same images: the old one, the new one as it was exchanged, and what it is after learning from the old.
+Three models on the same images: the old one, the new one as it was exchanged, and what it is after it has learned.
 Agreement is the share of images that a model names as the old one does at its own size; of models without classes the
 mean cosine of their features and its, in percent.
 """

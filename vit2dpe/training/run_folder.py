@@ -141,9 +141,9 @@ def changed_settings(folder: Path, config: Settings) -> list[str]:
 
 
 def write_summary(
-    folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str, told: Sequence[str] = ()
+    folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str, more: Sequence[str] = ()
 ) -> None:
-    """`summary.md`: the results, what is told of them, the exact command, and a command to try next."""
+    """`summary.md`: the results, the exact command, more lines, and a command to try next."""
     last = rows[-1] if rows else {}
     shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
     lines = [
@@ -160,7 +160,7 @@ def write_summary(
         "|" + "---:|" * len(shown),
         *("| " + " | ".join(_short(row.get(key)) for key in shown) + " |" for row in rows[-10:]),
         "",
-        *(line for text in told for line in (text, "")),
+        *more,
         f"Next: `{next_}`",
         "",
     ]

@@ -21,7 +21,7 @@ class SwapConfig(Settings):
     The old model at its own size teaches; the same weights with the other encoding learn at several sizes.
 
     Args:
-        init: the trained model: a run folder, a hub folder, or a name of timm with arguments in parentheses.
+        init: the trained model: a name of timm (its weights), a run folder, or a file.
         to: the other encoding: a word such as rope, or a sum. Of terms that the model has already the weights stay.
         data: the images; labels are not used for learning, and one folder of images, or any tree of them, is enough.
         augment: random views of the images, the same for both models.
@@ -32,7 +32,6 @@ class SwapConfig(Settings):
         measure: comma-separated sizes to measure at; default 1, 1.5, 2, 3 and 4 times the sides of the model's own.
         policies: comma-separated resolution policies to measure under; "all" that a model can take, or "default".
         temperature: of both models' answers in the loss.
-        untrained: take a timm name without weights, to see that everything runs.
         resume: go on from run.out/last, if it is there.
         smoke: two steps on the CPU, to see that everything runs.
     """
@@ -47,7 +46,6 @@ class SwapConfig(Settings):
     measure: Sizes | None = None
     policies: Words = ("all",)
     temperature: Positive = 1.0
-    untrained: bool = False
     resume: bool = False
     smoke: bool = False
 

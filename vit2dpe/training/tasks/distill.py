@@ -146,18 +146,18 @@ class DistillTask(Task[Batch]):
 
     def _score(self, model: nn.Module, split: str) -> dict[str, float]:
         task = self.images
-        device, loss, same, n = task.device, 0.0, 0, 0
+        device, loss, same, n = task.device, 0.0, 0.0, 0.0
         for images, _ in evaluation_batches(task.data, self.own, world=task.world, split=split, workers=task.workers):
             # Collectives need every rank in each forward pass, one without images left too.
             student = look(model, images.to(device))
             if len(images):
                 teacher = look(self.teacher, images.to(device))
                 loss += float(self.differ(teacher, student)[0]) * len(images)
-                same += int((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
+                same += float((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
                 n += len(images)
         where = next(model.parameters()).device
         loss, same, n = sum_over_ranks([loss, same, n], task.world, where)
         return {f"{split}_loss": loss / n} | ({f"{split}_agreement": 100 * same / n} if self.classifier else {})
 
     def describe(self) -> dict[str, Plain]:
-        return self.images.describe() | dict(task="distillation", train_size=list(self.own)) | self.about
+        return self.images.describe() | dict(task="distillation", train_size=list(self.own)) | dict(self.about)
