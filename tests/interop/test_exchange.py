@@ -72,7 +72,7 @@ def test_without_a_bias_the_mean_is_lost_and_no_more():
 
 def test_other_models_are_refused():
     model = made("ViT", position="learned", **VIT)
-    with pytest.raises(ConfigError, match="without a counterpart: blocks.1"):
+    with pytest.raises(ConfigError, match=r"without a counterpart: blocks\.1"):
         exchanged(model, "ViT", position="rope", **VIT | dict(depth=1))
     with pytest.raises(ConfigError, match="got a MAE"):
         move_weights(model, MAE(ViT(**VIT | dict(num_classes=0))))

@@ -81,7 +81,7 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     if not config.init or not config.to:
         raise ConfigError("swap needs --init, the trained model, and --to, the other encoding, such as rope")
     parse(config.to)
-    if config.data.root is None and config.data.name is None:
+    if not config.data.root and not config.data.name:
         raise ConfigError("swap needs images, with labels or without: --root photos")
     check_data(config.data)
     check_numbers(config.optim)

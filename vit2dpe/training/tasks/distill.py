@@ -147,11 +147,12 @@ class DistillTask(Task[Batch]):
     def _score(self, model: nn.Module, split: str) -> dict[str, float]:
         task = self.images
         device, loss, same, n = task.device, 0.0, 0.0, 0.0
-        for images, _ in evaluation_batches(task.data, self.own, world=task.world, split=split, workers=task.workers):
+        for images, _ in evaluation_batches(task.data, world=task.world, split=split, workers=task.workers):
+            images = scaled(images, self.own).to(device)
             # Collectives need every rank in each forward pass, one without images left too.
-            student = look(model, images.to(device))
+            student = look(model, images)
             if len(images):
-                teacher = look(self.teacher, images.to(device))
+                teacher = look(self.teacher, images)
                 loss += float(self.differ(teacher, student)[0]) * len(images)
                 same += float((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
                 n += len(images)
