@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -27,6 +29,7 @@ from vit2dpe.training.settings import ModelConfig, OptimConfig, RunConfig, Train
 DIGITS = DataConfig(name="digits", limit_train=64, limit_test=20)
 SMALL = ModelConfig(patch=4, width=16, depth=2, heads=2, mlp_ratio=2.0, position="learned", drop_path=0.1)
 OPTIM = OptimConfig(lr=3e-3, epochs=2, batch_size=24)
+LOSSES = ("train_loss", "patch_loss", "answer_loss", "test_loss", "test_agreement")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,24 @@ def test_a_killed_swap_goes_on_to_the_same_bits(old, new, tmp_path, at):
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert (new / "swap.csv").read_text() == (tmp_path / "swap.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_recover_as_one_does(old, new, tmp_path, how):
+    line = f"swap --init {old} --to rope --data digits --limit_train 64 --limit_test 20 --lr 3e-3 --epochs 2"
+    line += f" --batch_size 24 --device cpu --sizes 8x12,16x12 --measure 8x12,16x24 --parallel {how}"
+    line += f" --out {tmp_path / 'run'}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vit2dpe"]
+    done = subprocess.run([*command, *line.split()], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_csv(run / "metrics.csv") for run in (new, tmp_path / "run"))
+    for a, b in zip(one, two, strict=True):
+        assert [float(a[name]) for name in LOSSES] == pytest.approx([float(b[name]) for name in LOSSES], abs=1e-5)
+    rows = [read_rows(run / "swap.csv") for run in (new, tmp_path / "run")]
+    assert [row.value for row in rows[0]] == pytest.approx([row.value for row in rows[1]], abs=5.1), (
+        "an image of twenty"
+    )
 
 
 def test_another_old_model_is_refused_when_it_goes_on(old, new, tmp_path):

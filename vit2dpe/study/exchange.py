@@ -78,7 +78,8 @@ def swap(config: SwapConfig, command: str = "vit2dpe swap") -> Path:
 
 def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     """The settings with what was open filled in, the old model, and how the new one is built."""
-    if not config.init or not config.to:
+    init = config.init
+    if not init or not config.to:
         raise ConfigError("swap needs --init, the trained model, and --to, the other encoding, such as rope")
     parse(config.to)
     if not config.data.root and not config.data.name:
@@ -90,8 +91,8 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
         raise ConfigError("data.size is that of the old model: leave it out; --sizes is what the new one learns at")
     if config.smoke:
         config = changed(config, image_smoke(config.data, config.optim))
-    encoder = Path(config.init).expanduser() / "encoder"  # of a run of `pretrain`
-    start = describe(encoder if (encoder / "model.json").is_file() else config.init)
+    encoder = Path(init).expanduser() / "encoder"  # of a run of `pretrain`
+    start = describe(encoder if (encoder / "model.json").is_file() else init)
     spec = with_encoding(start, config.to)
     source = load_source(start)
     own = source.size
@@ -120,7 +121,8 @@ def with_encoding(start: Start, to: str) -> ModelSpec:
         ConfigError: for the encoding that it has, and one that it cannot take.
     """
     rates = {name: 0.0 for name in start.spec.arguments if is_rate(name)}
-    spec = start.changed(to, **rates)
+    kind, arguments = start.changed(to)
+    spec = ModelSpec(kind, arguments | rates)
     if parse(spec.arguments["position"]) == parse(str(start.position)):
         raise ConfigError(f"the encoding of {start.source} is {start.position} already: give another one, --to rope")
     on_meta(spec)
