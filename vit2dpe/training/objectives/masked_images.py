@@ -87,6 +87,8 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise ConfigError("simmim predicts pixels as they are: leave norm_pix out")
     if config.pictures:
         need_matplotlib("; or --pictures 0")
+    if config.data.balanced:
+        raise ConfigError("masked pretraining sees no classes: leave data.balanced out")
     for position in (config.model.position, config.decoder.position):
         if position is not None:
             parse(position)
