@@ -15,8 +15,7 @@ import math
 from pathlib import Path
 
 from vit2dpe.cli import main as vit2dpe
-from vit2dpe.data.datasets import load
-from vit2dpe.data.settings import DataConfig
+from vit2dpe.data.layout import list_folders
 from vit2dpe.study.rows import read_rows
 from vit2dpe.training.checkpoint import read_meta
 
@@ -47,27 +46,16 @@ def one(out: Path, run: Path, images: str, word: str, seed: int, more: list[str]
     kept = out / "rows.json"
     if not kept.is_file():
         meta = read_meta(run / "last")
-        batch, trained = meta["optim"]["batch_size"], meta["state"]["step"]
-        updates, there = int(SHARE * trained), len(load(DataConfig(root=images, size=tuple(meta["train_size"]))).train)
+        batch, trained, own = meta["optim"]["batch_size"], meta["state"]["step"], meta["train_size"]
+        there = sum(map(len, list_folders(Path(images)).splits["train"].values()))
+        updates = int(SHARE * trained)
         epochs = math.ceil(updates * batch / there)
         command = ["swap", "--init", str(run), "--to", word, "--data.root", images, "--run.seed", str(seed), "--resume"]
-        command += ["--optim.batch_size", str(batch), "--optim.epochs", str(epochs)]
-        command += [
-            "--data.limit_train",
-            str(updates // epochs * batch),
-            "--policies",
-            "default",
-            "--run.out",
-            str(out),
-        ]
-        own = meta["train_size"]
-        command += [
-            "--measure",
-            ",".join("x".join(str(by * side) for side in own) for by in (1, 2)),
-            "--run.out",
-            str(out),
-        ]
-        if status := vit2dpe([*command, *more]):
+        command += ["--optim.batch_size", str(batch), "--optim.epochs", str(epochs), "--run.out", str(out)]
+        command += ["--data.limit_train", str(updates // epochs * batch), "--data.limit_test", "1000000"]
+        command += ["--measure", ",".join("x".join(str(by * side) for side in own) for by in (1, 2))]
+        command += ["--policies", "default", *more]
+        if status := vit2dpe(command):
             raise SystemExit(status)
         kept.write_text(json.dumps(list(lines(out, run.name, word, seed, trained))))
     return json.loads(kept.read_text())

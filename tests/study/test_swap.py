@@ -196,6 +196,7 @@ def test_another_old_model_is_refused_when_it_goes_on(old, new, tmp_path):
         (["--data.size", "8x12"], "that of the old model"),
         (["--init", "vit_tinny_patch16_224"], "did you mean"),
         (["--optim.epochs", "0"], "at least 1"),
+        (["--run.compile"], "leave run.compile out"),
         (["--to="], "--to, the other encoding"),
     ],
 )
