@@ -26,8 +26,9 @@ QUESTIONS: dict[str, dict[str, str]] = {
     },
     "I want to train": {
         "train": "built-in digits, some minutes on a CPU",
-        "train --config recipes/digits_quick.yaml --position rope": "a recipe, changed",
-        "train --config recipes/digits_quick.yaml --resume": "go on where it was stopped",
+        "recipes": "",
+        "train --recipe digits_quick --position rope": "one of them, changed",
+        "train --recipe digits_quick --resume": "go on where it was stopped",
         "pretrain --root unsorted": "without labels, by hiding patches (MAE, SimMIM)",
     },
     "I have text": {
