@@ -38,6 +38,7 @@ from vit2dpe.data.splits import Split
 from vit2dpe.spec import parse_term
 from vit2dpe.training.distributed import ALONE
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import B, Task
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.update import Updater
 
@@ -70,6 +71,7 @@ class Traffic:
         lines: the same, by file:line.
         to_device, to_host: copies, by file:line.
         reads: numbers that the host waited for, by kind and file:line.
+        late: copies to the host for which it does not wait, by file:line.
         host: operations on the CPU, by name.
     """
 
@@ -78,6 +80,7 @@ class Traffic:
     to_device: Counter[str] = field(default_factory=Counter)
     to_host: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
+    late: Counter[str] = field(default_factory=Counter)
     host: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -128,7 +131,9 @@ class Recorder(TorchDispatchMode):
             return result
         into = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
-        if "cuda" in out and "cpu" in into and "copy" in name:
+        if name.startswith("copy_") and "cuda" in into and args[0].device.type == "cpu" and True in args[2:]:
+            self.traffic.late[calling_line()] += 1  # into pinned memory
+        elif "cuda" in out and "cpu" in into and "copy" in name:
             self.traffic.to_device[calling_line()] += 1
         elif "cuda" in into and "cpu" in out:
             self.traffic.to_host[calling_line()] += 1
@@ -237,6 +242,8 @@ def _read_patches(traffic: Traffic) -> list[mock._patch]:
         for kind in (Tensor, FakeTensor)
         if kind is Tensor or name in vars(kind)
     ]
+    event = mock.Mock(synchronize=lambda: traffic.reads.update([f"event {calling_line()}"]))
+    patches.append(mock.patch("torch.cuda.Event", lambda: event))
     return [*patches, mock.patch("torch.equal", reading("equal", lambda x, y: True))]
 
 
@@ -263,16 +270,18 @@ def trace_step(
 ) -> dict[str, Traffic]:
     """A training step in bfloat16 autocast: {"batch": images to the device and augmentation, "update": the rest}.
 
-    `update` holds forward, loss, clipping and optimizer; the backward pass gives gradients without running.
+    `update` holds forward, loss, clipping and optimizer; the backward pass gives gradients without running. "numbers":
+    its loss and norm, read afterwards.
     """
-    data = images(2 * batch, size)
+    return trace_task(model, ImageTask(images(2 * batch, size), size, batch, device="cuda", augment=augment))
+
+
+def trace_task(model: nn.Module, task: Task[B]) -> dict[str, Traffic]:
+    """`trace_step` of any task whose batches go to "cuda"."""
     found = {}
     with fake_cuda() as recorder:
         on_fake_cuda(model)
-        task = ImageTask(data, size, batch, device="cuda", augment=augment)
         updater = Updater(model, task, OptimConfig(), RunConfig(device="cuda", precision="bfloat16"), ALONE)
-        for group in updater.optimizer.param_groups:
-            group["foreach"] = True  # what torch takes by itself for real CUDA tensors
 
         def backward(loss: Tensor) -> None:
             for parameter in model.parameters():
@@ -287,7 +296,8 @@ def trace_step(
 
         tensors = take("batch", lambda: task.batch(0, 0))
         with mock.patch.object(Tensor, "backward", backward):
-            take("update", lambda: updater.step(tensors, 0, 0, 0))
+            result = take("update", lambda: updater.step(tensors, 0, 0, 0))
+        take("numbers", lambda: result.finite and (result.numbers, result.norm))
     return found
 
 

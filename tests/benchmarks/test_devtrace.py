@@ -5,6 +5,10 @@ import torch
 
 from benchmarks import devtrace
 from vit2dpe import ViT
+from vit2dpe.data.text import TextData
+from vit2dpe.data.tokenizers import Bytes
+from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.training.tasks.language import LanguageTask
 
 SIZE = (32, 32)
 
@@ -40,11 +44,24 @@ def test_a_batch_is_copied_to_the_device_and_not_back(step):
     assert batch.kernels.total() <= 6, batch.report("batch")
 
 
-def test_an_update_waits_for_its_numbers_alone(step):
+def test_an_update_reads_nothing_and_its_numbers_once_later(step):
+    update, numbers = step["update"], step["numbers"]
+    assert not update.to_device, update.report("update")
+    assert update.stalls == 0, update.report("update")
+    assert list(update.late.values()) == [1], update.report("update")
+    assert list(numbers.reads.values()) == [1], numbers.report("numbers")
+    assert not numbers.to_host
+
+
+def test_an_update_of_text_counts_its_labels_on_the_host():
+    tokenizer = Bytes()
+    text = TextData("bytes", torch.arange(200) % 50, torch.arange(20), tokenizer, "")
+    model = TextDecoder(vocab_size=50, position="rope", context=16, embed_dim=48, depth=1, num_heads=3)
+    step = devtrace.trace_task(model, LanguageTask(text, 16, 4, 4, device="cuda"))
+    assert step["batch"].to_device.total() == 2, step["batch"].report("batch")
     update = step["update"]
-    assert update.to_device.total() <= 1, update.report("update")
-    assert update.stalls <= 2, update.report("update")
-    assert all("training/" in line for line in (*update.reads, *update.to_host)), update.report("update")
+    assert update.stalls == 0, update.report("update")
+    assert list(step["numbers"].reads.values()) == [1]
 
 
 class Chatty(torch.nn.Module):
@@ -80,5 +97,6 @@ def test_the_command_prints_totals_and_lines(capsys):
         "forward",
         "batch",
         "update",
+        "numbers",
     ]
     assert "rand_augment.py:" in said

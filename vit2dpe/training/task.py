@@ -99,8 +99,11 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, epoch, "order"))
 
 
+ON_HOST = ("index", "counted")  # of a batch: the numbers of its samples, and how many items of each the loss counts
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: x if name in ON_HOST else x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

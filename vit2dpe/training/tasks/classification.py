@@ -113,7 +113,7 @@ class ImageTask(SeededTask):
             score = evaluate(model, batches, top, least=int(self.world.size == 1))
             if self.world.size > 1:
                 totals = [score["n"], *(score["n"] * score[name] for name in names)]
-                n, *sums = sum_over_ranks(totals, self.world, next(model.parameters()).device)
+                n, *sums = sum_over_ranks(totals, self.world)
                 score = {name: value / n for name, value in zip(names, sums, strict=True)}
             numbers |= {f"{split}_{name}": score[name] for name in names}
         return numbers

@@ -70,7 +70,7 @@ class MaskedTask(Task[Batch]):
             loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
             if len(images):
                 total, counted = total + float(loss) * len(images), counted + len(images)
-        total, n = sum_over_ranks([total, counted], task.world, device)
+        total, n = sum_over_ranks([total, counted], task.world)
         return total / n
 
     def describe(self) -> dict[str, Plain]:
