@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.identity import FILES
+from ..data.transfer import onto
 from ..seeding import generator
 from ..spec import Plain
 from .distributed import World
@@ -103,7 +104,7 @@ ON_HOST = ("index", "counted")  # of a batch: the numbers of its samples, and ho
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    return {name: x if name in ON_HOST else x.to(device, non_blocking=True) for name, x in batch.items()}
+    return {name: x if name in ON_HOST else onto(x, device) for name, x in batch.items()}
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

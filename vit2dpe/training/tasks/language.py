@@ -84,7 +84,7 @@ class LanguageTask(TextTask):
 
 
 def with_count(batch: Batch) -> Batch:
-    """The batch with (B,) `counted`, labels that are predicted; counted before they go to a device, which is not asked."""
+    """The batch with (B,) `counted`, labels that are predicted: counted on the host, before they go to a device."""
     return batch | {"counted": (batch["labels"] != IGNORE).sum(1)}
 
 
