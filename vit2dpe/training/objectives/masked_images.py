@@ -84,6 +84,8 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise unknown("objective", config.objective, ("mae", "simmim"))
     if config.objective == "simmim" and config.norm_pix:
         raise ConfigError("simmim predicts pixels as they are: leave norm_pix out")
+    if config.data.balanced:
+        raise ConfigError("masked pretraining sees no classes: leave data.balanced out")
     for position in (config.model.position, config.decoder.position):
         if position is not None:
             parse(position)
