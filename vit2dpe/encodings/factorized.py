@@ -58,8 +58,8 @@ class Factorized(PositionEncoding):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
         places = check_places(at)
         rows = [
-            fitted(self, table.t(), (size,), "bilinear", axis).t()[places[..., axis]]
-            for axis, (table, size) in enumerate(zip(self.tables, at.extent, strict=True))
+            fitted(self, self.tables[axis].t(), (size,), "bilinear", axis).t()[places[..., axis]]
+            for axis, size in enumerate(at.extent)
         ]
         return torch.stack(rows).sum(0)  # (B|1, N, D)
 

@@ -28,6 +28,7 @@ from ..encodings import named_encodings
 from ..errors import CheckpointError, ConfigError, DataError, not_ours, unknown
 from ..files import write_atomically
 from ..interop.timm.convert import from_timm
+from ..interop.timm.named import is_hub_folder
 from ..models.card import other_sizes, save_card
 from ..models.predict import prepared
 from ..models.timm_api import TimmModel
@@ -38,7 +39,7 @@ from ..spec import show_size
 from ..training.checkpoint import save_model, write_policy
 from ..training.devices import pick_device
 from ..training.run_folder import printable, run_folder
-from .evaluate import check_sizes, is_hub_folder, load_subject
+from .evaluate import check_sizes, load_subject
 from .held_out import Subject, fit_of_run
 from .predict import list_images
 from .settings import EvaluateConfig
