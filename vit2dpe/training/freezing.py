@@ -62,11 +62,11 @@ def _layers(model: nn.Module) -> list[list[str]]:
     if not isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList):
         raise ConfigError(f"optim.freeze holds the first of a stack of blocks, and {type(model).__name__} is none")
     layers: list[list[str]] = [[] for _ in range(len(blocks) + 2)]
-    behind = False
+    place = 0
     for name, _ in model.named_parameters():  # in the order of the model
         if name.startswith("blocks."):
-            behind = True
-            layers[1 + int(name.split(".")[1])].append(name)
-        else:
-            layers[-1 if behind else 0].append(name)
+            place = 1 + int(name.split(".")[1])
+        elif place and not name.startswith("norm."):
+            place = len(layers) - 1
+        layers[place].append(name)
     return layers

@@ -83,8 +83,8 @@ class Updater(Generic[B]):
         # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
         torch.manual_seed(derive_seed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
         self.model.train()
-        for part in self.frozen:
-            part.eval()
+        for module in self.frozen:
+            module.eval()
         self.optimizer.zero_grad()
         parts = split_batch(batch, self.optim.accumulate)
         counts = [self.task.count(part) for part in parts]

@@ -48,11 +48,10 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
     start, model = start_of(config), config.model
     data, size, config = read_images(config, session)
     begin: Callable[[nn.Module], Loaded] | None = None
-    if config.init is None:
+    if start is None:
         spec = model_spec(config.model, size, len(data.mean), len(data.classes))
-    elif start is None:
-        spec = model_spec(config.model, size, len(data.mean), len(data.classes))
-        session.print(f"note: {config.init} does not say how its images were normalized: these have their own mean")
+        if config.init is not None:
+            session.print(f"note: {config.init} does not say how its images were normalized: these have their own mean")
     else:
         spec = started_spec(start, model, size, len(data.mean), len(data.classes))
         session.print(str(start))
@@ -62,7 +61,7 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
             f"optim.layer_decay {optim.layer_decay:g}"
             + (f", {optim.freeze} blocks frozen" if optim.freeze else "; optim.freeze N would keep the first N blocks")
         )
-        data, config = as_weights(start, data, session), replace(config, model=model)
+        data, config = as_weights(start, data, session.print), replace(config, model=model)
         begin = partial(start.load_into, spec=spec, classes=data.classes)
     task = image_task(config, config.augment, data, size, session.device, session.world)
     return Prepared(
@@ -114,17 +113,17 @@ def started_spec(start: Start, model: ModelConfig, size: Size, channels: int, cl
     return spec
 
 
-def as_weights(start: Start, data: Images, session: TrainSession) -> Images:
+def as_weights(start: Start, data: Images, say: Callable[[str], None]) -> Images:
     """The images, to be normalized as those were that the weights were trained on; of other channels by the average."""
     if start.mean is None or start.std is None:
-        session.print(f"note: {start.source} does not say how its images were normalized: these have their own mean")
+        say(f"note: {start.source} does not say how its images were normalized: these have their own mean")
         return data
     channels = len(data.mean)
     mean, std = (list(of) if len(of) == channels else [sum(of) / len(of)] * channels for of in (start.mean, start.std))
     normalized = data.as_recorded(dict(mean=mean, std=std))
     if normalized.mean != data.mean or normalized.std != data.std:
         shown = ", ".join("(" + ", ".join(f"{value:.3f}" for value in values) + ")" for values in (mean, std))
-        session.print(f"note: images are normalized as those of the weights were: mean and deviation {shown}")
+        say(f"note: images are normalized as those of the weights were: mean and deviation {shown}")
     return normalized
 
 
