@@ -17,7 +17,7 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.datasets import SOURCES, write_unreadable
 from ..errors import ConfigError
@@ -27,6 +27,7 @@ from ..models.predict import hub_names
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size
+from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
 from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
 from .held_out import Subject, load_test_images
@@ -34,7 +35,7 @@ from .plan import known
 from .report import about_study
 from .rows import Row, to_csv
 from .settings import EvaluateConfig
-from .tables import table
+from .tables import spell, table
 
 
 def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
@@ -63,6 +64,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     data, total = load_test_images(config, subject, (height, width))
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
+    counts: list[Tensor] = []
     measured = sweep(
         model,
         data,
@@ -72,6 +74,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
         temperatures=config.temperatures,
         train_size=train_size,
         crop=crop,
+        by_class=counts if config.per_class else None,
     )
     rows = [Row(encoding=subject.label, seed=subject.seed, value=row["top1"], **row) for row in measured]
     out = Path(config.out)
@@ -79,7 +82,22 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     write_atomically(out / "results.csv", to_csv(rows).encode())
     print(f"\n{table(rows)}\n\ntable    {out / 'results.csv'}")
+    if config.per_class:
+        _write_classes(out / CLASSES, rows, counts, subject)
     return rows
+
+
+def _write_classes(path: Path, rows: Sequence[Row], counts: Sequence[Tensor], subject: Subject) -> None:
+    """Write the classes of every row, and print those of the first."""
+    names = ("policy", "temperature", "mode", "height", "width")
+    found = [
+        ({name: getattr(row, name) for name in names}, rows_of(count, subject.classes or (), seen=True))
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    write_classes(path, found)
+    what, first = found[0]
+    print("\n".join(["", *markdown(f"By class, {what['policy']} at {spell(rows[0].size)}", first)]))
+    print(f"{balanced_accuracy(first)}\nclasses  {path}")
 
 
 def load_subject(config: EvaluateConfig) -> Subject:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install
 from ..files import write_atomically
 from ..spec import Plain
 
@@ -122,15 +122,13 @@ class Trackers:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError(
-                    f'run.tensorboard needs it installed ({error}): pip install "vit2dpe[tracking]"'
-                ) from None
+                raise ConfigError(f"run.tensorboard needs it installed ({error}): {install('tracking')}") from None
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         if wandb:
             try:
                 import wandb as service
             except ImportError as error:
-                raise ConfigError(f'run.wandb needs it installed ({error}): pip install "vit2dpe[tracking]"') from None
+                raise ConfigError(f"run.wandb needs it installed ({error}): {install('tracking')}") from None
             self.run = service.init(
                 project=wandb,
                 name=folder.name,

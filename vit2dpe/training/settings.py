@@ -159,6 +159,7 @@ class TrainConfig(Settings):
             size of images and their normalization come with them, unless settings say otherwise; --model.position
             exchanges the encoding alone, and what was taken and what not is printed. Presets are then those of
             finetuning few images (`finetuning_preset`).
+        per_class: also number, accuracy and precision of each class, of best/, into out/classes.csv and summary.md.
         smoke: two steps on the CPU, to see that everything runs.
     """
 
@@ -169,6 +170,7 @@ class TrainConfig(Settings):
     run: RunConfig = RunConfig()
     resume: bool = False
     init: str | None = None
+    per_class: bool = False
     smoke: bool = False
 
     @classmethod

@@ -20,7 +20,7 @@ from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
 from ...spec import Plain, Size
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, batch_indices, count_steps, describe_data
+from ..task import BalancedOrder, Batch, batch_indices, count_steps, describe_data
 from .items import SeededTask
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
@@ -36,6 +36,7 @@ class ImageTask(SeededTask):
         batch_size: images of a step, over all ranks; the last step of an epoch has the rest.
         augment: what happens to training images.
         workers: processes that decode images which are not in memory (`data.loader`).
+        balanced: draw every class equally often in an epoch (`task.BalancedOrder`).
     """
 
     data: Images
@@ -43,14 +44,18 @@ class ImageTask(SeededTask):
     batch_size: int
     augment: AugmentConfig = PLAIN
     workers: int | None = None
+    balanced: bool = False
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)
     feed: Feed = field(init=False, repr=False, compare=False)
+    order: BalancedOrder | None = field(init=False, repr=False, compare=False)
     steps_per_epoch: int = field(init=False)
     unit: str = "images"
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world)
+        self.order = BalancedOrder(self.data.train.labels, self.seed) if self.balanced else None
+        drawn = len(self.data.train) if self.order is None else len(self.order)
+        self.steps_per_epoch = count_steps(drawn, self.batch_size, self.world)
         self.train = self.data.train.resized(self.train_size)
         self.feed = Feed(self.train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
         self.best = (f"{next(iter(self.data.held_out))}_top1", "max")
@@ -76,7 +81,10 @@ class ImageTask(SeededTask):
 
     def _share(self, epoch: int, step: int) -> tuple[Share, Tensor]:
         """This rank's share of the batch, and the indices of its images."""
-        order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
+        if self.order is None:
+            order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
+        else:
+            order = self.order.batch(self.batch_size, epoch, step)
         share = Share(len(order), self.world.share(len(order)))
         return share, order[share.samples]
 

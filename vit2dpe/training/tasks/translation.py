@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ...data.pairs import Encoder, Pair, Pairs
-from ...errors import ConfigError
+from ...errors import ConfigError, install
 from ...spec import Plain
 from ..task import Batch, describe_data
 from .items import ItemTask
@@ -52,6 +52,6 @@ def bleu(written: Sequence[str], references: Sequence[str]) -> Score:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        raise ConfigError('BLEU needs an extra that is not installed: pip install "vit2dpe[text]"') from None
+        raise ConfigError(f"BLEU needs an extra that is not installed: {install('text')}") from None
     metric = BLEU()
     return Score(metric.corpus_score(list(written), [list(references)]).score, str(metric.get_signature()))
