@@ -71,6 +71,8 @@ def test_a_run_folder_that_everything_reads(old, new, tmp_path, capsys):
     measured = {row.policy: row.value for row in read_rows(tmp_path / "results.csv")}
     written = [row for row in read_rows(new / "swap.csv") if row.metric == "top1" and "recovered" in row.encoding]
     assert {row.policy: row.value for row in written if row.size == (8, 12)} == pytest.approx(measured)
+    assert main(["train", "--init", str(new), "--data", "digits", "--smoke", "--out", str(tmp_path / "next")]) == 0
+    assert load_run(tmp_path / "next").embed_dim == 16
 
 
 def test_the_summary_names_command_table_and_intervals(new):

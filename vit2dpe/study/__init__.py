@@ -14,12 +14,15 @@ _HOME = {
     "evaluate_model": "evaluate",
     "predict_files": "predict",
     "read_predictions": "predict",
+    "tune_model": "tuning",
     "Row": "rows",
     "SwapConfig": "..training.swap_settings",
     "read_rows": "rows",
     "StudyConfig": "settings",
     "EvaluateConfig": "settings",
     "PredictConfig": "settings",
+    "TuneConfig": "tune_settings",
+    "tune": ".resolution.tuning",
     "ProbeConfig": "settings",
 }
 
@@ -34,6 +37,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from ..resolution.tuning import tune  # noqa: F401
     from ..training.swap_settings import SwapConfig  # noqa: F401
     from .evaluate import evaluate_model  # noqa: F401
     from .exchange import swap  # noqa: F401
@@ -41,3 +45,5 @@ if TYPE_CHECKING:
     from .rows import Row, read_rows  # noqa: F401
     from .run import study  # noqa: F401
     from .settings import EvaluateConfig, PredictConfig, ProbeConfig, StudyConfig  # noqa: F401
+    from .tune_settings import TuneConfig  # noqa: F401
+    from .tuning import tune_model  # noqa: F401

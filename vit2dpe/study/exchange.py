@@ -36,6 +36,7 @@ from ..spec import Size, changed, filled, show_size
 from ..training.checkpoint import load_run, read_meta
 from ..training.devices import pick_device, precision
 from ..training.distributed import local_device
+from ..training.initial_weights import Loaded
 from ..training.log import Row as LogRow
 from ..training.objectives.base import Prepared, run
 from ..training.session import TrainSession
@@ -196,7 +197,7 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
         ),
         partial(finish, config, session, source, spec, images, told),
         facts=dict(images=images.used),
-        initialize=partial(move_weights, source.model),
+        begin=lambda model: Loaded(*move_weights(source.model, model)),
         config=config,
         summary=told.copy,
     )

@@ -40,7 +40,7 @@ class SwapConfig(Settings):
     to: str = ""
     data: DataConfig = DataConfig()
     augment: ViewConfig = ViewConfig()  # noqa: RUF009
-    optim: OptimConfig = OptimConfig(lr=1e-3, epochs=1)  # noqa: RUF009
+    optim: OptimConfig = OptimConfig(lr=1e-3, position_lr=10, epochs=1)  # noqa: RUF009
     run: RunConfig = RunConfig(out="runs/swap")  # noqa: RUF009
     sizes: Sizes | None = None
     measure: Sizes | None = None

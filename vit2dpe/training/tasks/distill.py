@@ -156,8 +156,7 @@ class DistillTask(Task[Batch]):
                 loss += float(self.differ(teacher, student)[0]) * len(images)
                 same += float((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
                 n += len(images)
-        where = next(model.parameters()).device
-        loss, same, n = sum_over_ranks([loss, same, n], task.world, where)
+        loss, same, n = sum_over_ranks([loss, same, n], task.world)
         return {f"{split}_loss": loss / n} | ({f"{split}_agreement": 100 * same / n} if self.classifier else {})
 
     def describe(self) -> dict[str, Plain]:
