@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable, float64_device
+from ..positions import Positions, checkable, float64_device, numbers
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def _geometric_places(count: int, reach: int, like: Tensor) -> Tensor:
     for i in range(count):
         sums.append(total)
         total += q ** (i + 1)
-    return like.new_tensor([-s for s in reversed(sums)] + [0.0] + sums)
+    return numbers([-s for s in reversed(sums)] + [0.0] + sums, like.device).to(like.device, like.dtype)
 
 
 def check_places(at: Positions) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, unknown
-from ..positions import Positions
+from ..positions import Positions, numbers
 
 Extent = tuple[int, ...]
 
@@ -72,7 +72,7 @@ class Interpolate(Keep):
         return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
-        ratio = torch.tensor([t / e for t, e in zip(self.train, at.extent, strict=True)], dtype=torch.float64)
+        ratio = numbers([t / e for t, e in zip(self.train, at.extent, strict=True)], at.coords.device)
         ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
 

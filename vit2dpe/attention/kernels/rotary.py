@@ -6,6 +6,9 @@ The plain path (`vit2dpe.attention.rotate`, twice) makes two float32 copies of q
 the sake of v. Here one pass writes over memory that nobody else holds, v is a view of the same memory, and the
 backward writes the gradients of q, k and v into one packed tensor. Equal to the plain path to the last rounding.
 
+    in place    products of complex numbers; half precision by way of float32 copies
+    triton      on CUDA, a kernel forward and one backward (`rotary_triton`), whatever the precision; to the bit
+
 Legend: B batch, N tokens, H heads, Dh head width.
 """
 
@@ -18,12 +21,13 @@ from torch import Tensor
 
 from ...signal import Rotation, Signal
 from . import Selection
+from .rotary_ops import TRITON, angle_gradient, complex_pairs, packed_gradient, rotate_packed
 
-_WIDE = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+PATHS = ("in place", "triton")
 
 
 def select(qkv: Tensor, signal: Signal, private: bool, plain: str | None) -> Selection:
-    """For a packed projection (B, N, 3 D): "none", "in place" (here) or "functional" (`attention.rotate`).
+    """For a packed projection (B, N, 3 D): "none", one of `PATHS` (here) or "functional" (`attention.rotate`).
 
     Args:
         private: nobody else needs the values of `qkv`.
@@ -45,32 +49,34 @@ def select(qkv: Tensor, signal: Signal, private: bool, plain: str | None) -> Sel
     cos = rotation.cos
     if cos.shape[-2] != qkv.shape[1] or torch.promote_types(qkv.dtype, cos.dtype) != cos.dtype:
         return Selection("functional", "the rotation is of another length, or less precise than the output of qkv")
-    return Selection("in place", "eager mode, and nobody else holds the output of qkv")
+    why = "eager mode, and nobody else holds the output of qkv"
+    if qkv.device.type == "cuda" and TRITON:
+        return Selection("triton", f"{why}; in place, one kernel")
+    return Selection("in place", why)
 
 
-def split_and_rotate(qkv: Tensor, rotation: Rotation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(
+    qkv: Tensor, rotation: Rotation, heads: int, path: str = "in place"
+) -> tuple[Tensor, Tensor, Tensor]:
     """q and k turned by `rotation`, and v: three views (B, H, N, Dh) of `qkv`, which is written over.
 
     Args:
         qkv: (B, N, 3 D), contiguous and private: its values are lost, so no one else may need them.
         rotation: of queries and keys alike, (B|1, 1|H, N, Dh/2).
         heads: H.
+        path: one of `PATHS`.
     """
     cos, sin = rotation
     if torch.is_grad_enabled() and (qkv.requires_grad or cos.requires_grad or sin.requires_grad):
-        q, k, v = _SplitAndRotate.apply(qkv, cos, sin, heads)
+        q, k, v = _SplitAndRotate.apply(qkv, cos, sin, heads, path)
         return q, k, v
-    return _forward(qkv, cos, sin, heads)
+    return _forward(qkv, cos, sin, heads, path)
 
 
-def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, path: str) -> tuple[Tensor, Tensor, Tensor]:
     packed = qkv.view(*qkv.shape[:2], 3, heads, 2 * cos.shape[-1])  # named, so that a batch may be empty
-    turn = as_complex(cos, sin).transpose(1, 2).unsqueeze(2)  # (B|1, N, 1, 1|H, Dh/2)
-    if _WIDE.get(qkv.dtype) == turn.dtype:
-        _complex(packed).narrow(2, 0, 2).mul_(turn)
-    else:  # half precision is rotated in float32 and rounded once
-        pair = packed.narrow(2, 0, 2)
-        pair.copy_(torch.view_as_real(_complex(pair.to(cos.dtype)) * turn).flatten(-2))
+    rotate = torch.ops.vit2dpe.rotate_packed_.default if path == "triton" else rotate_packed
+    rotate(packed, as_complex(cos, sin))
     q, k, v = packed.transpose(1, 3).unbind(2)  # each (B, H, N, Dh)
     return q, k, v
 
@@ -78,54 +84,52 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor,
 class _Context(Protocol):
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
+    path: str
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _forward(qkv, cos, sin, heads)
+    def forward(
+        ctx: _Context, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, path: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _forward(qkv, cos, sin, heads, path)
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(cos, sin, *((q, k) if learned else ()))
+        ctx.path = path
         return q, k, v
 
     @staticmethod
     def backward(
         ctx: _Context, dq: Tensor, dk: Tensor, dv: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         cos, sin, *turned = ctx.saved_tensors
-        dcos = dsin = None
-        if turned:
-            dcos, dsin = _table_gradient(cos, sin, turned, (dq, dk))
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain operations, which remember
+            dcos, dsin = _table_gradient(cos, sin, turned, dq, dk)
             turn = torch.complex(cos, -sin)
-            back = [torch.view_as_real(_complex(g.to(cos.dtype)) * turn).flatten(-2).to(g.dtype) for g in (dq, dk)]
-            return torch.stack([g.transpose(1, 2) for g in (*back, dv)], dim=2).flatten(2), dcos, dsin, None
-        packed = dq.new_empty(dq.shape[0], dq.shape[2], 3, dq.shape[1], dq.shape[3])
-        turn = as_complex(cos, sin).conj_physical()
-        for slot, gradient in enumerate((dq, dk)):
-            out = packed[:, :, slot].transpose(1, 2)
-            if _WIDE.get(dq.dtype) == turn.dtype:
-                torch.mul(_complex(gradient), turn, out=_complex(out))
-            else:
-                out.copy_(torch.view_as_real(_complex(gradient.to(cos.dtype)) * turn).flatten(-2))
-        packed[:, :, 2].copy_(dv.transpose(1, 2))
-        return packed.flatten(2), dcos, dsin, None
+            back = [torch.view_as_real(complex_pairs(g.to(cos.dtype)) * turn).flatten(-2).to(g.dtype) for g in (dq, dk)]
+            return torch.stack([g.transpose(1, 2) for g in (*back, dv)], dim=2).flatten(2), dcos, dsin, None, None
+        turn = as_complex(cos, sin)
+        if ctx.path != "triton":
+            return packed_gradient(dq, dk, dv, turn).flatten(2), *_table_gradient(cos, sin, turned, dq, dk), None, None
+        if not turned:
+            return torch.ops.vit2dpe.rotate_packed_backward.default(dq, dk, dv, turn).flatten(2), *[None] * 4
+        packed, dturn = torch.ops.vit2dpe.rotate_packed_backward_learned.default(dq, dk, dv, *turned, turn)
+        return packed.flatten(2), dturn.real, dturn.imag, None, None
 
 
 def _table_gradient(
-    cos: Tensor, sin: Tensor, turned: list[Tensor], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Gradients to cos and sin, such that the one to the angle is right: dθ = Im(g · conj(R x)) over what shares θ.
+    cos: Tensor, sin: Tensor, turned: list[Tensor], dq: Tensor, dk: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to cos and sin, such that the one to the angle is right.
 
     Only the part along the circle is given, (-sin, cos) dθ: cos and sin are made of an angle, which needs no other.
     """
-    angle = torch.zeros_like(cos)
-    for x, gradient in zip(turned, gradients, strict=True):
-        a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        da, db = gradient.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        angle = angle + (a * db - b * da).sum_to_size(cos.shape)
+    if not turned:
+        return None, None
+    q, k = turned
+    angle = angle_gradient(dq, dk, q, k, cos)
     return -sin * angle, cos * angle
 
 
@@ -137,11 +141,3 @@ def as_complex(cos: Tensor, sin: Tensor) -> Tensor:
     if beside and even and cos.untyped_storage().data_ptr() == sin.untyped_storage().data_ptr():
         return torch.view_as_complex(cos.as_strided((*cos.shape, 2), (*steps, 1)))
     return torch.complex(cos, sin)
-
-
-def _complex(x: Tensor) -> Tensor:
-    """Pairs (2j, 2j+1) of the last dimension as complex numbers, a view where memory allows."""
-    steps = x.stride()
-    if steps[-1] != 1 or any(step % 2 for step in steps[:-1]) or x.storage_offset() % 2:
-        x = x.contiguous()
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
