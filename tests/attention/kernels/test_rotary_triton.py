@@ -86,21 +86,20 @@ def test_on_shapes_alone_a_rotation_is_one_operation(learned):
 @needs_triton
 @pytest.mark.parametrize(("device", "path"), [("cuda", "triton"), ("cpu", "in place")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_device_of_the_projection_selects_the_kernel(device, path, dtype, monkeypatch):
-    def refuse() -> bool:
-        raise AssertionError("a path depends on the device of its tensors, not on what the machine has")
-
+def test_the_device_of_the_projection_selects_the_kernel(device, path, dtype):
     with FakeTensorMode():
         cos = torch.empty(1, 1, 5, 4, device=device)
-        own = Rotation(cos, cos)
+        signal = Signal(q_rotation=(own := Rotation(cos, cos)), k_rotation=own)
         qkv = torch.empty(2, 5, 48, device=device, dtype=dtype)
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.cuda, "is_available", refuse)
-            signal = Signal(q_rotation=own, k_rotation=own)
-            assert rotary.select(qkv, signal, True, None).path == path
-            # What the plain path serves on the CPU it serves there.
-            assert rotary.select(qkv, signal, False, None).path == "functional"
-            assert rotary.select(qkv, signal, True, "compiling").path == "functional"
+        assert rotary.select(qkv, signal, True, None).path == path
+        # What the plain path serves on the CPU it serves there.
+        assert rotary.select(qkv, signal, False, None).path == "functional"
+        assert rotary.select(qkv, signal, True, "compiling").path == "functional"
+
+
+def test_no_path_depends_on_what_the_machine_has():
+    sources = (ROOT / "vit2dpe" / "attention").rglob("*.py")
+    assert [path.name for path in sources if "is_available" in path.read_text()] == []
 
 
 @needs_triton
