@@ -90,14 +90,14 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
         found = [row for file in _files(config.table) for row in json.loads(file.read_text())["rows"]]
         print("\n".join(markdown(found)))
         return found
-    modes = _check(config)
+    modes, sizes = _check(config), [parse_size(text) for text in split_words(config.sizes)]
     torch.set_num_threads(config.threads)
     out, about = Path(config.out), _about(command, config.device)
     known = _known(out, about)
     rows: list[Row] = []
     print("peer/ours [95%], ours/limit [95%]; operations, saved MiB and peak MiB of peer, ours, limit", flush=True)
     for word in split_words(config.models):
-        for size in (parse_size(text) for text in split_words(config.sizes)):
+        for size in sizes:
             for mode in modes:
                 settings = _settings(word, size, mode, config)
                 row = next((old for old in known if settings.items() <= old.items() and "failed" not in old), None)

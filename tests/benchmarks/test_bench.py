@@ -396,3 +396,11 @@ def test_a_large_grid_is_served_with_a_tenth_of_timms_memory(tmp_path):
     model = f"{BIAS[:-1]}, patch_size=2, embed_dim=48, num_heads=6)"
     (row,) = run(tmp_path, models=model, sizes="96", modes="inference", depth=2, repeats=0)
     assert row["peak_peer"] + row["buffers_peer"] >= 10 * (row["peak_ours"] + row["buffers_ours"])
+
+
+def test_settings_are_refused_before_a_line_is_printed(tmp_path, capsys):
+    for wrong in (["--sizes", "32,0"], ["--modes", "trainin"], ["--level", "blok"]):
+        assert main(["bench", *wrong, "--out", str(tmp_path / "bench.json")]) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert err.count("\n") == 1

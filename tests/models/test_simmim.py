@@ -145,3 +145,17 @@ def test_refusals():
         micro()(pictures((8, 24)))
     with pytest.raises(ValueError, match=r"\(B, U\) = \(3, 6\)"):
         micro()(pictures(), noise=noise(n=5))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope_mixed", "relative", "windowed"])
+def test_another_size_becomes_its_own_and_a_size_that_units_do_not_fill_is_refused(position):
+    model, larger = micro(position), micro(position, img_size=(24, 64))
+    with pytest.raises(ConfigError, match="multiple of the mask unit 8x16, got 20x48"):
+        model.set_input_size((20, 48))
+    assert model.train_grid == (4, 6)  # as it was
+    larger.load_state_dict(model.state_dict())
+    model.set_input_size((24, 64))
+    assert model.train_grid == larger.train_grid == (6, 8)
+    images, draw = pictures((24, 64)), noise(n=12)
+    with torch.no_grad():
+        torch.testing.assert_close(larger.eval()(images, noise=draw)[1], model.eval()(images, noise=draw)[1])

@@ -112,7 +112,6 @@ NEEDS = {
 }
 
 OPEN = {
-    **dict.fromkeys(["D20"], "open, issue 17"),
     **dict.fromkeys(["A8", "A9"], "open, issue 19"),
     "A11": "open, issue 20",
     "E8": "open, issue 21",

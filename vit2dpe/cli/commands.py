@@ -83,6 +83,12 @@ COMMANDS = {
     "report": Command(
         "one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig", encodings=False
     ),
+    "recipes": Command(
+        "list the recipes that --recipe NAME takes, or print one",
+        "cli.recipes:recipes",
+        "cli.recipes:RecipesConfig",
+        encodings=False,
+    ),
     "bench": Command(
         "time our models against timm's, and against no encoding", "cli.bench:bench", "cli.bench:BenchConfig"
     ),

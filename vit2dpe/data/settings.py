@@ -38,6 +38,8 @@ class DataConfig(Settings):
         workers: processes that decode, with cache none; 0: the training process itself; default: one a core, 8 at most.
         unreadable: error (an image file that cannot be read ends the run) or skip (it is left out beforehand, counted
             and listed in out/unreadable.jsonl; up to ten, or 1% of a split).
+        balanced: draw every class equally often in an epoch, images of rare classes several times; an epoch stays as
+            long as there are training images (rounded up to equal shares).
     """
 
     name: str | None = None
@@ -51,6 +53,7 @@ class DataConfig(Settings):
     cache: str = "auto"
     workers: Processes | None = None
     unreadable: str = "error"
+    balanced: bool = False
 
     @property
     def source(self) -> str:

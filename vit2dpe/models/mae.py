@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..encodings import Dims, PositionEncoding, modules_outside_encodings, named_encodings, split_shared_and_per_block
+from ..encodings import Dims, PositionEncoding, modules_outside_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
 from .arguments import check_arguments
@@ -191,13 +191,6 @@ class MAE(MaskedModel):
             for token in (self.encoder.cls_token, self.encoder.reg_token):
                 if token is not None:
                     nn.init.normal_(token, std=0.02)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make another size the model's own, tables of both halves resized."""
-        self.encoder.set_input_size(img_size)
-        for name, encoding in named_encodings(self).items():
-            if not name.startswith("encoder."):
-                encoding.set_grid(self.train_grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

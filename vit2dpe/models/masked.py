@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..encodings import encoding_parameters
+from ..encodings import encoding_parameters, named_encodings
 from ..errors import ConfigError
 from .swin.model import Swin
+from .timm_api import pair
 from .vit import ViT
 
 
@@ -87,6 +88,18 @@ class MaskedModel(nn.Module):
     @property
     def train_grid(self) -> tuple[int, int]:
         return self.encoder.train_grid
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make another size the model's own: tables are resized for good, of a decoder too.
+
+        Raises:
+            ConfigError: for a size that patches or mask units do not fill; the model is then as it was.
+        """
+        self.mask_grid(*pair(img_size))
+        self.encoder.set_input_size(img_size)
+        for name, encoding in named_encodings(self).items():
+            if not name.startswith("encoder."):
+                encoding.set_grid(self.train_grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.encoder.set_grad_checkpointing(enable)

@@ -87,6 +87,14 @@ def timm_model(model_name: str, **arguments: Any) -> nn.Module:
     return model
 
 
+def takes_size(name: str) -> bool:
+    """Whether a model of timm's registry is built for one size of images."""
+    if name.startswith("vit2dpe_") or not timm.is_model(name):
+        return True
+    config = timm.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
 def timm_spec(model: nn.Module) -> ModelSpec:
     """How timm builds a model that was made by `timm.create_model` or `from_timm`, at the size it has at present.
 

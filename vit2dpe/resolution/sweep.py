@@ -48,6 +48,7 @@ def sweep(
     train_size: Size | None = None,
     crop: float = 1.0,
     right: list[Tensor] | None = None,
+    by_class: list[Tensor] | None = None,
 ) -> list[SweepRow]:
     """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
 
@@ -62,6 +63,7 @@ def sweep(
         train_size: (height, width) of training; default: the model's.
         crop: the centre share of each side that is kept, the same for all sizes.
         right: a list that collects, for each row, which images the model has right: (n,) booleans on the CPU.
+        by_class: a list that collects, for each row, the counts of each class: see `evaluate`.
 
     Returns:
         rows with mode, policy, temperature, train_height, train_width, height, width, top1 (percent), loss (nats), n.
@@ -79,9 +81,9 @@ def sweep(
                     batches = ((fit_size(x, size, mode, train_size, crop), y) for x, y in data)
                     if ours:
                         with use_policy(model, policy, temperature=temperature):
-                            score = evaluate(model, batches, right=right)
+                            score = evaluate(model, batches, right=right, by_class=by_class)
                     elif policy == "default" and temperature == "none":
-                        score = evaluate(model, batches, right=right)
+                        score = evaluate(model, batches, right=right, by_class=by_class)
                     else:
                         raise ConfigError(
                             f"policy {policy!r} with temperature {temperature!r} needs a model of ours; "
@@ -111,17 +113,20 @@ def evaluate(
     top: Sequence[int] = (1,),
     right: list[Tensor] | None = None,
     least: int = 1,
+    by_class: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
         right: a list that gains (n,) booleans on the CPU: whether the likeliest class is the label.
+        by_class: a list that gains (3, C) int64 on the CPU: images of each class, right ones, images named so.
         least: images there must be; 0 for a process whose share of them may be empty: its numbers are then 0.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     hits, loss, n = dict.fromkeys(top, 0), 0.0, 0
     answers: list[Tensor] = []
+    counts: Tensor | None = None
     with evaluating(model):
         for images, labels in batches:
             logits, labels = model(images.to(device)).float(), labels.to(device)
@@ -130,12 +135,18 @@ def evaluate(
                 hits[k] += int((likeliest == labels[:, None]).sum())
             if right is not None:
                 answers.append((logits.argmax(-1) == labels).cpu())
+            if by_class is not None:
+                named, of = logits.argmax(-1).cpu(), labels.cpu()
+                counted = [part.bincount(minlength=logits.shape[-1]) for part in (of, of[named == of], named)]
+                counts = torch.stack(counted) + (0 if counts is None else counts)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
     if n < least:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
     if right is not None:
         right.append(torch.cat(answers))
+    if by_class is not None and counts is not None:
+        by_class.append(counts)
     return {f"top{k}": 100 * count / max(1, n) for k, count in hits.items()} | {"loss": loss / max(1, n), "n": n}
 
 

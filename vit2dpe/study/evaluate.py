@@ -17,15 +17,17 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.datasets import SOURCES, write_unreadable
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep, train_size_of
-from ..spec import Size, parse_terms
+from ..spec import Size
+from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
 from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
 from .held_out import Subject, load_test_images
@@ -33,7 +35,7 @@ from .plan import known
 from .report import about_study
 from .rows import Row, to_csv
 from .settings import EvaluateConfig
-from .tables import table
+from .tables import spell, table
 
 
 def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
@@ -62,6 +64,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     data, total = load_test_images(config, subject, (height, width))
     print(f"images: {len(data)} used of {total}", flush=True)
     write_unreadable(Path(config.out), data.unreadable)
+    counts: list[Tensor] = []
     measured = sweep(
         model,
         data,
@@ -71,6 +74,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
         temperatures=config.temperatures,
         train_size=train_size,
         crop=crop,
+        by_class=counts if config.per_class else None,
     )
     rows = [Row(encoding=subject.label, seed=subject.seed, value=row["top1"], **row) for row in measured]
     out = Path(config.out)
@@ -78,7 +82,22 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
     write_atomically(out / "results.csv", to_csv(rows).encode())
     print(f"\n{table(rows)}\n\ntable    {out / 'results.csv'}")
+    if config.per_class:
+        _write_classes(out / CLASSES, rows, counts, subject)
     return rows
+
+
+def _write_classes(path: Path, rows: Sequence[Row], counts: Sequence[Tensor], subject: Subject) -> None:
+    """Write the classes of every row, and print those of the first."""
+    names = ("policy", "temperature", "mode", "height", "width")
+    found = [
+        ({name: getattr(row, name) for name in names}, rows_of(count, subject.classes or (), seen=True))
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    write_classes(path, found)
+    what, first = found[0]
+    print("\n".join(["", *markdown(f"By class, {what['policy']} at {spell(rows[0].size)}", first)]))
+    print(f"{balanced_accuracy(first)}\nclasses  {path}")
 
 
 def load_subject(config: EvaluateConfig) -> Subject:
@@ -112,12 +131,6 @@ def load_subject(config: EvaluateConfig) -> Subject:
     return Subject(model, name, None, classes, False, data["mean"], data["std"], crop)
 
 
-def is_hub_folder(folder: Path) -> bool:
-    """Whether it is a folder of the Hugging Face hub rather than one of a run."""
-    run = any((folder / place / "model.json").is_file() for place in (".", "last"))
-    return (folder / "config.json").is_file() and not run
-
-
 def _beside(checkpoint: str | None) -> Meta | None:
     """What the model.json beside a file of weights says, if they are a classifier that was trained here."""
     folder = None if checkpoint is None else Path(checkpoint).expanduser().parent
@@ -128,11 +141,7 @@ def _beside(checkpoint: str | None) -> Meta | None:
 
 
 def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
-    name, bracket, rest = config.model.partition("(")
-    if bracket and not rest.endswith(")"):
-        raise ConfigError(f"a name with arguments is written 'name(num_classes=10)', got {config.model!r}")
-    options = parse_terms(f"model({rest}", "model", ["model"])[0][1] if bracket else {}
-    name = name.strip()
+    name, options = split_name(config.model)
     name = f"local-dir:{name}" if is_hub_folder(Path(name)) else name
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -149,7 +158,7 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
         model = timm.create_model(name, pretrained=pretrained, **options)
         if config.checkpoint is not None:
             load_checkpoint(model, config.checkpoint)
-    except (RuntimeError, OSError, TypeError, AssertionError) as error:  # timm's ways to refuse; no network
+    except REFUSALS as error:
         wanted = "its pretrained weights" if pretrained else "these settings"
         raise ConfigError(
             f"timm could not make {name} with {wanted}: {error}; --checkpoint takes a file of weights, --untrained none"

@@ -22,7 +22,7 @@ STUDY = "study"  # key of its digest in env.json
 _OF_A_TRIAL = ("encoding", "depth", "seed")
 _FREE = (  # settings that may differ within a study, or that change no row
     *("encodings", "sizes", "lengths", "depths", "modes", "policies", "temperatures", "seeds", "jobs", "quick"),
-    *("finetune", "data.workers", "data.cache", "data.unreadable"),
+    *("per_class", "finetune", "data.workers", "data.cache", "data.unreadable"),
 )
 
 

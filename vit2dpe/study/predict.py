@@ -20,6 +20,7 @@ from ..data.text import decode_utf8
 from ..encodings import named_encodings
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
+from ..interop.timm.named import is_hub_folder
 from ..models.predict import class_names, predict, prepared
 from ..models.text.heads import TextEncoder
 from ..resolution.apply import set_policy
@@ -27,7 +28,7 @@ from ..resolution.sweep import train_size_of
 from ..training.checkpoint import load_run, read_meta
 from ..training.devices import pick_device
 from ..training.run_folder import printable
-from .evaluate import check_sizes, is_hub_folder, load_subject
+from .evaluate import check_sizes, load_subject
 from .held_out import fit_of_run
 from .settings import EvaluateConfig, PredictConfig
 

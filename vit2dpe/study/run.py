@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.datasets import write_unreadable
 from ..files import write_atomically
 from ..spec import changed
+from ..training.by_class import CLASSES
 from ..training.devices import pick_device
 from .jobs import count, each
 from .lengths import ExactAnswers, Perplexity
@@ -63,6 +64,8 @@ def study(config: StudyConfig, command: str = "") -> Path:
         trial = plan.trials[i]
         seed = f", seed {trial.seed}" if config.seeds > 1 else ""
         report.add(i, plan.model_name(trial) + seed, found.rows, found.answers)
+    if config.per_class:
+        measure.write_classes(out / CLASSES, report.rows, report.answers)
     return report.finish()
 
 

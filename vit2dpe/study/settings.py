@@ -54,6 +54,7 @@ class StudyConfig(Settings):
             longer, where no size is given.
         jobs: how many trials are trained at a time, a process each; default as many as there are CPU cores, at most 8,
             and 1 on other devices.
+        per_class: also the accuracy of each class in every row, into out/classes.csv.
         quick: three encodings on the built-in digits, in under 90 seconds on two idle cores.
         smoke: two steps an encoding, to see that everything runs.
     """
@@ -82,6 +83,7 @@ class StudyConfig(Settings):
     run: RunConfig = _RUN
     minutes: Positive = 10
     jobs: Annotated[int, Range(1, 1024)] | None = None
+    per_class: bool = False
     quick: bool = False
     smoke: bool = False
 
@@ -139,7 +141,7 @@ QUICK: dict[str, Plain] = {
 _OF_IMAGES = (
     "data.name", "data.size", "sizes", "modes", "data.source_size", "data.unreadable", "data.val_fraction",
     "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
-    "augment.", "finetune", "data.fit", "minutes",
+    "augment.", "finetune", "data.fit", "data.balanced", "minutes", "per_class",
 )  # fmt: skip
 _OF_SEQUENCES = ("train_length", "lengths", "embed_scale")
 _OF_NONE = ("model.name", "model.position", "model.init", "model.jitter", "optim.ema", "run.seed", "run.parallel")
@@ -205,6 +207,7 @@ class EvaluateConfig(Settings):
         train_size: the size it was trained at, where the model does not say it.
         crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
         limit: use only so many images, balanced over classes.
+        per_class: also number, accuracy and precision of each class, into out/classes.csv.
         unreadable: of a folder: error, or skip: files that cannot be read are left out, counted and listed in
             out/unreadable.jsonl. With a limit only as many are tried as it takes.
         batch_size: images at a time.
@@ -225,6 +228,7 @@ class EvaluateConfig(Settings):
     train_size: Size | None = None
     crop: Share | None = None
     limit: Count | None = None
+    per_class: bool = False
     unreadable: str = "error"
     batch_size: Count = 64
     device: str = "auto"

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..data.datasets import Images, load_fitted
 from ..resolution.apply import policies_of
 from ..resolution.sweep import MODES, sweep
 from ..spec import Plain, Size
+from ..training.by_class import rows_of, write_classes
 from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.task import Task
@@ -64,7 +66,18 @@ class OverSizes(Measure):
             device=pick_device(config.run.device),
             augment=config.augment,
             workers=config.data.workers,
+            balanced=config.data.balanced,
         )
+
+    def write_classes(self, path: Path, rows: Sequence[Row], answers: Sequence[Right]) -> None:
+        labels, count = self.data.test.labels, len(self.data.classes)
+        names = ("encoding", "policy", "temperature", "mode", "seed", "height", "width")
+        found = []
+        for row, right in zip(rows, answers, strict=True):
+            if right is not None:
+                counts = torch.stack([part.bincount(minlength=count) for part in (labels, labels[right])])
+                found.append(({name: getattr(row, name) for name in names}, rows_of(counts, self.data.classes)))
+        write_classes(path, found)
 
     def as_trained(self, about: Mapping[str, object]) -> OverSizes:
         return replace(self, data=self.data.as_recorded(about))

@@ -47,7 +47,8 @@ _TRAINING = (
 _IMAGES = ("model.patch", "augment.label_smoothing", "augment.shift", "augment.flip")
 _SWIN = ("arch", "stages", "window")
 _SEQUENCES = ("task", "train_length", "embed_scale")
-_WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|run\.(compile|patience)")  # unless at the default
+# Unless at the default.
+_WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|data\.balanced|run\.(compile|patience)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,10 @@ class Measure:
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> Iterable[tuple[Row, Right]]:
         """Measure the model trained in `folder`: rows, each with which images are right, where that is kept."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
+
+    def write_classes(self, path: Path, rows: Sequence[Row], answers: Sequence[Right]) -> None:
+        """Write the accuracy of each class in rows of images, by which of them each has right."""
+        raise NotImplementedError(f"{type(self).__name__} has no classes")
 
     def as_trained(self, about: Mapping[str, object]) -> Measure:
         """With the data prepared as they were for a training, whose record this is."""

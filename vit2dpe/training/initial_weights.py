@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, unknown
+from ..interop.shards import index_of, read_shards
 from ..positions import Positions
 from .checkpoint import check_finite, read_meta, read_tensors
 
@@ -53,7 +54,12 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
         CheckpointError: if the file is missing, altered, unsafe, not finite, or of another architecture.
     """
     path = Path(source).expanduser()
-    state = _fitted(model, read_weights(path))
+    return take(model, read_weights(path), path, least=least)
+
+
+def take(model: nn.Module, state: dict[str, Tensor], path: Path, *, least: float = 0.5) -> Loaded:
+    """`load_weights` of tensors that have been read; `path` is where from, for errors."""
+    state = _fitted(model, state)
     own = model.state_dict()
     adapted = _adapted(model, state, own)
     # In the model's order: files have their own.
@@ -73,10 +79,12 @@ def load_weights(model: nn.Module, source: str | Path, *, least: float = 0.5) ->
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a run folder or a file, by name. No code in a file is executed."""
+    """The tensors of a run folder, a file, or files with an index, by name. No code in a file is executed."""
     for folder in (path / "last", path):
         if (folder / "model.json").is_file():
             return read_tensors(folder, read_meta(folder), "model")
+    if (index := index_of(path)) is not None:
+        return read_shards(index)
     if not path.is_file():
         raise CheckpointError(f"there is no run and no file {path}")
     try:
@@ -152,8 +160,9 @@ def _compose(first: Perturb, second: Perturb) -> Perturb:
 
 
 def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    from ..models import ViT
+    from ..models import Swin, ViT
     from ..models.mae_names import encoder_of
+    from ..models.swin import weights as swin_weights
     from ..models.unwrap import unwrapped
     from ..models.weights import checkpoint_filter_fn
 
@@ -162,6 +171,8 @@ def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = encoder_of(state)
     if isinstance(model, ViT):
         state = checkpoint_filter_fn(state, model)
+    elif isinstance(model, Swin):
+        state = swin_weights.checkpoint_filter_fn(state, model)
     return state
 
 

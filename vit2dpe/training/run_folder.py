@@ -140,8 +140,10 @@ def changed_settings(folder: Path, config: Settings) -> list[str]:
     return [f"{key} was {before[key]}, is now {now[key]}" for key in keys]
 
 
-def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str) -> None:
-    """`summary.md`: the results, the exact command, and a command to try next."""
+def write_summary(
+    folder: Path, title: str, rows: Sequence[Row], facts: Mapping[str, Plain], next_: str, more: Sequence[str] = ()
+) -> None:
+    """`summary.md`: the results, the exact command, more lines, and a command to try next."""
     last = rows[-1] if rows else {}
     shown = [key for key in last if key not in ("seconds", "cpu_seconds", "waiting")]
     lines = [
@@ -158,6 +160,7 @@ def write_summary(folder: Path, title: str, rows: Sequence[Row], facts: Mapping[
         "|" + "---:|" * len(shown),
         *("| " + " | ".join(_short(row.get(key)) for key in shown) + " |" for row in rows[-10:]),
         "",
+        *more,
         f"Next: `{next_}`",
         "",
     ]

@@ -152,6 +152,7 @@ class TrainConfig(Settings):
         resume: go on from run.out/last, if it is there.
         init: start from these weights: a run folder, a .safetensors or a .pth; another encoding, size or number of
             classes is fine; what was taken and what not is printed.
+        per_class: also number, accuracy and precision of each class, of best/, into out/classes.csv and summary.md.
         smoke: two steps on the CPU, to see that everything runs.
     """
 
@@ -162,6 +163,7 @@ class TrainConfig(Settings):
     run: RunConfig = RunConfig()
     resume: bool = False
     init: str | None = None
+    per_class: bool = False
     smoke: bool = False
 
     @classmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.identity import FILES
+from ..data.transfer import onto
 from ..seeding import generator
 from ..spec import Plain
 from .distributed import World
@@ -99,8 +100,46 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, epoch, "order"))
 
 
+class BalancedOrder:
+    """Indices of the items of an epoch in which every class that has items is drawn equally often.
+
+    With n items of C classes each class is drawn ceil(n / C) times: its items in one order drawn anew after another, so
+    that two of them differ by one draw at most, and what an epoch leaves out of a frequent class is another part in
+    each. A pure function of (seed, epoch). torch's WeightedRandomSampler draws independently instead: shares of
+    classes and items then vary, and some rare items are missed.
+
+    Args:
+        labels: int64 (n,).
+        seed: of every draw.
+    """
+
+    def __init__(self, labels: Tensor, seed: int) -> None:
+        self.seed = seed
+        self.classes = {int(label): (labels == label).nonzero()[:, 0] for label in labels.unique()}
+        self.share = math.ceil(len(labels) / max(1, len(self.classes)))
+        self._of = lru_cache(maxsize=2)(self._drawn)
+
+    def __len__(self) -> int:
+        return self.share * len(self.classes)
+
+    def batch(self, batch_size: int, epoch: int, step: int) -> Tensor:
+        """The indices of a step's items, of all ranks."""
+        return self._of(epoch)[step * batch_size : (step + 1) * batch_size]
+
+    def _drawn(self, epoch: int) -> Tensor:
+        drawn = []
+        for label, items in self.classes.items():
+            rounds = math.ceil(self.share / len(items))
+            draws = torch.rand(rounds, len(items), generator=generator(self.seed, epoch, "balanced", label))
+            drawn.append(items[draws.argsort(stable=True, dim=1).flatten()[: self.share]])
+        return torch.cat(drawn)[torch.randperm(len(self), generator=generator(self.seed, epoch, "order"))]
+
+
+ON_HOST = ("index", "counted")  # of a batch: the numbers of its samples, and how many items of each the loss counts
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: x if name in ON_HOST else onto(x, device) for name, x in batch.items()}
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

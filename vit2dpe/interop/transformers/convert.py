@@ -19,6 +19,7 @@ from ...errors import CheckpointError, ConfigError, unknown
 from ...models.mae_names import State
 from ...models.spec import Arguments
 from ..own_encoding import own_weights, with_own_options
+from ..shards import index_of, read_shards
 from .bert import bert
 from .bloom import bloom
 from .dinov3 import dinov3
@@ -74,7 +75,7 @@ def from_transformers(
         CheckpointError: for weights that are missing or left over.
     """
     if isinstance(source, str | Path):
-        config, state = _read(Path(source).expanduser())
+        config, state = read_folder(Path(source).expanduser())
     elif hasattr(source, "config") and hasattr(source.config, "to_dict"):
         config, state = source.config.to_dict(), dict(source.state_dict())
     else:
@@ -82,12 +83,7 @@ def from_transformers(
             f"from_transformers takes a model of transformers, or a folder that it saved, got {type(source).__name__}; "
             "from_torch takes torch's own Transformer, from_timm the models of timm"
         )
-    family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise unknown("family", str(family), FAMILIES)
-    if family == "llama":
-        config = config | {"plain_rope": plain_rope}
-    converted = FAMILIES[family](config, Weights(state))
+    converted = convert(config, state, plain_rope=plain_rope)
     arguments, weights = converted.arguments, converted.state
     if position is not None:
         own = dict(arguments)
@@ -103,6 +99,20 @@ def from_transformers(
     return model
 
 
+def convert(config: Config, state: State, *, plain_rope: bool = False) -> Converted:
+    """Our model of the same function: its class, its arguments with its own encoding, its weights.
+
+    Raises:
+        ConfigError, CheckpointError: as `from_transformers`.
+    """
+    family = config.get("model_type", "")
+    if family not in FAMILIES:
+        raise unknown("family", str(family), FAMILIES)
+    if family == "llama":
+        config = config | {"plain_rope": plain_rope}
+    return FAMILIES[family](config, Weights(state))
+
+
 def _of_the_encoding(model: type[OurModel], own: Arguments, arguments: Arguments, weights: State) -> State:
     """The weights without those of encodings, but for encodings that the model has under both arguments."""
     kept = {name: value for name, value in weights.items() if "position." not in name}
@@ -112,8 +122,10 @@ def _of_the_encoding(model: type[OurModel], own: Arguments, arguments: Arguments
     return kept
 
 
-def _read(folder: Path) -> tuple[Config, State]:
+def read_folder(folder: Path) -> tuple[Config, State]:
+    index = None if (folder / "model.safetensors").is_file() else index_of(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and (index is None or name == "config.json"):
             raise CheckpointError(f"{folder / name} is missing: give a folder that transformers saved")
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    return config, load_file(folder / "model.safetensors") if index is None else read_shards(index)

@@ -39,6 +39,7 @@ class Prepared(NamedTuple):
         next_command: what to try after this run.
         results: lines to print, from the rows of `fit`; also writes what the objective adds to the run folder.
         together: what all processes work out together after training; lines to print behind the results.
+        summary: lines for summary.md, behind the table of its epochs.
         facts: more for env.json.
         initialize: draws first weights, before those of `--init` are loaded.
         adapt: changes the model in what its state_dict does not hold.
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     next_command: str
     results: Callable[[list[Row]], list[str]]
     together: Callable[[], list[str]] = list
+    summary: Callable[[], list[str]] = list
     facts: Mapping[str, Plain] = {}
     initialize: Callable[[nn.Module], None] = keep
     adapt: Callable[[nn.Module], None] = keep
@@ -105,7 +107,7 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
         together = prepared.together()
         if first:
             *lines, last = [*prepared.results(rows), *together]
-            write_summary(folder, prepared.title, rows, facts, prepared.next_command)
+            write_summary(folder, prepared.title, rows, facts, prepared.next_command, prepared.summary())
             for line in [*lines, f"{last}; summary {folder / 'summary.md'}", f"next     {prepared.next_command}"]:
                 session.print(line)
     return folder

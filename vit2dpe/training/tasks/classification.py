@@ -16,11 +16,12 @@ from ...data.loader import Feed, stream
 from ...data.rand_augment import rand, trivial
 from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
+from ...data.transfer import onto
 from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
 from ...spec import Plain, Size
 from ..distributed import ALONE, World, sum_over_ranks
-from ..task import Batch, batch_indices, count_steps, describe_data
+from ..task import BalancedOrder, Batch, batch_indices, count_steps, describe_data
 from .items import SeededTask
 
 PLAIN = AugmentConfig(label_smoothing=0.0)
@@ -36,6 +37,7 @@ class ImageTask(SeededTask):
         batch_size: images of a step, over all ranks; the last step of an epoch has the rest.
         augment: what happens to training images.
         workers: processes that decode images which are not in memory (`data.loader`).
+        balanced: draw every class equally often in an epoch (`task.BalancedOrder`).
     """
 
     data: Images
@@ -43,23 +45,27 @@ class ImageTask(SeededTask):
     batch_size: int
     augment: AugmentConfig = PLAIN
     workers: int | None = None
+    balanced: bool = False
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)
     feed: Feed = field(init=False, repr=False, compare=False)
+    order: BalancedOrder | None = field(init=False, repr=False, compare=False)
     steps_per_epoch: int = field(init=False)
     unit: str = "images"
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world)
+        self.order = BalancedOrder(self.data.train.labels, self.seed) if self.balanced else None
+        drawn = len(self.data.train) if self.order is None else len(self.order)
+        self.steps_per_epoch = count_steps(drawn, self.batch_size, self.world)
         self.train = self.data.train.resized(self.train_size)
         self.feed = Feed(self.train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
         self.best = (f"{next(iter(self.data.held_out))}_top1", "max")
 
     def batch(self, epoch: int, step: int) -> Batch:
         share, index = self._share(epoch, step)
-        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, share)
+        images = self._augmented(onto(self.feed(epoch, step), self.device), epoch, step, share)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
-        labels = self.train.labels[index].to(self.device)
+        labels = onto(self.train.labels[index], self.device)
         batch = dict(images=images, labels=labels, index=index)
         augment = self.augment
         if augment.erase:
@@ -76,7 +82,10 @@ class ImageTask(SeededTask):
 
     def _share(self, epoch: int, step: int) -> tuple[Share, Tensor]:
         """This rank's share of the batch, and the indices of its images."""
-        order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
+        if self.order is None:
+            order = batch_indices(len(self.train), self.batch_size, self.seed, epoch, step)
+        else:
+            order = self.order.batch(self.batch_size, epoch, step)
         share = Share(len(order), self.world.share(len(order)))
         return share, order[share.samples]
 
@@ -113,7 +122,7 @@ class ImageTask(SeededTask):
             score = evaluate(model, batches, top, least=int(self.world.size == 1))
             if self.world.size > 1:
                 totals = [score["n"], *(score["n"] * score[name] for name in names)]
-                n, *sums = sum_over_ranks(totals, self.world, next(model.parameters()).device)
+                n, *sums = sum_over_ranks(totals, self.world)
                 score = {name: value / n for name, value in zip(names, sums, strict=True)}
             numbers |= {f"{split}_{name}": score[name] for name in names}
         return numbers
