@@ -15,7 +15,7 @@ from torch.library import Library
 from vit2dpe import Dims, Positions, Rotation, Signal, build
 from vit2dpe.attention.functional import rotate, split_heads
 from vit2dpe.attention.kernels import rotary, rotary_triton
-from vit2dpe.attention.kernels.rotary_ops import angle_gradient
+from vit2dpe.attention.kernels.rotary import angle_gradient
 from vit2dpe.encodings.base import interleave
 
 B, H, PREFIX = 3, 2, 1

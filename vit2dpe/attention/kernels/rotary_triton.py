@@ -1,4 +1,4 @@
-"""The kernels of `rotary_ops` in Triton, which this module imports: import it where a tensor on CUDA is at hand.
+"""The operations of `rotary` in Triton, which this module imports: import it where a tensor on CUDA is at hand.
 
     forward     packed[b, n, 0|1, h] turned where it lies; one launch
     backward    dq, dk turned back and dv copied into one packed gradient; one launch
