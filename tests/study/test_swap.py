@@ -124,6 +124,7 @@ def test_from_a_hub_folder_of_timm_and_photos_without_classes(tmp_path, capsys):
     assert main(line.split()) == 0, capsys.readouterr().err
     assert "at 32x48, 48x64, 64x96" in capsys.readouterr().out
     rows = read_rows(tmp_path / "run" / "swap.csv")
+    assert len(read_meta(tmp_path / "run" / "last")["classes"]) == 1000
     assert {row.metric for row in rows} == {"agreement"}
     assert {row.n for row in rows} == {2}
     model = load_run(tmp_path / "run")
@@ -147,9 +148,10 @@ def test_of_an_encoder_without_classes(tmp_path):
 # Going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 4])
-def test_a_killed_swap_goes_on_to_the_same_bits(old, new, tmp_path, at):
-    given = config(old, tmp_path)
+@pytest.mark.parametrize(("at", "to"), [(1, "rope"), (4, "relative")])
+def test_a_killed_swap_goes_on_to_the_same_bits(old, new, tmp_path, at, to):
+    new = new if to == "rope" else swap(config(old, tmp_path / "whole", to))
+    tmp_path, given = tmp_path / "stopped", config(old, tmp_path / "stopped", to)
     with after_updates({at: Trainer.save, at + 1: die}), pytest.raises(Killed):
         swap(given)
     torch.manual_seed(99)

@@ -32,6 +32,7 @@ from ..models.swin.model import Swin
 from ..models.vit import ViT
 from ..resolution.apply import policies_of
 from ..resolution.sweep import train_size_of
+from ..seeding import derive_seed
 from ..spec import Size, changed, filled, show_size
 from ..training.checkpoint import load_run, read_meta
 from ..training.devices import pick_device, precision
@@ -150,7 +151,7 @@ def load_source(start: Start) -> Source:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return Source(model, subject, digest.hexdigest())
 
 
@@ -178,7 +179,7 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
         config.temperature,
         bool(source.model.num_classes),
         dict(
-            classes=list(subject.classes or ()),
+            classes=_names(source, images),
             teacher=source.digest,
             swap={"from": subject.label, "to": spec.arguments["position"], "images": len(images.train)},
         ),
@@ -203,6 +204,17 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
     )
 
 
+def _names(source: Source, images: Images) -> list[str]:
+    """The classes of the model by index; of a model that names none those of the images, where there are as many."""
+    known, count = source.subject.classes, int(source.model.num_classes)
+    if known or not count:
+        return list(known or ())
+    if len(images.classes) != count:
+        return list(map(str, range(count)))
+    index = numbering(source.subject, images.classes, folders=images.name.partition(":")[0] in FILES).tolist()
+    return [images.classes[index.index(i)] for i in range(count)]
+
+
 def _check_teacher(config: SwapConfig, folder: Path, source: Source) -> None:
     """Refuse to go on with another old model than the one that the run began with."""
     if config.resume and (folder / "last" / "model.json").is_file():
@@ -225,6 +237,7 @@ def finish(
 ) -> list[str]:
     """Measure the old model, the new one as it was exchanged, and as it was recovered; write table and picture."""
     folder, to = session.folder, str(spec.arguments["position"])
+    torch.manual_seed(derive_seed(config.run.seed, "init"))  # as it was before the first update
     swapped = spec.build().to(session.device).eval()
     move_weights(source.model, swapped)
     models = [
