@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from ..spec import Plain
 from .answers import Right
+from .brought import what_weights_brought
 from .compare import AtSize, Behind, Line, compare
 from .intervals import DRAWS, Interval, images_needed, seeds_needed, wilson
 from .rows import Row
-from .tables import FIT, MAJORITY, Metric, metric_of, spell
+from .tables import FIT, MAJORITY, START, Metric, metric_of, spell
 
 POINTS = 5.0  # a difference that one would like to see
 NAMED = 3  # competitors behind the leader with their distance; the others by name
@@ -96,6 +97,10 @@ def verdict(
         label = "" if len(panels) == 1 else f"{panel}: "
         short += [] if nothing else [_headline(label, here, metric)]
         parts.append((_heading(panel), [_sentence(place, metric, majority) for place in here]))
+    headline, what = what_weights_brought(rows, answers, about)
+    if headline:
+        short.append(headline)
+        parts.append(("What the weights brought, against the same model from scratch:", what))
     basis = [*_basis(places, metric, majority, about), *_needed(places, metric)]
     return Verdict(short, parts, basis, *_next(places, nothing, about))
 
@@ -184,6 +189,8 @@ def _basis(places: Sequence[AtSize], metric: Metric, majority: float | None, abo
     said = [f"Measured: {metric.name}, {'' if leader.n is None else f'on {int(leader.n)} {items}, '}{seeds}."]
     if majority is not None:
         said.append(f"Naming the most frequent class is right for {majority:.1f}%.")
+    if START in about:
+        said.append(f"Every encoding started from {about[START]}.")
     if about.get(FIT) in CUT:
         said.append(f"{CUT[str(about[FIT])]} (data.fit {about[FIT]}).")
     over = {place.over for place in places}
