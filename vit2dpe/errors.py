@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,17 @@ class TrainingError(RuntimeError):
 
 class Stopped(SystemExit):
     """A signal stopped the training, after a save; the exit status is 128 + the signal's number."""
+
+
+def clone() -> Path | None:
+    """The clone of the repository, or the unpacked source, around this package; None where it is installed alone."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir() else None
+
+
+def install(extra: str) -> str:
+    """The line that installs an extra: in a clone the editable one."""
+    return f'pip install "vit2dpe[{extra}]"' if clone() is None else f'pip install -e ".[{extra}]", in the clone'
 
 
 def unknown(kind: str, name: str, known: Iterable[str], error: type[ConfigError] = ConfigError) -> ConfigError:

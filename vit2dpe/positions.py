@@ -25,7 +25,8 @@ def longer(length: int, other: int) -> int:
     """The larger of two lengths; an exported program in which one is free keeps it free, a traced graph serves one."""
     if is_tracing():  # lengths are tensors there
         return max(int(length), int(other))
-    return cast(int, torch.sym_max(length, other))
+    plain = isinstance(length, int) and isinstance(other, int)  # torch before 2.11 compiles sym_max of no plain numbers
+    return cast(int, (max if plain else torch.sym_max)(length, other))
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,15 +73,16 @@ class Table(NamedTuple):
     def dense(self) -> Tensor:
         index = self.q.memoize(("offsets", None if self.k is self.q else self.k, self.table.shape[1:]), self._index)
         flat = self.table.flatten(1)
-        if self._columns:
-            front = flat.new_zeros(flat.shape[0], self._columns) if self.prefix is None else self.prefix
+        if self._columns():
+            front = flat.new_zeros(flat.shape[0], self._columns()) if self.prefix is None else self.prefix
             flat = torch.cat([front, flat], dim=1)
         dense: Tensor = flat.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
         return dense  # (B|1, H, Nq, Nk)
 
-    @property
     def _columns(self) -> int:
-        """How many columns stand in front of the flat table, for pairs with the prefix."""
+        """How many columns stand in front of the flat table, for pairs with the prefix.
+
+        No property: torch before 2.11 compiles none of a named tuple."""
         return 3 if self.q.prefix or self.k.prefix else 0
 
     def _index(self) -> Tensor:
@@ -95,9 +96,9 @@ class Table(NamedTuple):
         later = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         middle = sum((size - 1) // 2 * step for size, step in zip(sizes, later, strict=True))
         k_index = _inner(k, later)
-        q_index = (k_index if k is q else _inner(q, later)) + (self._columns + middle)
+        q_index = (k_index if k is q else _inner(q, later)) + (self._columns() + middle)
         index = q_index[..., :, None] - k_index[..., None, :]
-        if not self._columns:
+        if not self._columns():
             return index
         above = F.pad(index.new_zeros(index.shape[0], 1, index.shape[2]), (self.k.prefix, 0), value=2).expand(
             -1, self.q.prefix, -1
@@ -151,6 +152,14 @@ class Signal(NamedTuple):
     k_rotation: Rotation | None = None
     bias: tuple[Bias, ...] = ()
     temperature: float | Tensor | None = None
+
+    # `_replace` would do for both, but torch before 2.11 does not compile it.
+    def with_bias(self, bias: tuple[Bias, ...]) -> Signal:
+        return Signal(self.token, self.q_rotation, self.k_rotation, bias, self.temperature)
+
+    def rotating(self, q: Rotation | None = None, k: Rotation | None = None) -> Signal:
+        """With these rotations instead of its own; none by default."""
+        return Signal(self.token, q, k, self.bias, self.temperature)
 
     def plus(self, other: Signal) -> Signal:
         return Signal(

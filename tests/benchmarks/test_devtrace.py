@@ -5,6 +5,12 @@ import torch
 
 from benchmarks import devtrace
 from vit2dpe import ViT
+from vit2dpe.data.settings import AugmentConfig
+from vit2dpe.data.text import TextData
+from vit2dpe.data.tokenizers import Bytes
+from vit2dpe.models.text.heads import TextDecoder
+from vit2dpe.spec import parse_term
+from vit2dpe.training.tasks.language import LanguageTask
 
 SIZE = (32, 32)
 
@@ -35,16 +41,45 @@ def step():
 
 def test_a_batch_is_copied_to_the_device_and_not_back(step):
     batch = step["batch"]
-    assert batch.to_device.total() <= 6, batch.report("batch")  # images, labels, shifts, flips, mean and deviation
+    assert batch.to_device.total() <= 4, batch.report("batch")  # images, labels, where pixels come from, mean and width
     assert batch.stalls == 0, batch.report("batch")
     assert batch.kernels.total() <= 6, batch.report("batch")
 
 
-def test_an_update_waits_for_its_numbers_alone(step):
+HEAVY = AugmentConfig(
+    4, True, policy=parse_term("rand(ops=2, magnitude=9)"), erase=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1
+)
+
+
+@pytest.mark.parametrize(
+    ("augment", "kernels", "copies"),
+    [(HEAVY, 270, 8), (AugmentConfig(4, True, policy=parse_term("trivial")), 122, 5), (AugmentConfig(crop=0.3), 29, 4)],
+)
+def test_augmentation_is_few_launches_and_never_waits(augment, kernels, copies):
+    batch = devtrace.trace_step(vit("none", depth=1), SIZE, 64, augment)["batch"]
+    assert 0 < batch.kernels.total() <= kernels, batch.report("batch")
+    assert 0 < batch.to_device.total() <= copies, batch.report("batch")
+    assert batch.stalls == 0, batch.report("batch")
+
+
+def test_an_update_reads_nothing_and_its_numbers_once_later(step):
+    update, numbers = step["update"], step["numbers"]
+    assert not update.to_device, update.report("update")
+    assert update.stalls == 0, update.report("update")
+    assert list(update.late.values()) == [1], update.report("update")
+    assert list(numbers.reads.values()) == [1], numbers.report("numbers")
+    assert not numbers.to_host
+
+
+def test_an_update_of_text_counts_its_labels_on_the_host():
+    tokenizer = Bytes()
+    text = TextData("bytes", torch.arange(200) % 50, torch.arange(20), tokenizer, "")
+    model = TextDecoder(vocab_size=50, position="rope", context=16, embed_dim=48, depth=1, num_heads=3)
+    step = devtrace.trace_task(model, LanguageTask(text, 16, 4, 4, device="cuda"))
+    assert step["batch"].to_device.total() == 2, step["batch"].report("batch")
     update = step["update"]
-    assert update.to_device.total() <= 1, update.report("update")
-    assert update.stalls <= 2, update.report("update")
-    assert all("training/" in line for line in (*update.reads, *update.to_host)), update.report("update")
+    assert update.stalls == 0, update.report("update")
+    assert list(step["numbers"].reads.values()) == [1]
 
 
 class Chatty(torch.nn.Module):
@@ -58,7 +93,7 @@ class Chatty(torch.nn.Module):
 
 def test_copies_and_reads_are_seen():
     traffic = devtrace.trace_forward(Chatty(), SIZE)
-    assert traffic.to_device.total() == 2
+    assert traffic.to_device.total() == traffic.blocking.total() == 2
     assert traffic.to_host.total() == 1
     assert sorted(read.split()[0] for read in traffic.reads.elements()) == ["__bool__", "item", "tolist"]
     report = traffic.report("chatty")
@@ -80,5 +115,6 @@ def test_the_command_prints_totals_and_lines(capsys):
         "forward",
         "batch",
         "update",
+        "numbers",
     ]
     assert "rand_augment.py:" in said

@@ -31,7 +31,7 @@ def graded(check, config=HERE):
         ("torch", "2.5.1+cu121", "bad", "older than 2.11"),
         ("timm", None, "bad", "timm is not installed"),
         ("timm", "1.0.31", "ok", "timm 1.0.31"),
-        ("tokenizers", None, "note", "not installed: tokenizers"),
+        ("tokenizers", None, "note", 'not installed: tokenizers: pip install -e ".[text]"'),
     ],
 )
 def test_versions(monkeypatch, name, version, grade, said):

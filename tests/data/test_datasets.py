@@ -47,7 +47,7 @@ class TestDigits:
 
     def test_without_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-        with pytest.raises(DataError, match=re.escape('pip install "vit2dpe[recipes]"')):
+        with pytest.raises(DataError, match=re.escape('pip install -e ".[recipes]"')):
             load_images("digits")
 
     def test_settings_it_cannot_use(self) -> None:

@@ -184,5 +184,5 @@ def test_refusals_say_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match="at least one"):
         draw([])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install \"vit2dpe\[recipes\]\""):
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[recipes\]\""):
         draw(["rope"])

@@ -70,7 +70,7 @@ def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Sig
         q = rotate(q, signal.q_rotation)
     if signal.k_rotation is not None:
         k = rotate(k, signal.k_rotation)
-    return q, k, signal._replace(q_rotation=None, k_rotation=None)
+    return q, k, signal.rotating()
 
 
 def split_heads(
@@ -89,7 +89,7 @@ def split_heads(
         observer.selected("rotation", selection)
     if selection.path == "in place" and rotation is not None:
         q, k, v = rotary.split_and_rotate(qkv, rotation, heads)
-        return q, k, v, signal._replace(q_rotation=None, k_rotation=None)
+        return q, k, v, signal.rotating()
     # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
     q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))  # (B, H, N, Dh)
     return q, k, v, signal
@@ -247,7 +247,7 @@ def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
             terms.append(Dense(term.dense(), f"{why}; looked up once for all blocks") if path == "matrix" else term)
         else:
             terms.append(term)
-    return signal._replace(bias=tuple(terms))
+    return signal.with_bias(tuple(terms))
 
 
 def why_plain(x: Tensor) -> str | None:

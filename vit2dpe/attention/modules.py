@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
         if cache is None or cache.memory is None:
             k, v = self.kv(memory).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)
         else:
-            (k, v), signal = cache.memory, signal._replace(k_rotation=None)  # these keys are turned already
+            (k, v), signal = cache.memory, signal.rotating(signal.q_rotation)  # these keys are turned already
         q, k, signal = rotate_qk(q, k, signal)
         if cache is not None:
             cache.memory = (k, v)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ..errors import TrainingError
+from ..errors import TrainingError, install
 from ..spec import Settings
 
 EXTRAS = ("recipes", "text", "tracking")
@@ -75,7 +75,8 @@ def versions(config: DoctorConfig) -> Iterator[Finding]:
     }
     for extra, names in (extras | {"by name": list(BY_NAME)}).items():
         missing = [name for name in names if version_of(name) is None]
-        text = f"not installed: {', '.join(missing)}" if missing else "installed"
+        line = install(extra) if extra in EXTRAS else f"pip install {' '.join(missing)}"
+        text = f"not installed: {', '.join(missing)}: {line}" if missing else "installed"
         yield Finding("note" if missing else "ok", f"[{extra}] {text}")
 
 

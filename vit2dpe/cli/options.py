@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import reduce
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union, get_args, get_orig
 from ..errors import ConfigError, unknown
 from ..ranges import Range, numbers_of
 from ..spec import Plain, Settings, flat, full_name, full_names, texts_of
+from .recipes import find_recipe
 from .yaml_files import Others, read_yaml, several_numbers
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 S = TypeVar("S", bound=Settings)
-OTHERS = ("config", "preset", "print_config", "help")  # options that are no settings
+OTHERS = ("config", "recipe", "preset", "print_config", "help")  # options that are no settings
 
 
 class Option(NamedTuple):
@@ -56,12 +58,15 @@ class Option(NamedTuple):
         return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False) -> S:
+def settings(
+    name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False, examples: str = ""
+) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
 
     Args:
         others: gives the settings of other commands, by which a file of theirs is recognized.
         imports: whether the command takes --import, for its help.
+        examples: lines that open its help.
 
     Raises:
         ConfigError: for what cannot be understood.
@@ -70,11 +75,13 @@ def settings(name: str, config: type[S], args: list[str], others: Others = dict,
     options = list(options_of(config()))
     parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options, imports)
     if "-h" in args or "--help" in args:
+        positional = "".join(f"[{option.name} ...] " for option in options if option.positional)
+        parser.usage = f"vit2dpe {name} {positional}[options]\n\n{examples}".rstrip().replace("%", "%%")
         text = re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))
         raise SystemExit(0)
-    words = _with_preset([word for arg in args for word in _full_option(arg, config)])
+    words = _with_preset(_with_recipe([word for arg in args for word in _full_option(arg, config)]))
     words, read = _with_files(words, config, others)
     words = [_value(last, word, options) for last, word in pairwise(["", *words])]
     given = _parse(parser, words, options)
@@ -106,8 +113,8 @@ def _union(hint: type | UnionType) -> type | UnionType:
 def _parser(name: str, doc: str, options: list[Option], imports: bool = False) -> ArgumentParser:
     try:
         from jsonargparse import ArgumentParser
-    except ImportError:
-        raise ConfigError(f'{name} needs an extra that is not installed: pip install "vit2dpe[recipes]"') from None
+    except ImportError:  # of a package that runs from a folder, without what it requires
+        raise ConfigError(f"{name} needs a package that is not installed: pip install jsonargparse") from None
     parser = ArgumentParser(prog=name, description=doc.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(option.title for option in options)}
     for option in options:
@@ -119,9 +126,12 @@ def _parser(name: str, doc: str, options: list[Option], imports: bool = False) -
         else:
             add(f"--{option.name}", type=option.hint, default=option.default, help=text)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
-    parser.add_argument("--preset", help="a variant of it: with cpu, x.cpu.yaml is read after x.yaml")
+    more = {"recipe": "one that comes with the package, by name; `vit2dpe recipes` lists them"}
+    more["preset"] = "a variant of it: with cpu, x.cpu.yaml is read after x.yaml"
     if imports:
-        parser.add_argument("--import", help="a file (near.py) or module that adds encodings; or several")
+        more["import"] = "a file (near.py) or module that adds encodings; or several"
+    for other, text in more.items():  # no settings: --print_config leaves them out
+        parser.add_argument(f"--{other}", default=SUPPRESS, help=text)
     return parser
 
 
@@ -152,18 +162,28 @@ def _parse(parser: ArgumentParser, args: list[str], options: list[Option]) -> di
 
 
 def _full_option(arg: str, config: type[Settings]) -> list[str]:
-    """--epochs=3 as --optim.epochs=3, hyphens as underscores; --config=x and --preset=x as two words."""
+    """--epochs=3 as --optim.epochs=3, hyphens as underscores; --config=x, --recipe=x and --preset=x as two words."""
     option, equals, value = arg.partition("=")
     name = option.removeprefix("--").replace("-", "_")
     if not option.startswith("--"):
         return [arg]
-    if name in ("config", "preset") and equals:
+    if name in ("config", "recipe", "preset") and equals:
         return [f"--{name}", value]
     if name not in OTHERS and not full_names(config, name):
         known = [*flat(config()), *OTHERS]
         near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
         raise ConfigError(f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
     return [f"--{name if name in OTHERS else full_name(config, name)}{equals}{value}"]
+
+
+def _with_recipe(words: list[str]) -> list[str]:
+    """`--recipe x` as --config and the file of that name."""
+    if "--recipe" not in words:
+        return words
+    at = words.index("--recipe")
+    if at + 1 == len(words):
+        raise ConfigError("--recipe takes a name; vit2dpe recipes lists them")
+    return _with_recipe([*words[:at], "--config", str(find_recipe(words[at + 1])), *words[at + 2 :]])
 
 
 def _with_preset(words: list[str]) -> list[str]:
@@ -173,7 +193,7 @@ def _with_preset(words: list[str]) -> list[str]:
     at = words.index("--preset")
     preset, words = " ".join(words[at + 1 : at + 2]), words[:at] + words[at + 2 :]
     if "--config" not in words[:-1]:
-        raise ConfigError(f"--preset {preset} is a variant of a recipe: name that with --config")
+        raise ConfigError(f"--preset {preset} is a variant of a recipe: name that with --recipe or --config")
     at = words.index("--config") + 2
     recipe = Path(words[at - 1])
     others = recipe.parent.glob(f"{recipe.stem}.*{recipe.suffix}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, install
 from ..files import cache_dir
 from ..spec import Size
 from . import archives
@@ -77,7 +77,7 @@ def digits(root: Path | None, how: Reading) -> SourceData:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DataError(f'digits need scikit-learn ({error}): pip install "vit2dpe[recipes]"') from error
+        raise DataError(f"digits need scikit-learn ({error}): {install('recipes')}") from error
     data = load_digits()
     images = torch.from_numpy(data.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(data.target).long()

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import CheckpointError, ConfigError, DataError, unknown
+from ..errors import CheckpointError, ConfigError, DataError, install, unknown
 
 if TYPE_CHECKING:
     import tokenizers as library
@@ -207,4 +207,4 @@ def from_json(about: Description) -> Tokenizer:
 
 def _require() -> None:
     if find_spec("tokenizers") is None:
-        raise ConfigError('subwords need an extra that is not installed: pip install "vit2dpe[text]"')
+        raise ConfigError(f"subwords need an extra that is not installed: {install('text')}")

@@ -57,8 +57,8 @@ class Factorized(PositionEncoding):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
         places = check_places(at)
         rows = [
-            resize(table.t(), (size,), mode="bilinear", antialias=False).t()[places[..., axis]]
-            for axis, (table, size) in enumerate(zip(self.tables, at.extent, strict=True))
+            resize(self.tables[axis].t(), (size,), mode="bilinear", antialias=False).t()[places[..., axis]]
+            for axis, size in enumerate(at.extent)
         ]
         return torch.stack(rows).sum(0)  # (B|1, N, D)
 

@@ -59,7 +59,7 @@ class SignalCache:
             if (old_q is old_k) == (q is k) and old_state == state and _same(q, old_q) and (q is k or _same(k, old_k)):
                 return signal
         signal = encoding._signal(q, k)
-        signal = signal._replace(bias=tuple(_settle(term) for term in signal.bias))
+        signal = signal.with_bias(tuple(_settle(term) for term in signal.bias))
         self.signals.append((q, k, state, signal))
         return signal
 

@@ -1,9 +1,10 @@
 """`rope_golden`: every pair of every head turns along a direction of its own, spread evenly over all directions.
 
-    angle_i(p) = ⟨w_i, p⟩,    w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`
+    angle_hf(p) = ⟨w_hf, p⟩,    w_hf = 2 ω_f u_n / (g - 1),    ω_f = low (high / low)^(f / (F - 1)),    n = h F + f
 
-g is the geometric mean side of the training grid. On two axes pair f of head h looks at angle (h F + f) π / φ, φ the
-golden ratio. On more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+for pair f of F = Dh/2 of head h; g is the geometric mean side of the training grid. On two axes the unit vector u_n is
+(sin α, cos α), rows first, at α = n π / φ, φ the golden ratio. On more, it is Gaussian quantiles of a golden (R_d)
+sequence, normalised; on one it is 1.
 
 Source: N-dimensional rotary embeddings, jerryxio.ng/posts/nd-rope (2025; code archibox/ropend).
 
@@ -30,10 +31,11 @@ from .rope import DirectionalRoPE
 class GoldenRoPE(OnGrid, DirectionalRoPE):
     """Fixed frequencies along quasi-uniform directions: no two pairs look the same way.
 
-        w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`, g the geometric mean side of the grid
+        w_hf = 2 ω_f u_n / (g - 1),    ω_f = low (high / low)^(f / (F - 1)),    n = h F + f
 
-    In two dimensions pair f of head h looks at angle (h F + f) π / φ, φ the golden ratio; any few neighbours are spread
-    evenly over half a turn. In more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+    for pair f of F = Dh/2 of head h, g the geometric mean side of the grid. On two axes u_n looks at angle n π / φ, φ
+    the golden ratio; any few neighbours are spread evenly over half a turn. On more, directions are Gaussian quantiles
+    of a golden (R_d) sequence, normalised.
 
     Args:
         head_dim: Dh, even.

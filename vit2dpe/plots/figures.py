@@ -6,12 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCKS, HEADS = 4, 3  # at most so many are drawn, of those a model has
+
+
+def need_matplotlib(rest: str = "") -> None:
+    """Refuse pictures where they cannot be drawn, before the work of which they are the end.
+
+    Args:
+        rest: what else can be done, added to the error.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"pictures need matplotlib: {install('recipes')}{rest}") from None
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
@@ -20,10 +35,9 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     Raises:
         ConfigError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "vit2dpe[recipes]"') from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout=layout)
 
 

@@ -154,7 +154,7 @@ def _before(
     if not isinstance(places, InputLayout) or position is None:
         return None  # a hook is all that it takes to keep a layer off the fast path
     call = next(call for kind, call in CALLS.items() if isinstance(module, kind))
-    arguments = dict(zip(call.names, args, strict=False)) | kwargs
+    arguments = dict(zip(call.names[: len(args)], args, strict=True)) | kwargs
     tokens = [arguments.pop(name) for name in call.names[: call.inputs]]
     query, key = tokens[0], tokens[min(1, call.inputs - 1)]
     alone = all(x is query for x in tokens)  # self-attention

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError
 from ..files import write_atomically
+from ..plots.figures import need_matplotlib
 from ..spec import Settings, plain
 from ..training.run_folder import environment
 from .answers import ANSWERS, Right, write_answers
@@ -44,10 +44,7 @@ class Report:
     """
 
     def __init__(self, out: Path, about: Facts, total: int, started: float) -> None:
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ImportError:
-            raise ConfigError('a study draws with matplotlib: pip install "vit2dpe[recipes]"') from None
+        need_matplotlib()
         self.out, self.about, self.total, self.started = out, about, total, started
         self.trials: dict[int, tuple[list[Row], Sequence[Right]]] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}

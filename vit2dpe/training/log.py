@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import secrets
 import sys
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install
 from ..files import write_atomically
 from ..spec import Plain
 
@@ -89,7 +90,8 @@ class Bar:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+            if math.isfinite(row["train_loss"]):  # it is not there yet after the first step on a GPU
+                self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
         elif self.show and now - self.last_line > 10:
             self.last_line = now
             line = f"{self.name}: epoch {row['epoch']}/{row['epochs']}, step {row['step']}/{self.total}"
@@ -122,15 +124,13 @@ class Trackers:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError(
-                    f'run.tensorboard needs it installed ({error}): pip install "vit2dpe[tracking]"'
-                ) from None
+                raise ConfigError(f"run.tensorboard needs it installed ({error}): {install('tracking')}") from None
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         if wandb:
             try:
                 import wandb as service
             except ImportError as error:
-                raise ConfigError(f'run.wandb needs it installed ({error}): pip install "vit2dpe[tracking]"') from None
+                raise ConfigError(f"run.wandb needs it installed ({error}): {install('tracking')}") from None
             self.run = service.init(
                 project=wandb,
                 name=folder.name,

@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: f
     with torch.no_grad():
         if path == "view":
             return _view(q, k, v, table, term.q.extent, scale)
-        return _chunked(q, k, v, term._replace(table=table), scale)
+        return _chunked(q, k, v, Table(table, term.q, term.k, term.prefix), scale)
 
 
 def _view(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, ...], scale: float) -> Tensor:

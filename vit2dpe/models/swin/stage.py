@@ -234,7 +234,7 @@ def _within(window: Size, grid: Size) -> Size:
 def in_full(signal: Signal) -> Signal:
     """Materializes bias tables once for all windows."""
     bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
-    return signal._replace(bias=bias)
+    return signal.with_bias(bias)
 
 
 def tokens_of(position: Spec, dims: Dims) -> PositionEncoding:

@@ -113,4 +113,4 @@ def signal_of(position: nn.Module, at: Positions, keys: Positions | None) -> Sig
     if keys is None or keys is at or not isinstance(position, PositionEncoding) or "bias" not in position.gives:
         return signal
     among: Signal = position(at, keys)
-    return signal._replace(bias=among.bias)
+    return signal.with_bias(among.bias)

@@ -19,6 +19,7 @@ from ...errors import ConfigError, unknown
 from ...models.mae import MAE, keep_count
 from ...models.simmim import SimMIM
 from ...models.spec import ModelSpec
+from ...plots.figures import need_matplotlib
 from ...plots.reconstruction import save as save_pictures
 from ...seeding import generator
 from ...spec import Size
@@ -84,6 +85,8 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise unknown("objective", config.objective, ("mae", "simmim"))
     if config.objective == "simmim" and config.norm_pix:
         raise ConfigError("simmim predicts pixels as they are: leave norm_pix out")
+    if config.pictures:
+        need_matplotlib("; or --pictures 0")
     if config.data.balanced:
         raise ConfigError("masked pretraining sees no classes: leave data.balanced out")
     for position in (config.model.position, config.decoder.position):

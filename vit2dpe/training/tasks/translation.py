@@ -13,10 +13,11 @@ from typing import NamedTuple
 from torch import nn
 
 from ...data.pairs import Encoder, Pair, Pairs
-from ...errors import ConfigError
+from ...errors import ConfigError, install
 from ...spec import Plain
 from ..task import Batch, describe_data
 from .items import ItemTask
+from .language import with_count
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -30,7 +31,7 @@ class TranslationTask(DecodingTask, ItemTask[Pair]):
 
     def collate(self, items: Sequence[Pair]) -> Batch:
         encode = Encoder(self.data.tokenizer)
-        return decoding_batch(items, encode.start, encode.pad)
+        return with_count(decoding_batch(items, encode.start, encode.pad))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encode, pairs = Encoder(self.data.tokenizer), sorted(self.data.val, key=lambda pair: len(pair[0]))
@@ -52,6 +53,6 @@ def bleu(written: Sequence[str], references: Sequence[str]) -> Score:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        raise ConfigError('BLEU needs an extra that is not installed: pip install "vit2dpe[text]"') from None
+        raise ConfigError(f"BLEU needs an extra that is not installed: {install('text')}") from None
     metric = BLEU()
     return Score(metric.corpus_score(list(written), [list(references)]).score, str(metric.get_signature()))
