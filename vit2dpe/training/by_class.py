@@ -127,7 +127,7 @@ def measure_classes(session: TrainSession, data: Images, size: Size, workers: in
         batches = evaluation_batches(data, size, world=world, split=split, workers=workers)
         counts: list[Tensor] = []
         evaluate(model, batches, least=0, by_class=counts)
-        total = sum_over_ranks(counts[0].flatten().tolist(), world, device)
+        total = sum_over_ranks(counts[0].flatten().tolist(), world)
         whole = torch.tensor(total).long().view_as(counts[0])
         found.append(({"split": split}, rows_of(whole, data.classes)))
     if not world.first:
