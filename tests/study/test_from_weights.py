@@ -18,7 +18,7 @@ from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import settle as settling
 from vit2dpe.study import trials
 from vit2dpe.study.brought import brought
-from vit2dpe.study.from_weights import words_for
+from vit2dpe.study.from_weights import at_hand, words_for
 from vit2dpe.study.rows import SCRATCH, WEIGHTS, Row, read_rows, to_csv
 from vit2dpe.study.settings import StudyConfig
 from vit2dpe.study.settle import settle
@@ -264,6 +264,27 @@ def test_what_the_weights_brought_by_hand() -> None:
         verdict([row(42, WEIGHTS), row(40, SCRATCH)], [right[2], right[3]]).short
     )
     assert brought([row(80, ""), row(40, "", encoding="none")]) == []
+
+
+def test_the_next_command_starts_from_weights_that_are_at_hand(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    mine, out = str(tmp_path / "photos"), tmp_path / "study"
+    assert at_hand(out, mine) is None
+    same = weights(tmp_path / "same")
+    (same / "config.yaml").write_text(f"data: {{root: {mine}}}\n")
+    assert at_hand(out, mine) is None, "no task: it is not known to be a classifier"
+    arguments = dict(SIZES, position="learned", class_token=False, global_pool="avg")
+    for name, root in (("other", "elsewhere"), ("same", mine)):
+        save_model(tmp_path / name / "last", ViT(**arguments), arguments, task="classification", **ABOUT)
+        (tmp_path / name / "config.yaml").write_text(f"data: {{root: {root}}}\n")
+    assert at_hand(out, mine) == str(tmp_path / "other"), (
+        "a classifier of the same photos may have seen the test images"
+    )
+    command = f"vit2dpe study --root {mine} --train-size 48 --model.width 96 --epochs 5 --encodings none,rope"
+    rows = [row(80, "", encoding="none"), row(42, "", encoding="rope")]
+    found = verdict(rows, None, {"command": command, "weights at hand": "runs/other"})
+    assert found.next == f"vit2dpe study --root {mine} --encodings none,rope --init runs/other"
+    assert found.why == "To start from weights that are at hand"
 
 
 def test_tables_of_studies_without_weights_stay_as_they_were() -> None:

@@ -11,11 +11,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from ..data.settings import LADDER
 from ..encodings import ENCODINGS, parse
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..interop.own_encoding import with_own_options
 from ..spec import Size, Words, filled
+from ..training.checkpoint import read_meta
+from ..training.settings import MASKED
 from ..training.start import Start, describe, has_architecture
 from .settings import StudyConfig
 
@@ -112,3 +116,23 @@ def measured(size: Size, patch: Size) -> list[list[int]]:
         tuple(max(p, round(side * factor / p) * p) for side, p in zip(size, patch, strict=True)) for factor in TIMES
     ]
     return [list(each) for each in dict.fromkeys(found)]
+
+
+def at_hand(out: Path, root: str | None) -> str | None:
+    """The latest run beside a study's folder whose model of images it could start from; None without one.
+
+    Classifiers that were trained on the same photos are passed over: they may have seen the images that are held out.
+    """
+    found: list[tuple[float, str]] = []
+    for file in out.parent.glob("*/last/model.json") if root else ():
+        try:
+            meta, run = read_meta(file.parent), file.parents[1]
+            settings = run / "config.yaml"
+            data = (yaml.safe_load(settings.read_text()) or {}).get("data") if settings.is_file() else None
+        except (CheckpointError, OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            continue  # damaged, and perhaps none of ours
+        theirs = data.get("root") if isinstance(data, dict) else None
+        same = theirs is not None and Path(theirs).expanduser().resolve() == Path(str(root)).expanduser().resolve()
+        if meta.get("model") in MASKED or (meta.get("task") == "classification" and not same):
+            found.append((file.stat().st_mtime, str(run)))
+    return max(found)[1] if found else None

@@ -20,9 +20,10 @@ from ..training.objectives.images import as_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
 from .answers import Right
+from .from_weights import at_hand
 from .plan import Plan, Trial
 from .rows import Row
-from .tables import FIT, MAJORITY, START
+from .tables import AT_HAND, FIT, MAJORITY, START
 from .trials import Measure, build, digest_of, policies_for, train
 
 
@@ -48,6 +49,8 @@ class OverSizes(Measure):
         if plan.start is not None:
             facts[START] = str(plan.start)
             print(f"from {plan.start}")
+        elif found := at_hand(Path(config.run.out), config.data.root):
+            facts[AT_HAND] = found
         if fitted is not None:
             facts[FIT] = config.data.fit
         return cls(

@@ -37,6 +37,7 @@ METRICS = {
 
 
 MAJORITY = "majority class [%]"  # in env.json: how often naming the most frequent class of the test images is right
+AT_HAND = "weights at hand"  # in env.json: a run that a study from scratch could have started from
 START = "start"  # in env.json: of a study from weights, what they are
 FIT = "fit"  # in env.json: how photos of differing sizes were brought to one, crop, pad or squash
 

@@ -17,9 +17,14 @@ from .brought import what_weights_brought
 from .compare import AtSize, Behind, Line, compare
 from .intervals import DRAWS, Interval, images_needed, seeds_needed, wilson
 from .rows import Row
-from .tables import FIT, MAJORITY, START, Metric, metric_of, spell
+from .tables import AT_HAND, FIT, MAJORITY, START, Metric, metric_of, spell
 
 POINTS = 5.0  # a difference that one would like to see
+_OF_SCRATCH = (  # what a command says about a model from scratch, or its size
+    *("train_size", "size", "data.size", "sizes", "arch", "stages", "window", "depths", "depth", "model.depth"),
+    *("width", "model.width", "heads", "model.heads", "patch", "model.patch", "mlp_ratio", "model.mlp_ratio"),
+    *("epochs", "optim.epochs", "lr", "optim.lr", "warmup_epochs", "optim.warmup_epochs"),
+)
 NAMED = 3  # competitors behind the leader with their distance; the others by name
 MODES = {"scale": "the same picture with more pixels", "canvas": "more content at the scale of training"}
 CUT = {  # data.fit
@@ -248,6 +253,8 @@ def _next(places: Sequence[AtSize], nothing: bool, about: Mapping[str, Plain]) -
     epochs = optim.get("epochs") if isinstance(optim, Mapping) else None
     if isinstance(config, Mapping) and config.get("smoke"):
         return "Two steps teach nothing; the study itself", _command(about, {}, drop=("smoke",))
+    if found := about.get(AT_HAND):
+        return "To start from weights that are at hand", _command(about, {"init": str(found)}, drop=_OF_SCRATCH)
     if nothing and isinstance(epochs, int | float):
         return "To train longer", _command(about, {"epochs": f"{int(3 * epochs)}"}, drop=("optim.epochs",))
     competing = [place for place in places if place.others]
