@@ -5,8 +5,8 @@
 
 The code itself runs, on fake CUDA tensors: shapes, dtypes and devices without numbers. Every operation that is no view
 is one kernel; fused attention is the one that a Hopper card would take. A read (`.item()`, `.tolist()`, `bool()`) makes
-the host wait for the device; a copy from memory that is not pinned does too. The backward pass is not run: there is no
-autograd engine for a device that is not there. Times are for `benchmarks/gpu.sh`, on a card.
+the host wait for the device; a copy from memory that is not pinned does too. An operation of our own is one kernel.
+Times are for `benchmarks/gpu.sh`, on a card.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -33,13 +34,17 @@ import vit2dpe
 from vit2dpe import ViT
 from vit2dpe.attention import functional
 from vit2dpe.data.datasets import Images
+from vit2dpe.data.rand_augment import SORTED
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.splits import Split
 from vit2dpe.spec import parse_term
 from vit2dpe.training.distributed import ALONE
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import B, Task
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.update import Updater
+
+from .backward import backward
 
 PACKAGE = Path(vit2dpe.__file__).parent
 LIBRARIES = ("timm", "torch/optim", "torch/nn/utils", "torch/amp")  # named where no line of the package is on the stack
@@ -69,21 +74,25 @@ class Traffic:
         kernels: operations on the device, by name.
         lines: the same, by file:line.
         to_device, to_host: copies, by file:line.
+        blocking: those to the device for which the host waits, by file:line: of memory that is not pinned.
         reads: numbers that the host waited for, by kind and file:line.
+        late: copies to the host for which it does not wait, by file:line.
         host: operations on the CPU, by name.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     lines: Counter[str] = field(default_factory=Counter)
     to_device: Counter[str] = field(default_factory=Counter)
+    blocking: Counter[str] = field(default_factory=Counter)
     to_host: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
+    late: Counter[str] = field(default_factory=Counter)
     host: Counter[str] = field(default_factory=Counter)
 
     @property
     def stalls(self) -> int:
         """Times that the host waited for the device."""
-        return self.to_host.total() + self.reads.total()
+        return self.to_host.total() + self.reads.total() + self.blocking.total()
 
     def clear(self) -> None:
         for counter in vars(self).values():
@@ -95,7 +104,8 @@ class Traffic:
             f"{title}: {self.kernels.total()} kernels, {self.to_device.total()} copies to the device, "
             f"{self.to_host.total()} to the host, {self.reads.total()} reads, {self.host.total()} host operations"
         ]
-        kinds = {"kernels": self.lines, "to device": self.to_device, "to host": self.to_host, "read": self.reads}
+        kinds = {"kernels": self.lines, "to device": self.to_device, "blocking": self.blocking, "to host": self.to_host}
+        kinds["read"] = self.reads
         for kind, counter in kinds.items():
             lines += [f"    {kind:9} {count:4} {line}" for line, count in counter.most_common(rows)]
         return "\n".join(lines)
@@ -122,14 +132,19 @@ class Recorder(TorchDispatchMode):
         self.traffic = traffic
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         name = str(function).removeprefix("aten.")
         if function.is_view or any(word in str(function) for word in IDLE):
             return result
         into = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
-        if "cuda" in out and "cpu" in into and "copy" in name:
+        if name.startswith("copy_") and "cuda" in into and args[0].device.type == "cpu" and True in args[2:]:
+            self.traffic.late[calling_line()] += 1  # into pinned memory
+        elif "cuda" in out and "cpu" in into and "copy" in name:
             self.traffic.to_device[calling_line()] += 1
+            if not kwargs.get("non_blocking", True in args[2:]):
+                self.traffic.blocking[calling_line()] += 1
         elif "cuda" in into and "cpu" in out:
             self.traffic.to_host[calling_line()] += 1
         elif "cuda" in out | into:
@@ -177,12 +192,18 @@ def _device_patches() -> list[mock._patch]:
     users = [module for module in users if vars(module).get("why_plain") is functional.why_plain]
     patches: list[mock._patch] = [mock.patch.object(module, "why_plain", why_plain) for module in users]
     patches += [
+        mock.patch("vit2dpe.data.rand_augment.counted", _even),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # `on_fake_cuda` has done it
     ]
     return patches
+
+
+def _even(rank: Tensor) -> list[int]:
+    """Draws have no numbers either: every operation of augmentation has as many samples as any other, up to one."""
+    return [len(part) for part in np.array_split(range(len(rank)), len(SORTED))]
 
 
 def _fused_attention(
@@ -228,7 +249,7 @@ def _read_patches(traffic: Traffic) -> list[mock._patch]:
         "__float__": lambda x: 1.0,
         "__int__": lambda x: 1,
         "__index__": lambda x: 1,
-        # How many there are is not known; one in fourteen keeps the shapes of augmentation plausible.
+        # How many there are is not known.
         "nonzero": lambda x: torch.empty(max(1, x.numel() // 14), x.ndim, dtype=torch.long, device=x.device),
     }
     patches = [
@@ -237,6 +258,8 @@ def _read_patches(traffic: Traffic) -> list[mock._patch]:
         for kind in (Tensor, FakeTensor)
         if kind is Tensor or name in vars(kind)
     ]
+    event = mock.Mock(synchronize=lambda: traffic.reads.update([f"event {calling_line()}"]))
+    patches.append(mock.patch("torch.cuda.Event", new=mock.Mock(return_value=event)))
     return [*patches, mock.patch("torch.equal", reading("equal", lambda x, y: True))]
 
 
@@ -258,25 +281,34 @@ def trace_forward(model: nn.Module, size: tuple[int, int], batch: int = 8, train
     return recorded.traffic
 
 
+def trace_launches(model: nn.Module, size: tuple[int, int], batch: int = 8) -> Traffic:
+    """Forward, loss and backward in bfloat16 autocast: a training step without the optimizer."""
+    with fake_cuda() as recorder:
+        on_fake_cuda(model).train()
+        x, labels = torch.empty(batch, 3, *size, device="cuda"), torch.empty(batch, dtype=torch.long, device="cuda")
+        with recorder() as recorded:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), labels)
+            backward(loss)
+    return recorded.traffic
+
+
 def trace_step(
     model: nn.Module, size: tuple[int, int], batch: int = 8, augment: AugmentConfig = LIGHT
 ) -> dict[str, Traffic]:
     """A training step in bfloat16 autocast: {"batch": images to the device and augmentation, "update": the rest}.
 
-    `update` holds forward, loss, clipping and optimizer; the backward pass gives gradients without running.
+    `update` holds forward, loss, backward, clipping and optimizer. "numbers": its loss and norm, read afterwards.
     """
-    data = images(2 * batch, size)
+    return trace_task(model, ImageTask(images(2 * batch, size), size, batch, device="cuda", augment=augment))
+
+
+def trace_task(model: nn.Module, task: Task[B]) -> dict[str, Traffic]:
+    """`trace_step` of any task whose batches go to "cuda"."""
     found = {}
     with fake_cuda() as recorder:
         on_fake_cuda(model)
-        task = ImageTask(data, size, batch, device="cuda", augment=augment)
         updater = Updater(model, task, OptimConfig(), RunConfig(device="cuda", precision="bfloat16"), ALONE)
-        for group in updater.optimizer.param_groups:
-            group["foreach"] = True  # what torch takes by itself for real CUDA tensors
-
-        def backward(loss: Tensor) -> None:
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter)
 
         def take(name: str, run: Callable[[], R]) -> R:
             with recorder() as recorded:
@@ -287,7 +319,8 @@ def trace_step(
 
         tensors = take("batch", lambda: task.batch(0, 0))
         with mock.patch.object(Tensor, "backward", backward):
-            take("update", lambda: updater.step(tensors, 0, 0, 0))
+            result = take("update", lambda: updater.step(tensors, 0, 0, 0))
+        take("numbers", lambda: result.finite and (result.numbers, result.norm))
     return found
 
 

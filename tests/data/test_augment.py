@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.functional import grid_sample
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from vit2dpe.data.augment import Share, erase, mix, resized_crop
-from vit2dpe.data.rand_augment import OPERATIONS, UNSIGNED, rand, strengths, trivial
+from vit2dpe.data.rand_augment import AFFINE, OPERATIONS, UNSIGNED, rand, strengths, trivial
 
 THEIRS = {name: "".join(part.title() for part in name.split("_")) for name in OPERATIONS} | {
     "autocontrast": "AutoContrast"
@@ -50,6 +51,45 @@ def test_each_sample_has_its_own_operation(policy):
     assert torch.equal(images, pictures(1).expand(200, -1, -1, -1)), "the input is left alone"
     gray = policy(pictures(30, 1), draws())
     assert gray.shape == (30, 1, 11, 17)
+
+
+def one_after_the_other(images, step, generator, total, cut, wide):
+    """Each operation on its samples, as they lie in the batch; affine ones by a matrix product for all their points."""
+    h, w = images.shape[-2:]
+    chosen = torch.randint(len(OPERATIONS), (total,), generator=generator)[cut]
+    sign = torch.where(torch.rand(total, generator=generator) < 0.5, -1.0, 1.0)[cut]
+    out = images.clone()
+    for number, name in enumerate(OPERATIONS):
+        index = (chosen == number).nonzero()[:, 0]
+        s = strengths(name, (step[cut] / 30)[index], (h, w), wide) * (1 if name in UNSIGNED else sign[index])
+        if len(index) and name in AFFINE:
+            maps = AFFINE[name](s, (h, w))
+            x0, y0 = maps[0, 6:].tolist()
+            y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+            points = torch.stack([x - x0, y - y0, torch.ones_like(x)]).flatten(1).float()
+            source = maps[:, :6].view(-1, 2, 3) @ points
+            grid = torch.stack([2 * (source[:, 0] + x0 + 0.5) / w - 1, 2 * (source[:, 1] + y0 + 0.5) / h - 1], -1)
+            grid = grid.view(-1, h, w, 2)
+            out[index] = grid_sample(images[index].float(), grid, mode="nearest", align_corners=False).byte()
+        elif len(index):
+            out[index] = OPERATIONS[name](images[index], s)
+    return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_sorted_batch_has_the_pixels_of_one_that_is_not(seed, channels):
+    images, cut = pictures(40, channels), slice(7, 40)
+    magnitude = (9, 20, 30, 0)[seed % 4]  # at 20 points lie just between two pixels
+    for share in (Share(40), Share(40, cut)):
+        part, generator = images[share.samples], draws(seed)
+        step = torch.full((40,), magnitude)
+        expected = one_after_the_other(part, step, generator, 40, share.samples, wide=False)
+        expected = one_after_the_other(expected, step, generator, 40, share.samples, wide=False)
+        assert torch.equal(rand(part, draws(seed), magnitude=magnitude, share=share), expected)
+        step = torch.randint(31, (40,), generator=(generator := draws(seed)))
+        expected = one_after_the_other(part, step, generator, 40, share.samples, wide=True)
+        assert torch.equal(trivial(part, draws(seed), share=share), expected)
 
 
 @pytest.mark.parametrize(

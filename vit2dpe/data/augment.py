@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import float64_device
 from ..spec import Size
+from .transfer import onto
 
 
 class Share(NamedTuple):
@@ -44,7 +44,7 @@ def shift_and_flip(
     if flip:
         mirrored = torch.rand(total, generator=generator) < 0.5
         cols = torch.where(mirrored[:, None], w - 1 - cols, cols)
-    rows, cols = rows[samples].to(images.device), cols[samples].to(images.device)
+    rows, cols = onto(torch.cat([rows, cols], dim=1)[samples], images.device).split([h, w], dim=1)
     sample = torch.arange(b, device=images.device)[:, None, None]
     return images.movedim(1, -1)[sample, rows[:, :, None], cols[:, None, :]].movedim(-1, 1)  # (B, C, H, W)
 
@@ -113,16 +113,12 @@ def resized_crop(
     b, _, h, w = images.shape
     total, samples = share or Share(b)
     box, fits = draw_boxes(total, (h, w), generator, area=(smallest, 1.0), ratio=(3 / 4, 4 / 3))
-    everything = Boxes(*(torch.tensor(float(v)) for v in (0, 0, h, w)))
-    top, left, height, width = (
-        torch.where(fits, a, b)[samples, None].to(images.device) for a, b in zip(box, everything, strict=True)
-    )
+    parts = [torch.where(fits, side, whole) for side, whole in zip(box, (0, 0, h, w), strict=True)]
+    mirrored = (torch.rand(total, generator=generator) < 0.5).float() if flip else torch.zeros(total)
+    drawn = onto(torch.stack([*parts, mirrored])[:, samples, None], images.device)  # (5, B, 1)
+    top, left, height, width, mirrored = drawn
     along = [(torch.arange(side, device=images.device) + 0.5) / side for side in size]
-    if flip:
-        mirrored = (torch.rand(total, generator=generator) < 0.5)[samples, None].to(images.device)
-        columns = torch.where(mirrored, 1 - along[1], along[1])
-    else:
-        columns = along[1].expand(b, -1)
+    columns = torch.where(mirrored > 0, 1 - along[1], along[1])
     y, x = 2 * (top + along[0] * height) / h - 1, 2 * (left + columns * width) / w - 1  # (B, H'), (B, W')
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (B, H', W', 2), x before y
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -139,8 +135,8 @@ def erase(images: Tensor, probability: float, generator: torch.Generator, *, sha
     total, samples = share or Share(b)
     box, fits = draw_boxes(total, (h, w), generator, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     chosen = fits & (torch.rand(total, generator=generator) < probability)
-    inside = _inside(Boxes(*(side[samples] for side in box)), (h, w)) & chosen[samples, None, None]  # (B, H, W)
-    return images.masked_fill(inside[:, None].to(images.device), 0)
+    drawn = onto((torch.stack(box) * chosen)[:, samples], images.device)  # (4, B); of the others nothing is inside
+    return images.masked_fill(_inside(Boxes(*drawn), (h, w))[:, None], 0)
 
 
 def mix(
@@ -173,20 +169,21 @@ def mix(
     cut = draws.random(total) < (1.0 if not mixup else 0.0 if not cutmix else 0.5)
     weight = np.where(cut, draws.beta(cutmix or 1, cutmix or 1, total), draws.beta(mixup or 1, mixup or 1, total))
     centre = draws.random((2, total))
-    place = float64_device(images.device)
     keep, cut_, at = (  # (B,), (B,), (2, B)
-        torch.from_numpy(np.ascontiguousarray(v[..., samples])).to(place) for v in (weight, cut, centre)
+        torch.from_numpy(np.ascontiguousarray(v[..., samples])) for v in (weight, cut, centre)
     )
     half_h, half_w = h * (1 - keep).sqrt() / 2, w * (1 - keep).sqrt() / 2
     top, left = (at[0] * h - half_h).clamp(0).floor(), (at[1] * w - half_w).clamp(0).floor()
     bottom, right = (at[0] * h + half_h).clamp(max=h).floor(), (at[1] * w + half_w).clamp(max=w).floor()
-    inside = _inside(Boxes(top, left, bottom - top, right - left), (h, w)) & cut_[:, None, None]  # (B, H, W)
+    height, width = (bottom - top) * cut_, (right - left) * cut_
     # The box is clipped at the edges: labels are weighted by the area that is left.
-    keep = torch.where(cut_, 1 - inside.flatten(1).double().mean(1), keep).float()
-    keep, cut_, inside = (part.to(images.device) for part in (keep, cut_, inside))
+    keep = torch.where(cut_, 1 - height * width / (h * w), keep)
+    blend = torch.where(cut_, 1.0, keep)
+    drawn = onto(torch.stack([keep, blend, top, left, height, width]).float(), images.device)  # (6, B)
+    keep, blend, *box = drawn
     partner = images.flip(0)
-    blended = torch.lerp(partner, images, torch.where(cut_, 1.0, keep).to(images.dtype)[:, None, None, None])
-    images = torch.where(inside[:, None], partner, blended)
+    blended = torch.lerp(partner, images, blend.to(images.dtype)[:, None, None, None])
+    images = torch.where(_inside(Boxes(*box), (h, w))[:, None], partner, blended)
     target = F.one_hot(labels, classes).float()  # (B, classes)
     return images, torch.lerp(target.flip(0), target, keep[:, None])
 

@@ -25,6 +25,7 @@ from .photos import Survey, how_fitted, source_size, survey, train_size
 from .settings import DataConfig
 from .sources import CACHES, FILES, SOURCES, UNREADABLE, Reading
 from .splits import FileSplit, Split, resize
+from .transfer import onto
 
 HELD_OUT = 0.2  # of every class, where there is no held-out split
 
@@ -304,8 +305,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     if not len(mean) == len(std) == images.shape[1]:  # one channel would quietly broadcast to three
         raise ConfigError(f"images have {images.shape[1]} channels, mean {len(mean)} and std {len(std)} values")
-    by_channel = (1, -1, 1, 1)
-    return (images - images.new_tensor(mean).view(by_channel)) / images.new_tensor(std).view(by_channel)
+    middle, width = onto(torch.tensor([tuple(mean), tuple(std)], dtype=images.dtype), images.device)[..., None, None]
+    return (images - middle) / width
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

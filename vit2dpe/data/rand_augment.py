@@ -1,9 +1,9 @@
 """TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) on a batch, drawn for each sample by itself.
 
 The operations, their ranges and the 31 steps are torchvision's (`TrivialAugmentWide`, `RandAugment`), nearest pixel,
-black outside. A batch is split by operation, and each operation runs once on its samples, with a strength for each;
-torchvision's functions have one strength for all. timm's posterize with Pillow 13 raises at 0 bits: ours keeps at
-least 2.
+black outside. A batch is sorted by operation, and each operation runs once on its samples, with a strength for each,
+the affine ones all at once; torchvision's functions have one strength for all. timm's posterize with Pillow 13 raises
+at 0 bits: ours keeps at least 2.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..spec import Size
 from .augment import Share
+from .transfer import onto
 
 Operation = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W), strengths (B,)
 STEPS = 31
@@ -52,16 +53,31 @@ def _one(images: Tensor, step: Tensor, generator: torch.Generator, share: Share,
     chosen = torch.randint(len(OPERATIONS), (total,), generator=generator)[samples]
     sign = torch.where(torch.rand(total, generator=generator) < 0.5, -1.0, 1.0)[samples]
     level = step[samples] / (STEPS - 1)
-    out = images.clone()
-    for number, (name, operation) in enumerate(OPERATIONS.items()):
-        index = (chosen == number).nonzero()[:, 0]
-        if len(index):
-            strength = strengths(name, level[index], (h, w), wide)
-            if name not in UNSIGNED:
-                strength = strength * sign[index]
-            index = index.to(images.device)
-            out[index] = operation(images[index], strength.to(images.device))
-    return out
+    rank = torch.tensor([SORTED.index(name) for name in OPERATIONS])[chosen]
+    order, counts = rank.argsort(stable=True), counted(rank)
+    strength, maps = [], [torch.empty(0, 8)]
+    for name, index in zip(SORTED, order.split(counts), strict=True):
+        s = strengths(name, level[index], (h, w), wide)
+        strength.append(s if name in UNSIGNED else s * sign[index])
+        if name in AFFINE:
+            maps.append(AFFINE[name](strength[-1], (h, w)))
+    # Numbers of samples are exact in float32 up to 2^24: one copy for all.
+    packed = torch.cat([order.float(), *strength, torch.cat(maps).flatten()])
+    place, amount, affine_maps = onto(packed, images.device).split([len(order), len(order), 8 * sum(map(len, maps))])
+    place = place.long()
+    results, rest = [], images[place]
+    for name, count in zip(SORTED, counts, strict=True):
+        if count and name not in AFFINE:
+            results.append(OPERATIONS[name](rest[:count], amount[:count]))
+            rest, amount = rest[count:], amount[count:]
+    if len(rest):
+        results.append(affine(rest, affine_maps.view(-1, 8)))
+    return torch.empty_like(images).index_copy_(0, place, torch.cat(results)) if results else images
+
+
+def counted(rank: Tensor) -> list[int]:
+    """How many samples each operation of `SORTED` has."""
+    return rank.bincount(minlength=len(SORTED)).tolist()
 
 
 def strengths(name: str, level: Tensor, size: Size, wide: bool) -> Tensor:
@@ -77,37 +93,46 @@ def strengths(name: str, level: Tensor, size: Size, wide: bool) -> Tensor:
     return level * most.get(name, 0.99 if wide else 0.9)
 
 
-def affine(images: Tensor, matrix: Tensor, about: tuple[float, float]) -> Tensor:
+def affine(images: Tensor, maps: Tensor) -> Tensor:
     """Output pixel p = the input pixel nearest to matrix (p - about) + about; black outside.
 
     Args:
-        matrix: (B, 2, 3), on (x, y, 1) in pixels.
-        about: (x, y) of the fixed point, in pixel coordinates with centres at integers.
+        maps: (B, 8), the rows of a matrix (2, 3) on (x, y, 1) in pixels, then (x, y) of the fixed point `about`, in
+            pixel coordinates with centres at integers.
     """
     h, w = images.shape[-2:]
-    y, x = torch.meshgrid(*(torch.arange(side, device=images.device) for side in (h, w)), indexing="ij")
-    points = torch.stack([x - about[0], y - about[1], torch.ones_like(x)]).flatten(1).float()  # (3, HW)
-    source = matrix.float() @ points  # (B, 2, HW)
-    grid = torch.stack([2 * (source[:, 0] + about[0] + 0.5) / w - 1, 2 * (source[:, 1] + about[1] + 0.5) / h - 1], -1)
-    out = F.grid_sample(images.float(), grid.view(-1, h, w, 2), mode="nearest", align_corners=False)
+    matrix, about = maps[:, :6].view(-1, 2, 3), maps[:, 6:]
+    x, y = (torch.arange(side, device=images.device) - about[:, i, None] for i, side in enumerate((w, h)))
+    x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # (B, H, W)
+    source = matrix @ torch.stack([x, y, torch.ones_like(x)], 1).flatten(2)  # (B, 2, HW)
+    source = 2 * (source + about[:, :, None] + 0.5)
+    grid = torch.stack([source[:, 0] / w - 1, source[:, 1] / h - 1], -1).view(-1, h, w, 2)
+    out = F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
     return out.to(images.dtype)
 
 
-def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
-    """(B, 2, 3) from two rows of three entries, numbers or (B,)."""
-    return torch.stack([torch.stack([like * 0 + value for value in row], -1) for row in rows], -2)
+def _maps(*numbers: Tensor | float) -> Tensor:
+    """(B, 8) of numbers or (B,)."""
+    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(number) for number in numbers)), -1).float()
 
 
-def _linear(rows: Callable[[Tensor], list[list[Tensor | float]]], about: float) -> Operation:
-    """The operation whose matrix is `rows(strength)`, about (about, about)."""
-    return lambda images, s: affine(images, _matrix(rows(s), s), (about, about))
-
-
-def _rotate(images: Tensor, s: Tensor) -> Tensor:
+def _rotation(s: Tensor, size: Size) -> Tensor:
     """Counter-clockwise, in degrees, about the middle."""
     cos, sin = torch.cos(s * math.pi / 180), torch.sin(s * math.pi / 180)
-    h, w = images.shape[-2:]
-    return affine(images, _matrix([[cos, -sin, 0], [sin, cos, 0]], s), ((w - 1) / 2, (h - 1) / 2))
+    return _maps(cos, -sin, 0, sin, cos, 0, (size[1] - 1) / 2, (size[0] - 1) / 2)
+
+
+AFFINE: dict[str, Callable[[Tensor, Size], Tensor]] = dict(
+    shear_x=lambda s, size: _maps(1, s, 0, 0, 1, 0, -0.5, -0.5),
+    shear_y=lambda s, size: _maps(1, 0, 0, s, 1, 0, -0.5, -0.5),
+    translate_x=lambda s, size: _maps(1, 0, -s, 0, 1, 0, 0, 0),
+    translate_y=lambda s, size: _maps(1, 0, 0, 0, 1, -s, 0, 0),
+    rotate=_rotation,
+)
+
+
+def _affine(name: str) -> Operation:
+    return lambda images, s: affine(images, AFFINE[name](s, (images.shape[-2], images.shape[-1])))
 
 
 def _blend(images: Tensor, other: Tensor, s: Tensor) -> Tensor:
@@ -120,8 +145,8 @@ def gray(images: Tensor) -> Tensor:
     """(B, 1, H, W), rounded down: the luma of ITU-R 601."""
     if images.shape[1] != 3:
         return images.float().mean(1, keepdim=True).floor()
-    weight = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(3, 1, 1)
-    return (images.float() * weight).sum(1, keepdim=True).floor()
+    red, green, blue = images.float().split(1, dim=1)
+    return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()
 
 
 def _brightness(images: Tensor, s: Tensor) -> Tensor:
@@ -139,9 +164,9 @@ def _contrast(images: Tensor, s: Tensor) -> Tensor:
 def _sharpness(images: Tensor, s: Tensor) -> Tensor:
     if min(images.shape[-2:]) <= 2:
         return images
-    kernel = torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 3, 3)
+    kernel = torch.full((3, 3), 1 / 13, device=images.device)
+    kernel[1, 1].fill_(5 / 13)
+    kernel = kernel.expand(images.shape[1], 1, 3, 3)
     blurred = images.float()
     blurred[..., 1:-1, 1:-1] = F.conv2d(images.float(), kernel, groups=images.shape[1]).round()
     return _blend(images, blurred, s)
@@ -169,12 +194,10 @@ def _torchvision(name: str) -> Operation:
 
 OPERATIONS: dict[str, Operation] = dict(
     identity=lambda images, s: images,
-    shear_x=_linear(lambda s: [[1, s, 0], [0, 1, 0]], -0.5),
-    shear_y=_linear(lambda s: [[1, 0, 0], [s, 1, 0]], -0.5),
-    translate_x=_linear(lambda s: [[1, 0, -s], [0, 1, 0]], 0),
-    translate_y=_linear(lambda s: [[1, 0, 0], [0, 1, -s]], 0),
-    rotate=_rotate, brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
+    **{name: _affine(name) for name in AFFINE},
+    brightness=_brightness, color=_color, contrast=_contrast, sharpness=_sharpness,
     posterize=_posterize, solarize=_solarize, autocontrast=_torchvision("autocontrast"),
     equalize=_torchvision("equalize"),
 )  # fmt: skip
 UNSIGNED = ("identity", "posterize", "solarize", "autocontrast", "equalize")
+SORTED = sorted(OPERATIONS, key=AFFINE.__contains__)  # the affine ones last

@@ -24,11 +24,13 @@ class World:
 
     Args:
         patient: the processes as a group whose exchanges may last long, for `wait`; None: there is nothing to wait for.
+        hosts: the processes as a group that exchanges numbers of the hosts; None: the group of all exchanges does.
     """
 
     rank: int = 0
     size: int = 1
     patient: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    hosts: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -74,7 +76,8 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
     patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes))
-    world = World(rank, size, patient if isinstance(patient, dist.ProcessGroup) else None)
+    hosts = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    world = World(rank, size, *(g if isinstance(g, dist.ProcessGroup) else None for g in (patient, hosts)))
     try:
         yield world
         world.wait()
@@ -122,28 +125,40 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
-def sum_over_ranks(values: Sequence[float], world: World, device: torch.device) -> list[float]:
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Numbers of the hosts, over the hosts' network: no device waits."""
     if world.size == 1:
         return list(values)
-    where = device if device.type == "cuda" else torch.device("cpu")
-    total = torch.tensor(list(values), dtype=torch.float64, device=where)
-    dist.all_reduce(total)
+    total = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(total, group=world.hosts)
     return total.tolist()
 
 
+def sum_on_device(values: Tensor, world: World) -> Tensor:
+    """(n,) float64: numbers of the devices, the first of them, which all ranks have, as it is."""
+    values = values.double()
+    dist.all_reduce(values[1:])
+    return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (a collective: every rank must call it); others as they are."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on the CPU (a collective: every rank must call it); others as they are."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
+    """`whole` on the CPU."""
+    return whole(tensor).cpu()
 
 
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the device of `like`, sharded as `like` is; scalars stay where they are."""
+def shard_like(value: Tensor, like: Tensor, *, scalars: bool = False) -> Tensor:
+    """`value` on the device of `like`, sharded as `like` is; scalars stay where they are, or are moved too."""
     if hasattr(like, "device_mesh") and hasattr(like, "placements") and value.shape == like.shape and value.ndim:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value.to(like.device) if value.ndim else value
+    return value.to(like.device) if value.ndim or scalars else value
 
 
 @contextmanager

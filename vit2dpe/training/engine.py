@@ -23,6 +23,7 @@ from ..models.spec import ModelSpec
 from ..spec import Plain
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
+from .late import StepResult
 from .log import Bar, Row, Table, Trackers
 from .settings import OptimConfig, RunConfig
 from .snapshots import Snapshots, TrainingState
@@ -96,6 +97,7 @@ class Trainer(Generic[B]):
         self.state = TrainingState(batch_size=self.optim.batch_size, steps_per_epoch=self.task.steps_per_epoch)
         self.last_save, self.last_call = time.monotonic(), -math.inf
         self.waited = 0.0
+        self.unread: tuple[StepResult, int, int, object] | None = None  # of the last step: epoch, step, its samples
 
     # The loop
 
@@ -147,6 +149,7 @@ class Trainer(Generic[B]):
                 self._leave()
             if due:
                 self.save()
+        self._settle()
         self.pace = (time.monotonic() - began, self.state.count - counted)
 
     def _update(self, epoch: int, step: int) -> None:
@@ -155,26 +158,42 @@ class Trainer(Generic[B]):
         began = time.monotonic()
         batch = self.task.batch(epoch, step)
         self.waited += time.monotonic() - began
-        numbers, norm, items, finite = self.updater.step(batch, epoch, step, state.step)
-        if not finite:
-            self._refuse(epoch, step, numbers["train_loss"], norm, batch)
+        result = self.updater.step(batch, epoch, step, state.step, self._account)
+        index = batch.get("index") if isinstance(batch, dict) else None
+        self.unread = (result, epoch, step, index)
+        state.step += 1
+        if not self.updater.late:
+            self._account()
+
+    def _account(self) -> None:
+        """Add the numbers of the last step to those of the epoch; read now, whenever that is."""
+        if self.unread is None:
             return
-        state.step, state.count, state.bad = state.step + 1, state.count + items, 0
-        for name, value in numbers.items():
+        (result, epoch, step, index), self.unread = self.unread, None
+        if not result.finite:
+            self._refuse(epoch, step, result, index)
+            return
+        state, items = self.state, result.items
+        state.count, state.bad = state.count + items, 0
+        for name, value in result.numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value * items
+
+    def _settle(self) -> None:
+        """Finish the last step: wait for its numbers, and let the running average follow it."""
+        self._account()
+        self.updater.settle()
 
     def _stop_reached(self) -> bool:
         return self.stop_after is not None and self.state.step >= self.stop_after
 
-    def _refuse(self, epoch: int, step: int, loss: float, norm: float, batch: B) -> None:
-        """A loss or gradient is not finite: skip the step and record its samples in `bad_batches.jsonl`."""
-        index = batch.get("index") if isinstance(batch, dict) else None
-        entry = dict(epoch=epoch, step=step, rank=self.world.rank, loss=str(loss), grad_norm=str(norm))
+    def _refuse(self, epoch: int, step: int, result: StepResult, index: object) -> None:
+        """A loss or gradient is not finite, the step was not taken: record its samples in `bad_batches.jsonl`."""
+        loss = result.numbers["train_loss"]
+        entry = dict(epoch=epoch, step=step, rank=self.world.rank, loss=str(loss), grad_norm=str(result.norm))
         entry["index"] = index.tolist() if isinstance(index, Tensor) else None
         with (self.folder / f"bad_batches{self.world.rank or ''}.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self.state.bad += 1
-        self.state.step += 1
         self.bar.print(f"the loss became {loss} at epoch {epoch}, step {step}: the step is not taken")
         if self.state.bad >= self.run.bad_losses:
             self.state.step -= self.state.bad  # resuming tries these steps again, with the last finite weights
@@ -247,7 +266,7 @@ class Trainer(Generic[B]):
         loss = state.sums.get("train_loss", math.nan) / max(1, state.count)
         row: Row = dict(epoch=epoch + 1, epochs=self.optim.epochs, step=state.step, train_loss=loss)
         self.bar.step(row)
-        if self.progress is not None and time.monotonic() - self.last_call > 1:
+        if self.progress is not None and state.count and time.monotonic() - self.last_call > 1:
             self.last_call = time.monotonic()
             self.progress(row)
 
@@ -257,7 +276,7 @@ class Trainer(Generic[B]):
         """Whether any rank received a signal, and whether a save is due by the clock of the first; all ranks agree."""
         minutes = (time.monotonic() - self.last_save) / 60
         due = self.world.first and 0 < self.run.save_minutes < minutes
-        stop, save = sum_over_ranks([self.interrupts.received, due], self.world, self.device)
+        stop, save = sum_over_ranks([self.interrupts.received, due], self.world)
         return bool(stop), bool(save)
 
     def _leave(self) -> None:
@@ -269,6 +288,7 @@ class Trainer(Generic[B]):
     def save(self, name: str = "last", row: Row | None = None) -> None:
         if self.spec is None:
             return
+        self._settle()
         if name == "last":
             self._read_clocks()
             self.last_save = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import secrets
 import sys
@@ -89,7 +90,8 @@ class Bar:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+            if math.isfinite(row["train_loss"]):  # it is not there yet after the first step on a GPU
+                self.bar.set_postfix(loss=f"{row['train_loss']:.3f}")
         elif self.show and now - self.last_line > 10:
             self.last_line = now
             line = f"{self.name}: epoch {row['epoch']}/{row['epochs']}, step {row['step']}/{self.total}"

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, unknown
 from .distributed import full_tensor, shard_like
+from .freezing import freeze
 from .settings import OptimConfig
 
 SCHEDULES = ("cosine", "tanh", "step", "poly", "noam")  # functions of the update's number: nothing to save
+FUSED = ("adam", "adamw", "momentum", "nesterov", "sgd")  # those of torch: one launch for all parameters on CUDA
 OptimizerState = dict[str, dict[str, Any]]  # tensors and numbers by their name, by the parameter's
 
 
@@ -42,9 +44,13 @@ class Noam(Scheduler):
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer of the parameters that are trained; those of `optim.freeze` are frozen here at the latest."""
+    freeze(model, optim.freeze)
     if optim.name not in list_optimizers():
         raise unknown("optimizer", optim.name, list_optimizers())
-    more = {} if optim.betas is None else dict(betas=tuple(optim.betas))
+    more: dict[str, Any] = {} if optim.betas is None else dict(betas=tuple(optim.betas))
+    if takes_fused(optim.name, next(model.parameters()).device):
+        more["fused"] = True
     return create_optimizer_v2(
         model,
         opt=optim.name,
@@ -53,6 +59,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         layer_decay=None if optim.layer_decay == 1 else optim.layer_decay,
         **more,
     )
+
+
+def takes_fused(name: str, device: torch.device) -> bool:
+    """Whether the optimizer's fused step is taken. It is also the one that leaves out a step without the host."""
+    return name in FUSED and device.type == "cuda"
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> Scheduler:
@@ -92,9 +103,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Op
         raise CheckpointError(f"the optimizer's state speaks of parameters that the model has not: {extra[:5]}")
     for group, step in zip(optimizer.param_groups, state.get("", {}).get("step", ()), strict=False):
         group["step"] = step
+    fused = bool(optimizer.defaults.get("fused"))  # counts steps on the device
     for name, like in parameters.items():
         if (values := state.get(name)) is None:
             continue
         optimizer.state[like] = {
-            key: shard_like(value, like) if isinstance(value, Tensor) else value for key, value in values.items()
+            key: shard_like(value, like, scalars=fused) if isinstance(value, Tensor) else value
+            for key, value in values.items()
         }

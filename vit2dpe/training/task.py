@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.identity import FILES
+from ..data.transfer import onto
 from ..seeding import generator
 from ..spec import Plain
 from .distributed import World
@@ -134,8 +135,11 @@ class BalancedOrder:
         return torch.cat(drawn)[torch.randperm(len(self), generator=generator(self.seed, epoch, "order"))]
 
 
+ON_HOST = ("index", "counted")  # of a batch: the numbers of its samples, and how many items of each the loss counts
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: x if name in ON_HOST else onto(x, device) for name, x in batch.items()}
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 import torch
 from timm.utils import ModelEmaV3
@@ -13,32 +14,24 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TrainingError
 from ..seeding import derive_seed
 from .devices import pick_device, precision
-from .distributed import World, full_tensor, parallelize, sum_over_ranks, unsynchronized
+from .distributed import World, parallelize, sum_on_device, sum_over_ranks, unsynchronized, whole
+from .freezing import freeze
+from .late import StepResult
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
 from .task import B, Task, split_batch, tensors_of
 
 
-class StepResult(NamedTuple):
-    """Numbers of one update.
-
-    Args:
-        numbers: train_loss, and those that the task adds: means over the items of all ranks; none without an item.
-        norm: of the gradient, before it is clipped.
-        items: how many items, over all ranks.
-        finite: whether loss and gradient were; if not, no step was taken. In float16 whether the loss was: a gradient
-            that overflowed is left out by the scaler, which then halves its factor. True of a batch without an item,
-            such as one of masked tokens in which none is hidden, which takes no step either.
-    """
-
-    numbers: dict[str, float]
-    norm: float
-    items: int
-    finite: bool
+def nothing() -> None:
+    """Do nothing."""
 
 
 class Updater(Generic[B]):
-    """Model (on its device, wrapped and compiled), optimizer, schedule, gradient scaler and running average."""
+    """Model (on its device, wrapped and compiled), optimizer, schedule, gradient scaler and running average.
+
+    With a fused optimizer the device itself leaves out a step whose loss or gradient is not finite (`late`), and the
+    host reads the numbers when it likes; with any other it reads them before the optimizer's step.
+    """
 
     def __init__(self, model: nn.Module, task: Task[B], optim: OptimConfig, run: RunConfig, world: World) -> None:
         self.task, self.optim, self.run, self.world = task, optim, run, world
@@ -50,6 +43,7 @@ class Updater(Generic[B]):
         self.ema = None
         if optim.ema:
             self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
+        self.frozen = freeze(self.model, optim.freeze)  # before it is wrapped: no gradients are exchanged for them
         self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
             self.ema.module = parallelize(self.ema.module, "fsdp", world)
@@ -57,6 +51,9 @@ class Updater(Generic[B]):
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        sharded = run.parallel == "fsdp" and world.size > 1  # its optimizer does not take a flag that is not sharded
+        self.late = bool(self.optimizer.defaults.get("fused")) and not sharded
+        self.not_averaged: tuple[StepResult, int] | None = None
 
     @property
     def averaged(self) -> nn.Module | None:
@@ -68,12 +65,14 @@ class Updater(Generic[B]):
         """The schedule's; with layer decay that of the last layers, the others have less."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def step(self, batch: B, epoch: int, step: int, done: int) -> StepResult:
+    def step(self, batch: B, epoch: int, step: int, done: int, before: Callable[[], None] = nothing) -> StepResult:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.
 
         Args:
             epoch, step: where the training is.
             done: updates before this one.
+            before: called when forward and backward pass are queued and the weights are still those of the step before,
+                whose numbers can be read then: the device has work meanwhile.
 
         Raises:
             TrainingError: if memory runs out.
@@ -81,14 +80,17 @@ class Updater(Generic[B]):
         # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
         torch.manual_seed(derive_seed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.optimizer.zero_grad()
         parts = split_batch(batch, self.optim.accumulate)
         counts = [self.task.count(part) for part in parts]
         items = sum(counts)
         if self.world.size > 1:
-            items = int(sum_over_ranks([items], self.world, self.device)[0])
+            items = int(sum_over_ranks([items], self.world)[0])
         if not items:
-            return StepResult({}, 0.0, 0, True)
+            before()
+            return StepResult((), None, 0)
         if self.world.size == 1:  # the mean of a part without an item is 0 / 0; other ranks wait for each backward pass
             parts, counts = [part for part, n in zip(parts, counts, strict=True) if n], [n for n in counts if n]
         sums: dict[str, Tensor] = {}
@@ -109,17 +111,44 @@ class Updater(Generic[B]):
                 f"--optim.batch_size; with --resume the run goes on from its last checkpoint ({error})"
             ) from None
         self.scaler.unscale_(self.optimizer)
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
-        values = torch.stack([norm.to(self.device).float(), *(v.to(self.device) for v in sums.values())]).tolist()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad or math.inf))
+        values = torch.stack([norm.to(self.device).float(), *(v.to(self.device) for v in sums.values())])
         if self.world.size > 1:
-            values[1:] = sum_over_ranks(values[1:], self.world, self.device)
-        finite = math.isfinite(values[1]) and (math.isfinite(values[0]) or self.scaler.is_enabled())
-        if finite:
+            values = sum_on_device(values, self.world)
+        result = StepResult(tuple(sums), values, items, half=self.scaler.is_enabled())
+        before()
+        self.settle()
+        if self.late:
+            self._step_if(values[1 if result.half else slice(2)].isfinite().all())
+        elif result.finite:
             self.scaler.step(self.optimizer)  # leaves out a step whose float16 gradients overflowed
-            if self.ema is not None:
-                self.ema.update(self.model, step=done + 1)
         self.scaler.update()  # after a batch that was left out too: else the next one cannot be unscaled
-        return StepResult(dict(zip(sums, values[1:], strict=True)), values[0], items, finite)
+        self.not_averaged = None if self.ema is None else (result, done + 1)
+        if not self.late:
+            self.settle()
+        return result
+
+    def settle(self) -> None:
+        """Let the running average follow the last step, if it was taken; the weights are still those of after it."""
+        if self.ema is not None and self.not_averaged is not None:
+            result, done = self.not_averaged
+            self.not_averaged = None
+            if result.finite:
+                self.ema.update(self.model, step=done)
+
+    def _step_if(self, finite: Tensor) -> None:
+        """A step of a fused optimizer, which leaves weights and state as they are where `found_inf` is 1."""
+        bad = 1 - finite.float()
+
+        def mark(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            found = torch.maximum(bad, vars(optimizer)["found_inf"]) if self.scaler.is_enabled() else bad
+            vars(optimizer)["found_inf"] = found
+
+        hook = self.optimizer.register_step_pre_hook(mark)
+        try:
+            self.scaler.step(self.optimizer)
+        finally:
+            hook.remove()
 
     def _nothing(self, part: B) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Zero with zero gradients, through the same forward and backward passes, in which other ranks wait."""

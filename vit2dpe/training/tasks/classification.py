@@ -16,6 +16,7 @@ from ...data.loader import Feed, stream
 from ...data.rand_augment import rand, trivial
 from ...data.settings import AugmentConfig
 from ...data.splits import FileSplit, Split, resize, resized
+from ...data.transfer import onto
 from ...resolution.sweep import evaluate
 from ...seeding import derive_seed, generator
 from ...spec import Plain, Size
@@ -62,9 +63,9 @@ class ImageTask(SeededTask):
 
     def batch(self, epoch: int, step: int) -> Batch:
         share, index = self._share(epoch, step)
-        images = self._augmented(self.feed(epoch, step).to(self.device, non_blocking=True), epoch, step, share)
+        images = self._augmented(onto(self.feed(epoch, step), self.device), epoch, step, share)
         images = normalize(images.float() / 255, self.data.mean, self.data.std)
-        labels = self.train.labels[index].to(self.device)
+        labels = onto(self.train.labels[index], self.device)
         batch = dict(images=images, labels=labels, index=index)
         augment = self.augment
         if augment.erase:
@@ -121,7 +122,7 @@ class ImageTask(SeededTask):
             score = evaluate(model, batches, top, least=int(self.world.size == 1))
             if self.world.size > 1:
                 totals = [score["n"], *(score["n"] * score[name] for name in names)]
-                n, *sums = sum_over_ranks(totals, self.world, next(model.parameters()).device)
+                n, *sums = sum_over_ranks(totals, self.world)
                 score = {name: value / n for name, value in zip(names, sums, strict=True)}
             numbers |= {f"{split}_{name}": score[name] for name in names}
         return numbers

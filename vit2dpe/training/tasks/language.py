@@ -62,10 +62,10 @@ class LanguageTask(TextTask):
             hidden = torch.rand(self.batch_size, length, 2, generator=draws)[share]
             other = random_tokens(tokenizer.size, (self.batch_size, length), draws, tokenizer.special)[share]
             tokens, labels = mask_tokens(tokens, self.mask, hidden, other, special=tokenizer.special)
-        return to_device(dict(tokens=tokens, labels=labels), self.device) | {"index": start[share]}
+        return to_device(with_count(dict(tokens=tokens, labels=labels, index=start[share])), self.device)
 
     def count(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORE).sum())
+        return count_labels(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         return token_loss(model(batch["tokens"]), batch["labels"]), {}
@@ -74,13 +74,23 @@ class LanguageTask(TextTask):
         batches = windows(self.data.val, self.context, self.world, mask=self.mask, tokenizer=self.data.tokenizer)
         loss, n = evaluate_text(model, batches, self.device)
         if self.world.size > 1:
-            total, count = sum_over_ranks([loss * n, n], self.world, torch.device(self.device))
+            total, count = sum_over_ranks([loss * n, n], self.world)
             loss = total / count
         return dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700.0)))
 
     def describe(self) -> dict[str, Plain]:
         task, tokenizer = "language" if self.mask is None else "masked language", self.data.tokenizer.describe()
         return describe_data(task, self.data, context=self.context, tokenizer=tokenizer)
+
+
+def with_count(batch: Batch) -> Batch:
+    """The batch with (B,) `counted`, labels that are predicted: counted on the host, before they go to a device."""
+    return batch | {"counted": (batch["labels"] != IGNORE).sum(1)}
+
+
+def count_labels(batch: Batch) -> int:
+    """Labels that are predicted."""
+    return int((batch["counted"] if "counted" in batch else batch["labels"] != IGNORE).sum())
 
 
 def windows(

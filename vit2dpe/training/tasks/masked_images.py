@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...data.transfer import onto
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
@@ -43,7 +44,9 @@ class MaskedTask(Task[Batch]):
         batch = task.batch(epoch, step)
         size = min(task.batch_size, len(task.data.train) - step * task.batch_size)
         noise = torch.rand(size, math.prod(self.grid), generator=generator(task.seed, epoch, step, "mask"))
-        return dict(images=batch["images"], noise=noise[task.world.share(size)].to(task.device), index=batch["index"])
+        return dict(
+            images=batch["images"], noise=onto(noise[task.world.share(size)], task.device), index=batch["index"]
+        )
 
     def close(self) -> None:
         self.images.close()
@@ -70,7 +73,7 @@ class MaskedTask(Task[Batch]):
             loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
             if len(images):
                 total, counted = total + float(loss) * len(images), counted + len(images)
-        total, n = sum_over_ranks([total, counted], task.world, device)
+        total, n = sum_over_ranks([total, counted], task.world)
         return total / n
 
     def describe(self) -> dict[str, Plain]:

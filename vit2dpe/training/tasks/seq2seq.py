@@ -17,7 +17,7 @@ from ...models.text.model import pad
 from ...modes import evaluating
 from ..distributed import World, sum_over_ranks
 from ..task import Batch, Task, to_device
-from .language import token_loss
+from .language import count_labels, token_loss, with_count
 
 
 def decoding_batch(pairs: Sequence[Pair], start: int, padding: int) -> Batch:
@@ -50,10 +50,6 @@ class DecodingTask(Task[Batch]):
         return decoding_loss(model, batch, smoothing=self.smoothing), {}
 
 
-def count_labels(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORE).sum())
-
-
 @torch.no_grad()
 def evaluate_pairs(
     model: nn.Module,
@@ -72,9 +68,9 @@ def evaluate_pairs(
     with evaluating(model):
         for i in range(batches):
             share = own[World(i, batches).share(len(own))]
-            batch = to_device(decoding_batch(share or pairs[:1], start, padding), device)
+            batch = to_device(with_count(decoding_batch(share or pairs[:1], start, padding)), device)
             loss = float(decoding_loss(model, batch, reduction="sum"))
             if share:
                 total, n = total + loss, n + count_labels(batch)
-    total, tokens = sum_over_ranks([total, n], world, torch.device(device))
+    total, tokens = sum_over_ranks([total, n], world)
     return dict(val_loss=total / tokens, val_perplexity=math.exp(min(total / tokens, 700.0)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
-from ..task import Batch
+from ..task import Batch, to_device
 from .items import SeededTask
 from .language import token_loss
 
@@ -54,7 +54,7 @@ class SequenceTask(SeededTask):
         draws = generator(self.seed, epoch, step, self.name)
         tokens = torch.randint(self.symbols, (self.batch_size, self.length), generator=draws)
         tokens = tokens[self.world.share(self.batch_size)]
-        return dict(tokens=tokens.to(self.device), labels=SEQUENCES[self.name](tokens).to(self.device))
+        return to_device(dict(tokens=tokens, labels=SEQUENCES[self.name](tokens)), self.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         return token_loss(model(batch["tokens"]), batch["labels"]), {}

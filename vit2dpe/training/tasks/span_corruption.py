@@ -25,7 +25,7 @@ from ...errors import ConfigError
 from ...seeding import generator
 from ...spec import Plain
 from ..task import Batch, describe_data, to_device
-from .language import TextTask, ordinary_tokens
+from .language import TextTask, ordinary_tokens, with_count
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -129,7 +129,7 @@ class SpanTask(DecodingTask, TextTask):
         hidden = [self.collate.hidden_in(text, draws) for text in texts]
         own = list(zip(texts, hidden, strict=True))[self.world.share(self.batch_size)]
         pairs = [self.collate.pair(text, h) for text, h in own]
-        return to_device(decoding_batch(pairs, self.collate.start, self.collate.start), self.device)
+        return to_device(with_count(decoding_batch(pairs, self.collate.start, self.collate.start)), self.device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         text, n, start = self.data.val, self.context, self.collate.start

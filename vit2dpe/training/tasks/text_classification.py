@@ -51,7 +51,7 @@ class LineTask(ItemTask[Line]):
                 if own:
                     right += float((logits.argmax(-1) == batch["labels"]).sum())
                     loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-        right, loss = sum_over_ranks([right, loss], self.world, torch.device(self.device))
+        right, loss = sum_over_ranks([right, loss], self.world)
         return dict(val_top1=100 * right / len(lines), val_loss=loss / len(lines))
 
     def describe(self) -> dict[str, Plain]:

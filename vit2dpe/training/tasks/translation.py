@@ -17,6 +17,7 @@ from ...errors import ConfigError, install
 from ...spec import Plain
 from ..task import Batch, describe_data
 from .items import ItemTask
+from .language import with_count
 from .seq2seq import DecodingTask, decoding_batch, evaluate_pairs
 
 
@@ -30,7 +31,7 @@ class TranslationTask(DecodingTask, ItemTask[Pair]):
 
     def collate(self, items: Sequence[Pair]) -> Batch:
         encode = Encoder(self.data.tokenizer)
-        return decoding_batch(items, encode.start, encode.pad)
+        return with_count(decoding_batch(items, encode.start, encode.pad))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encode, pairs = Encoder(self.data.tokenizer), sorted(self.data.val, key=lambda pair: len(pair[0]))
