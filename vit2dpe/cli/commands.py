@@ -76,6 +76,11 @@ COMMANDS = {
         "study.predict:predict_files",
         "study.settings:PredictConfig",
     ),
+    "tune": Command(
+        "choose what a classifier does at another size, from images without labels",
+        "study.tuning:tune_model",
+        "study.tune_settings:TuneConfig",
+    ),
     "show": Command(
         "draw encodings, without data, or a model's attention to an image or a sentence",
         "cli.show:show",

@@ -15,6 +15,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
     "I have a checkpoint: a name of timm, a file, a run": {
         "evaluate --model vit_small_patch16_224 --data photos": "what it loses at other sizes",
         "predict vit_small_patch16_224 photos": "what it makes of photos",
+        "tune --init runs/train --root photos --size 96": "its best policy at a size, found without labels",
         "train --root photos --init runs/train": "finetune it, with another encoding or size too",
         "probe --run runs/pretrain": "what its features are worth",
     },
