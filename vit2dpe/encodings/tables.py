@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable, float64_device
+from ..positions import Positions, checkable, float64_device, numbers
 from .base import PositionEncoding
 
 
@@ -106,7 +106,7 @@ def _geometric_places(count: int, reach: int, like: Tensor) -> Tensor:
     for i in range(count):
         sums.append(total)
         total += q ** (i + 1)
-    return like.new_tensor([-s for s in reversed(sums)] + [0.0] + sums)
+    return numbers([-s for s in reversed(sums)] + [0.0] + sums, like.device).to(like.device, like.dtype)
 
 
 # How a table (C, *old) meets other sizes. geometric: tables over offsets alone.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
-from ..positions import Positions
+from ..positions import Positions, numbers
 
 Extent = tuple[int, ...]
 Power = float | tuple[float, ...]  # one for all axes, or one of each
@@ -141,7 +141,7 @@ class Interpolate(Scaled):
     def _scaled(self, at: Positions) -> Positions:
         powers = _powers(self.power, len(self.train))
         scales = [(t / e) ** p for t, e, p in zip(self.train, at.extent, powers, strict=True)]
-        ratio = torch.tensor(scales, dtype=torch.float64)
+        ratio = numbers(scales, at.coords.device)
         ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
 
