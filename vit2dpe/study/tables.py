@@ -31,6 +31,20 @@ class Metric(NamedTuple):
 
 METRICS = {
     "top1": Metric("Resolution study", "top-1 in percent", "top-1 [%]", "image size", "image size [pixels]"),
+    "agreement": Metric(
+        "Exchange of an encoding",
+        "agreement with the old model in percent",
+        "agreement [%]",
+        "image size",
+        "image size [pixels]",
+    ),
+    "similarity": Metric(
+        "Exchange of an encoding",
+        "similarity to the old model in percent",
+        "cosine [%]",
+        "image size",
+        "image size [pixels]",
+    ),
     "perplexity": Metric("Length study", "perplexity", "perplexity", "length", "length [tokens]", more_is_better=False),
     "exact": Metric("Sequence study", "sequences right in percent", "sequences right [%]", "length", "length [tokens]"),
 }
