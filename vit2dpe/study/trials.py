@@ -28,7 +28,7 @@ from ..resolution.apply import policies_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
 from ..training.checkpoint import load_run, read_meta, save_model
-from ..training.devices import pick_device
+from ..training.devices import evaluation_precision, pick_device
 from ..training.engine import fit
 from ..training.settings import OptimConfig
 from ..training.task import Task
@@ -131,7 +131,8 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
         about = measure.about | ({} if measure.files is None else {FILES: measure.files})
         save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final)
-    measured = list(measure.rows(model.to(device), trial, folder))
+    with evaluation_precision(plan.config.run.precision, device):
+        measured = list(measure.rows(model.to(device), trial, folder))
     table = to_csv(row for row, _ in measured).encode()
     write_answers(answers, [right for _, right in measured], table)
     write_atomically(results, table)
@@ -160,7 +161,8 @@ def train(
 ) -> dict[str, float]:
     """Train a model in place, in its folder; returns the last row of `metrics.csv`."""
     config = measure.plan.config
-    run, stop_after = replace(config.run, seed=seed), 2 if config.smoke else None
+    every = 0 if config.run.eval_every is None and not config.run.patience else config.run.eval_every
+    run, stop_after = replace(config.run, seed=seed, eval_every=every), 2 if config.smoke else None
     return fit(model, measure.task(seed), optim, run, folder=folder, progress=progress, stop_after=stop_after)[-1]
 
 

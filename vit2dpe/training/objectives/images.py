@@ -191,7 +191,7 @@ def measure_classes(config: TrainConfig, session: TrainSession, data: Images, si
         world = ALONE
     model, found = load_run(folder, device, which="best"), []
     for split in data.held_out:
-        batches = evaluation_batches(data, size, world=world, split=split, workers=config.data.workers)
+        batches = evaluation_batches(data, size, 256, world, split, config.data.workers, device)
         counts: list[Tensor] = []
         evaluate(model, batches, least=0, by_class=counts)
         total = sum_over_ranks(counts[0].flatten().tolist(), world)
