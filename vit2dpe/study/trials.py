@@ -28,8 +28,9 @@ from ..resolution.apply import policies_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
 from ..training.checkpoint import load_run, read_meta, save_model
-from ..training.devices import evaluation_precision, pick_device
+from ..training.devices import evaluation_precision, pick_device, precision_name
 from ..training.engine import fit
+from ..training.run_folder import hardware
 from ..training.settings import OptimConfig
 from ..training.task import Task
 from .answers import Right, read_answers, write_answers
@@ -101,10 +102,15 @@ class Measure:
 
 
 class Results(NamedTuple):
-    """Rows of a trial, and for each of them which test images were right, where that was kept."""
+    """Rows of a trial, and for each of them which test images were right, where that was kept.
+
+    Args:
+        ran: where it was trained: device, hardware, precision, torch, seconds; None: an older version did not write it.
+    """
 
     rows: list[Row]
     answers: list[Right]
+    ran: Mapping[str, Plain] | None = None
 
 
 def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> Results:
@@ -115,6 +121,8 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
         trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
     folder = _folder(out, plan, trial, trained)
+    if not folder.is_dir() and (before := _precision_open(out, plan, trial, trained)):
+        folder, trained = before
     if measure.files is not None and not folder.is_dir():
         folder, trained = _cached_otherwise(out, measure, trained) or (folder, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
@@ -122,7 +130,7 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     name = plan.model_name(trial)
     if results.is_file():
         print(f"{name}, seed {trial.seed}: finished before, read from {results}")
-        return _read(measure, trial, results, answers)
+        return _read(measure, trial, folder, results, answers)
     if _finished(folder, trained):
         model = load_run(folder, device)
         measure = measure.as_trained(read_meta(folder / "last"))
@@ -130,18 +138,40 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         model, spec = build(measure, trial)
         final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
         about = measure.about | ({} if measure.files is None else {FILES: measure.files})
-        save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final)
+        ran: dict[str, Plain] = dict(
+            device=str(device),
+            hardware=hardware(device),
+            precision=precision_name(plan.config.run.precision, device),
+            torch=torch.__version__,
+            seconds=final.get("seconds"),
+        )
+        save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final, ran=ran)
     with evaluation_precision(plan.config.run.precision, device):
         measured = list(measure.rows(model.to(device), trial, folder))
     table = to_csv(row for row, _ in measured).encode()
     write_answers(answers, [right for _, right in measured], table)
     write_atomically(results, table)
-    return _read(measure, trial, results, answers)
+    return _read(measure, trial, folder, results, answers)
 
 
-def _read(measure: Measure, trial: Trial, table: Path, answers: Path) -> Results:
+def _read(measure: Measure, trial: Trial, folder: Path, table: Path, answers: Path) -> Results:
     rows = [measure.label(row, trial) for row in read_rows(table)]
-    return Results(rows, read_answers(answers, table, len(rows)))
+    return Results(rows, read_answers(answers, table, len(rows)), _ran(folder))
+
+
+def _ran(folder: Path) -> Mapping[str, Plain] | None:
+    with suppress(CheckpointError):  # rows are kept where a model is damaged or gone
+        return read_meta(folder / "last").get("ran")
+    return None
+
+
+def _precision_open(
+    out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]
+) -> tuple[Path, dict[str, Plain]] | None:
+    """The training of a version that did not write what "auto" was, on which device; its folder and settings."""
+    before = dict(trained) | {"precision": plan.config.run.precision}
+    folder = _folder(out, plan, trial, before)
+    return (folder, before) if folder.is_dir() and _ran(folder) is None else None
 
 
 def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:
@@ -174,6 +204,8 @@ def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     used = {name.rpartition(".")[2]: settings[name] for name in names} | trial._asdict()
     used |= dict(train_size=settings["data.size"]) if images else {}
     more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
+    if (found := precision_name(config.run.precision, pick_device(config.run.device))) != "float32":
+        used["precision"] = found  # "auto" where it is float32, as on the CPU, as it always was
     used["data"] = measure.source[1] or config.task
     return {name: value for name, value in more.items() if name.rpartition(".")[2] not in used} | used
 

@@ -32,6 +32,11 @@ def evaluation_precision(name: str, device: torch.device) -> nullcontext[None] |
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def precision_name(name: str, device: torch.device) -> str:
+    """What "auto" is on a device."""
+    return name if name != "auto" else "float32" if precision(name, device) is None else "bfloat16"
+
+
 def precision(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32. "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if name != "auto" and name not in PRECISIONS:
