@@ -5,8 +5,8 @@
 
 The code itself runs, on fake CUDA tensors: shapes, dtypes and devices without numbers. Every operation that is no view
 is one kernel; fused attention is the one that a Hopper card would take. A read (`.item()`, `.tolist()`, `bool()`) makes
-the host wait for the device; a copy from memory that is not pinned does too. The backward pass is not run: there is no
-autograd engine for a device that is not there. Times are for `benchmarks/gpu.sh`, on a card.
+the host wait for the device; a copy from memory that is not pinned does too. An operation of our own is one kernel.
+Times are for `benchmarks/gpu.sh`, on a card.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from vit2dpe.training.settings import OptimConfig, RunConfig
 from vit2dpe.training.task import B, Task
 from vit2dpe.training.tasks.classification import ImageTask
 from vit2dpe.training.update import Updater
+
+from .backward import backward
 
 PACKAGE = Path(vit2dpe.__file__).parent
 LIBRARIES = ("timm", "torch/optim", "torch/nn/utils", "torch/amp")  # named where no line of the package is on the stack
@@ -279,13 +281,24 @@ def trace_forward(model: nn.Module, size: tuple[int, int], batch: int = 8, train
     return recorded.traffic
 
 
+def trace_launches(model: nn.Module, size: tuple[int, int], batch: int = 8) -> Traffic:
+    """Forward, loss and backward in bfloat16 autocast: a training step without the optimizer."""
+    with fake_cuda() as recorder:
+        on_fake_cuda(model).train()
+        x, labels = torch.empty(batch, 3, *size, device="cuda"), torch.empty(batch, dtype=torch.long, device="cuda")
+        with recorder() as recorded:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), labels)
+            backward(loss)
+    return recorded.traffic
+
+
 def trace_step(
     model: nn.Module, size: tuple[int, int], batch: int = 8, augment: AugmentConfig = LIGHT
 ) -> dict[str, Traffic]:
     """A training step in bfloat16 autocast: {"batch": images to the device and augmentation, "update": the rest}.
 
-    `update` holds forward, loss, clipping and optimizer; the backward pass gives gradients without running. "numbers":
-    its loss and norm, read afterwards.
+    `update` holds forward, loss, backward, clipping and optimizer. "numbers": its loss and norm, read afterwards.
     """
     return trace_task(model, ImageTask(images(2 * batch, size), size, batch, device="cuda", augment=augment))
 
@@ -296,10 +309,6 @@ def trace_task(model: nn.Module, task: Task[B]) -> dict[str, Traffic]:
     with fake_cuda() as recorder:
         on_fake_cuda(model)
         updater = Updater(model, task, OptimConfig(), RunConfig(device="cuda", precision="bfloat16"), ALONE)
-
-        def backward(loss: Tensor) -> None:
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter)
 
         def take(name: str, run: Callable[[], R]) -> R:
             with recorder() as recorded:

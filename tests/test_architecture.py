@@ -19,7 +19,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "files", "modes", "positions", "ranges", "seeding", "signal", "spec"),
     ("encodings", "attention", "data"),
-    ("resolution", "models", "stock", "testing"),
+    ("resolution", "stock", "testing"),
+    ("models",),
     ("interop", "plots"),
     ("training",),
     ("study",),

@@ -173,6 +173,18 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path, monk
     fetched = {path.name: found for path in pages if (found := Fetched(path.read_text()).found)}
     assert not fetched
     assert "iframe-worker.js" in (tmp_path / "index.html").read_text()
+    broken = {path.name: found for path in pages if (found := [h for h in headings(path) if "[" in h and "(" not in h])}
+    assert not broken
+    assert {"rope_golden", "rope_dinov3", "lookhere"} <= set(headings(tmp_path / "encodings.html"))
+    drawn = (tmp_path / "notebooks" / "4_mae.html").read_text()
+    assert drawn.count('<img alt="what the cell above drew"') == len(list((tmp_path / "notebooks").glob("4_mae_*.png")))
+    assert '<span class="whole">--encodings</span>' in (tmp_path / "index.html").read_text()
+
+
+def headings(path):
+    """The headings of a page as text."""
+    found = re.findall(r"<h[1-6][^>]*>(.*?)</h[1-6]>", path.read_text(), flags=re.S)
+    return [re.sub(r"<[^>]*>", "", heading).replace("&para;", "").strip() for heading in found]
 
 
 def test_the_api_pages_list_names_not_modules():

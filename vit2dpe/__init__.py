@@ -42,6 +42,7 @@ _HOME = {
     "to_torch": "interop.stock.write",
     "use_policy": "resolution.apply",
     "sweep": "resolution.sweep",
+    "tune": "resolution.tuning",
     "load_run": "training.checkpoint",
     "check_encoding": "testing",
     "ConfigError": "errors",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .positions import Positions  # noqa: F401
     from .resolution.apply import set_policy, use_policy  # noqa: F401
     from .resolution.sweep import sweep  # noqa: F401
+    from .resolution.tuning import tune  # noqa: F401
     from .signal import Rotation, Signal  # noqa: F401
     from .testing import check_encoding  # noqa: F401
     from .training.checkpoint import load_run  # noqa: F401

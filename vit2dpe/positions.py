@@ -172,6 +172,17 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if lacks else device
 
 
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """(n,) float64 on the `float64_device`, made there: the host would wait for a copy, and no CUDA graph takes one.
+
+    A graph for converters keeps them as one constant. An ONNX file would hold single numbers in float32.
+    """
+    device = float64_device(device)
+    if device.type in ("cpu", "meta") or is_tracing() or torch.compiler.is_exporting():
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+
+
 def exact(coords: Tensor) -> Tensor:
     """Coordinates in float64, on their `float64_device`."""
     return coords.to(float64_device(coords.device)).double()  # the device first

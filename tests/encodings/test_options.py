@@ -12,7 +12,7 @@ from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, ConfigError, Dims, Positions, build
 from vit2dpe.encodings import Alibi, Factorized, Fire, Jitter, LearnedTable, LogCPB, RelativeBias, WindowedTable
 from vit2dpe.encodings.learned import MODES
-from vit2dpe.encodings.tables import resize, resize_geometric
+from vit2dpe.encodings.tables import RESIZES, resize, resize_geometric
 from vit2dpe.testing import randomise, tensors
 
 DIMS = {1: Dims(48, 6, (7,), depth=4), 2: Dims(48, 6, (3, 5), depth=4)}
@@ -268,7 +268,7 @@ def test_impossible_sizes_are_refused(make, message):
 # resizing ----------------------------------------------------------------------------------------------------------
 
 TABLE_MODES = {
-    **{f"learned {mode}": lambda table, sizes, how=how: resize(table, sizes, **how) for mode, how in MODES.items()},
+    **{f"learned {mode}": RESIZES[mode] for mode in MODES},
     "factorized": lambda table, sizes: resize(table, sizes, mode="bilinear", antialias=False),
     "relative bicubic": lambda table, sizes: resize(table, sizes, antialias=False),
     "relative geometric": resize_geometric,

@@ -90,7 +90,7 @@ def gap(directions):
 
 
 def test_any_eight_neighbours_are_spread_evenly():
-    u = golden_directions(400, 2)
+    u = golden_directions(400, 2, CPU)
     worst = max(gap(u[:, i : i + 8]) for i in range(393))
     assert worst <= 1.2
     twice = torch.arange(8) * (2 * math.pi / PHI)  # the published runs' step
@@ -101,7 +101,7 @@ def test_any_eight_neighbours_are_spread_evenly():
 
 @pytest.mark.need("A12")
 def test_three_axes_follow_the_golden_sequence():
-    ours, golden = golden_directions(50, 3), 1.2207440846057596  # g⁴ = 1 + g
+    ours, golden = golden_directions(50, 3, CPU), 1.2207440846057596  # g⁴ = 1 + g
     assert golden**4 == pytest.approx(1 + golden, rel=1e-12)
     normal = torch.distributions.Normal(0.0, 1.0)
     for n in range(50):
@@ -125,7 +125,7 @@ def test_three_axes_leave_no_hole(count, bound):
     def hole(u):
         return math.degrees(math.acos((probes.t() @ u).abs().amax(1).min()))
 
-    u = golden_directions(count, 3)
+    u = golden_directions(count, 3, CPU)
     torch.testing.assert_close(u.norm(dim=0), torch.ones(count, dtype=torch.float64), rtol=0, atol=1e-14)
     assert hole(u) <= bound
     assert sum(hole(unit(count)) > bound for _ in range(5)) >= 4

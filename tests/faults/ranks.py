@@ -34,11 +34,11 @@ OPTIM = OptimConfig(lr=3e-3, warmup_epochs=1, epochs=3, batch_size=24, ema=0.9, 
 RUN = RunConfig(device="cpu", save_minutes=0)
 
 
-def go(folder, world, *, epochs=3, resume=False, **run):
+def go(folder, world, *, epochs=3, resume=False, freeze=0, **run):
     torch.manual_seed(derive_seed(0, "init"))
     data = load_images("digits", limit_train=95, limit_test=41)
     task = ImageTask(data, (8, 12), 24, augment=AugmentConfig(1, True, label_smoothing=0.1), world=world)
-    optim, stop_after = replace(OPTIM, epochs=3), 4 * epochs
+    optim, stop_after = replace(OPTIM, epochs=3, freeze=freeze), 4 * epochs
     settings = replace(RUN, **run)
     return fit(
         SPEC.build(), task, optim, settings, folder=folder, spec=SPEC, world=world, resume=resume, stop_after=stop_after
@@ -99,6 +99,7 @@ def main(what, folder):
         for how in ("ddp", "fsdp"):
             go(folder / how, world, parallel=how)
             go(folder / f"resumed-{how}", world, epochs=2, resume=True, parallel=how)  # begun by one process
+            go(folder / f"frozen-{how}", world, epochs=1, parallel=how, freeze=1)
             uneven(folder, world, how)
         if world.first:
             (folder / "size.json").write_text(json.dumps(world.size))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.ranks import go, uneven
+from tests.faults.ranks import SPEC, go, uneven
 from vit2dpe.data.datasets import load_images
 from vit2dpe.data.settings import AugmentConfig
+from vit2dpe.seeding import derive_seed
 from vit2dpe.training.checkpoint import read_meta, read_tensors
 from vit2dpe.training.distributed import ALONE, World
 from vit2dpe.training.log import read_table
@@ -32,6 +33,7 @@ def both(tmp_path_factory):
     """One process, and two that ran the same things."""
     folder = tmp_path_factory.mktemp("ranks")
     go(folder / "one", ALONE)
+    go(folder / "frozen-one", ALONE, epochs=1, freeze=1)
     for how in ("ddp", "fsdp"):
         go(folder / f"resumed-{how}", ALONE, epochs=1)
     done = torchrun("trains", folder)
@@ -52,6 +54,20 @@ def test_two_ranks_train_as_one(both, how):
     a, b = (read_tensors(both / run / "last", read_meta(both / run / "last"), "model") for run in ("one", how))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_leave_alone_what_is_frozen(both, how):
+    one, two = (
+        read_tensors(both / run / "last", read_meta(both / run / "last"), "model")
+        for run in ("frozen-one", f"frozen-{how}")
+    )
+    torch.manual_seed(derive_seed(0, "init"))
+    first = SPEC.build().state_dict()
+    same = {name for name in two if torch.equal(two[name], first[name])}
+    assert {name for name in two if name.startswith(("patch_embed.", "position.", "blocks.0."))} == same
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
 
 
 @fault("F54")

@@ -91,6 +91,15 @@ def test_means_deviations_and_counts_are_those_of_the_rows():
     assert [m["key"] for m in read.data["measures"]] == ["top1", "loss"]
 
 
+def test_intervals_of_the_verdict_are_not_broken_and_names_are_escaped():
+    values = {"rope": (80.0, 82.0, 81.0), "a<b>": (60.0, 61.0, 63.0)}
+    two = [row(word, 32, seed, top1) for word, found in values.items() for seed, top1 in enumerate(found)]
+    text = page([Study("one", two, {})])
+    verdict = text.partition('<section class="verdict">')[2].partition("</section>")[0]
+    assert 'a&lt;b&gt; (19.7 points lower <span class="whole">[-5.2 to 44.5]</span>)' in verdict
+    assert "a<b>" not in verdict
+
+
 def test_the_tables_hold_every_number():
     losses, every = Reader(page([Study("one", rows(), {})])).tables
     sizes = ["32x48 (1.22x)", "48 (1.5x)", "64 (2x)", "96 (3x)", "128 (4x)"]
@@ -223,12 +232,13 @@ def test_in_a_browser(width, tmp_path):
     found = json.loads(dom.split("PROBE")[-2].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
     assert found["errors"] == []
     assert found["resources"] == 0
-    assert (found["lines"], found["bands"]) == (2, 1)  # rope in scale, the other in canvas, which has no deviation
-    assert (found["less"], found["pressed"], found["again"], found["alone"], found["all"]) == (1, "false", 2, 1, 2)
+    assert (found["lines"], found["bands"]) == (3, 1)  # rope and its ntk in scale, in canvas one that has no deviation
+    assert (found["less"], found["pressed"], found["again"], found["alone"], found["all"]) == (1, "false", 3, 1, 3)
     assert found["down"] == sorted(found["up"], reverse=True)
     assert found["up"] == sorted(found["up"])
     assert found["tip"].startswith("size 32x48")
     assert "rope 78.0% [75.5 to 80.5]" in found["said"]
+    assert "rope · ntk 78.5% [" in found["said"]
     assert found["tips"] == 0
     assert found["policies"] == 2
     assert found["heat"] == 6, "of rope, at each size"

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -225,15 +224,6 @@ def test_quick_fills_only_what_was_not_said():
 
 def test_words_keep_their_commas_inside_parentheses():
     assert split_words("rope(base=3, x=1), none,") == ["rope(base=3, x=1)", "none"]
-
-
-@pytest.mark.parametrize("command", [[], ["study"], ["show"]])
-def test_help_answers_without_torch(command):
-    code = f"import sys; from vit2dpe.cli import main\ntry: main({[*command, '--help']})\nexcept SystemExit: pass\n"
-    code += "print('torch' in sys.modules, 'timm' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "usage: vit2dpe" in result.stdout
-    assert result.stdout.endswith("False False\n")
 
 
 def test_processes_of_torchrun_do_not_all_write_one_study(tmp_path, monkeypatch, capsys):

@@ -27,7 +27,7 @@ NAMES = {  # of timm, made small
         embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5, img_size=(56, 112)
     ),
     "vit2dpe_tiny_patch8_64": MICRO | dict(position="sincos+rope(base=10)", img_size=(16, 24)),
-    "resnet10t": dict(num_classes=5),
+    "test_resnet": dict(num_classes=5),
 }
 
 
@@ -245,10 +245,10 @@ def test_what_is_not_there_is_refused_by_its_name(source, message):
 
 
 def test_an_encoding_that_cannot_be_exchanged_says_why(tmp_path):
-    start = describe(stored("resnet10t", tmp_path)[0])
+    start = describe(stored("test_resnet", tmp_path)[0])
     assert start.position is None
     assert start.load(num_classes=3)[1].left == ["fc.weight", "fc.bias"]
-    with pytest.raises(ConfigError, match="resnet10t: ResNet is not covered"):
+    with pytest.raises(ConfigError, match="test_resnet: ResNet is not covered"):
         start.load("rope")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is no run"):

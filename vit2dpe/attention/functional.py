@@ -56,8 +56,13 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
             f"the rotation is for {cos.shape[-2]} tokens of {2 * cos.shape[-1]} channels, "
             f"got {x.shape[-2]} tokens of {x.shape[-1]}"
         )
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    # Whole rows beside their neighbours in each pair, not halves that are put together again: a compiler then reads and
+    # writes each row once, and takes cosine and sine once for all heads, samples and blocks.
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    other = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    turned: Tensor = (wide * cos + other * sin).to(x.dtype)
+    return turned
 
 
 def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Signal]:
@@ -87,8 +92,8 @@ def split_heads(
     selection = rotary.select(qkv, signal, private, why_plain(qkv) if private else None)
     if observer is not None:
         observer.selected("rotation", selection)
-    if selection.path == "in place" and rotation is not None:
-        q, k, v = rotary.split_and_rotate(qkv, rotation, heads)
+    if selection.path in rotary.PATHS and rotation is not None:
+        q, k, v = rotary.split_and_rotate(qkv, rotation, heads, selection.path)
         return q, k, v, signal.rotating()
     # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
     q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))  # (B, H, N, Dh)

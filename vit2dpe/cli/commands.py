@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..errors import ConfigError, TrainingError, unknown
 from ..spec import Settings
+from .help import examples, usage
 from .options import settings
 
 
@@ -75,6 +76,11 @@ COMMANDS = {
         "study.predict:predict_files",
         "study.settings:PredictConfig",
     ),
+    "tune": Command(
+        "choose what a classifier does at another size, from images without labels",
+        "study.tuning:tune_model",
+        "study.tune_settings:TuneConfig",
+    ),
     "show": Command(
         "draw encodings, without data, or a model's attention to an image or a sentence",
         "cli.show:show",
@@ -96,17 +102,6 @@ COMMANDS = {
         "say whether this machine is fit to train on", "cli.doctor:doctor", "cli.doctor:DoctorConfig", encodings=False
     ),
 }
-
-
-def usage(start: str = "") -> str:
-    """All commands, or those whose names begin with `start`."""
-    commands = {name: command for name, command in COMMANDS.items() if name.startswith(start)}
-    width = max(map(len, commands))
-    lines = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
-    return (
-        f"usage: vit2dpe <command> [options]\n\ncommands:\n{lines}\n\n"
-        "`vit2dpe <command> --help` lists the options of a command."
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +126,7 @@ def _run(argv: Sequence[str] | None) -> int:
     family = bool(args) and any(name.startswith(f"{args[0]} ") for name in COMMANDS)  # "text train" is one command
     name, rest = " ".join(args[: 1 + family]), args[1 + family :]
     if not args or args[0] in ("-h", "--help") or (family and args[1:2] in ([], ["-h"], ["--help"])):
-        print(usage(f"{args[0]} " if family else ""))
+        print(usage({name: command.summary for name, command in COMMANDS.items()}, f"{args[0]} " if family else ""))
         return 0
     if name == "--version":
         print(f"vit2dpe {__version__}")
@@ -144,8 +139,9 @@ def _run(argv: Sequence[str] | None) -> int:
             raise ConfigError(f"vit2dpe {name} is one process, torchrun started {processes}: leave it out")
         if command.encodings:
             rest = _imported(rest)
+        opening = examples(name, command.summary)
         config = settings(
-            name, _named(command.config), rest, _with_files, imports=command.encodings
+            name, _named(command.config), rest, _with_files, imports=command.encodings, examples=opening
         )  # --help leaves here, before anything heavy is imported
         _named(command.run)(config, command=shlex.join(["vit2dpe", *args]))
         return 0

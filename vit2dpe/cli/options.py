@@ -58,12 +58,15 @@ class Option(NamedTuple):
         return " or ".join(names).replace("NoneType", "null") + (f", {self.range}" if self.range else "")
 
 
-def settings(name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False) -> S:
+def settings(
+    name: str, config: type[S], args: list[str], others: Others = dict, imports: bool = False, examples: str = ""
+) -> S:
     """The settings of command `name`, from `args` and from the YAML files that they name with --config.
 
     Args:
         others: gives the settings of other commands, by which a file of theirs is recognized.
         imports: whether the command takes --import, for its help.
+        examples: lines that open its help.
 
     Raises:
         ConfigError: for what cannot be understood.
@@ -72,6 +75,8 @@ def settings(name: str, config: type[S], args: list[str], others: Others = dict,
     options = list(options_of(config()))
     parser = _parser(f"vit2dpe {name}", inspect.getdoc(config) or "", options, imports)
     if "-h" in args or "--help" in args:
+        positional = "".join(f"[{option.name} ...] " for option in options if option.positional)
+        parser.usage = f"vit2dpe {name} {positional}[options]\n\n{examples}".rstrip().replace("%", "%%")
         text = re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), parser.format_help())
         # Not every version of jsonargparse takes the doubled sign as one, or names types by their names.
         print(re.sub(r"<class '(\w+)'>", r"\1", text.replace("%%", "%")))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, unknown
-from ..positions import Positions, distance, exact
+from ..positions import Positions, distance, exact, numbers
 from ..signal import LowRank
 from .base import PositionEncoding
 
@@ -58,7 +58,7 @@ class Alibi(PositionEncoding):
 
     def _channels(self, q: Positions, k: Positions) -> LowRank:
         """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""
-        middle = torch.tensor([(size - 1) / 2 for size in q.extent], dtype=torch.float64)
+        middle = numbers([(size - 1) / 2 for size in q.extent], q.coords.device)
         p, o = (coords - middle.to(coords.device) for coords in (exact(q.coords), exact(k.coords)))  # (B|1, N, d)
         fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
         fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)
@@ -67,7 +67,7 @@ class Alibi(PositionEncoding):
         short = [_rounded(m, bits=10) for m in self.slopes]
         rest = [m - s for m, s in zip(self.slopes, short, strict=True)]
         parts = [short, rest] if any(rest) else [short]
-        slope = torch.tensor(parts, dtype=torch.float64, device=fq.device)[:, :, None, None]
+        slope = numbers([m for part in parts for m in part], fq.device).view(len(parts), -1, 1, 1)
         fq = torch.cat([-part * fq[:, None] for part in slope], dim=-1).to(self.dtype)
         fk = torch.cat([fk] * len(parts), dim=-1)[:, None].to(self.dtype)
         fq, fk = fq.to(q.coords.device), fk.to(q.coords.device)

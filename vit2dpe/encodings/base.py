@@ -42,6 +42,10 @@ class Policy(Protocol):
         """The rotary frequencies (d, 1|H, Dh/2) that serve a grid of this extent."""
         ...
 
+    def resize(self, table: Tensor, sizes: tuple[int, ...], own: str, axis: int) -> Tensor:
+        """A table (C, *old) at other sizes; see `tables.fitted`."""
+        ...
+
 
 class Temperature(Protocol):
     """A factor on the logits that depends on how many keys there are; a 0-d tensor while a graph is traced."""
@@ -133,6 +137,7 @@ class PositionEncoding(nn.Module):
         per_block: every block of a model owns an instance (learned per layer); else all share one.
         gives: which fields of the Signal it fills, of "token", "rotation", "bias".
         policies: what it can do at another resolution, the default first.
+        resizes: the ways in which its tables can be resized, words of `tables.RESIZES`.
     """
 
     relative: bool = False
@@ -140,6 +145,7 @@ class PositionEncoding(nn.Module):
     per_block: bool = False
     gives: frozenset[str] = frozenset()
     policies: tuple[str, ...] = ("extrapolate",)
+    resizes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import check_places, replace, resize
+from .tables import check_places, fitted, replace
 
 
 class Factorized(PositionEncoding):
@@ -34,6 +34,7 @@ class Factorized(PositionEncoding):
     continuous = False
     gives = frozenset({"token"})
     policies = ("resize",)
+    resizes = ("bilinear", "plain", "antialias")
 
     def __init__(self, dim: int, grid: Sequence[int]) -> None:
         super().__init__()
@@ -50,14 +51,14 @@ class Factorized(PositionEncoding):
     def set_grid(self, grid: tuple[int, ...]) -> None:
         for axis, size in enumerate(grid):
             table = self.tables[axis]
-            replace(table, resize(table.t(), (size,), mode="bilinear", antialias=False).t().contiguous())
+            replace(table, fitted(self, table.t(), (size,), "bilinear", axis).t().contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
         places = check_places(at)
         rows = [
-            resize(self.tables[axis].t(), (size,), mode="bilinear", antialias=False).t()[places[..., axis]]
+            fitted(self, self.tables[axis].t(), (size,), "bilinear", axis).t()[places[..., axis]]
             for axis, size in enumerate(at.extent)
         ]
         return torch.stack(rows).sum(0)  # (B|1, N, D)

@@ -83,14 +83,21 @@ class Fire(PositionEncoding):
 
     def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         if self.threshold is None:
-            far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()  # (2 S_1 - 1, ...)
-            return Table(channels_first(self._network(far, far.max())), q, k)
+            like = lifted(self.log_scale)
+            key = ("fire", None if k is q else k, len(self.grid), like.dtype)
+            far, reach = q.memoize(key, lambda: self._distances(q, k, like))  # the same for all blocks
+            return Table(channels_first(self._network(far, reach)), q, k)
         if q.axes != 1:
             raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
         place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])
         far = (place[..., :, None] - other[..., None, :]).abs()  # (B|1, Nq, Nk)
         reach = torch.maximum(place.abs()[..., None], self.threshold.abs().to(place.device))
         return self._network(far, reach).permute(0, 3, 1, 2)
+
+    def _distances(self, q: Positions, k: Positions, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(2 S_1 - 1, ...) that of each offset of the extent at hand, and the largest; computed in float64."""
+        far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()
+        return far.to(like.dtype).to(like.device), far.max().to(like.dtype).to(like.device)
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:
         """(...) distances, reach broadcast to them -> (..., H)."""

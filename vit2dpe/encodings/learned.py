@@ -14,7 +14,6 @@ Limits: whole coordinates only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +21,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import channels_first, flat_index, replace, resize
+from .tables import channels_first, fitted, flat_index, replace
 
-
-class ResizeOptions(TypedDict, total=False):
-    """How a table is resized; arguments of `tables.resize`."""
-
-    antialias: bool
-    offset: float
-
-
-MODES: dict[str, ResizeOptions] = {
-    "antialias": {"antialias": True},
-    "plain": {"antialias": False},
-    "dino": {"antialias": False, "offset": 0.1},
-}
+MODES = ("antialias", "plain", "dino")
 
 
 class LearnedTable(PositionEncoding):
@@ -53,6 +40,7 @@ class LearnedTable(PositionEncoding):
     continuous = False
     gives = frozenset({"token"})
     policies = ("resize",)
+    resizes = (*MODES, "bilinear")
 
     def __init__(self, dim: int, grid: Sequence[int], *, resize: str = "antialias") -> None:
         super().__init__()
@@ -69,13 +57,13 @@ class LearnedTable(PositionEncoding):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        table = resize(channels_first(self.pos_embed[0]), tuple(grid), **MODES[self.resize])
+        table = fitted(self, channels_first(self.pos_embed[0]), tuple(grid), self.resize)
         replace(self.pos_embed, table.movedim(0, -1)[None].contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = resize(channels_first(self.pos_embed[0]), at.extent, **MODES[self.resize])  # (D, *extent)
+        table = fitted(self, channels_first(self.pos_embed[0]), at.extent, self.resize)  # (D, *extent)
         index = flat_index(at)  # (B|1, N)
         return table.flatten(1).t()[index]  # (B|1, N, D)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
-from ..positions import Positions
+from ..positions import Positions, numbers
 from ..signal import Table
 from .base import OnGrid
 from .mlp import PositionLinear, lifted, lifted_mlp, redraw
@@ -78,7 +78,7 @@ class LogCPB(OnGrid):
         offsets = offset_grid(q, k, len(self.grid))
         if self.form == "cr":
             return offsets.sign() * torch.log(1 + offsets.abs())
-        u = offsets / offsets.new_tensor([max(1, size - 1) for size in self.grid])
+        u = offsets / numbers([max(1, size - 1) for size in self.grid], offsets.device)
         return u.sign() * torch.log2(1 + 8 * u.abs()) / math.log2(8)
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
-from .tables import check_extents, replace, resize, resize_geometric
+from .tables import check_extents, fitted, replace
 
 
 class RelativeBias(PositionEncoding):
@@ -45,6 +45,7 @@ class RelativeBias(PositionEncoding):
     per_block = True
     gives = frozenset({"bias"})
     policies = ("resize",)
+    resizes = ("plain", "antialias", "bilinear", "geometric")
 
     def __init__(
         self,
@@ -78,9 +79,8 @@ class RelativeBias(PositionEncoding):
         return Table(self._resized(sizes).to(self.dtype), q, k, prefix)
 
     def _resized(self, sizes: tuple[int, ...]) -> Tensor:
-        if self.resize == "geometric":
-            return resize_geometric(self.relative_position_bias_table, sizes)
-        return resize(self.relative_position_bias_table, sizes, antialias=False)
+        own = "geometric" if self.resize == "geometric" else "plain"
+        return fitted(self, self.relative_position_bias_table, sizes, own)
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:

@@ -45,7 +45,7 @@ class LinearAngles(NamedTuple):
     def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
         w = self.w if policy is None else policy.rescale(self.w, extent)
-        coords = F.pad(self.coords, (0, 0, prefix, 0))  # nothing turns at 0
+        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords  # nothing turns at 0
         learned = w.requires_grad and torch.is_grad_enabled() and not coords.requires_grad
         if learned and can_interleave(w):
             return Rotation(*_CosSin.apply(coords, w))
@@ -86,7 +86,7 @@ class _CosSin(torch.autograd.Function):
         dangle = torch.addcmul(dsin * cos, dcos, sin, value=-1)  # (B|1, 1|H, N, Dh/2)
         with torch.autocast(dangle.device.type, enabled=False):  # as precise as any product of this device
             dw = coords.mT.unsqueeze(1) @ dangle  # (B|1, 1|H, d, Dh/2)
-        return None, dw.sum(0).transpose(0, 1)
+        return None, (dw.sum(0) if len(dw) > 1 else dw[0]).transpose(0, 1)
 
     @staticmethod
     def jvp(ctx: _Saved, coords_t: Tensor | None, w_t: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,13 +204,17 @@ class MixedRoPE(DirectionalRoPE):
 def along_axes(banks: list[Tensor]) -> Tensor:
     """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix.
 
-    A traced graph pads, because converters of such graphs lack `block_diag`; elsewhere that is one kernel.
+    A graph pads and adds: converters of traced ones lack `block_diag`, of which a compiler makes six kernels. Elsewhere
+    that is one.
     """
-    if not is_tracing():
+    if not is_tracing() and not torch.compiler.is_compiling():
         w: Tensor = torch.block_diag(*banks)
         return w[:, None]
     count, last = len(banks[0]), len(banks) - 1
-    return torch.stack([F.pad(bank, (i * count, (last - i) * count)) for i, bank in enumerate(banks)])[:, None]
+    rows = [
+        F.pad(bank[None], (i * count, (last - i) * count, i, last - i)) for i, bank in enumerate(banks)
+    ]  # each (d, d K)
+    return sum(rows[1:], rows[0])[:, None]
 
 
 def magnitudes(count: int, base: float, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..positions import Positions, exact
+from ..positions import Positions, exact, float64_device, numbers
 from .rope import DirectionalRoPE, LinearAngles, along_axes, check_widths, magnitudes
 
 
@@ -74,12 +74,13 @@ class CentredRoPE(DirectionalRoPE):
     def perturb(self, at: Positions) -> Callable[[Positions], Positions] | None:
         if self.rescale == 1 and self.jitter == 1 and self.shift == 0:
             return None
-        draw = torch.rand(2 * self.axes + 1, dtype=torch.float64) * 2 - 1  # (-1, 1)
+        # Where the places are: a CUDA graph would repeat what the host has drawn.
+        draw = torch.rand(2 * self.axes + 1, dtype=torch.float64, device=float64_device(at.coords.device)) * 2 - 1
         shift = self.shift * draw[: self.axes]
         factor = self.jitter ** draw[self.axes : -1] * self.rescale ** draw[-1]
 
         def moved(where: Positions) -> Positions:
-            half = torch.tensor(where.extent, dtype=torch.float64) / 2
+            half = numbers(where.extent, where.coords.device) / 2
             scale, offset = (
                 t.to(where.coords.device, where.coords.dtype) for t in (factor, (factor * shift + 1) * half)
             )
@@ -98,5 +99,4 @@ class CentredRoPE(DirectionalRoPE):
 
 def _centred(at: Positions) -> Tensor:
     coords = exact(at.coords)
-    extent = torch.tensor(at.extent, dtype=coords.dtype, device=coords.device)
-    return 2 * (coords + 0.5) / extent - 1
+    return 2 * (coords + 0.5) / numbers(at.extent, coords.device) - 1

@@ -1,9 +1,10 @@
 """`rope_golden`: every pair of every head turns along a direction of its own, spread evenly over all directions.
 
-    angle_i(p) = ⟨w_i, p⟩,    w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`
+    angle_hf(p) = ⟨w_hf, p⟩,    w_hf = 2 ω_f u_n / (g - 1),    ω_f = low (high / low)^(f / (F - 1)),    n = h F + f
 
-g is the geometric mean side of the training grid. On two axes pair f of head h looks at angle (h F + f) π / φ, φ the
-golden ratio. On more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+for pair f of F = Dh/2 of head h; g is the geometric mean side of the training grid. On two axes the unit vector u_n is
+(sin α, cos α), rows first, at α = n π / φ, φ the golden ratio. On more, it is Gaussian quantiles of a golden (R_d)
+sequence, normalised; on one it is 1.
 
 Source: N-dimensional rotary embeddings, jerryxio.ng/posts/nd-rope (2025; code archibox/ropend).
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..positions import float64_device
+from ..positions import float64_device, numbers
 from .base import OnGrid
 from .rope import DirectionalRoPE
 
@@ -30,10 +31,11 @@ from .rope import DirectionalRoPE
 class GoldenRoPE(OnGrid, DirectionalRoPE):
     """Fixed frequencies along quasi-uniform directions: no two pairs look the same way.
 
-        w_i = ω_f u_i · 2 / (g - 1),    ω log-spaced from `low` to `high`, g the geometric mean side of the grid
+        w_hf = 2 ω_f u_n / (g - 1),    ω_f = low (high / low)^(f / (F - 1)),    n = h F + f
 
-    In two dimensions pair f of head h looks at angle (h F + f) π / φ, φ the golden ratio; any few neighbours are spread
-    evenly over half a turn. In more, directions are Gaussian quantiles of a golden (R_d) sequence, normalised.
+    for pair f of F = Dh/2 of head h, g the geometric mean side of the grid. On two axes u_n looks at angle n π / φ, φ
+    the golden ratio; any few neighbours are spread evenly over half a turn. On more, directions are Gaussian quantiles
+    of a golden (R_d) sequence, normalised.
 
     Args:
         head_dim: Dh, even.
@@ -55,30 +57,31 @@ class GoldenRoPE(OnGrid, DirectionalRoPE):
     def frequencies(self, device: torch.device) -> Tensor:
         pairs, axes = self.head_dim // 2, len(self.grid)
         side = max(2.0, math.prod(self.grid) ** (1 / axes))
-        step = torch.arange(pairs, dtype=torch.float64) / max(1, pairs - 1)
+        step = torch.arange(pairs, dtype=torch.float64, device=float64_device(device)) / max(1, pairs - 1)
         # Tensors, not numbers: an ONNX file keeps a number in float32, and place 100 turns by it a hundred times.
-        ratio, slowest = torch.tensor([self.high / self.low, 2 * self.low / (side - 1)], dtype=torch.float64)
+        ratio, slowest = numbers([self.high / self.low, 2 * self.low / (side - 1)], device)
         omega = ratio**step * slowest
-        directions: Tensor = golden_directions(self.heads * pairs, axes).view(axes, self.heads, pairs)
+        directions: Tensor = golden_directions(self.heads * pairs, axes, device).view(axes, self.heads, pairs)
         w: Tensor = directions * omega
-        return w.to(float64_device(device))
+        return w
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, heads={self.heads}, grid={self.grid}, low={self.low:g}, high={self.high:g}"
 
 
-def golden_directions(count: int, axes: int) -> Tensor:
+def golden_directions(count: int, axes: int, device: torch.device) -> Tensor:
     """(d, count) unit vectors, any few neighbours spread evenly; float64. On a line all are 1."""
+    device = float64_device(device)
     if axes == 1:
-        return torch.ones(1, count, dtype=torch.float64)
-    n = torch.arange(count, dtype=torch.float64)
+        return torch.ones(1, count, dtype=torch.float64, device=device)
+    n = torch.arange(count, dtype=torch.float64, device=device)
     if axes == 2:
-        angle = n * torch.tensor(math.pi / ((1 + 5**0.5) / 2), dtype=torch.float64)  # see `frequencies`
+        angle = n * numbers([math.pi / ((1 + 5**0.5) / 2)], device)[0]  # see `frequencies`
         return torch.stack([angle.sin(), angle.cos()])
     golden = 2.0
     for _ in range(60):  # the fixed point of x = (1 + x)^(1 / (d + 1))
         golden = (1 + golden) ** (1 / (axes + 1))
-    steps = torch.tensor([golden ** -(axis + 1) for axis in range(axes)], dtype=torch.float64)
+    steps = numbers([golden ** -(axis + 1) for axis in range(axes)], device)
     quantile = (0.5 + (n + 1) * steps[:, None]).remainder(1.0)  # (d, count) in (0, 1)
     gauss = torch.erfinv((2 * quantile - 1).clamp(-1 + 1e-12, 1 - 1e-12))
     directions: Tensor = gauss / gauss.norm(dim=0, keepdim=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable, float64_device
+from ..positions import Positions, checkable, float64_device, numbers
+from .base import PositionEncoding
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -102,7 +106,28 @@ def _geometric_places(count: int, reach: int, like: Tensor) -> Tensor:
     for i in range(count):
         sums.append(total)
         total += q ** (i + 1)
-    return like.new_tensor([-s for s in reversed(sums)] + [0.0] + sums)
+    return numbers([-s for s in reversed(sums)] + [0.0] + sums, like.device).to(like.device, like.dtype)
+
+
+# How a table (C, *old) meets other sizes. geometric: tables over offsets alone.
+RESIZES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
+    "antialias": resize,
+    "plain": partial(resize, antialias=False),
+    "bilinear": partial(resize, mode="bilinear", antialias=False),
+    "dino": partial(resize, antialias=False, offset=0.1),
+    "geometric": resize_geometric,
+}
+
+
+def fitted(encoding: PositionEncoding, table: Tensor, sizes: tuple[int, ...], own: str, axis: int = 0) -> Tensor:
+    """The table (C, *old) of an encoding at other sizes: resized in its own way, or in that of the policy that holds.
+
+    Args:
+        own: a word of `RESIZES`.
+        axis: of the grid, the first one of the table.
+    """
+    policy = encoding.policy
+    return RESIZES[own](table, sizes) if policy is None else policy.resize(table, sizes, own, axis)
 
 
 def check_places(at: Positions) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import channels_first, flat_index, replace, resize
+from .tables import channels_first, fitted, flat_index, replace
 
 
 class WindowedTable(PositionEncoding):
@@ -36,6 +36,7 @@ class WindowedTable(PositionEncoding):
     continuous = False
     gives = frozenset({"token"})
     policies = ("resize",)
+    resizes = ("antialias", "plain", "bilinear")
 
     def __init__(self, dim: int, grid: Sequence[int], *, window: int = 4) -> None:
         super().__init__()
@@ -51,13 +52,13 @@ class WindowedTable(PositionEncoding):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, ...]) -> None:
-        table = resize(channels_first(self.pos_embed[0]), tuple(grid))
+        table = fitted(self, channels_first(self.pos_embed[0]), tuple(grid), "antialias")
         replace(self.pos_embed, table.movedim(0, -1)[None].contiguous())
 
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = resize(channels_first(self.pos_embed[0]), at.extent).flatten(1).t()  # (N, D)
+        table = fitted(self, channels_first(self.pos_embed[0]), at.extent, "antialias").flatten(1).t()  # (N, D)
         window = self.pos_embed_window[0]
         inside = at.places().remainder(window.shape[0]).unbind(-1)
         return table[flat_index(at)] + window[inside]

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..encodings import encodings_of
 from ..errors import ConfigError
-from .timm_api import TimmModel, pretrained_cfg_of
+from .timm_api import TimmModel, pretrained_cfg_of, recorded_policies
 
 UNKNOWN = "not stated"
 HOLDS = 5.0  # points of accuracy that a size may cost and still be one that the model holds up at
@@ -88,7 +88,6 @@ def card(
     base, weights = get_model_args(model).get("base"), record.get("weights")
     license = license or (cfg.get("license") if weights else None) or "other"
     origin = "" if base is None else f", from timm's `{base}`"
-    policies = "".join(f", `{policy}`" for policy, _ in record.get("policies", ()))
     patch, grid = model.patch_embed.patch_size, model.train_grid
     size = (grid[0] * patch[0], grid[1] * patch[1])
     rows, free = _rows(results), model.patch_embed.any_size
@@ -101,7 +100,7 @@ def card(
             "Model type": f"image classification and features, {kind} (`{_name(model)}`)",
             "Positional encoding": encoding_of(model),
             "Training size": f"{_spell(size)} pixels, {grid[0]}x{grid[1]} patches of {patch[0]}x{patch[1]}",
-            "Other sizes": f"any height and width that the patch divides{policies}" if free else "none",
+            "Other sizes": other_sizes(model),
             "Holds up at": _holds(rows, size),
             "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
             "Classes": str(model.num_classes),
@@ -140,6 +139,17 @@ def save_card(model: TimmModel, path: str | Path, results: Results | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_readme(card(model, results, **stated), _name(model)), encoding="utf-8")
     return path
+
+
+def other_sizes(model: TimmModel) -> str:
+    """Which other sizes a model takes, and its own policies there."""
+    if not model.patch_embed.any_size:
+        return "none"
+    policies = "".join(
+        f", `{policy}`" + (f" with temperature `{temperature}`" if temperature not in (None, "none") else "")
+        for policy, temperature in recorded_policies(model)
+    )
+    return f"any height and width that the patch divides{policies}"
 
 
 def encoding_of(model: nn.Module) -> str:

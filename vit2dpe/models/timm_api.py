@@ -23,6 +23,7 @@ from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from ..resolution.apply import set_policy
 from ..spec import Size
 from .features import Features, take_indices
 from .layers import PatchEmbed
@@ -155,18 +156,45 @@ class TimmModel(nn.Module):
         """Put arguments into timm's record of the model, which it is saved with and built again from."""
         update_model_args(self, **arguments)
 
-    def record_policy(self, policy: str, extents: Sequence[tuple[int, ...]]) -> None:
-        """Keep a policy in timm's record, where that has a place for it: of models that came from timm.
+    def record_policy(
+        self,
+        policy: str,
+        temperature: str | None,
+        extents: Sequence[tuple[int, ...]],
+        usual: bool = True,
+        whole: bool = True,
+    ) -> None:
+        """Keep a policy where the model is saved from: in the record of one that came from timm, else as `policy`.
 
         Args:
+            temperature: with it.
             extents: of each part of the model (`position_groups`), what the policy measures from.
+            usual: whether those are what the parts were trained on; an argument `policy` measures from nothing else.
+            whole: whether every encoding takes it; those that do not go on as before.
         """
-        record = get_model_args(self).get("record")
-        if record is not None:
-            entry = [policy, [list(extent) for extent in extents]]
-            update_model_args(
-                self, record=record | dict(policies=[*(p for p in record["policies"] if p != entry), entry])
-            )
+        arguments = get_model_args(self)
+        record = arguments.get("record")
+        if record is None:
+            before = arguments.get("policy")
+            joined = policy if whole or not before else f"{policy}+{before}"
+            self.record_arguments(policy=joined if usual else None, temperature=temperature if usual else None)
+            return
+        entry = [policy, [list(extent) for extent in extents], *([temperature] if temperature else [])]
+        update_model_args(self, record=record | dict(policies=[*(p for p in record["policies"] if p != entry), entry]))
+
+    def measure_policy(self) -> None:
+        """Have the model's own policy measure from the size that the model now has; one that timm's weights came with
+        goes on as it was."""
+        arguments = get_model_args(self)
+        if arguments.get("policy") and "record" not in arguments:
+            self.take_policy(arguments["policy"], arguments.get("temperature"))
+
+    def take_policy(self, policy: str | None, temperature: str | None) -> None:
+        """The arguments `policy` and `temperature` of a constructor: `set_policy`, where they are given."""
+        if policy is not None:
+            set_policy(self, policy, temperature=temperature)
+        elif temperature is not None:
+            raise ConfigError(f"temperature {temperature!r} goes with a policy: give policy= too")
 
 
 class Step(Protocol):
@@ -261,6 +289,7 @@ class TimmViT(Features, TimmModel):
         self.patch_embed.img_size = size
         self.resize_encodings()
         self.record_size(patch_size)
+        self.measure_policy()
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "reg_token"} | super().no_weight_decay()
@@ -278,6 +307,16 @@ class TimmViT(Features, TimmModel):
         for name in ("cls_token", "reg_token", "dist_token"):
             if (token := getattr(self, name, None)) is not None:
                 nn.init.normal_(token, std=1e-6)
+
+
+def recorded_policies(model: nn.Module) -> list[tuple[str, str | None]]:
+    """What `set_policy` made a model's own, in order: policy of the encodings, and temperature."""
+    arguments = get_model_args(model)
+    if "record" in arguments:
+        kept = arguments["record"]["policies"]
+        return [(policy, factor[0] if factor else None) for policy, _, *factor in kept]
+    policy = arguments.get("policy")
+    return [] if policy is None else [(policy, arguments.get("temperature"))]
 
 
 def pretrained_cfg_of(model: nn.Module) -> PretrainedCfg:

@@ -62,6 +62,8 @@ class ViT(TimmViT):
         final_norm: whether there is a final norm.
         in_chans, num_classes, embed_dim, depth, num_heads: as in timm.
         drop_rate (head), pos_drop_rate, proj_drop_rate, attn_drop_rate, patch_drop_rate, drop_path_rate: as in timm.
+        policy, temperature: what the encodings do at other sizes than `img_size`, see `vit2dpe.set_policy`; default:
+            what each does by itself.
         device, dtype: of the parameters.
         block: mlp_ratio, mlp_layer, act_layer, qkv_bias, qk_norm, proj_bias, scale_attn_norm, scale_mlp_norm,
             init_values (LayerScale), as in timm; see `BlockParts`.
@@ -103,6 +105,8 @@ class ViT(TimmViT):
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = False,
+        policy: str | None = None,
+        temperature: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **block: Unpack[BlockArguments],
@@ -180,6 +184,7 @@ class ViT(TimmViT):
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
+        self.take_policy(policy, temperature)
         nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
 
     save_card = save_card

@@ -18,6 +18,7 @@ from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
 
 WINDOW_POLICIES = ("keep", "scale")
+KeepChoice = Callable[[str, str | None, list[Extent], bool, bool], None]  # `TimmModel.record_policy`
 PositionGroup = tuple[PositionEncoding, nn.Module, Extent]  # leading encoding, the part it leads, training extent
 
 
@@ -85,10 +86,12 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
 
     Args:
         model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
-        policy: "extrapolate", "interpolate", "interpolate(align=corner)", "ntk", "yarn(beta_fast=2)",
-            "resize", or "default": each encoding does what it does by itself, or what `set_policy` made its own. For a
-            Swin also "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
-        temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)².
+        policy: "extrapolate", "interpolate", "interpolate(power=0.5)", "ntk", "yarn(beta_fast=2)",
+            "resize(mode=plain)", or "default": each encoding does what it does by itself, or what `set_policy` made its
+            own. Of several, "resize+interpolate", each takes the first that it can. For a Swin also "keep" or "scale",
+            what its windows do, alone or before one of these: "scale+interpolate".
+        temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)²; "log(power=0.5)".
+            By default none; beside "default" the model's own.
 
     It holds for the thread or asyncio task that entered it, whatever other threads do with the same model meanwhile,
     and contexts may be left in any order. No key of the state_dict changes. With gradient checkpointing the backward
@@ -101,15 +104,14 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
     policies: dict[nn.Module, Policy | None] = {}
     temperatures: dict[nn.Module, Temperature | None] = {}
     for root, part, extent in position_groups(model):
-        chosen = None if policy == "default" else _policy(policy, extent)
+        chosen = [] if policy == "default" else _policies(policy, extent)
         for encoding in encodings_of(part):
-            if chosen is not None and chosen.name not in encoding.policies:
-                raise ConfigError(
-                    f"{type(encoding).__name__} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
-                    f"it can {' or '.join(encoding.policies)}"
-                )
-            policies[encoding] = encoding.own_policy if policy == "default" else chosen
-        temperatures[root] = _temperature(temperature, extent)  # one factor for all its encodings
+            taken = _taken(encoding, chosen)
+            if chosen and taken is None:
+                raise ConfigError(_refusal(type(encoding).__name__, chosen, encoding.policies, encoding.resizes))
+            policies[encoding] = taken if chosen else encoding.own_policy
+        factor = _temperature(temperature, extent)  # one for all its encodings
+        temperatures[root] = root.own_temperature if factor is None and policy == "default" else factor
     window_policies = {} if windows is None else dict.fromkeys(_stages(model), windows)
     with overriding(Overrides(policies, temperatures, window_policies=window_policies)):
         yield
@@ -133,15 +135,19 @@ def _set_windows(model: nn.Module, policy: str | None) -> None:
             part.window_policy = policy
 
 
-def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) -> None:
+def set_policy(
+    model: nn.Module, policy: str, *, temperature: str | bool | None = None, train: Extent | None = None
+) -> None:
     """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
 
     Every encoding that can take the policy does; a table beside a formula goes on being resized. No key of the
-    state_dict changes, so the policy is not saved with the weights.
+    state_dict changes: the choice is an argument of the model, with which timm, `save_model` and hub folders keep it.
 
     Args:
         policy: a specification as for `use_policy`, but for "default".
-        train: the grid that the policy scales to; default: what each part of the model was trained on.
+        temperature: as for `use_policy`.
+        train: the grid that the policy scales to; default: what each part of the model was trained on. Of a model that
+            did not come from timm it is not saved.
 
     Raises:
         ConfigError: for a policy that none of the encodings can take, with the reason; for `train` where windows have
@@ -151,48 +157,88 @@ def set_policy(model: nn.Module, policy: str, *, train: Extent | None = None) ->
     if train is not None and windows_of(model):
         raise ConfigError(f"train is one grid, and {type(model).__name__} has windows of other extents: leave it out")
     if windows is None or policy != "default":
-        restore_policy(model, policy, [tuple(train or extent) for _, _, extent in groups])
+        restore_policy(
+            model, policy, [tuple(train or extent) for _, _, extent in groups], temperature_word(temperature)
+        )
+    elif temperature_word(temperature) is not None:
+        raise ConfigError(f"a temperature goes with a policy of encodings, {windows!r} is one of windows alone")
     _set_windows(model, windows)
 
 
-def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent]) -> None:
+def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], temperature: str | None = None) -> None:
     """`set_policy` of the encodings alone, with what each part of the model (`position_groups`) measures from."""
-    groups, able = position_groups(model), []
+    groups, able = position_groups(model), list[tuple[PositionEncoding, Keep]]()
+    chosen: list[Keep] = []
     for (_, part, _), extent in zip(groups, extents, strict=True):
-        chosen = _policy(policy, extent)
-        able += [(encoding, chosen) for encoding in encodings_of(part) if chosen.name in encoding.policies]
+        chosen = _policies(policy, extent)
+        able += [(e, taken) for e in encodings_of(part) if (taken := _taken(e, chosen)) is not None]
     if not able:
         found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
+        resizes = [word for encoding in encodings_of(model) for word in encoding.resizes]
         raise ConfigError(
-            f"{', '.join(found) or 'a model without positions'} cannot {chosen.name}: {WHY_NOT[chosen.name]}; "
-            f"it can {' or '.join(policies_of(model))}"
+            _refusal(", ".join(found) or "a model without positions", chosen, policies_of(model), resizes)
         )
-    for encoding, chosen in able:
-        encoding.own_policy = chosen
-    measured = {id(lead): extent for (lead, _, _), extent in zip(groups, extents, strict=True)}
-    for owner in model.modules():  # the model, or those inside of it, that timm saves from a record
-        keep: Callable[[str, list[Extent]], None] | None = getattr(owner, "record_policy", None)
-        if keep is not None and not {id(e) for e, _ in able}.isdisjoint(map(id, encodings_of(owner))):
-            keep(policy, [measured.get(id(lead), extent) for lead, _, extent in position_groups(owner)])
+    factors = [_temperature(temperature, extent) for extent in extents]
+    for encoding, taken in able:
+        encoding.own_policy = taken
+    for (lead, _, _), factor in zip(groups, factors, strict=True):
+        lead.own_temperature = factor
+    mine = {id(encoding) for encoding, _ in able}
+    measured = {id(lead): tuple(extent) for (lead, _, _), extent in zip(groups, extents, strict=True)}
+    for owner in model.modules():  # the model, or those inside of it, that are saved from a record
+        keep: KeepChoice | None = getattr(owner, "record_policy", None)
+        inside = {id(encoding) for encoding in encodings_of(owner)}
+        if keep is not None and not mine.isdisjoint(inside):
+            own = [(measured.get(id(lead), extent), extent) for lead, _, extent in position_groups(owner)]
+            usual = all(tuple(extent) == tuple(trained) for extent, trained in own)
+            keep(policy, temperature, [extent for extent, _ in own], usual, inside <= mine)
 
 
-def _policy(spec: str, train: Extent) -> Keep:
-    (name, options), *more = parse_terms(spec, "policy", [*POLICIES, "default"])
-    if more or name == "default":
-        raise ConfigError(f"a policy is one name, such as 'interpolate(align=corner)'; got {spec!r}")
-    kind = POLICIES[name]
-    allowed = [field for field in kind.__dataclass_fields__ if field not in ("train", "name")]
-    for option in options:
-        if option not in allowed:
-            raise unknown(f"option of {name}", option, allowed or ["(it takes none)"])
-        check_option(kind, option, options[option])
-    return kind(train, name=name, **options)
+def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
+    """The first of several policies that an encoding can take."""
+    able = (p for p in chosen if p.name in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
+    return next(able, None)
+
+
+def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:
+    policy = chosen[0]
+    if policy.name in policies:
+        return f"{who} has no table that is resized by {getattr(policy, 'mode', '')}; its ways are {', '.join(resizes)}"
+    return f"{who} cannot {policy.name}: {WHY_NOT[policy.name]}; it can {' or '.join(policies)}"
+
+
+def _policies(spec: str, train: Extent) -> list[Keep]:
+    found = []
+    for name, options in parse_terms(spec, "policy", [*POLICIES, "default"]):
+        if name == "default":
+            raise ConfigError(f"a policy is one name or several, such as 'interpolate(align=corner)'; got {spec!r}")
+        kind = POLICIES[name]
+        allowed = [field for field in kind.__dataclass_fields__ if field not in ("train", "name")]
+        for option in options:
+            if option not in allowed:
+                raise unknown(f"option of {name}", option, allowed or ["(it takes none)"])
+            check_option(kind, option, options[option])
+        found.append(kind(train, name=name, **options))
+    return found
+
+
+def temperature_word(temperature: str | bool | None) -> str | None:
+    """ "log" for True; None for no temperature."""
+    if temperature in (None, False, "none"):
+        return None
+    return "log" if temperature is True else str(temperature)
 
 
 def _temperature(spec: str | bool | None, train: Extent) -> Temperature | None:
-    if spec in (None, False, "none"):
+    word = temperature_word(spec)
+    if word is None:
         return None
-    name = "log" if spec is True else str(spec)
-    if name not in TEMPERATURES:
-        raise unknown("temperature", name, ["none", *TEMPERATURES])
-    return TEMPERATURES[name](train)
+    (name, options), *more = parse_terms(word, "temperature", ["none", *TEMPERATURES])
+    if more or name == "none":
+        raise ConfigError(f"a temperature is one word, such as 'log(power=0.5)', got {word!r}")
+    for option in options:
+        if option != "power":
+            raise unknown(f"option of {name}", option, ["power"])
+        check_option(TEMPERATURES[name], option, options[option])
+    power = options.get("power", 1.0)
+    return TEMPERATURES[name](train, float(power) if isinstance(power, int | float) else 1.0)

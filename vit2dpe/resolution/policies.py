@@ -1,17 +1,20 @@
 """Resolution policies: what an encoding does at an extent it was not trained at.
 
-A policy scales each axis on its own; s = extent / training extent of an axis:
+A policy scales each axis on its own; s = (extent / training extent) ^ power of an axis, and power is 1 by default:
 
     extrapolate   coordinates as they are                        formulas
-    interpolate   coordinates scaled to the training extent      formulas (arXiv 2306.15595)
+    interpolate   coordinates divided by s                       formulas (arXiv 2306.15595)
     ntk           rotary frequencies w_i -> w_i s^(-t_i)         rotary   ("NTK-aware" base change)
     yarn          between extrapolate and interpolate by         rotary   (arXiv 2309.00071)
                   how often a frequency turns over the training extent
     resize        the table is resized to the extent             tables
 
-t_i runs from 0 at the highest frequency to 1 at the lowest. With a length temperature, logits are multiplied by
-ln N / ln N_train (arXiv 2202.12172), so that attention keeps its peak among more keys; N is the product of the extent,
-prefix tokens not counted. At scale 1 no policy changes a bit.
+t_i runs from 0 at the highest frequency to 1 at the lowest. Between extrapolate (power 0) and the policy itself (power
+1), and beyond, lie the powers: interpolate(power=0.5), or one of each axis, rows first: interpolate(power=(0.5, 1)).
+
+With a length temperature, logits are multiplied by (ln N / ln N_train) ^ power (arXiv 2202.12172), so that attention
+keeps its peak among more keys; N is the product of the extent, prefix tokens not counted. At scale 1 no policy changes
+a bit.
 """
 
 from __future__ import annotations
@@ -22,15 +25,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
-from ..positions import Positions
+from ..positions import Positions, numbers
 
 Extent = tuple[int, ...]
+Power = float | tuple[float, ...]  # one for all axes, or one of each
+MOST = 8.0  # a power beyond it leaves nothing of the places
 
 
 @dataclass(frozen=True)
 class Keep:
-    """`extrapolate` for formulas, `resize` for tables: what an encoding does by itself.
+    """`extrapolate`: what a formula does by itself.
 
     Args:
         train: the training extent.
@@ -46,13 +52,73 @@ class Keep:
     def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
         return frequencies
 
+    def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
+        return RESIZES[own](table, sizes)
+
+
+@dataclass(frozen=True)
+class Scaled(Keep):
+    """What scales by s = (extent / training extent) ^ power.
+
+    Args:
+        power: of every axis, or one of each.
+    """
+
+    power: Power = 1.0
+
+    def __post_init__(self) -> None:
+        powers = _powers(self.power, len(self.train))
+        if len(powers) != len(self.train) or not all(_is_power(power) for power in powers):
+            raise ConfigError(
+                f"power of {self.name} must be one number or {len(self.train)}, one of each axis, within {MOST:g} of "
+                f"0; got {self.power!r}"
+            )
+
+    def growth(self, extent: Extent) -> list[float | Tensor]:
+        """s of each axis, that of one that shrank 1."""
+        return [s**p for s, p in zip(_growth(self.train, extent), _powers(self.power, len(extent)), strict=True)]
+
+
+@dataclass(frozen=True)
+class Resize(Scaled):
+    """`resize`: tables are resized to the extent; by another power of the scale to T s places, of which the middle is
+    kept, or whose ends are repeated.
+
+    Args:
+        mode: a word of `encodings.tables.RESIZES` that the tables of the model can take; default: each its own.
+    """
+
+    name: str = "resize"
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode is not None and self.mode not in RESIZES:
+            raise unknown("mode of resize", self.mode, RESIZES)
+
+    def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
+        how = RESIZES[self.mode or own]
+        powers = _powers(self.power, len(self.train))[axis : axis + len(sizes)]
+        if all(power == 1 for power in powers):
+            return how(table, sizes)
+        # The size nearest to T s that leaves as much on both sides; so a table over offsets keeps its middle.
+        scaled = [old * (new / old) ** p for old, new, p in zip(table.shape[1:], sizes, powers, strict=True)]
+        between = tuple(
+            max(new % 2 or 2, new - 2 * math.ceil((new - s) / 2 - 0.5)) for new, s in zip(sizes, scaled, strict=True)
+        )
+        table = how(table, between)
+        for dim, (old, new) in enumerate(zip(between, sizes, strict=True), start=1):
+            index = torch.arange(new, device=table.device) - (new - old) // 2
+            table = table.index_select(dim, index.clamp(0, old - 1))
+        return table
+
 
 _SHIFT = {"half_pixel": 0.5, "corner": 0.0, "one": 1.0}
 
 
 @dataclass(frozen=True)
-class Interpolate(Keep):
-    """Places scaled into the training extent.
+class Interpolate(Scaled):
+    """Places scaled into the training extent, or by another power of the scale.
 
     Args:
         align: "half_pixel" keeps the outer edges of the grid in place: (p + 1/2) / s - 1/2; "corner" keeps the first
@@ -63,6 +129,7 @@ class Interpolate(Keep):
     align: str = "half_pixel"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.align not in _SHIFT:
             raise unknown("align of interpolate", self.align, _SHIFT)
 
@@ -72,13 +139,15 @@ class Interpolate(Keep):
         return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
-        ratio = torch.tensor([t / e for t, e in zip(self.train, at.extent, strict=True)], dtype=torch.float64)
+        powers = _powers(self.power, len(self.train))
+        scales = [(t / e) ** p for t, e, p in zip(self.train, at.extent, powers, strict=True)]
+        ratio = numbers(scales, at.coords.device)
         ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
 
 
 @dataclass(frozen=True)
-class NTK(Keep):
+class NTK(Scaled):
     """Low frequencies slowed by the scale, the highest kept; an axis that shrank keeps all.
 
     For a geometric bank it is base -> base · s^(c / (c - 2)) with c channels on that axis.
@@ -87,7 +156,7 @@ class NTK(Keep):
     name: str = "ntk"
 
     def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = _growth(self.train, extent)
+        grown = self.growth(extent)
         if all(_is_one(s) for s in grown):
             return frequencies
         size = frequencies.norm(dim=0)  # (1|H, Dh/2)
@@ -99,7 +168,7 @@ class NTK(Keep):
 
 
 @dataclass(frozen=True)
-class YaRN(Keep):
+class YaRN(Scaled):
     """Frequencies that turn often over the training extent kept, those that turn seldom interpolated.
 
     Args:
@@ -114,6 +183,7 @@ class YaRN(Keep):
     beta_slow: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fast, slow = self.betas
         if not fast > slow > 0:
             raise ConfigError(f"yarn needs beta_fast > beta_slow > 0, got {fast} and {slow}")
@@ -124,7 +194,7 @@ class YaRN(Keep):
         return self.beta_fast or fast, self.beta_slow or slow
 
     def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = _growth(self.train, extent)
+        grown = self.growth(extent)
         rows, (fast, slow) = [], self.betas
         for w, s, length in zip(frequencies, grown, self.train, strict=True):
             turns = (w.abs() * length / (2 * math.pi)).clamp(min=1e-30)
@@ -135,28 +205,51 @@ class YaRN(Keep):
 
 @dataclass(frozen=True)
 class LogTemperature:
-    """ln N / ln N_train."""
+    """(ln N / ln N_train) ^ power."""
 
     train: Extent
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_power("log", self.power)
 
     def __call__(self, extent: Extent) -> float | Tensor:
         if torch.compiler.is_compiling():
-            return _traced(math.prod(extent)).log() / math.log(math.prod(self.train))
-        return math.log(math.prod(extent)) / math.log(math.prod(self.train))
+            return (_traced(math.prod(extent)).log() / math.log(math.prod(self.train))) ** self.power
+        factor: float = (math.log(math.prod(extent)) / math.log(math.prod(self.train))) ** self.power
+        return factor
 
 
 @dataclass(frozen=True)
 class YaRNTemperature:
-    """(0.1 ln s + 1)², s the growth of the side (the geometric mean over axes), as YaRN scales its logits."""
+    """(0.1 ln s + 1) ^ (2 power), s the growth of the side (the geometric mean over axes), as YaRN scales logits."""
 
     train: Extent
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_power("yarn", self.power)
 
     def __call__(self, extent: Extent) -> float | Tensor:
         if torch.compiler.is_compiling():
             growth = _traced(math.prod(extent)) / math.prod(self.train)
-            return (0.1 / len(extent) * growth.clamp(min=1).log() + 1).square()
+            return (0.1 / len(extent) * growth.clamp(min=1).log() + 1) ** (2 * self.power)
         s = (math.prod(extent) / math.prod(self.train)) ** (1 / len(extent))
-        return (0.1 * math.log(s) + 1) ** 2 if s > 1 else 1.0
+        factor: float = (0.1 * math.log(s) + 1) ** (2 * self.power) if s > 1 else 1.0
+        return factor
+
+
+def _check_power(name: str, power: float) -> None:
+    if not _is_power(power):
+        raise ConfigError(f"power of the temperature {name} must be a number within {MOST:g} of 0, got {power!r}")
+
+
+def _is_power(power: object) -> bool:
+    return isinstance(power, int | float) and not isinstance(power, bool) and abs(power) <= MOST
+
+
+def _powers(power: Power, axes: int) -> tuple[float, ...]:
+    return tuple(power) if isinstance(power, tuple | list) else (power,) * axes
 
 
 def _traced(number: int) -> Tensor:
@@ -175,7 +268,7 @@ def _is_one(growth: float | Tensor) -> bool:
     return not isinstance(growth, Tensor) and growth == 1
 
 
-POLICIES = {"extrapolate": Keep, "resize": Keep, "interpolate": Interpolate, "ntk": NTK, "yarn": YaRN}
+POLICIES = {"extrapolate": Keep, "resize": Resize, "interpolate": Interpolate, "ntk": NTK, "yarn": YaRN}
 TEMPERATURES: dict[str, type[LogTemperature] | type[YaRNTemperature]] = {"log": LogTemperature, "yarn": YaRNTemperature}
 WHY_NOT = {
     "extrapolate": "a table has no entries beyond the grid it was learned on",

@@ -13,11 +13,14 @@ _HOME = {
     "evaluate_model": "evaluate",
     "predict_files": "predict",
     "read_predictions": "predict",
+    "tune_model": "tuning",
     "Row": "rows",
     "read_rows": "rows",
     "StudyConfig": "settings",
     "EvaluateConfig": "settings",
     "PredictConfig": "settings",
+    "TuneConfig": "tune_settings",
+    "tune": ".resolution.tuning",
     "ProbeConfig": "settings",
 }
 
@@ -31,8 +34,11 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from ..resolution.tuning import tune  # noqa: F401
     from .evaluate import evaluate_model  # noqa: F401
     from .predict import predict_files, read_predictions  # noqa: F401
     from .rows import Row, read_rows  # noqa: F401
     from .run import study  # noqa: F401
     from .settings import EvaluateConfig, PredictConfig, ProbeConfig, StudyConfig  # noqa: F401
+    from .tune_settings import TuneConfig  # noqa: F401
+    from .tuning import tune_model  # noqa: F401

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from ..errors import DataError
 from ..files import write_atomically
@@ -195,9 +197,14 @@ def page(studies: Sequence[Study]) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["pretty"] = partial(json.dumps, indent=1)
+    environment.filters |= {"pretty": partial(json.dumps, indent=1), "whole": _whole}
     environment.policies["json.dumps_kwargs"] = {}  # keys in our order
     return environment.from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+
+
+def _whole(sentence: str) -> Markup:
+    """Intervals stay on one line."""
+    return Markup(re.sub(r"\[[^\[\]]*\]", r'<span class="whole">\g<0></span>', str(escape(sentence))))
 
 
 def _series(study: Study, index: int) -> Iterator[Series]:

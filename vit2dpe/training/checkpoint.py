@@ -29,7 +29,16 @@ from ..encodings.own import check_known, sources_in
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
 from ..models.spec import MODELS, ModelSpec, timm_spec
+from ..models.timm_api import recorded_policies
+from ..resolution.apply import set_policy
 from ..spec import Plain
+
+
+class Chosen(TypedDict):
+    """A model's own policy at other sizes, as `set_policy` takes it."""
+
+    policy: str
+    temperature: str | None
 
 
 class Meta(TypedDict, total=False):
@@ -42,6 +51,7 @@ class Meta(TypedDict, total=False):
     arguments: dict[str, Any]  # of its constructor
     encodings: dict[str, str]  # of one's own: word, and what was imported for it
     train_grid: list[int] | None
+    policy: Chosen  # where the arguments do not have it
     sha256: str  # of the file "model"
     files: dict[str, str]  # SHA-256 by file name, without .safetensors
     check: str  # SHA-256 of all this, without `check`
@@ -86,6 +96,9 @@ def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any] | None 
     tensors = dict(model.state_dict())
     grid = getattr(model, "train_grid", None)
     spec = timm_spec(model) if arguments is None else ModelSpec(type(model).__name__, arguments)
+    if arguments is not None and "policy" not in arguments and (own := recorded_policies(model)):
+        policy, temperature = own[-1]
+        about = {"policy": dict(policy=policy, temperature=temperature), **about}
     write_checkpoint(folder, spec, {"model": tensors}, grid=grid, **about)
 
 
@@ -178,6 +191,8 @@ def load_run(
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not fit the model that it names: {error}") from None
+    if chosen := meta.get("policy"):
+        set_policy(model, chosen["policy"], temperature=chosen["temperature"])
     model.about = meta  # type: ignore[assignment]
     return model.to(device).eval()
 
@@ -189,6 +204,14 @@ def _resize(model: nn.Module, grid: list[int] | None) -> None:
         return
     patch = attrgetter("patch_embed.patch_size")(getattr(model, "encoder", model))
     resize(tuple(size * side for size, side in zip(grid, patch, strict=True)))
+
+
+def write_policy(folder: Path, policy: str, temperature: str | None) -> None:
+    """Have the checkpoint in `folder` name another policy of its model; its tensors and whatever else stay."""
+    meta = read_meta(folder)
+    meta["policy"] = Chosen(policy=policy, temperature=temperature)
+    meta["check"] = _check(meta)
+    write_atomically(folder / "model.json", json.dumps(meta, indent=1).encode())
 
 
 def read_meta(folder: Path) -> Meta:

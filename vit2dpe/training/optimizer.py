@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, unknown
 from .distributed import full_tensor, shard_like
+from .freezing import freeze
 from .settings import OptimConfig
 
 SCHEDULES = ("cosine", "tanh", "step", "poly", "noam")  # functions of the update's number: nothing to save
@@ -43,6 +44,8 @@ class Noam(Scheduler):
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer of the parameters that are trained; those of `optim.freeze` are frozen here at the latest."""
+    freeze(model, optim.freeze)
     if optim.name not in list_optimizers():
         raise unknown("optimizer", optim.name, list_optimizers())
     more: dict[str, Any] = {} if optim.betas is None else dict(betas=tuple(optim.betas))

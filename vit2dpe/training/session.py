@@ -16,7 +16,8 @@ from ..models.spec import ModelSpec
 from ..seeding import derive_seed
 from .devices import pick_device, precision
 from .distributed import World, local_device, process_group
-from .initial_weights import load_weights
+from .freezing import frozen_parameters
+from .initial_weights import Loaded, load_weights
 from .pretrain_settings import PretrainConfig
 from .run_folder import changed_settings, printable, run_folder
 from .settings import TrainConfig, check_numbers
@@ -61,13 +62,31 @@ class TrainSession:
         if self.world.first:
             print(printable(text), flush=True)
 
-    def build_model(self, spec: ModelSpec, initialize: Callable[[nn.Module], None]) -> nn.Module:
-        """The model with its first weights: drawn by the seed, then those of `--init`, unless a run is resumed."""
+    def build_model(
+        self,
+        spec: ModelSpec,
+        initialize: Callable[[nn.Module], None],
+        begin: Callable[[nn.Module], Loaded] | None = None,
+    ) -> nn.Module:
+        """The model with its first weights: drawn by the seed, then those of `--init`, unless a run is resumed.
+
+        Args:
+            initialize: draws.
+            begin: loads; default `load_weights`.
+        """
         torch.manual_seed(derive_seed(self.config.run.seed, "init"))
         model = spec.build()
         initialize(model)
         if self.config.init is not None and not (self.config.resume and (self.folder / "last").is_dir()):
-            self.print(f"{self.config.init}: {load_weights(model, self.config.init)}")
+            loaded = load_weights(model, self.config.init) if begin is None else begin(model)
+            self.print(f"{self.config.init}: {loaded}")
+            held = set(frozen_parameters(model, self.config.optim.freeze))
+            if drawn := [name for name in loaded.left if name in held and "norm" not in name]:
+                raise ConfigError(
+                    f"optim.freeze {self.config.optim.freeze} would leave what was drawn anew untrained: "
+                    f"{', '.join(drawn[:3])}{f' and {len(drawn) - 3} more' if len(drawn) > 3 else ''}; freeze fewer "
+                    "blocks, or keep the encoding of the weights"
+                )
         return model
 
 
@@ -78,8 +97,10 @@ def check_run(config: Trainable) -> None:
         ConfigError: naming the setting, what it must be and what came.
     """
     check_numbers(config.optim)
+    if config.optim.freeze and config.init is None:
+        raise ConfigError("optim.freeze keeps weights that were trained before: --init names them")
     precision(config.run.precision, pick_device(local_device(config.run.device)))
-    if config.init is not None and not Path(config.init).expanduser().exists():
+    if config.init is not None and not isinstance(config, TrainConfig) and not Path(config.init).expanduser().exists():
         raise ConfigError(f"there is nothing at {config.init} to start from")
 
 

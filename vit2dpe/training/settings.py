@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -13,6 +14,7 @@ from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, 
 from ..spec import Plain, Settings, Size, changed, filled, flat, plain
 
 MANY = 5000  # training images from which on they are no few photos
+MASKED = ("MAE", "SimMIM")  # models of `pretrain`, in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class OptimConfig(Settings):
         accumulate: parts that a batch is cut into where it does not fit in memory.
         clip_grad: largest gradient norm; 0: not clipped.
         layer_decay: learning rate of a block over that of the next; 1: all alike.
+        freeze: leading blocks that keep the weights they started from, with everything before them; all blocks: the
+            head alone is trained.
         ema: decay of the averaged weights that are evaluated and kept, such as 0.9998; 0: none.
         ema_warmup: let the decay grow from 0 to `ema` over the first updates.
     """
@@ -48,6 +52,7 @@ class OptimConfig(Settings):
     accumulate: Count = 1
     clip_grad: NotNegative = 1.0
     layer_decay: Share = 1.0
+    freeze: Depth = 0
     ema: Rate = 0.0
     ema_warmup: bool = True
 
@@ -153,8 +158,10 @@ class TrainConfig(Settings):
         optim: optimizer and schedule.
         run: where and how it runs.
         resume: go on from run.out/last, if it is there.
-        init: start from these weights: a run folder, a .safetensors or a .pth; another encoding, size or number of
-            classes is fine; what was taken and what not is printed.
+        init: start from these weights: a name of timm (its weights), a run folder, or a file. The architecture, the
+            size of images and their normalization come with them, unless settings say otherwise; --model.position
+            exchanges the encoding alone, and what was taken and what not is printed. Presets are then those of
+            finetuning few images (`finetuning_preset`).
         per_class: also number, accuracy and precision of each class, of best/, into out/classes.csv and summary.md.
         smoke: two steps on the CPU, to see that everything runs.
     """
@@ -171,8 +178,8 @@ class TrainConfig(Settings):
 
     @classmethod
     def preset(cls, given: Mapping[str, Plain]) -> Mapping[str, Plain]:
-        """Of photos that are named by their folder alone."""
-        return photos_preset(given)
+        """Of photos that are named by their folder alone, and of weights to start from."""
+        return photos_preset(given) | finetuning_preset(given)
 
 
 # Presets of the data, by dotted names, for settings that are null. A named model has its own sizes.
@@ -197,15 +204,49 @@ def photos_preset(given: Mapping[str, Plain]) -> dict[str, Plain]:
     return {"optim.batch_size": 128 if trained > MANY else max(2, min(32, trained // 4))}
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Every setting that is None filled from the preset of the data; `smoke` applied.
+def finetuning_preset(given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Optimizer and schedule of a classifier that starts from weights: for few images, and short.
+
+        lr 3e-4, layer_decay 0.75, 30 epochs, a tenth of them warm-up
+
+    Weights that were trained on many images are near where they should be, and few images say little, so that the
+    early layers hardly move: with 12 blocks the stem has 0.75^13, 2%, of the learning rate. Layer decay is that of BEiT
+    and MAE (arXiv 2106.08254, 2111.06377: 0.65 to 0.75). Their learning rate, 5e-4 for 256 images of a batch of 1,024,
+    is 2e-3; for batches of 32 that is 6e-5 by their linear rule and 3.5e-4 by the root of the batch size, which suits
+    Adam. 30 epochs are DeiT's at another size (arXiv 2012.12877). A run of `pretrain` that is started from has no
+    classifier yet and keeps the schedule of a training, as MAE has it (50 to 100 epochs).
+    """
+    init = given.get("init")
+    if not init or of_masked_run(Path(str(init)).expanduser()):
+        return {}
+    epochs = given.get("optim.epochs", 30)
+    preset: dict[str, Plain] = {"optim.lr": 3e-4, "optim.layer_decay": 0.75, "optim.epochs": epochs}
+    return preset | ({"optim.warmup_epochs": epochs / 10} if isinstance(epochs, int) else {})
+
+
+def of_masked_run(path: Path) -> bool:
+    """Whether a folder is that of a run of `pretrain`."""
+    files = [place / "model.json" for place in (path / "last", path) if (place / "model.json").is_file()]
+    try:
+        return bool(files) and json.loads(files[0].read_bytes()).get("model") in MASKED
+    except (ValueError, AttributeError):  # refused where it is read
+        return False
+
+
+def resolve(config: TrainConfig, start: Mapping[str, Plain] | None = None) -> TrainConfig:
+    """Every setting that is None filled from the weights and from the preset of the data; `smoke` applied.
 
     What depends on the size of the images stays open until they are read (`sized`).
+
+    Args:
+        start: settings, by dotted names, that come with the weights to start from.
     """
-    if config.init is not None:
-        config = replace(config, model=like_run(config.model, config.init))
+    if start is not None:
+        config = filled(config, start)
     named = {"model.position": "rope"} if (config.model.name or "").startswith("vit2dpe_") else {}
     preset = image_preset(config.data, config.model, config.augment, named)
+    if start is not None and config.model.name is None:
+        preset = {name: value for name, value in preset.items() if name not in ARCHITECTURE}
     config = filled(config, preset | {"optim.warmup_epochs": config.optim.warmup})
     return changed(config, image_smoke(config.data, config.optim)) if config.smoke else config
 
@@ -236,6 +277,7 @@ def of_size(size: Size | None, *, photos: bool) -> dict[str, Plain]:
     return {"model.patch": patch_for(size), "augment.shift": min(size) // 8} if photos else {}
 
 
+ARCHITECTURE = tuple(name for name in PRESETS["digits"] if name.startswith("model."))
 S = TypeVar("S", bound=Settings)
 
 
@@ -287,18 +329,6 @@ def own_options(options: Mapping[str, Plain], decided: Mapping[str, str]) -> dic
         if name in decided:
             raise ConfigError(f"model.options: {name} is decided by {decided[name]}, leave it out")
     return dict(options)
-
-
-def like_run(model: ModelConfig, init: str) -> ModelConfig:
-    """What is open in `model` as it was in the run that is started from, where that is a run of ours."""
-    path = Path(init).expanduser() / "config.yaml"
-    if not path.is_file():
-        return model
-    import yaml
-
-    before = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
-    names = ("name", "position", "patch", "width", "depth", "heads", "mlp_ratio", "pool", "class_token")
-    return filled(model, {name: before.get(name) for name in names})
 
 
 def check_numbers(optim: OptimConfig) -> None:

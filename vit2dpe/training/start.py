@@ -36,8 +36,8 @@ from ..resolution.sweep import train_size_of
 from ..spec import Plain, Size, show_size
 from .checkpoint import read_meta
 from .initial_weights import Loaded, read_weights, take
+from .settings import MASKED
 
-MASKED = ("MAE", "SimMIM")
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".json")
 # Settings of a model of images, and the arguments of its constructor.
 ARGUMENTS = dict(patch="patch_size", width="embed_dim", depth="depth", heads="num_heads", mlp_ratio="mlp_ratio") | dict(
@@ -200,7 +200,7 @@ def describe(source: str | Path, *, architecture: ModelSpec | None = None) -> St
             architecture is not known.
     """
     text, path = str(source), Path(source).expanduser()
-    folder = path / "last" if (path / "last" / "model.json").is_file() else path if path.is_dir() else path.parent
+    folder = _beside(path)
     file = path if path.is_file() else None
     if path.exists():
         if (folder / "model.json").is_file():
@@ -222,6 +222,16 @@ def describe(source: str | Path, *, architecture: ModelSpec | None = None) -> St
     if path.suffix in ENDINGS or path.is_absolute() or text.startswith((".", "~")):
         raise ConfigError(f"there is nothing at {text} to start from")
     return _of_name(text, *split_name(text))
+
+
+def has_architecture(path: Path) -> bool:
+    """Whether a file or folder has a model.json or config.json with it."""
+    return any((_beside(path) / name).is_file() for name in ("model.json", "config.json"))
+
+
+def _beside(path: Path) -> Path:
+    """The folder of a checkpoint: last/ of a run, itself, or that of a file."""
+    return path / "last" if (path / "last" / "model.json").is_file() else path if path.is_dir() else path.parent
 
 
 def on_meta(spec: ModelSpec) -> nn.Module:

@@ -15,6 +15,7 @@ from ..errors import ConfigError, TrainingError
 from ..seeding import derive_seed
 from .devices import pick_device, precision
 from .distributed import World, parallelize, sum_on_device, sum_over_ranks, unsynchronized, whole
+from .freezing import freeze
 from .late import StepResult
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
@@ -42,6 +43,7 @@ class Updater(Generic[B]):
         self.ema = None
         if optim.ema:
             self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
+        self.frozen = freeze(self.model, optim.freeze)  # before it is wrapped: no gradients are exchanged for them
         self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
             self.ema.module = parallelize(self.ema.module, "fsdp", world)
@@ -78,6 +80,8 @@ class Updater(Generic[B]):
         # Dropout, stochastic depth, encodings that draw in training. One process draws as it always did.
         torch.manual_seed(derive_seed(self.run.seed, epoch, done, "model", *[self.world.rank][: self.world.rank]))
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.optimizer.zero_grad()
         parts = split_batch(batch, self.optim.accumulate)
         counts = [self.task.count(part) for part in parts]

@@ -44,6 +44,7 @@ def from_timm(
     img_size: int | tuple[int, int] | None = None,
     patch_size: int | tuple[int, int] | None = None,
     *,
+    temperature: str | None = None,
     weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> ViT | Swin:
@@ -63,6 +64,7 @@ def from_timm(
         img_size: make another size in pixels the model's own: tables are resized for good.
         patch_size: another patch: its kernel is resampled by the pseudo-inverse of resizing images (FlexiViT,
             arXiv 2212.08013), as timm does.
+        temperature: with a policy, see `set_policy`.
         weights: for a name: a checkpoint to load, a path or a state_dict, in timm's names or in those of the original
             files that timm reads for that name (DINOv2, DINOv3, EVA, BEiT, BEiT-3, DeiT, CLIP, SigLIP, AIMv2, I-JEPA,
             RADIO, Perception Encoder, Swin, MAE's encoder, Google's .npz), or of rope-vit's. A file is read without
@@ -80,6 +82,8 @@ def from_timm(
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
         extra = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
         raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
+    if temperature is not None and policy is None:
+        raise ConfigError(f"temperature {temperature!r} goes with a policy: give policy= too")
     sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
     if not isinstance(model, str):
         theirs = unwrapped_module(model)
@@ -97,7 +101,7 @@ def from_timm(
             position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
         if policy is not None:
-            set_policy(swin, policy)
+            set_policy(swin, policy, temperature=temperature)
         swin.set_input_size(img_size, patch_size)
         return swin
     recipe = read(theirs)
@@ -116,7 +120,7 @@ def from_timm(
     remember(ours, theirs, built, arguments)
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
-        set_policy(ours, chosen, train=recipe.grid)
+        set_policy(ours, chosen, temperature=temperature, train=recipe.grid)
     keep_training(ours, theirs, recipe.steps)
     return ours.to(like.device, like.dtype)
 

@@ -26,7 +26,7 @@ from ...models.swin.model import Swin
 from ...models.swin.stage import Spec
 from ...models.timm_api import PretrainedCfg, Step, pair, pretrained_cfg_of
 from ...models.vit import ViT
-from ...resolution.apply import restore_policy, set_policy
+from ...resolution.apply import restore_policy
 from ...spec import Plain
 from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder
 
@@ -51,7 +51,8 @@ class Record(TypedDict):
     kind: str  # of `KINDS`
     position: NotRequired[str]  # as the model has it; left out for an instance
     arguments: Arguments  # of the constructor, without rates of dropout
-    policies: list[tuple[str, list[tuple[int, ...]]]]  # of `set_policy`, in order, and what each measures from
+    # Of `set_policy`, in order, what each measures from, and its temperature where it has one.
+    policies: list[tuple[str, list[tuple[int, ...]]] | tuple[str, list[tuple[int, ...]], str]]
     steps: list[tuple[str, Arguments]] | None  # back to timm's names: the kind of each, and its fields
     asked: Arguments  # what the name was called with, as far as the rest of the record has taken it in
     weights: str | None  # the repository that its weights came from, on the hub
@@ -130,7 +131,7 @@ def rebuild(base: str, record: Record, changes: Arguments) -> Model:
     """
     asked = {name: as_json(value) for name, value in record["asked"].items()}
     changes = {name: value for name, value in changes.items() if name not in asked or as_json(value) != asked[name]}
-    policy = changes.pop("policy", None)
+    policy, temperature = changes.pop("policy", None), changes.pop("temperature", None)
     position = changes.pop("position", record.get("position"))
     model = KINDS[record["kind"]](position, **{"drop_path_rate": 0.0} | record["arguments"] | changes)
     model.record_arguments(base=base, position=position, record=record)
@@ -138,10 +139,9 @@ def rebuild(base: str, record: Record, changes: Arguments) -> Model:
     if position == record.get("position"):
         if isinstance(model, ViT) and record["steps"] is not None:
             model.timm_steps = tuple(_step(kind, fields) for kind, fields in record["steps"])
-        for spec, extents in record["policies"]:
-            restore_policy(model, spec, [tuple(extent) for extent in extents])
-    if policy is not None:
-        set_policy(model, policy)
+        for spec, extents, *factor in record["policies"]:
+            restore_policy(model, spec, [tuple(extent) for extent in extents], *factor)
+    model.take_policy(policy, temperature)
     return model
 
 

@@ -65,6 +65,8 @@ class Swin(TimmSwin):
         qkv_bias, drop_rate (head), proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
+        policy, temperature: what the encodings do at other sizes than `img_size`, see `vit2dpe.set_policy`; default:
+            what each does by itself.
         device, dtype: of the parameters.
 
     Raises:
@@ -97,6 +99,8 @@ class Swin(TimmSwin):
         drop_path_rate: float = 0.1,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = True,
+        policy: str | None = None,
+        temperature: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -163,6 +167,7 @@ class Swin(TimmSwin):
         ]
         self.init_weights(needs_reset=False)
         self.to(dtype=dtype)
+        self.take_policy(policy, temperature)
         nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
 
     save_card = save_card

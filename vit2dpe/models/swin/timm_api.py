@@ -119,6 +119,7 @@ class TimmSwin(TimmModel):
             stage.resize(grid, stage.window_at(grid) if windows is None else windows[i])
         self.resize_encodings()
         self.record_size(patch_size, self.window_sizes)
+        self.measure_policy()
 
     # Features and head ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import nn
 from ...models.spec import ModelSpec
 from ...spec import Plain
 from ..engine import fit
+from ..initial_weights import Loaded
 from ..log import Row
 from ..run_folder import environment, write_facts, write_summary
 from ..session import Trainable, TrainSession, train_session
@@ -42,6 +43,7 @@ class Prepared(NamedTuple):
         summary: lines for summary.md, behind the table of its epochs.
         facts: more for env.json.
         initialize: draws first weights, before those of `--init` are loaded.
+        begin: loads those into the model; default `load_weights`.
         adapt: changes the model in what its state_dict does not hold.
         config: settings that were open until the data were read, for config.yaml; default those of the command.
     """
@@ -58,6 +60,7 @@ class Prepared(NamedTuple):
     summary: Callable[[], list[str]] = list
     facts: Mapping[str, Plain] = {}
     initialize: Callable[[nn.Module], None] = keep
+    begin: Callable[[nn.Module], Loaded] | None = None
     adapt: Callable[[nn.Module], None] = keep
     config: Trainable | None = None
 
@@ -81,7 +84,7 @@ def run(config: C, command: str, prepare: Callable[[C, TrainSession], Prepared])
     with train_session(config, command) as session:
         prepared = prepare(config, session)
         session.world.wait()  # one of them may have downloaded, unpacked or decoded for all
-        model = session.build_model(prepared.spec, prepared.initialize)
+        model = session.build_model(prepared.spec, prepared.initialize, prepared.begin)
         prepared.adapt(model)
         folder, first = session.folder, session.world.first
         facts = environment(command, session.device, prepared.data, prepared.digest) | dict(prepared.facts)

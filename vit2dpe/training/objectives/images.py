@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.datasets import Images, check_data, load_fitted, write_unreadable
 from ...data.photos import Survey, train_size
@@ -21,16 +23,17 @@ from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec, takes_size
 from ...models.timm_api import TimmViT
 from ...resolution.sweep import evaluate
-from ...spec import Size, Sizes, changed, show_size
+from ...spec import Plain, Size, Sizes, changed, plain, show_size
 from ..by_class import CLASSES, balanced_accuracy, markdown, read_classes, rows_of, write_classes
 from ..checkpoint import load_run, read_meta
 from ..distributed import ALONE, World, parallelize, sum_over_ranks
-from ..initial_weights import INITS, initialize, jitter_positions
+from ..initial_weights import INITS, Loaded, initialize, jitter_positions
 from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, Where, check_run
 from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve, sized
+from ..start import ARGUMENTS, Start, describe, has_architecture, on_meta
 from ..tasks.classification import ImageTask, evaluation_batches
 from .base import Prepared, keep, run
 
@@ -44,8 +47,24 @@ def train(config: TrainConfig, command: str = "vit2dpe train") -> Path:
 
 def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
     """Classes of images, by any model of images."""
+    start, model = start_of(config), config.model
     data, size, config = read_images(config, session)
-    spec = model_spec(config.model, size, len(data.mean), len(data.classes))
+    begin: Callable[[nn.Module], Loaded] | None = None
+    if start is None:
+        spec = model_spec(config.model, size, len(data.mean), len(data.classes))
+        if config.init is not None:
+            session.print(f"note: {config.init} does not say how its images were normalized: these have their own mean")
+    else:
+        spec = started_spec(start, model, size, len(data.mean), len(data.classes))
+        session.print(str(start))
+        optim = config.optim
+        session.print(
+            f"note: finetuning, {optim.epochs} epochs with {optim.warmup:g} of warm-up, optim.lr {optim.lr:g}, "
+            f"optim.layer_decay {optim.layer_decay:g}"
+            + (f", {optim.freeze} blocks frozen" if optim.freeze else "; optim.freeze N would keep the first N blocks")
+        )
+        data, config = as_weights(start, data, session.print), replace(config, model=model)
+        begin = partial(start.load_into, spec=spec, classes=data.classes)
     task = image_task(config, config.augment, data, size, session.device, session.world)
     return Prepared(
         spec,
@@ -61,15 +80,62 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         partial(classes_section, session.folder) if config.per_class else list,
         facts=dict(images=data.used),
         initialize=partial(initialize, how=config.model.init),
+        begin=begin,
         adapt=partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
         config=config,
     )
 
 
+def start_of(config: TrainConfig) -> Start | None:
+    """The model to start from: of a run that goes on, its own, and the first weights are not needed again.
+
+    None without one, and for a file that has no architecture beside it where the settings have.
+
+    Raises:
+        ConfigError, CheckpointError: as `describe`.
+    """
+    if config.init is None:
+        return None
+    last, path = Path(config.run.out).expanduser() / "last", Path(config.init).expanduser()
+    if config.resume and (last / "model.json").is_file():
+        return describe(last)
+    of = config.model
+    named = any(value is not None for value in (of.name, of.patch, of.width, of.depth, of.heads))
+    return None if named and path.exists() and not has_architecture(path) else describe(config.init)
+
+
+def started_spec(start: Start, model: ModelConfig, size: Size, channels: int, classes: int) -> ModelSpec:
+    """The model of the weights with what the settings change; that of the settings, where they name another one."""
+    own = start.settings
+    if model.name is not None and model.name != own.get("name"):
+        return model_spec(model, size, channels, classes)
+    given, options = plain(model), _own_options(model)
+    changes = {ARGUMENTS[name]: given[name] for name in ARGUMENTS if given[name] not in (None, own.get(name))}
+    changes |= dict(drop_path_rate=model.drop_path) | options
+    spec = start.changed(model.position, size=size, num_classes=classes, channels=channels, **changes)
+    _check_pool(spec.arguments.get("global_pool"), classes)
+    return spec
+
+
+def as_weights(start: Start, data: Images, say: Callable[[str], None]) -> Images:
+    """The images, to be normalized as those were that the weights were trained on; of other channels by the average."""
+    if start.mean is None or start.std is None:
+        say(f"note: {start.source} does not say how its images were normalized: these have their own mean")
+        return data
+    channels = len(data.mean)
+    mean, std = (list(of) if len(of) == channels else [sum(of) / len(of)] * channels for of in (start.mean, start.std))
+    normalized = data.as_recorded(dict(mean=mean, std=std))
+    if normalized.mean != data.mean or normalized.std != data.std:
+        shown = ", ".join("(" + ", ".join(f"{value:.3f}" for value in values) + ")" for values in (mean, std))
+        say(f"note: images are normalized as those of the weights were: mean and deviation {shown}")
+    return normalized
+
+
 def check(config: TrainConfig) -> TrainConfig:
     """The settings with every preset filled in, after refusing all that can be refused before data are read."""
     check_data(config.data)
-    config = resolve(config)
+    start = start_of(config)
+    config = resolve(config, None if start is None else come_with(start))
     check_run(config)
     if config.model.position is not None:
         parse(config.model.position)
@@ -77,8 +143,11 @@ def check(config: TrainConfig) -> TrainConfig:
         raise unknown("init", config.model.init, INITS)
     check_augment(config.augment)
     size = likely_size(config)
-    with torch.device("meta"):
-        model = model_spec(sized(config, size, photos=config.data.name is None).model, size, 3, 10).build()
+    if start is None:
+        spec = model_spec(sized(config, size, photos=config.data.name is None).model, size, 3, 10)
+    else:
+        spec = started_spec(start, config.model, size, 3, 10)
+    model = on_meta(spec)
     if config.model.jitter:
         jitter_positions(model, config.model.jitter)
     for size in config.augment.train_sizes or ():
@@ -87,6 +156,11 @@ def check(config: TrainConfig) -> TrainConfig:
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     parallelize(model, config.run.parallel, World())
     return config
+
+
+def come_with(start: Start) -> dict[str, Plain]:
+    """The settings, by dotted names, that come with weights."""
+    return {"data.size": show_size(start.size)} | {f"model.{name}": value for name, value in start.settings.items()}
 
 
 def check_augment(augment: AugmentConfig) -> None:
@@ -147,14 +221,23 @@ def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> M
     arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
     if model.pool is not None and model.class_token is None:
         arguments["class_token"] = model.pool == "token"
-    if "" in (model.pool, model.options.get("global_pool")) and classes:
-        raise ConfigError("a classifier pools its tokens: --model.pool avg, token or map")
-    options = own_options(model.options, dict(num_classes="the data", in_chans="the data", device="run.device"))
+    for pool in (model.pool, model.options.get("global_pool")):
+        _check_pool(pool, classes)
+    options = _own_options(model)
     if model.name is None:
         return ModelSpec("ViT", arguments | dict(img_size=list(size)) | options)
     if takes_size(model.name):
         arguments["img_size"] = list(size)
     return ModelSpec("timm", dict(model_name=model.name) | arguments | options)
+
+
+def _own_options(model: ModelConfig) -> dict[str, Plain]:
+    return own_options(model.options, dict(num_classes="the data", in_chans="the data", device="run.device"))
+
+
+def _check_pool(pool: Plain, classes: int) -> None:
+    if pool == "" and classes:
+        raise ConfigError("a classifier pools its tokens: --model.pool avg, token or map")
 
 
 def image_task(
