@@ -57,7 +57,7 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
                 parts.append(f"![what the cell above drew]({name})" + "{ .as-is }" * bool(of_images))
             elif "text/markdown" in data:
                 parts.append("".join(data["text/markdown"]))
-            else:
+            elif not re.match(r"<\S+ at 0x", "".join(data["text/plain"])):  # what a last line of plotting returns
                 parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
     return "\n\n".join(parts), pictures
 

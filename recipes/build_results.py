@@ -40,8 +40,12 @@ ALL = (
 
 def half_interval(values: list[float]) -> float:
     """Half of the 95% t-interval of the mean of these seeds."""
-    n = len(values)
-    return float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return half_of_deviation(statistics.stdev(values), len(values))
+
+
+def half_of_deviation(deviation: float, n: int) -> float:
+    """The same, from the standard deviation of n seeds."""
+    return float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def page(text: str, results: Path = RESULTS) -> str:
@@ -67,6 +71,8 @@ def table(folder: Path) -> str:
         return _mae_table(folder)
     if (folder / "against.csv").is_file():
         return _against_table(folder)
+    if (folder / "swap.csv").is_file():
+        return _swap_table(folder)
     rows = read_rows(folder / "results.csv")
     return f"{_seeds_of(rows, folder)}\n\n{report.table(rows, spread=half_interval)}"
 
@@ -129,6 +135,27 @@ def _against_table(folder: Path) -> str:
         return "\n".join([*lines, "", f"{said}; one seed each gives no interval."])
     mean, half = difference(a, b)
     return "\n".join([*lines, "", f"{said}, 95% interval {mean - half:+.2f} to {mean + half:+.2f} over the seeds."])
+
+
+def _swap_table(folder: Path) -> str:
+    """A line for each model, encoding and size of swap.csv: means over seeds, and the paired interval of the gain."""
+    with (folder / "swap.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    heads = ("times the side", "seeds", "old", "swapped", "recovered", "recovered − old", "95% over seeds", "images")
+    lines = ["| " + " | ".join(("model", "to", *heads)) + " |", "|---|---|" + "---:|" * len(heads)]
+    for model, to, by in dict.fromkeys((row["model"], row["to"], row["by"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["to"], row["by"]) == (model, to, by)]
+        old, swapped, recovered = ([float(row[kind]) for row in mine] for kind in ("old", "swapped", "recovered"))
+        gains = [after - before for after, before in zip(recovered, old, strict=True)]
+        mean, interval = statistics.mean(gains), "one seed"
+        if len(gains) > 1:
+            least = 100 / float(mine[0]["n"])  # a deviation of one image
+            half = max(half_interval(gains), half_of_deviation(least, len(gains)))
+            interval = f"{mean - half:+.2f} to {mean + half:+.2f}"
+        cells = [by, f"{len(mine)}", *(f"{statistics.mean(kind):.2f}" for kind in (old, swapped, recovered))]
+        cells += [f"{mean:+.2f}", interval, mine[0]["n"]]
+        lines.append("| " + " | ".join([model, f"`{to}`", *cells]) + " |")
+    return "\n".join(lines)
 
 
 def difference(a: list[float], b: list[float]) -> tuple[float, float]:

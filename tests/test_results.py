@@ -110,6 +110,22 @@ def test_two_models_are_compared_with_an_interval(tmp_path):
     assert "vit2dpe − timm: -1.50 points of top-1; one seed each gives no interval." in BUILD["table"](tmp_path)
 
 
+def test_an_exchange_is_told_with_a_paired_interval_over_seeds(tmp_path):
+    """The mean of the differences, seed by seed, which vary less than the models do."""
+    rows = [f"cifar,rope,{seed},350,7038,1,1000,{80 + seed},20,{79.5 + seed + seed / 5}" for seed in range(3)]
+    rows += [f"cifar,rope,{seed},350,7038,2.0,1000,50,30,70" for seed in range(3)]
+    head = "model,to,seed,updates,trained,by,n,old,swapped,recovered"
+    (tmp_path / "swap.csv").write_text("\n".join([head, *rows]) + "\n")
+    said = BUILD["table"](tmp_path).splitlines()
+    half = 4.30265 * 0.2 / 3**0.5
+    wanted = (
+        f"| cifar | `rope` | 1 | 3 | 81.00 | 20.00 | 80.70 | -0.30 | {-0.3 - half:+.2f} to {-0.3 + half:+.2f} | 1000 |"
+    )
+    assert said[2] == wanted
+    half = 4.30265 * 0.1 / 3**0.5  # equal differences are believed up to an image
+    assert f"| +20.00 | {20 - half:+.2f} to {20 + half:+.2f} |" in said[3]
+
+
 def test_verdicts(tmp_path):
     assert verdicts(study(tmp_path / "a", AS_CLAIMED, heat=1.0)) == ["confirmed"] * 3
     assert verdicts(study(tmp_path / "b", AS_CLAIMED | dict(lookhere=20, alibi=20, fire=20), heat=-1.0)) == [

@@ -153,13 +153,9 @@ class Signal(NamedTuple):
     bias: tuple[Bias, ...] = ()
     temperature: float | Tensor | None = None
 
-    # `_replace` would do for both, but torch before 2.11 does not compile it.
     def with_bias(self, bias: tuple[Bias, ...]) -> Signal:
+        """With these terms instead of its own; `_replace` would do, but torch before 2.11 does not compile it."""
         return Signal(self.token, self.q_rotation, self.k_rotation, bias, self.temperature)
-
-    def rotating(self, q: Rotation | None = None, k: Rotation | None = None) -> Signal:
-        """With these rotations instead of its own; none by default."""
-        return Signal(self.token, q, k, self.bias, self.temperature)
 
     def plus(self, other: Signal) -> Signal:
         return Signal(

@@ -69,12 +69,12 @@ OPTIONS = [
 LEFT = ("out", "wandb", "url", "root", "path", "pairs", "sha256", "table", "tensorboard", "compile")  # places, and slow
 NEEDED = {  # without these a command reads none of its settings
     "evaluate": ["--model=vit2dpe_tiny_patch4_32", "--data=digits"], "probe": ["--run=x"], "report": ["x"],
-    "predict": ["vit2dpe_tiny_patch4_32", __file__],
+    "predict": ["vit2dpe_tiny_patch4_32", __file__], "swap": ["--init=x", "--to=rope", "--data=digits"],
 }  # fmt: skip
 LAST_CHECKS = [  # where a command has checked its settings, and would read data or a run
     "vit2dpe.training.objectives.images.run", "vit2dpe.training.objectives.masked_images.run",
     "vit2dpe.training.objectives.text.run", "vit2dpe.study.run.prepare", "vit2dpe.study.probe.load_run",
-    "vit2dpe.study.evaluate.load_subject", "vit2dpe.study.predict.load_subject",
+    "vit2dpe.study.evaluate.load_subject", "vit2dpe.study.exchange.describe", "vit2dpe.study.predict.load_subject",
     "vit2dpe.training.sampling.load_run", "vit2dpe.study.html.merge",
     "vit2dpe.plots.encodings.save", "vit2dpe.plots.attention.save", "vit2dpe.cli.show.load_model",
     "benchmarks.run._row", "vit2dpe.cli.doctor.CHECKS",

@@ -242,3 +242,22 @@ def test_a_script_gives_the_rows_of_the_command(near: Path, where: str, guard: b
     (near.parent / "script.py").write_text(text)
     subprocess.run([sys.executable, *(["-c", text] if where == "session" else ["script.py"])], **run)
     assert rows(near.parent / "script") == rows(near.parent / "command")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["rope,alibi", "near,near+rope"])
+def test_a_notebook_gives_the_rows_of_the_command(near: Path, words: str) -> None:
+    """In two processes, or, for what is typed into a cell, one after the other."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    typed = ["study", "--encodings", words, *STUDY[3:], *(["--import", "near.py"] if "near" in words else [])]
+    code = f"from vit2dpe.cli import main; main({[*typed, '--jobs', '2', '--out', 'command']})"
+    subprocess.run([sys.executable, "-c", code], cwd=near.parent, check=True, timeout=300, capture_output=True)
+    call = (
+        "from vit2dpe.study import StudyConfig, study\n"
+        f"study(StudyConfig.of(encodings='{words}', width=24, depth=1, heads=2, smoke=True, sizes='16,24',"
+        " device='cpu', threads=1, jobs=2, out='notebook'))"
+    )
+    cells = [nbformat.v4.new_code_cell(text) for text in ([NEAR, call] if "near" in words else [call])]
+    client = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=300, kernel_name="python3")
+    client.execute(cwd=str(near.parent))
+    assert rows(near.parent / "notebook") == rows(near.parent / "command")

@@ -24,7 +24,7 @@ from vit2dpe.training.distributed import World
 from vit2dpe.training.engine import Trainer, fit
 from vit2dpe.training.settings import OptimConfig, RunConfig
 from vit2dpe.training.task import BalancedOrder
-from vit2dpe.training.tasks.classification import ImageTask
+from vit2dpe.training.tasks.classification import ImageTask, evaluation_batches
 
 pytestmark = pytest.mark.need("D20")
 
@@ -120,6 +120,17 @@ def test_counts_by_class_are_those_of_sklearn(tmp_path: Path) -> None:
     assert "| b\\|c |" in "\n".join(markdown("by class", rows))
     many = rows_of(torch.stack([torch.full((30,), 2), torch.arange(30) % 3, torch.ones(30).long()]), [])
     assert "the 20 least accurate classes of 30" in "\n".join(markdown("by class", many))
+
+
+def test_shares_of_two_processes_add_up() -> None:
+    data = load_images("digits", limit_train=20, limit_test=41)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    found: list[torch.Tensor] = []
+    for world in (World(), World(0, 2), World(1, 2)):
+        evaluate(model, evaluation_batches(data, batch=16, world=world), by_class=found)
+    assert torch.equal(found[0], found[1] + found[2])
+    assert found[0][0].sum() == found[0][2].sum() == 41
 
 
 def test_numbers_of_a_run_an_evaluation_and_a_study(

@@ -263,3 +263,22 @@ def test_masked_tokens_in_parts_are_those_of_the_batch(parts):
     assert found.finite
     for one, other in zip(model.parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_what_encodings_learn_has_a_rate_of_its_own(layer_decay):
+    """A factor on what it would have had, at each step of the schedule; everything else as without it."""
+    rates = []
+    for factor in (1.0, 10.0):
+        torch.manual_seed(0)
+        model = ViT("relative+learned", img_size=(8, 12), patch_size=4, embed_dim=16, depth=2, num_heads=2)
+        optim = OptimConfig(lr=1e-3, epochs=4, warmup_epochs=1, layer_decay=layer_decay, position_lr=factor)
+        updater = Updater(model, Fit(), optim, RunConfig(device="cpu"), ALONE)
+        updater.schedule.step_update(6)
+        of = {id(one): group for group in updater.optimizer.param_groups for one in group["params"]}
+        assert len(of) == sum(len(group["params"]) for group in updater.optimizer.param_groups)
+        assert updater.lr == pytest.approx(of[id(model.head.weight)]["lr"])
+        rates.append({name: (of[id(one)]["lr"], of[id(one)]["weight_decay"]) for name, one in model.named_parameters()})
+    assert rates[0].keys() == rates[1].keys()
+    for name, (rate, decay) in rates[0].items():
+        assert rates[1][name] == (pytest.approx(rate * (10 if "position" in name else 1)), decay)

@@ -65,6 +65,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return turned
 
 
+def without_rotation(signal: Signal, q_rotation: Rotation | None = None) -> Signal:
+    """The Signal for keys that are turned already, and for queries that are too unless `q_rotation` is given."""
+    return Signal(signal.token, q_rotation, None, signal.bias, signal.temperature)
+
+
 def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Signal]:
     """Queries (B, H, Nq, Dh) and keys (B, H, Nk, Dh) turned by the signal's rotations, and the signal without them."""
     if signal.q_rotation is None and signal.k_rotation is None:
@@ -75,7 +80,7 @@ def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Sig
         q = rotate(q, signal.q_rotation)
     if signal.k_rotation is not None:
         k = rotate(k, signal.k_rotation)
-    return q, k, signal.rotating()
+    return q, k, without_rotation(signal)
 
 
 def split_heads(
@@ -94,7 +99,7 @@ def split_heads(
         observer.selected("rotation", selection)
     if selection.path in rotary.PATHS and rotation is not None:
         q, k, v = rotary.split_and_rotate(qkv, rotation, heads, selection.path)
-        return q, k, v, signal.rotating()
+        return q, k, v, without_rotation(signal)
     # Unbinding before the transposition makes the backward one stack, whose result is the packed gradient.
     q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))  # (B, H, N, Dh)
     return q, k, v, signal

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
-from .functional import attend, merge_heads, rotate_qk, split_heads
+from .functional import attend, merge_heads, rotate_qk, split_heads, without_rotation
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
         if cache is None or cache.memory is None:
             k, v = self.kv(memory).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)
         else:
-            (k, v), signal = cache.memory, signal.rotating(signal.q_rotation)  # these keys are turned already
+            (k, v), signal = cache.memory, without_rotation(signal, signal.q_rotation)
         q, k, signal = rotate_qk(q, k, signal)
         if cache is not None:
             cache.memory = (k, v)

@@ -71,6 +71,12 @@ COMMANDS = {
         "study.evaluate:evaluate_model",
         "study.settings:EvaluateConfig",
     ),
+    "swap": Command(
+        "exchange the encoding of a trained model, and recover it from images without labels",
+        "study.exchange:swap",
+        "training.swap_settings:SwapConfig",
+        parallel=True,
+    ),
     "predict": Command(
         "name the classes of images or lines of text, with a trained model or any of timm",
         "study.predict:predict_files",

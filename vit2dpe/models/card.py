@@ -113,6 +113,11 @@ def card(
         },
         usage=USAGE.format(height=size[0], width=size[1], elsewhere=elsewhere),
     )
+    if isinstance(exchanged := (vars(model).get("about") or {}).get("swap"), dict):
+        made["details"]["Encoding exchanged"] = (
+            f"`{exchanged['from']}` for `{exchanged['to']}`, recovered from {exchanged['images']:,} images without "
+            "labels"
+        )
     if base is not None:
         named = f"timm's record names the weights {weights}" if weights else "not from timm's weights"
         made["details"] |= {"Base model": f"timm's `{base}`; {named}"}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .answers import Right
 from .intervals import Interval, critical_values, deviation, over_images, over_seeds
-from .rows import Row
+from .rows import SCRATCH, Row
 from .tables import metric_of
 
 Size = tuple[float, float]
@@ -89,11 +89,11 @@ class AtSize(NamedTuple):
 
 
 def compare(rows: Sequence[Row], answers: Sequence[Right] | None = None) -> list[AtSize]:
-    """Every panel and size of a study, in the order of its rows, sizes from small to large."""
+    """Every panel and size of a study, in the order of its rows, sizes from small to large; without a control."""
     metric = metric_of(rows)
     places: dict[tuple[str, Size], list[tuple[Row, Right]]] = {}
     for row, right in zip(rows, answers or [None] * len(rows), strict=True):
-        if row.metric == (rows[0].metric if rows else "") and math.isfinite(row.value):
+        if row.start != SCRATCH and row.metric == (rows[0].metric if rows else "") and math.isfinite(row.value):
             places.setdefault((row.panel, row.size), []).append((row, right))
     panels = list(dict.fromkeys(panel for panel, _ in places))
     order = sorted(places, key=lambda at: (panels.index(at[0]), at[1][0] * at[1][1], at[1]))

@@ -103,7 +103,7 @@ def load_test_images(config: EvaluateConfig, subject: Subject, source_size: Size
     files = np.array([os.fsencode(names[i]) for i in index.tolist()])
     split = FileSplit(root, files, labels[index], source_size, source_size, source_size, fit)
     unreadable = {names[i]: reason for i, reason in sorted(wrong.items())}
-    labels = _numbering(subject, tuple(listing), folders=True)[split.labels]
+    labels = numbering(subject, tuple(listing), folders=True)[split.labels]
     return Batches(split, labels, subject, config.batch_size, f"{len(names)} files", unreadable), len(names)
 
 
@@ -111,7 +111,7 @@ def _batches(config: EvaluateConfig, subject: Subject, data: Images) -> tuple[Ba
     """The batches of a dataset's test images, and how many of those there are."""
     split = data.test if config.limit is None else data.test.subsample(config.limit)
     folders = data.name.partition(":")[0] in FILES
-    labels = _numbering(subject, data.classes, folders=folders)[split.labels]
+    labels = numbering(subject, data.classes, folders=folders)[split.labels]
     for note in data.notes:
         print(f"note: {note}")
     batches = Batches(split, labels, subject, config.batch_size, data.digest, data.unreadable)
@@ -198,7 +198,7 @@ def _choose(root: Path, names: list[str], labels: Tensor, size: Size, limit: int
     return index, wrong
 
 
-def _numbering(subject: Subject, classes: tuple[str, ...], folders: bool) -> Tensor:
+def numbering(subject: Subject, classes: tuple[str, ...], folders: bool) -> Tensor:
     """(C,) the model's index of each class of the data.
 
     By name where the model's classes have names. Else one to one, but that of `folders` which timm's reader gives them:

@@ -215,8 +215,8 @@ def _series(study: Study, index: int) -> Iterator[Series]:
     first: dict[str, str] = {}
     for row in study.rows:
         policy = row.policy + ("" if row.temperature == "none" else f" · {row.temperature}")
-        first.setdefault(row.encoding, policy)
-        line = (row.encoding, policy, row.panel, row.part, row.blocks, row.train_size)
+        first.setdefault(row.label, policy)
+        line = (row.label, policy, row.panel, row.part, row.blocks, row.train_size)
         sizes = lines.setdefault(line, {})
         at_size = sizes.setdefault(row.size, {})
         if row.metric in METRICS:

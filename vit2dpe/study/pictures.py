@@ -39,7 +39,7 @@ def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | No
     if depths:
         _depth_panel(panels[0], rows)
     elif rows:
-        colours = {encoding: f"C{i}" for i, encoding in enumerate(dict.fromkeys(row.encoding for row in rows))}
+        colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.label for row in rows))}
         for panel in panels[len(modes) :]:
             panel.axis("off")
         for panel, mode in zip(panels, modes, strict=False):
@@ -82,7 +82,7 @@ def _panel(panel: Axes, rows: Sequence[Row], colours: Mapping[str, str]) -> None
     for encoding, colour in colours.items():
         lines: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}  # policy and temperature -> size
         for row in rows:
-            if row.encoding == encoding:
+            if row.label == encoding:
                 lines.setdefault((row.policy, row.temperature), {}).setdefault(row.size, []).append(row.value)
         sign = -1 if metric.more_is_better else 1
         score = {

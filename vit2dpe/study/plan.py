@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
-
-import torch
 
 from ..data.datasets import check_data
 from ..encodings import ENCODINGS, parse
@@ -18,9 +15,12 @@ from ..resolution.policies import POLICIES, TEMPERATURES
 from ..resolution.sweep import MODES
 from ..spec import Numbers, Plain, Size, Sizes, Words, filled, parse_terms, show_size
 from ..training.devices import pick_device, precision
-from ..training.objectives.images import check_augment
+from ..training.objectives.images import check_augment, started_spec
 from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
+from ..training.start import Start, on_meta
 from ..training.tasks.sequences import SEQUENCES
+from .from_weights import KEEP, changed_word, kept, started, with_weights, words_for
+from .rows import SCRATCH, WEIGHTS
 from .settings import StudyConfig, resolve
 
 TASKS = ("images", "text", *SEQUENCES)
@@ -28,11 +28,12 @@ ARCHITECTURES = {"vit": "ViT", "swin": "Swin"}
 
 
 class Trial(NamedTuple):
-    """One training of a study."""
+    """One training of a study; `start`: as in `Row`."""
 
     encoding: str
     depth: int
     seed: int
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Plan:
         config: with the presets of its task and data filled in.
         encodings, depths: each encoding is trained at each depth; a swin has its stages instead.
         train_size, sizes: (height, width) in pixels; of text and sequences (1, tokens).
+        start: the weights that trainings start from.
     """
 
     config: StudyConfig
@@ -50,23 +52,33 @@ class Plan:
     depths: Numbers
     train_size: Size
     sizes: Sizes
+    start: Start | None = None
 
     @property
     def trials(self) -> list[Trial]:
-        seeds = range(self.config.seeds)
-        return [Trial(encoding, depth, seed) for seed in seeds for depth in self.depths for encoding in self.encodings]
+        """Of each seed all encodings at all depths; from weights then the control, the kept encoding from scratch."""
+        seeds, start = range(self.config.seeds), "" if self.start is None else WEIGHTS
+        one = [(encoding, depth, start) for depth in self.depths for encoding in self.encodings]
+        if self.start is not None and self.config.scratch and kept(self.start) in self.encodings:
+            one.append((kept(self.start), self.depths[0], SCRATCH))
+        return [Trial(encoding, depth, seed, how) for seed in seeds for encoding, depth, how in one]
 
-    @property
-    def optim(self) -> OptimConfig:
-        """How weights are updated; off images, whose epochs are longer, warm-up is at most a tenth of the training."""
+    def optim(self, trial: Trial) -> OptimConfig:
+        """How weights are updated; off images, whose epochs are longer, warm-up is at most a tenth of the training.
+
+        Of a control all blocks learn alike: what keeps good weights near where they are would keep drawn ones there.
+        """
         optim = self.config.optim
+        if trial.start == SCRATCH:
+            return replace(optim, layer_decay=1.0, freeze=0)
         if self.config.task == "images":
             return optim
         return replace(optim, warmup_epochs=min(optim.warmup, optim.epochs / 10))
 
     def model_name(self, trial: Trial) -> str:
-        """The encoding, and the depth where there are several."""
-        return f"{trial.encoding}, depth {trial.depth}" if len(self.depths) > 1 else trial.encoding
+        """The encoding, the depth where there are several, and whether it is the control."""
+        name = f"{trial.encoding}, depth {trial.depth}" if len(self.depths) > 1 else trial.encoding
+        return f"{name}, from scratch" if trial.start == SCRATCH else name
 
     def model_spec(self, trial: Trial, classes: int, channels: int = 3) -> ModelSpec:
         """How to build the model of a trial.
@@ -76,6 +88,9 @@ class Plan:
             channels: of images.
         """
         config = self.config
+        if self.start is not None:
+            model = replace(config.model, position=changed_word(trial.encoding, self.start))
+            return started_spec(self.start, model, self.train_size, channels, classes)
         sizes = replace(config.model, position=trial.encoding, depth=trial.depth)
         arguments = model_arguments(sizes) | dict(drop_path_rate=config.model.drop_path)
         decided = dict.fromkeys(("num_classes", "in_chans", "vocab_size", "pool", "cross", "masked_lm"), "the task")
@@ -96,23 +111,35 @@ class Plan:
         return ModelSpec(ARCHITECTURES[config.arch], arguments | options)
 
 
-def check(config: StudyConfig) -> Plan:
+def check(config: StudyConfig, start: Start | None = None) -> Plan:
     """The plan of a study; refuses whatever can be refused before data are read.
+
+    Args:
+        start: the weights of `config.init`, where they are known already.
 
     Raises:
         ConfigError: for settings that cannot work.
+        CheckpointError: for weights that cannot be read.
     """
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
     config, images = resolve(config), config.task == "images"
+    if config.init is not None:
+        start = started(config) if start is None else start
+        config = with_weights(config, start)
     if images:
-        config = filled(config, _stand_ins(config))
+        config = filled(config, _stand_ins(config, start))
         check_data(config.data)
         check_augment(config.augment)
     if config.arch not in ARCHITECTURES:
         raise unknown("arch", config.arch, ARCHITECTURES)
-    encodings = tuple(ENCODINGS) if config.encodings == ("all",) else config.encodings or ()
-    for encoding in encodings:
+    if start is not None:
+        encodings = words_for(config.encodings, start)
+    else:
+        encodings = tuple(ENCODINGS) if config.encodings == ("all",) else config.encodings or ()
+        if KEEP in encodings:
+            raise ConfigError("keep is the encoding of weights to start from: name them, --init RUN")
+    for encoding in encodings if start is None or start.position is not None else ():
         parse(encoding)
     known("mode", config.modes, MODES)
     known("temperature", config.temperatures, ["none", *TEMPERATURES])
@@ -130,13 +157,20 @@ def check(config: StudyConfig) -> Plan:
         raise ConfigError(f"a study needs at least one encoding and one {'size' if images else 'length'}")
     check_numbers(replace(config.optim, warmup_epochs=0))  # short studies may warm up to their end
     precision(config.run.precision, pick_device(config.run.device))
-    plan = Plan(config, encodings, tuple(dict.fromkeys(config.depths or (depth,))), train_size, sizes)
-    _build(plan)
+    plan = Plan(config, encodings, tuple(dict.fromkeys(config.depths or (depth,))), train_size, sizes, start)
+    if start is not None and config.encodings is None:
+        able = tuple(word for word in encodings if _able(replace(plan, encodings=(word,)), word == kept(start)))
+        plan = replace(plan, config=replace(config, encodings=able), encodings=able)
+    else:
+        _build(plan)
     return plan
 
 
-def _stand_ins(config: StudyConfig) -> dict[str, Plain]:
+def _stand_ins(config: StudyConfig, start: Start | None) -> dict[str, Plain]:
     """What only the images decide, for the checks before they are read."""
+    if start is not None:
+        size = show_size(config.data.size or start.size)
+        return {"data.size": size, "sizes": size, "augment.shift": 0}
     patch = config.model.patch or of_size(config.data.size, photos=True)["model.patch"] or 4
     side = int(str(patch)) * 8
     size = show_size(config.data.size or (side, side))
@@ -145,12 +179,24 @@ def _stand_ins(config: StudyConfig) -> dict[str, Plain]:
 
 def _build(plan: Plan) -> None:
     """Every encoding's model, without memory for its weights; its patches have to fit every size."""
-    with torch.device("meta"):
-        for encoding, depth in product(plan.encodings, plan.depths):
-            model = plan.model_spec(Trial(encoding, depth, seed=0), classes=2).build()
-            if isinstance(model, ViT | Swin):
-                for size in (plan.train_size, *plan.sizes):
-                    model.patch_embed.grid(*size)
+    for trial in dict.fromkeys(trial._replace(seed=0) for trial in plan.trials):
+        model = on_meta(plan.model_spec(trial, classes=2))
+        if isinstance(model, ViT | Swin):
+            for size in (plan.train_size, *plan.sizes):
+                model.patch_embed.grid(*size)
+        elif plan.start is not None and plan.config.finetune:
+            raise ConfigError(f"finetune is of a ViT or a Swin of ours; {plan.config.init} is a {type(model).__name__}")
+
+
+def _able(plan: Plan, required: bool) -> bool:
+    """Whether the model of weights can have the encoding of a plan, which nobody asked for by name."""
+    try:
+        _build(plan)
+    except ConfigError:
+        if required:
+            raise
+        return False
+    return True
 
 
 def known(kind: str, words: Words, choices: Collection[str]) -> Words:

@@ -31,6 +31,7 @@ class Row:
         loss: cross-entropy in nats.
         metric, value: a name in `tables.METRICS` and its number. Further metrics of a model are rows of their own.
         depth: number of blocks, where a study has several.
+        start: of a study from weights: "weights" of what was trained on from them, "scratch" of the control.
     """
 
     encoding: str
@@ -48,6 +49,12 @@ class Row:
     metric: str = "top1"
     value: float
     depth: float | None = None
+    start: str = ""
+
+    @property
+    def label(self) -> str:
+        """The line of a table or a picture: the encoding, of the control with how it began."""
+        return f"{self.encoding}, from scratch" if self.start == SCRATCH else self.encoding
 
     @property
     def size(self) -> tuple[float, float]:
@@ -74,9 +81,10 @@ class Row:
         return self.mode if self.depth is None or _DEPTH.search(self.mode) else f"{self.mode}, depth {self.blocks}"
 
 
+WEIGHTS, SCRATCH = "weights", "scratch"  # Row.start
 _DEPTH = re.compile(r"(?:, |^)depth (\d+)$")
 COLUMNS = tuple(field.name for field in fields(Row))
-_WHERE_USED = ("depth",)  # columns that stand in a table where one of its rows has a value
+_WHERE_USED = ("depth", "start")  # columns that stand in a table where one of its rows has a value
 _TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
 
 
@@ -85,7 +93,7 @@ def to_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     rows = list(rows)
-    columns = [c for c in COLUMNS if c not in _WHERE_USED or any(getattr(row, c) is not None for row in rows)]
+    columns = [c for c in COLUMNS if c not in _WHERE_USED or any(getattr(row, c) not in (None, "") for row in rows)]
     writer.writerow(columns)
     writer.writerows([getattr(row, column) for column in columns] for row in rows)
     return text.getvalue()

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..ranges import Count, Natural, Positive, Range, Share, Threads
 from ..spec import Numbers, Plain, Settings, Size, Sizes, Words, changed, filled, flat
 from ..training.settings import PRESETS as IMAGE_PRESETS
-from ..training.settings import ModelConfig, OptimConfig, RunConfig, parts_of, photos_preset
+from ..training.settings import ModelConfig, OptimConfig, RunConfig, finetuning_preset, parts_of, photos_preset
 
 _MODEL = ModelConfig(mlp_ratio=2.0)
 _OPTIM = OptimConfig(lr=3e-3, warmup_epochs=2, epochs=40, batch_size=64)
@@ -28,7 +28,8 @@ class StudyConfig(Settings):
     Args:
         task: images; text (perplexity over length, of the file --root or else Shakespeare, downloaded); copy, reverse
             or sort (sequences of numbers).
-        encodings: comma-separated specs, such as none,sincos,rope(base=10),sincos+alibi; or all.
+        encodings: comma-separated specs, such as none,sincos,rope(base=10),sincos+alibi; or all. With init: keep is
+            that of the weights, also in sums; default keep,none,learned,rope,relative.
         sizes: comma-separated sizes to measure at; trained at data.size.
         train_length: tokens of a training sequence, for the other tasks than images.
         lengths: comma-separated lengths to measure at.
@@ -50,6 +51,11 @@ class StudyConfig(Settings):
         augment: of training images.
         optim: how weights are updated; for the other tasks than images an epoch is 100 steps.
         run: where and how it runs; run.threads is 1 where trials run side by side.
+        init: start every training from these weights: a name of timm (its weights), a run folder, or a file. The
+            architecture comes with them, unless model says otherwise, and so does the size to train at, where it fits
+            into minutes; optimizer and schedule are those of finetuning few images.
+        scratch: with init: also train the model of encoding keep from scratch with the same schedule, a control that
+            shows what the weights brought.
         minutes: photos are trained at the largest of 32, 48, 64, 96, 128, 160, 192, 224 with which the study takes no
             longer, where no size is given.
         jobs: how many trials are trained at a time, a process each; default as many as there are CPU cores, at most 8,
@@ -81,6 +87,8 @@ class StudyConfig(Settings):
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = _OPTIM
     run: RunConfig = _RUN
+    init: str | None = None
+    scratch: bool = True
     minutes: Positive = 10
     jobs: Annotated[int, Range(1, 1024)] | None = None
     per_class: bool = False
@@ -98,12 +106,17 @@ class StudyConfig(Settings):
             return {"data.name": "digits"} | PRESETS.get(str(task), {})  # unused; files of earlier versions name it
         data = source_of(name, root)
         preset = PRESETS.get(data.partition(":")[0], PRESETS["folder"])
-        if data.partition(":")[0] in PHOTOS:
+        if photos := data.partition(":")[0] in PHOTOS:
             preset = {key: value for key, value in preset.items() if key not in OPEN}
             batch = photos_preset(given)
             if batch and int(str(batch["optim.batch_size"])) <= 32:
                 preset |= _FEW
-            return preset | batch
+            preset |= batch
+        if given.get("init"):
+            preset = {key: value for key, value in preset.items() if key not in _COME_WITH_WEIGHTS}
+            preset |= {"model.mlp_ratio": None, **finetuning_preset(given)}
+        if photos:
+            return preset
         quick = QUICK if given.get("quick") and data == "digits" else {}
         return preset | ({} if root else {"data.name": data}) | quick
 
@@ -117,6 +130,8 @@ _FOLDER: dict[str, Plain] = _ENCODINGS | {name: IMAGE_PRESETS[""][name] for name
 PHOTOS = ("folder", "csv", "tar", "hf")  # sources whose images may be of any sizes
 OPEN = ("data.size", "sizes", "model.patch", "augment.shift")  # what depends on those
 _FEW: dict[str, Plain] = {"model.width": 96, "model.depth": 4, "optim.epochs": 40}
+# Of presets, what comes with weights instead, or depends on them.
+_COME_WITH_WEIGHTS = ("encodings", "data.size", "sizes", "model.patch", "model.width", "model.depth", "model.heads")
 _SEQUENCES: dict[str, Plain] = {
     "encodings": "sincos,learned,none", "train_length": 16, "lengths": "16", "model.width": 64, "model.depth": 2,
     "model.heads": 2, "optim.epochs": 20, "optim.batch_size": 128, "optim.lr": 2e-3,
@@ -142,6 +157,7 @@ _OF_IMAGES = (
     "data.name", "data.size", "sizes", "modes", "data.source_size", "data.unreadable", "data.val_fraction",
     "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
     "augment.", "finetune", "data.fit", "data.balanced", "minutes", "per_class",
+    "init", "scratch",
 )  # fmt: skip
 _OF_SEQUENCES = ("train_length", "lengths", "embed_scale")
 _OF_NONE = ("model.name", "model.position", "model.init", "model.jitter", "optim.ema", "run.seed", "run.parallel")

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,16 +18,18 @@ import torch.nn.functional as F
 
 from ..data.datasets import HELD_OUT
 from ..data.photos import Survey, sizes_for, survey
+from ..data.settings import patch_for
 from ..files import write_atomically
-from ..spec import Size, filled, flat, show_size
+from ..spec import Size, filled, flat, parse_size, show_size
 from ..training.devices import pick_device
 from ..training.settings import of_size
+from ..training.start import Start
+from .from_weights import measured, sizes_from
 from .jobs import count
 from .plan import Plan, Trial, check
 from .settings import OPEN, PHOTOS, PRESETS, StudyConfig, resolve
 from .trials import digest_of, policies_for
 
-TIMES = (1.0, 1.5, 2.0, 3.0)  # the size of training
 MEASURED = 8  # images of a timed step
 MARGIN = 1.2  # processes side by side slow each other down
 START_S = 8.0  # of a process
@@ -39,6 +42,9 @@ def settle(config: StudyConfig) -> Plan:
         ConfigError, DataError: before anything is trained, for settings or data that cannot work.
     """
     plan, config = check(config), resolve(config)
+    if plan.start is not None:
+        given = replace(plan.config, sizes=config.sizes, data=config.data, augment=config.augment)
+        return _from_weights(given, plan.start)
     if config.task != "images" or config.data.source.partition(":")[0] not in PHOTOS:
         return plan
     now = flat(config)
@@ -51,54 +57,80 @@ def settle(config: StudyConfig) -> Plan:
         found = found._replace(short=min(config.data.source_size))
     if config.data.size is not None:
         return check(at_size(config, config.data.size))
-    side, note = _choose(config, found)
-    plan = check(at_size(config, (side, side)))
+    size, note = _choose(config, found)
+    plan = check(at_size(config, size))
     print(f"note: {note}")
-    if larger := [show_size(size) for size in plan.sizes if min(size) > found.short]:
-        print(f"note: photos are enlarged at {', '.join(larger)}: their median short side is {found.short}")
+    _note_enlarged(plan, found)
     return plan
 
 
-def at_size(config: StudyConfig, size: Size) -> StudyConfig:
+def _from_weights(config: StudyConfig, start: Start) -> Plan:
+    """The plan of a study from weights: their size, unless another one is given or only a smaller one fits."""
+    found = survey(config.data) if config.data.source.partition(":")[0] in PHOTOS else None
+    if config.data.size is not None or found is None:
+        return check(at_size(config, config.data.size or start.size, start), start)
+    if config.data.source_size is not None:
+        found = found._replace(short=min(config.data.source_size))
+    size, note = _choose(config, found, start)
+    plan = check(at_size(config, size, start), start)
+    print(f"note: {note}")
+    _note_enlarged(plan, found)
+    return plan
+
+
+def _note_enlarged(plan: Plan, found: Survey) -> None:
+    if larger := [show_size(size) for size in plan.sizes if min(size) > found.short]:
+        print(f"note: photos are enlarged at {', '.join(larger)}: their median short side is {found.short}")
+
+
+def at_size(config: StudyConfig, size: Size, start: Start | None = None) -> StudyConfig:
     """The settings for photos that are trained at this size."""
+    if start is not None:
+        shift = 0 if config.augment.crop is not None else min(size) // 8
+        sizes = measured(size, start.patch or (patch_for(size), patch_for(size)))
+        return filled(config, {"augment.shift": shift, "data.size": show_size(size), "sizes": sizes})
     own = (
         of_size(size, photos=True) if config.augment.crop is None else of_size(size, photos=True) | {"augment.shift": 0}
     )
     patch = int(str(config.model.patch or own["model.patch"]))
-    sizes = [tuple(max(patch, round(side * factor / patch) * patch) for side in size) for factor in TIMES]
-    return filled(config, own | {"data.size": show_size(size), "sizes": [list(each) for each in dict.fromkeys(sizes)]})
+    return filled(config, own | {"data.size": show_size(size), "sizes": measured(size, (patch, patch))})
 
 
-def _choose(config: StudyConfig, found: Survey) -> tuple[int, str]:
+def _choose(config: StudyConfig, found: Survey, start: Start | None = None) -> tuple[Size, str]:
     """The size to train at, and why. That of an earlier study of these photos in the same folder stays."""
-    names = ("data.root", "minutes", "arch", "model.name", "model.patch", "data.fit", "data.source_size")
-    key = digest_of([*found, *(flat(config)[name] for name in names)])
+    names = ["data.root", "minutes", "arch", "model.name", "model.patch", "data.fit", "data.source_size"]
+    key = digest_of([*found, *(flat(config)[name] for name in [*names, *(["init"] if start else [])])])
     record = Path(config.run.out) / "size.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         before = json.loads(record.read_text())
         if before["photos"] == key:
-            return int(
-                before["size"]
-            ), f"trained at {before['size']}, as before ({record}); --train-size chooses another"
-    sizes = sizes_for(found, config.model.patch)
+            size = parse_size(str(before["size"]))
+            return size, f"trained at {before['size']}, as before ({record}); --train-size chooses another"
+    squares = [(side, side) for side in reversed(sizes_for(found, config.model.patch))]
+    sizes = squares if start is None else sizes_from(start)
     if config.smoke:
-        return sizes[0], f"trained at {sizes[0]}: two steps are no time to choose by"
-    limit = f"{found.short} is the photos' median short side"
-    side, minutes = sizes[0], 0.0
-    for side in reversed(sizes):
-        minutes = estimate(check(at_size(config, (side, side))), found, config.minutes)
+        size = sizes[-1] if start is None else sizes[0]
+        return size, f"trained at {show_size(size)}: two steps are no time to choose by"
+    limit = f"{found.short} is the photos' median short side" if start is None else "the size of the weights"
+    size, minutes, first = sizes[0], 0.0, 0.0
+    for size in sizes:
+        minutes = estimate(check(at_size(config, size, start), start), found, config.minutes)
+        first = first or minutes
         if minutes <= config.minutes:
             break
     if minutes > config.minutes:
         note = (
-            f"trained at {side}: about {minutes:.0f} minutes, no size fits into --minutes {config.minutes:g}; fewer "
-            "--encodings, --epochs or --limit-train make it shorter"
+            f"trained at {show_size(size)}: about {minutes:.0f} minutes, no size fits into --minutes "
+            f"{config.minutes:g}; fewer --encodings, --epochs or --limit-train make it shorter"
         )
     else:
-        why = limit if side == sizes[-1] else f"the largest size that fits into --minutes {config.minutes:g}"
-        note = f"trained at {side}, about {minutes:.1f} minutes in all: {why}; --train-size chooses another"
-    write_atomically(record, json.dumps({"size": side, "photos": key}).encode())
-    return side, note
+        why = limit if size == sizes[0] else f"the largest size that fits into --minutes {config.minutes:g}"
+        if start is not None and size != sizes[0]:
+            why += f"; {show_size(sizes[0])}, the size of the weights, would take about {first:.0f}"
+        note = f"trained at {show_size(size)}, about {minutes:.1f} minutes in all: {why}; --train-size chooses another"
+    written = size[0] if size[0] == size[1] else show_size(size)
+    write_atomically(record, json.dumps({"size": written, "photos": key}).encode())
+    return size, note
 
 
 def estimate(plan: Plan, found: Survey, enough: float = float("inf")) -> float:

@@ -16,12 +16,14 @@ from ..spec import Plain, Size
 from ..training.by_class import rows_of, write_classes
 from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
+from ..training.objectives.images import as_weights
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
 from .answers import Right
+from .from_weights import at_hand
 from .plan import Plan, Trial
 from .rows import Row
-from .tables import FIT, MAJORITY
+from .tables import AT_HAND, FIT, MAJORITY, START
 from .trials import Measure, build, digest_of, policies_for, train
 
 KEPT_BYTES = 2**30  # of test images on a GPU
@@ -40,10 +42,17 @@ class OverSizes(Measure):
         data, fitted = load_fitted(config.data, 0, lambda _: (plan.train_size, *plan.sizes))
         for note in data.notes:
             print(f"note: {note}")
+        if plan.start is not None:
+            data = as_weights(plan.start, data, print)
         counts = f"{len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
         print(f"{counts}; results in {config.run.out}")
         majority = round(100 * float(data.test.labels.bincount().max()) / len(data.test), 2)
         facts: dict[str, Plain] = {"images": data.used, MAJORITY: majority}
+        if plan.start is not None:
+            facts[START] = str(plan.start)
+            print(f"from {plan.start}")
+        elif found := at_hand(Path(config.run.out), config.data.root):
+            facts[AT_HAND] = found
         if fitted is not None:
             facts[FIT] = config.data.fit
         return cls(
@@ -73,12 +82,13 @@ class OverSizes(Measure):
 
     def write_classes(self, path: Path, rows: Sequence[Row], answers: Sequence[Right]) -> None:
         labels, count = self.data.test.labels, len(self.data.classes)
-        names = ("encoding", "policy", "temperature", "mode", "seed", "height", "width")
+        names = ("policy", "temperature", "mode", "seed", "height", "width")
         found = []
         for row, right in zip(rows, answers, strict=True):
             if right is not None:
                 counts = torch.stack([part.bincount(minlength=count) for part in (labels, labels[right])])
-                found.append(({name: getattr(row, name) for name in names}, rows_of(counts, self.data.classes)))
+                what = {"encoding": row.label} | {name: getattr(row, name) for name in names}
+                found.append((what, rows_of(counts, self.data.classes)))
         write_classes(path, found)
 
     def as_trained(self, about: Mapping[str, object]) -> OverSizes:
@@ -125,7 +135,7 @@ class OverSizes(Measure):
         at_size = replace(self, plan=replace(self.plan, config=config, train_size=size))
         model, _ = build(at_size, trial)
         load_weights(model, trained)
-        optim = replace(config.optim, lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
+        optim = replace(self.plan.optim(trial), lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
         train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from .rows import Row
+from .rows import SCRATCH, Row
 
 Column = TypeVar("Column", bound=Hashable)
 
@@ -31,12 +31,28 @@ class Metric(NamedTuple):
 
 METRICS = {
     "top1": Metric("Resolution study", "top-1 in percent", "top-1 [%]", "image size", "image size [pixels]"),
+    "agreement": Metric(
+        "Exchange of an encoding",
+        "agreement with the old model in percent",
+        "agreement [%]",
+        "image size",
+        "image size [pixels]",
+    ),
+    "similarity": Metric(
+        "Exchange of an encoding",
+        "similarity to the old model in percent",
+        "cosine [%]",
+        "image size",
+        "image size [pixels]",
+    ),
     "perplexity": Metric("Length study", "perplexity", "perplexity", "length", "length [tokens]", more_is_better=False),
     "exact": Metric("Sequence study", "sequences right in percent", "sequences right [%]", "length", "length [tokens]"),
 }
 
 
 MAJORITY = "majority class [%]"  # in env.json: how often naming the most frequent class of the test images is right
+AT_HAND = "weights at hand"  # in env.json: a run that a study from scratch could have started from
+START = "start"  # in env.json: of a study from weights, what they are
 FIT = "fit"  # in env.json: how photos of differing sizes were brought to one, crop, pad or squash
 
 
@@ -49,14 +65,14 @@ def default_rows(rows: Iterable[Row]) -> list[Row]:
     rows = list(rows)
     first: dict[str, tuple[str, str]] = {}
     for row in rows:
-        first.setdefault(row.encoding, (row.policy, row.temperature))
-    return [row for row in rows if (row.policy, row.temperature) == first[row.encoding]]
+        first.setdefault(row.label, (row.policy, row.temperature))
+    return [row for row in rows if (row.policy, row.temperature) == first[row.label]]
 
 
 def best(rows: Sequence[Row]) -> list[str]:
-    """Encodings, the best mean accuracy over all default rows first."""
+    """Encodings, the best mean accuracy over all default rows first; a control is none of them."""
     score: dict[str, list[float]] = {}
-    for row in default_rows(rows):
+    for row in default_rows(row for row in rows if row.start != SCRATCH):
         score.setdefault(row.encoding, []).append(row.value)
     sign = -1 if metric_of(rows).more_is_better else 1
     return sorted(score, key=lambda encoding: sign * statistics.mean(score[encoding]))
@@ -99,7 +115,7 @@ def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statisti
     sizes = sorted({row.size for row in rows}, key=lambda size: (size[0] * size[1], size))
     train, metric = {row.train_size for row in rows}, metric_of(rows)
     lines = _pivot(
-        rows, lambda row: (row.panel, row.encoding, row.policy, row.temperature), lambda row: row.size, sizes, spread
+        rows, lambda row: (row.panel, row.label, row.policy, row.temperature), lambda row: row.size, sizes, spread
     )
     lines.sort(key=lambda line: not line[0].startswith("scale"))
     heads = [f"**{spell(size)}**" if size in train else spell(size) for size in sizes]

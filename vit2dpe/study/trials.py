@@ -27,16 +27,19 @@ from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
-from ..training.checkpoint import load_run, read_meta, save_model
+from ..training.checkpoint import load_run, read_meta, write_checkpoint
 from ..training.devices import evaluation_precision, pick_device, precision_name
 from ..training.engine import fit
-from ..training.run_folder import hardware
+from ..training.initial_weights import Loaded
+from ..training.run_folder import hardware, printable
 from ..training.settings import OptimConfig
+from ..training.start import describe
 from ..training.task import Task
 from .answers import Right, read_answers, write_answers
+from .from_weights import digest_of_weights
 from .jobs import Progress
 from .plan import Plan, Trial
-from .rows import Row, read_rows, to_csv
+from .rows import SCRATCH, WEIGHTS, Row, read_rows, to_csv
 from .settings import StudyConfig
 
 # What a finished training depends on; folders are named by a digest of these without what stands before the dot. Other
@@ -98,7 +101,7 @@ class Measure:
 
     def label(self, row: Row, trial: Trial) -> Row:
         """A row of a trial as this study names it; it may have been measured in one of another number of depths."""
-        return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None)
+        return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None, start=trial.start)
 
 
 class Results(NamedTuple):
@@ -136,7 +139,9 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         measure = measure.as_trained(read_meta(folder / "last"))
     else:
         model, spec = build(measure, trial)
-        final = train(model, measure, trial.seed, plan.optim, folder, partial(progress, name, trial.seed))
+        if trial.start == WEIGHTS:
+            print(printable(f"{name}, from {plan.config.init}: {_load_weights(model, spec, measure)}"), flush=True)
+        final = train(model, measure, trial.seed, plan.optim(trial), folder, partial(progress, name, trial.seed))
         about = measure.about | ({} if measure.files is None else {FILES: measure.files})
         ran: dict[str, Plain] = dict(
             device=str(device),
@@ -145,7 +150,9 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
             torch=torch.__version__,
             seconds=final.get("seconds"),
         )
-        save_model(folder / "last", model, spec.arguments, trained=trained, **about, final=final, ran=ran)
+        grid = getattr(model, "train_grid", None)
+        tensors = {"model": dict(model.state_dict())}
+        write_checkpoint(folder / "last", spec, tensors, grid=grid, trained=trained, **about, final=final, ran=ran)
     with evaluation_precision(plan.config.run.precision, device):
         measured = list(measure.rows(model.to(device), trial, folder))
     table = to_csv(row for row, _ in measured).encode()
@@ -181,6 +188,14 @@ def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:
     return spec.build(), spec
 
 
+def _load_weights(model: nn.Module, spec: ModelSpec, measure: Measure) -> Loaded:
+    """Copy the weights that a study starts from into the model of a trial."""
+    found, classes = measure.about.get("classes"), list[str]()
+    if isinstance(found, list):
+        classes = [str(name) for name in found]
+    return describe(str(measure.plan.config.init)).load_into(model, spec, classes)
+
+
 def train(
     model: nn.Module,
     measure: Measure,
@@ -198,15 +213,20 @@ def train(
 
 def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     """What a training depends on, as JSON values; equal settings need no second training."""
-    config, settings, default = measure.plan.config, flat(measure.plan.config), flat(StudyConfig())
-    images = config.task == "images"
+    plan, config, default = measure.plan, measure.plan.config, flat(StudyConfig())
+    if trial.start == SCRATCH:
+        config = replace(config, optim=plan.optim(trial))
+    settings, images = flat(config), config.task == "images"
     names = (*_TRAINING, *(_IMAGES if images else _SEQUENCES), *(_SWIN if config.arch == "swin" else ()))
-    used = {name.rpartition(".")[2]: settings[name] for name in names} | trial._asdict()
+    of_trial: dict[str, Plain] = dict(encoding=trial.encoding, depth=trial.depth, seed=trial.seed)
+    used = {name.rpartition(".")[2]: settings[name] for name in names} | of_trial
     used |= dict(train_size=settings["data.size"]) if images else {}
     more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
     if (found := precision_name(config.run.precision, pick_device(config.run.device))) != "float32":
         used["precision"] = found  # "auto" where it is float32, as on the CPU, as it always was
     used["data"] = measure.source[1] or config.task
+    if plan.start is not None:  # a control has their architecture and their normalization of images
+        used["like" if trial.start == SCRATCH else "init"] = digest_of_weights(str(config.init))
     return {name: value for name, value in more.items() if name.rpartition(".")[2] not in used} | used
 
 
@@ -214,6 +234,7 @@ def _folder(out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -
     """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; the depth where a study of images has
     several. The digest says which folder it is, whichever study of them made it."""
     encoding = re.sub(r"[^A-Za-z0-9_.+=]+", "_", trial.encoding).strip("_")
+    encoding += "-scratch" if trial.start == SCRATCH else ""
     end = f"-seed{trial.seed}-{digest_of(trained)}"
     named, short = out / f"{encoding}-depth{trial.depth}{end}", out / f"{encoding}{end}"
     first, other = (named, short) if plan.config.task != "images" or len(plan.depths) > 1 else (short, named)

@@ -13,12 +13,18 @@ from typing import NamedTuple
 
 from ..spec import Plain
 from .answers import Right
+from .brought import what_weights_brought
 from .compare import AtSize, Behind, Line, compare
 from .intervals import DRAWS, Interval, images_needed, seeds_needed, wilson
 from .rows import Row
-from .tables import FIT, MAJORITY, Metric, metric_of, spell
+from .tables import AT_HAND, FIT, MAJORITY, START, Metric, metric_of, spell
 
 POINTS = 5.0  # a difference that one would like to see
+_OF_SCRATCH = (  # what a command says about a model from scratch, or its size
+    *("train_size", "size", "data.size", "sizes", "arch", "stages", "window", "depths", "depth", "model.depth"),
+    *("width", "model.width", "heads", "model.heads", "patch", "model.patch", "mlp_ratio", "model.mlp_ratio"),
+    *("epochs", "optim.epochs", "lr", "optim.lr", "warmup_epochs", "optim.warmup_epochs"),
+)
 NAMED = 3  # competitors behind the leader with their distance; the others by name
 MODES = {"scale": "the same picture with more pixels", "canvas": "more content at the scale of training"}
 CUT = {  # data.fit
@@ -96,6 +102,10 @@ def verdict(
         label = "" if len(panels) == 1 else f"{panel}: "
         short += [] if nothing else [_headline(label, here, metric)]
         parts.append((_heading(panel), [_sentence(place, metric, majority) for place in here]))
+    headline, what = what_weights_brought(rows, answers, about)
+    if headline:
+        short.append(headline)
+        parts.append(("What the weights brought, against the same model from scratch:", what))
     basis = [*_basis(places, metric, majority, about), *_needed(places, metric)]
     return Verdict(short, parts, basis, *_next(places, nothing, about))
 
@@ -184,6 +194,8 @@ def _basis(places: Sequence[AtSize], metric: Metric, majority: float | None, abo
     said = [f"Measured: {metric.name}, {'' if leader.n is None else f'on {int(leader.n)} {items}, '}{seeds}."]
     if majority is not None:
         said.append(f"Naming the most frequent class is right for {majority:.1f}%.")
+    if START in about:
+        said.append(f"Every encoding started from {about[START]}.")
     if about.get(FIT) in CUT:
         said.append(f"{CUT[str(about[FIT])]} (data.fit {about[FIT]}).")
     over = {place.over for place in places}
@@ -241,6 +253,8 @@ def _next(places: Sequence[AtSize], nothing: bool, about: Mapping[str, Plain]) -
     epochs = optim.get("epochs") if isinstance(optim, Mapping) else None
     if isinstance(config, Mapping) and config.get("smoke"):
         return "Two steps teach nothing; the study itself", _command(about, {}, drop=("smoke",))
+    if found := about.get(AT_HAND):
+        return "To start from weights that are at hand", _command(about, {"init": str(found)}, drop=_OF_SCRATCH)
     if nothing and isinstance(epochs, int | float):
         return "To train longer", _command(about, {"epochs": f"{int(3 * epochs)}"}, drop=("optim.epochs",))
     competing = [place for place in places if place.others]

@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..data.datasets import Images
 from ..files import write_atomically
+from ..resolution.sweep import evaluate
+from ..spec import Size
+from .checkpoint import load_run
+from .distributed import ALONE, sum_over_ranks
+from .session import TrainSession
+from .tasks.classification import evaluation_batches
 
 CLASSES = "classes.csv"
 FEW = 20  # classes that are shown in a table for readers
@@ -99,3 +107,36 @@ def markdown(caption: str, rows: Sequence[ClassRow]) -> list[str]:
     named = [(row.name.replace("|", "\\|"), row) for row in shown]
     lines = ["| " + " | ".join([name, *row.cells]) + " |" for name, row in [*named, ("mean of classes", rows[-1])]]
     return [caption, "", "| class | n | accuracy [%] | precision [%] |", "|---|---:|---:|---:|", *lines, ""]
+
+
+def measure_classes(session: TrainSession, data: Images, size: Size, workers: int | None) -> list[str]:
+    """Measure the best weights by class, each process its part of every held-out split; write `classes.csv`.
+
+    Where not all processes see the run folder, the first measures alone.
+
+    Returns:
+        a line for each split, of the first process.
+    """
+    folder, device, world = session.folder, session.device, session.world
+    if not all(world.gather(["seen" if (folder / "best" / "model.json").is_file() else ""])):
+        if not world.first:
+            return []
+        world = ALONE
+    model, found = load_run(folder, device, which="best"), []
+    for split in data.held_out:
+        batches = evaluation_batches(data, size, world=world, split=split, workers=workers)
+        counts: list[Tensor] = []
+        evaluate(model, batches, least=0, by_class=counts)
+        total = sum_over_ranks(counts[0].flatten().tolist(), world)
+        whole = torch.tensor(total).long().view_as(counts[0])
+        found.append(({"split": split}, rows_of(whole, data.classes)))
+    if not world.first:
+        return []
+    write_classes(folder / CLASSES, found)
+    return [f"{what['split']} {balanced_accuracy(rows)}" for what, rows in found]
+
+
+def classes_section(folder: Path) -> list[str]:
+    """The classes of the test images, for summary.md."""
+    rows = [row for what, row in read_classes(folder / CLASSES) if what["split"] == "test"]
+    return markdown("Test images by class, of best/", rows)

@@ -15,6 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from ..encodings import encoding_parameters
 from ..errors import CheckpointError, unknown
 from .distributed import full_tensor, shard_like
 from .freezing import freeze
@@ -51,7 +52,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     more: dict[str, Any] = {} if optim.betas is None else dict(betas=tuple(optim.betas))
     if takes_fused(optim.name, next(model.parameters()).device):
         more["fused"] = True
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=optim.name,
         lr=optim.lr,
@@ -59,6 +60,22 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         layer_decay=None if optim.layer_decay == 1 else optim.layer_decay,
         **more,
     )
+    if optim.position_lr != 1:
+        _scale_encodings(model, optimizer, optim.position_lr)
+    return optimizer
+
+
+def _scale_encodings(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give what encodings learn groups of their own, whose rate the schedule multiplies by `factor` (`lr_scale`)."""
+    named = dict(model.named_parameters())
+    own = {id(named[name]) for name in encoding_parameters(model) if name in named}
+    for group in list(optimizer.param_groups):
+        inside = [one for one in group["params"] if id(one) in own]
+        group["params"] = [one for one in group["params"] if id(one) not in own]
+        if inside:
+            scale = group.get("lr_scale", 1.0) * factor
+            optimizer.add_param_group({**group, "params": inside, "lr_scale": scale, "lr": group["lr"]})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def takes_fused(name: str, device: torch.device) -> bool:

@@ -21,9 +21,10 @@ from .initial_weights import Loaded, load_weights
 from .pretrain_settings import PretrainConfig
 from .run_folder import changed_settings, printable, run_folder
 from .settings import TrainConfig, check_numbers
+from .swap_settings import SwapConfig
 from .text_settings import TextTrainConfig
 
-Trainable = TrainConfig | PretrainConfig | TextTrainConfig
+Trainable = TrainConfig | PretrainConfig | TextTrainConfig | SwapConfig
 
 
 class Where(TypedDict):

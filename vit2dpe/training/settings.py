@@ -34,6 +34,7 @@ class OptimConfig(Settings):
         accumulate: parts that a batch is cut into where it does not fit in memory.
         clip_grad: largest gradient norm; 0: not clipped.
         layer_decay: learning rate of a block over that of the next; 1: all alike.
+        position_lr: factor on the learning rate of what encodings learn: tables, slopes, frequencies, networks.
         freeze: leading blocks that keep the weights they started from, with everything before them; all blocks: the
             head alone is trained.
         ema: decay of the averaged weights that are evaluated and kept, such as 0.9998; 0: none.
@@ -52,6 +53,7 @@ class OptimConfig(Settings):
     accumulate: Count = 1
     clip_grad: NotNegative = 1.0
     layer_decay: Share = 1.0
+    position_lr: Positive = 1.0
     freeze: Depth = 0
     ema: Rate = 0.0
     ema_warmup: bool = True

@@ -62,8 +62,8 @@ class Updater(Generic[B]):
 
     @property
     def lr(self) -> float:
-        """The schedule's; with layer decay that of the last layers, the others have less."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """The schedule's; with layer decay that of the last layers, the others have less; encodings may have more."""
+        return max(group["lr"] / max(1.0, group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups)
 
     def step(self, batch: B, epoch: int, step: int, done: int, before: Callable[[], None] = nothing) -> StepResult:
         """Update the weights by this rank's share of a batch, unless loss or gradient is not finite.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...data.datasets import Images, check_data, load_fitted, write_unreadable
 from ...data.photos import Survey, train_size
@@ -22,11 +22,10 @@ from ...encodings import parse
 from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec, takes_size
 from ...models.timm_api import TimmViT
-from ...resolution.sweep import evaluate
 from ...spec import Plain, Size, Sizes, changed, plain, show_size
-from ..by_class import CLASSES, balanced_accuracy, markdown, read_classes, rows_of, write_classes
-from ..checkpoint import load_run, read_meta
-from ..distributed import ALONE, World, parallelize, sum_over_ranks
+from ..by_class import classes_section, measure_classes
+from ..checkpoint import read_meta
+from ..distributed import World, parallelize
 from ..initial_weights import INITS, Loaded, initialize, jitter_positions
 from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
@@ -34,7 +33,7 @@ from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, Where, check_run
 from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve, sized
 from ..start import ARGUMENTS, Start, describe, has_architecture, on_meta
-from ..tasks.classification import ImageTask, evaluation_batches
+from ..tasks.classification import ImageTask
 from .base import Prepared, keep, run
 
 C = TypeVar("C", TrainConfig, PretrainConfig)
@@ -76,7 +75,7 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         f"{spec.arguments.get('position', '')} on {data.name}",
         next_command(config, session.folder, size),
         partial(best_accuracy, by=str(task.best[0]) if task.best else "test_top1"),
-        partial(measure_classes, config, session, data, size) if config.per_class else list,
+        partial(measure_classes, session, data, size, config.data.workers) if config.per_class else list,
         partial(classes_section, session.folder) if config.per_class else list,
         facts=dict(images=data.used),
         initialize=partial(initialize, how=config.model.init),
@@ -257,39 +256,6 @@ def image_task(
 def best_accuracy(rows: list[Row], by: str) -> list[str]:
     best = max(rows, key=lambda row: row[by])  # the first of equals, as best/ is
     return [f"test top-1 {rows[-1]['test_top1']:.2f}%, of best/ (by {by}) {best['test_top1']:.2f}%"]
-
-
-def measure_classes(config: TrainConfig, session: TrainSession, data: Images, size: Size) -> list[str]:
-    """Measure the best weights by class, each process its part of every held-out split; write `classes.csv`.
-
-    Where not all processes see the run folder, the first measures alone.
-
-    Returns:
-        a line for each split, of the first process.
-    """
-    folder, device, world = session.folder, session.device, session.world
-    if not all(world.gather(["seen" if (folder / "best" / "model.json").is_file() else ""])):
-        if not world.first:
-            return []
-        world = ALONE
-    model, found = load_run(folder, device, which="best"), []
-    for split in data.held_out:
-        batches = evaluation_batches(data, size, 256, world, split, config.data.workers, device)
-        counts: list[Tensor] = []
-        evaluate(model, batches, least=0, by_class=counts)
-        total = sum_over_ranks(counts[0].flatten().tolist(), world)
-        whole = torch.tensor(total).long().view_as(counts[0])
-        found.append(({"split": split}, rows_of(whole, data.classes)))
-    if not world.first:
-        return []
-    write_classes(folder / CLASSES, found)
-    return [f"{what['split']} {balanced_accuracy(rows)}" for what, rows in found]
-
-
-def classes_section(folder: Path) -> list[str]:
-    """The classes of the test images, for summary.md."""
-    rows = [row for what, row in read_classes(folder / CLASSES) if what["split"] == "test"]
-    return markdown("Test images by class, of best/", rows)
 
 
 def next_command(config: TrainConfig, folder: Path, size: Size) -> str:

@@ -1,0 +1,163 @@
+"""A model learns to answer as another one does, on images without labels, at several sizes.
+
+    L = t² KL(teacher / t || student / t)  +  the mean over patches of 1 - r  +  1 - r of the pooled features
+
+The teacher sees each image at its own size, the student at a size that is drawn for each step; r is the correlation of
+two features over their channels, the cosine after each was centred. Where the grids differ, the teacher's features are
+resized to the student's. A model without a classifier learns the features alone.
+
+Sources: answers, arXiv 1503.02531; features, FitNets, arXiv 1412.6550, and of each patch, iBOT, arXiv 2111.07832. How
+ours differs: teacher and student have the same widths, so nothing is projected; centring takes the place of a norm that
+some models have behind their pooling; other sizes than the teacher's are the student's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.splits import scaled
+from ...errors import ConfigError
+from ...models.swin.model import Swin
+from ...models.unwrap import unwrapped_module
+from ...models.vit import ViT
+from ...modes import evaluating
+from ...seeding import generator
+from ...spec import Plain, Size, Sizes
+from ..distributed import sum_over_ranks
+from ..task import Batch, Task
+from .classification import ImageTask, evaluation_batches
+
+
+class Seen(NamedTuple):
+    """What a model makes of images.
+
+    Args:
+        out: (B, classes) logits; of a model without a classifier its features, pooled or not.
+        patches: (B, D, rows, columns), before pooling.
+        pooled: (B, D), their mean, or the leading tokens' where there are any.
+    """
+
+    out: Tensor
+    patches: Tensor
+    pooled: Tensor
+
+
+def look(forward: nn.Module, images: Tensor) -> Seen:
+    """The answers of a ViT or a Swin, or of what DDP or the compiler put around it, and the features behind them."""
+    model, found = unwrapped_module(forward), list[Tensor]()
+    if not isinstance(model, ViT | Swin):
+        raise ConfigError(f"features are those of a ViT or a Swin of ours, got a {type(model).__name__}")
+    hook = model.norm.register_forward_hook(lambda module, given, out: found.append(out))
+    try:
+        out = forward(images)
+    finally:
+        hook.remove()
+    tokens = found[0].float()
+    if isinstance(model, Swin):
+        patches = tokens.permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        return Seen(out, patches, patches.mean((2, 3)))
+    n = model.num_prefix_tokens
+    patches = tokens[:, n:].transpose(1, 2).unflatten(2, model.patch_embed.grid(*images.shape[-2:]))
+    return Seen(out, patches, tokens[:, :n].mean(1) if n else patches.mean((2, 3)))
+
+
+def answers_differ(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """t² KL(teacher || student) of logits (B, classes) over a temperature t, in nats, the mean over images."""
+    p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def features_differ(teacher: Tensor, student: Tensor) -> Tensor:
+    """The mean of 1 - r over (B, D, ...), r the correlation over D; 0 for equal features, whatever their scale."""
+    a, b = (x.float() - x.float().mean(1, keepdim=True) for x in (teacher, student))
+    return (1 - F.cosine_similarity(a, b, dim=1)).mean()
+
+
+@dataclass
+class DistillTask(Task[Batch]):
+    """A student learns from a teacher.
+
+    Args:
+        images: batches and views of images at the size they are stored in; their labels are not used, but that their
+            agreement is measured beside.
+        teacher: in evaluation mode, on the device of the images; it is left as it is.
+        own: (H, W) that the teacher sees.
+        sizes: (H, W) that the student sees, of which each step draws one.
+        temperature: t.
+        classifier: whether the models' outputs are logits.
+        about: more for the checkpoint.
+    """
+
+    images: ImageTask
+    teacher: ViT | Swin
+    own: Size
+    sizes: Sizes
+    temperature: float
+    classifier: bool
+    about: Mapping[str, Plain]
+    unit: str = "images"
+    best: tuple[str, str] | None = None  # the last weights: held-out images choose nothing
+    steps_per_epoch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = self.images.steps_per_epoch
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        task = self.images
+        batch = task.batch(epoch, step)
+        draw = torch.randint(len(self.sizes), (1,), generator=generator(task.seed, epoch, step, "size"))
+        seen = scaled(batch["images"], self.sizes[int(draw)])
+        return dict(images=scaled(batch["images"], self.own), seen=seen, index=batch["index"])
+
+    def close(self) -> None:
+        self.images.close()
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        student = look(model, batch["seen"])
+        with torch.no_grad():
+            teacher = look(self.teacher, batch["images"])
+        return self.differ(teacher, student)
+
+    def differ(self, teacher: Seen, student: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts by name."""
+        patches = teacher.patches
+        if patches.shape[2:] != student.patches.shape[2:]:
+            patches = F.interpolate(patches, student.patches.shape[2:], mode="bilinear", antialias=True)
+        parts = dict(
+            patch_loss=features_differ(patches, student.patches),
+            pooled_loss=features_differ(teacher.pooled, student.pooled),
+        )
+        if self.classifier:
+            parts["answer_loss"] = answers_differ(teacher.out, student.out, self.temperature)
+        return torch.stack(list(parts.values())).sum(), {name: value.detach() for name, value in parts.items()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """At the teacher's size: the loss on held-out images, and of how many both name the same class (percent)."""
+        with evaluating(model):
+            splits = list(self.images.data.held_out)
+            return {name: value for split in splits for name, value in self._score(model, split).items()}
+
+    def _score(self, model: nn.Module, split: str) -> dict[str, float]:
+        task = self.images
+        device, loss, same, n = task.device, 0.0, 0.0, 0.0
+        for images, _ in evaluation_batches(task.data, world=task.world, split=split, workers=task.workers):
+            images = scaled(images, self.own).to(device)
+            # Collectives need every rank in each forward pass, one without images left too.
+            student = look(model, images)
+            if len(images):
+                teacher = look(self.teacher, images)
+                loss += float(self.differ(teacher, student)[0]) * len(images)
+                same += float((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
+                n += len(images)
+        loss, same, n = sum_over_ranks([loss, same, n], task.world)
+        return {f"{split}_loss": loss / n} | ({f"{split}_agreement": 100 * same / n} if self.classifier else {})
+
+    def describe(self) -> dict[str, Plain]:
+        return self.images.describe() | dict(task="distillation", train_size=list(self.own)) | dict(self.about)
