@@ -129,9 +129,11 @@ class LowRank(NamedTuple):
     fk: Tensor
 
     def dense(self) -> Tensor:
-        device = self.fq.device.type
+        device, fq, fk = self.fq.device.type, self.fq, self.fk
+        if device == "cuda":  # where TF32 is allowed, squares of places would be rounded to 11 bits before they cancel
+            fq, fk = fq.double(), fk.double()
         with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
-            return self.fq @ self.fk.transpose(-1, -2)
+            return (fq @ fk.transpose(-1, -2)).to(self.fq.dtype)
 
 
 class Signal(NamedTuple):

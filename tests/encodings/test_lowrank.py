@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.devices import Device
 from tests.helpers import within
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
 from vit2dpe.attention.kernels import table
@@ -250,3 +253,34 @@ def test_no_matrix_of_all_pairs_is_made(monkeypatch, distance, small):
     with Largest() as largest:
         attend(q, k, v, encoding(at))
     assert (largest.entries < 1024 * 1024 // 8) == small
+
+
+@pytest.mark.parametrize("grid", [(30,), (4, 7)])
+@torch.no_grad()
+def test_on_cuda_widths_are_multiples_of_8_and_numbers_the_same(grid, monkeypatch):
+    """Other widths lose the fused kernel there; of labelled tensors, whose numbers are real."""
+    count, kernel, widths = math.prod(grid), F.scaled_dot_product_attention, []
+    expected = attend(*contents(count), squared(grid)(places(grid)))
+
+    def spy(q, k, v, **arguments):
+        widths.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        return kernel(q, k, v, **arguments)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with Device("cuda"):
+        at = Positions.grid(grid, device="cuda")
+        found = attend(*(x.to("cuda") for x in contents(count)), squared(grid)(at))
+    assert widths == [(16, 16, 16)]
+    close(found, expected)
+
+
+@torch.no_grad()
+def test_on_cuda_squares_of_places_are_multiplied_in_float64(monkeypatch):
+    """TF32, where it is allowed, has 11 bits: 0.5 in a logit of a 64x64 grid."""
+    expected, seen, product = squared((9, 13))(places((9, 13))).bias[0].dense(), [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: seen.append(x.dtype) or product(x, y))
+    with Device("cuda"):
+        found = squared((9, 13))(Positions.grid((9, 13), device="cuda")).bias[0].dense()
+    assert seen == [torch.float64]
+    assert found.dtype == torch.float32
+    close(found, expected)

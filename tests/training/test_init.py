@@ -89,8 +89,11 @@ def test_settings_exchange_the_encoding_and_the_size_and_a_config_repeats_it(min
     assert run("--config", out / "config.yaml", "--out", tmp_path / "again") == 0
     again = load_run(tmp_path / "again").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-    assert run("--root", mine, "--init", out, "--out", tmp_path / "next", "--position", "alibi", *SHORT) == 0
+    words = ("--root", mine, "--init", out, "--out", tmp_path / "next", "--position", "alibi", *SHORT)
+    assert run(*words) == 0
     assert "trained at 48x32" in capsys.readouterr().out
+    shutil.rmtree(out)
+    assert run(*words, "--resume") == 0
 
 
 def test_a_model_of_timm_that_is_none_of_ours_is_finetuned_as_it_is(mine, tmp_path, capsys):

@@ -76,6 +76,13 @@ def test_describing_a_name_reads_no_weights(tmp_path, monkeypatch):
         start.load()
 
 
+def test_a_name_with_a_file_of_weights(tmp_path):
+    _, theirs = stored("vit_tiny_patch16_224", tmp_path)
+    given = NAMES["vit_tiny_patch16_224"] | dict(checkpoint_path=str(tmp_path / "weights.safetensors"))
+    model, _ = describe(f"vit_tiny_patch16_224({', '.join(f'{key}={value!r}' for key, value in given.items())})").load()
+    torch.testing.assert_close(logits(model, image(model)), logits(theirs, image(model)), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("position", ["none", "rope", "alibi", "relative", "learned", "learned+rope", "sincos"])
 def test_another_encoding_has_every_other_weight(position, tmp_path):
     """As `from_timm` with that word: bit by bit, but for what is drawn anew."""

@@ -205,6 +205,8 @@ def _append_channels(
     """
     fq = torch.cat([term.fq.expand(*q.shape[:2], -1, -1) for term in products], dim=-1).to(q.dtype)
     fk = torch.cat([term.fk.expand(*k.shape[:2], -1, -1) for term in products], dim=-1).to(k.dtype)
+    if q.device.type == "cuda" and (odd := (fq.shape[-1] + q.shape[-1]) % 8):  # others lose the fused kernel
+        fq, fk = F.pad(fq, (0, 8 - odd)), F.pad(fk, (0, 8 - odd))
     q, k = torch.cat([fq * temperature, q * scale], dim=-1), torch.cat([fk, k], dim=-1)
     return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])) if k.shape[-1] > v.shape[-1] else v
 

@@ -17,6 +17,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
         "predict vit_small_patch16_224 photos": "what it makes of photos",
         "tune --init runs/train --root photos --size 96": "its best policy at a size, found without labels",
         "train --root photos --init runs/train": "finetune it, with another encoding or size too",
+        "study --root photos --init runs/train": "which encoding suits photos, from its weights",
         "swap --init runs/train --to rope --root photos": "another encoding, recovered from images without labels",
         "probe --run runs/pretrain": "what its features are worth",
     },

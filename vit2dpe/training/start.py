@@ -278,23 +278,25 @@ def _of_run(text: str, folder: Path, file: Path | None) -> Start:
 
 
 def _of_hub_folder(text: str, folder: Path, file: Path | None) -> Start:
-    """A folder with config.json: timm's, or a ViT of `transformers`."""
+    """A folder with config.json: timm's, or a ViT of `transformers`, whose normalization stands beside it."""
     from ..interop.transformers.convert import convert, read_folder
 
     try:
-        theirs = "architecture" not in json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / "config.json").read_bytes())
+        prepared = folder / "preprocessor_config.json"
+        images = json.loads(prepared.read_bytes()) if prepared.is_file() else {}
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not theirs:
+        raise CheckpointError(f"a config.json in {folder} cannot be read: {error}") from None
+    if "architecture" in config:
         arguments: Arguments = {} if file is None else {"pretrained_cfg_overlay": dict(file=str(file), source="")}
         return _of_name(text, f"local-dir:{folder}", arguments)
-    config, state = read_folder(folder)
-    converted = convert(config, state)
+    converted = convert(*(read_folder(folder) if file is None else (config, read_weights(file))))
     spec = ModelSpec(converted.model.__name__, converted.arguments)
     model = on_meta(spec)
     if not isinstance(model, TimmModel):
         raise ConfigError(f"{text} holds a {spec.kind}, which is no model of images")
-    return _start(text, spec, model, "weights of transformers", lambda: converted.state, {})
+    about = dict(mean=images.get("image_mean"), std=images.get("image_std"))
+    return _start(text, spec, model, "weights of transformers", lambda: converted.state, about)
 
 
 def _of_name(text: str, name: str, arguments: Arguments) -> Start:

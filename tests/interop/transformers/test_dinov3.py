@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -9,6 +11,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from vit2dpe import CheckpointError, ConfigError, ViT
 from vit2dpe.interop.transformers.convert import from_transformers
 from vit2dpe.testing import randomise
+from vit2dpe.training.start import describe
 
 SMALL = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, patch_size=4)
 
@@ -46,6 +49,25 @@ def test_a_saved_folder_and_another_encoding(tmp_path):
     with torch.no_grad():
         assert torch.equal(from_transformers(tmp_path)(x), from_transformers(peer)(x))
     assert "MixedRoPE" in str(from_transformers(peer, "rope_mixed"))
+
+
+def test_a_folder_in_parts_is_started_from(tmp_path):
+    """By `train --init` and the commands beside it: a classifier with its encoding or another one, and its mean."""
+    peer = theirs()
+    peer.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3))
+    )
+    start = describe(tmp_path)
+    assert (start.size, start.patch, start.mean, start.std) == ((16, 16), (4, 4), (0.1, 0.2, 0.3), (0.4,) * 3)
+    assert str(start.position).startswith("rope_dinov3(")
+    ours, loaded = start.load(num_classes=3)
+    assert loaded.left == ["head.weight", "head.bias"]
+    x = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward_features(x), peer(x).last_hidden_state, atol=2e-5, rtol=2e-5)
+    assert start.load("learned")[1].left == ["position.pos_embed"]
 
 
 def test_other_biases_are_refused():

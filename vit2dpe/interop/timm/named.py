@@ -21,6 +21,7 @@ from ...spec import parse_terms
 from .convert import from_timm
 from .names import create
 
+OVERLAYS = ("pretrained_cfg", "pretrained_cfg_overlay")  # arguments that name weights
 REFUSALS = (RuntimeError, OSError, TypeError, AssertionError)  # timm's ways to refuse; no network
 
 
@@ -44,7 +45,7 @@ def is_hub_folder(folder: Path) -> bool:
 
 def has_weights(name: str, arguments: Arguments) -> bool:
     """Whether timm has weights for a name, or was told of some; of hubs and folders this is found out by loading."""
-    if ":" in name or any(arguments.get(given) for given in ("pretrained_cfg", "pretrained_cfg_overlay")):
+    if ":" in name or any(arguments.get(given) for given in ("checkpoint_path", *OVERLAYS)):
         return True
     config = timm.get_pretrained_cfg(name)
     return bool(config is not None and config.has_weights)
@@ -61,11 +62,12 @@ def named_model(name: str, arguments: Arguments, *, pretrained: bool) -> tuple[n
     """
     try:
         if pretrained:
-            model = create(name, pretrained=True, **arguments)
+            model = create(name, pretrained="checkpoint_path" not in arguments, **arguments)
         else:
+            built = {argument: value for argument, value in arguments.items() if argument != "checkpoint_path"}
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")  # timm draws parameters that have no data
-                model = create(name, **arguments)
+                model = create(name, **built)
     except REFUSALS as error:
         what = "load the weights of" if pretrained else "make"
         raise ConfigError(f"timm could not {what} {name}: {' '.join(str(error).split())}") from error
