@@ -93,7 +93,8 @@ class Overrides:
 
 
 class _OfThread(threading.local):
-    overrides: tuple[Overrides, ...] = ()
+    def __init__(self) -> None:  # no attribute of the class: torch 2.8 would compile that one for every thread
+        self.overrides: tuple[Overrides, ...] = ()
 
 
 # torch before 2.14 cannot trace a ContextVar; there a graph reads the value of the thread.

@@ -57,6 +57,10 @@ def resize(
     return wide.to(dtype)
 
 
+# In torch 2.8 every compiled graph reads True from `is_exporting`.
+_EXPORTS_ARE_KNOWN = torch.__version__ >= "2.11"
+
+
 def _resize_last(image: Tensor, size: int, mode: str, antialias: bool) -> Tensor:
     """`F.interpolate` of the last axis.
 
@@ -64,8 +68,11 @@ def _resize_last(image: Tensor, size: int, mode: str, antialias: bool) -> Tensor
     a product with the matrix of the kernel, which is the identity resized.
     """
     old = image.shape[-1]
-    trained = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
-    if not (trained and image.requires_grad and antialias and mode == "bicubic"):
+    if _EXPORTS_ARE_KNOWN:
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    else:
+        compiled = torch.compiler.is_dynamo_compiling()
+    if not (compiled and torch.is_grad_enabled() and image.requires_grad and antialias and mode == "bicubic"):
         return F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
     with torch.autocast(image.device.type, enabled=False):
         one = torch.eye(old, dtype=image.dtype, device=image.device)[None, None]
