@@ -71,6 +71,8 @@ def table(folder: Path) -> str:
         return _mae_table(folder)
     if (folder / "against.csv").is_file():
         return _against_table(folder)
+    if (folder / "tune.csv").is_file():
+        return _tune_table(folder)
     if (folder / "swap.csv").is_file():
         return _swap_table(folder)
     rows = read_rows(folder / "results.csv")
@@ -135,6 +137,30 @@ def _against_table(folder: Path) -> str:
         return "\n".join([*lines, "", f"{said}; one seed each gives no interval."])
     mean, half = difference(a, b)
     return "\n".join([*lines, "", f"{said}, 95% interval {mean - half:+.2f} to {mean + half:+.2f} over the seeds."])
+
+
+def _tune_table(folder: Path) -> str:
+    """A line for each model and size of tune.csv, and the judgement on the claim of `tune_against_labels.py`."""
+    with (folder / "tune.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    heads = ("epoch", "size", "images", "at its own size", "as it is", "tuned", "with labels", "gain with labels")
+    lines = ["| model | " + " | ".join((*heads, "gain of tune")) + " | tuned to |"]
+    lines.append("|---|" + "---:|" * (len(heads) + 1) + "---|")
+    said, kept = 0, 0
+    for row in rows:
+        gain, error, ours = (float(row[name]) for name in ("labels_gain", "labels_error", "tuned_gain"))
+        if judged := gain > 2 * error:
+            said, kept = said + 1, kept + (ours >= 0.9 * gain)
+        top1 = [f"{float(row[f'{name}_top1']):.1f}" for name in ("native", "default", "tuned", "labels")]
+        cells = [row["epoch"] or "1", f"{row['size']} of {row['train_size']}", row["n_test"], *top1]
+        cells += [f"{gain:+.1f} ± {2 * error:.1f}" + ("" if judged else ", not judged"), f"{ours:+.1f}"]
+        tuned = row["tuned_policy"] + ("" if row["tuned_temperature"] == "none" else f", {row['tuned_temperature']}")
+        choice = f"`{tuned}`" if row["helps"] == "True" else "nothing"
+        lines.append("| " + " | ".join([row["name"], *cells, choice]) + " |")
+    claim = (
+        f"The gain with labels exceeds two standard errors in {said} of {len(rows)}; of those the gain of tune is at "
+    )
+    return "\n".join([*lines, "", f"{claim}least 90% of it in {kept}."])
 
 
 def _swap_table(folder: Path) -> str:

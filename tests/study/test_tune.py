@@ -1,5 +1,6 @@
 """`vit2dpe tune`: the choice goes where the model is read from, and everything that reads the model follows it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,21 @@ def test_the_model_of_a_name_goes_to_a_folder_of_its_own(name, images, found, tm
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert len(recorded_policies(again)) == 1
     assert "with temperature" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_file_of_weights_goes_to_a_folder_and_the_tensors_of_a_run_are_the_run(run, images, found, tmp_path):
+    shutil.copytree(run / "last", tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "other" / "mine.safetensors")
+    words = ["--root", images, "--size", "64x48", "--out", tmp_path / "out"]
+    assert command("--init", tmp_path / "other" / "mine.safetensors", *words) == 0
+    again = load_run(tmp_path / "out")
+    assert recorded_policies(again) == [(POLICY, TEMPERATURE)]
+    assert vars(again)["about"]["classes"] == ["a", "b"]
+    x = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(again(x), load_run(run)(x))
+    assert command("--init", run / "last" / "model.safetensors", *words) == 0
+    assert read_meta(run / "last")["policy"]["policy"] == POLICY
 
 
 def test_the_table_has_what_was_tried_and_without_help_nothing_is_written(run, images, capsys):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.splits import scaled
+from ..data.transfer import onto
 from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
@@ -117,6 +118,8 @@ def evaluate(
 ) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
+    Sums stay on the device of the model and are read once, after the last batch.
+
     Args:
         top: for each k how often the label is among the k likeliest classes, as "topk".
         right: a list that gains (n,) booleans on the CPU: whether the likeliest class is the label.
@@ -124,30 +127,34 @@ def evaluate(
         least: images there must be; 0 for a process whose share of them may be empty: its numbers are then 0.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    hits, loss, n = dict.fromkeys(top, 0), 0.0, 0
-    answers: list[Tensor] = []
-    counts: Tensor | None = None
+    sums, named, wanted = list[Tensor](), list[Tensor](), list[Tensor]()
+    n = classes = 0
     with evaluating(model):
         for images, labels in batches:
-            logits, labels = model(images.to(device)).float(), labels.to(device)
+            n += len(labels)
+            logits, labels = model(onto(images, device)).float(), onto(labels, device)
+            found = [F.cross_entropy(logits, labels, reduction="sum")]
             for k in top:
                 likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
-                hits[k] += int((likeliest == labels[:, None]).sum())
-            if right is not None:
-                answers.append((logits.argmax(-1) == labels).cpu())
-            if by_class is not None:
-                named, of = logits.argmax(-1).cpu(), labels.cpu()
-                counted = [part.bincount(minlength=logits.shape[-1]) for part in (of, of[named == of], named)]
-                counts = torch.stack(counted) + (0 if counts is None else counts)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            n += len(labels)
+                found.append((likeliest == labels[:, None]).sum())
+            sums.append(torch.stack([value.float() for value in found]))  # counts of a batch are exact
+            if right is not None or by_class is not None:
+                named.append(logits.argmax(-1))
+                wanted.append(labels)
+                classes = logits.shape[-1]
     if n < least:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
-    if right is not None:
-        right.append(torch.cat(answers))
-    if by_class is not None and counts is not None:
-        by_class.append(counts)
-    return {f"top{k}": 100 * count / max(1, n) for k, count in hits.items()} | {"loss": loss / max(1, n), "n": n}
+    read = torch.stack(sums).tolist() if sums else [[0.0] * (1 + len(top))]
+    loss, *hits = (sum(column) for column in zip(*read, strict=True))
+    if named:
+        answers, labels = torch.stack([torch.cat(named), torch.cat(wanted)]).cpu()
+        if right is not None:
+            right.append(answers == labels)
+        if by_class is not None:
+            parts = (labels, labels[answers == labels], answers)
+            by_class.append(torch.stack([part.bincount(minlength=classes) for part in parts]))
+    shares = {f"top{k}": 100 * count / max(1, n) for k, count in zip(top, hits, strict=True)}
+    return shares | {"loss": loss / max(1, n), "n": n}
 
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:

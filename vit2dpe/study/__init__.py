@@ -22,7 +22,7 @@ _HOME = {
     "EvaluateConfig": "settings",
     "PredictConfig": "settings",
     "TuneConfig": "tune_settings",
-    "tune": ".resolution.tuning",
+    "tune": "..resolution.tuning",
     "ProbeConfig": "settings",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def own_folder(measure: Measure) -> tuple[Path, str]:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         if not (folder / "results.csv").is_file():
             break
-        if _holds(folder, {digest, _digest(typed)}, measure):
+        digests = {digest, _digest(typed)}
+        if _older(folder):
+            digests.add(_digest(trained | {"precision": config.run.precision}))  # "auto" on any device
+        if _holds(folder, digests, measure):
             digest = str(_about(folder).get(STUDY, digest))  # another one where data.cache was decided otherwise
             break
     if folder != wanted:
@@ -82,6 +86,15 @@ def _holds(folder: Path, digests: set[str], measure: Measure) -> bool:
         return False
     there = {one["depth"] for one in trained if "depth" in one}
     return len(depths) > 1 or len(there) != 1 or set(depths) == there
+
+
+def _older(folder: Path) -> bool:
+    """Whether a trial there does not keep where it was trained."""
+    for path in folder.glob("cells/*/last/model.json"):
+        with suppress(CheckpointError):
+            if "ran" not in read_meta(path.parent):
+                return True
+    return False
 
 
 def _trained(folder: Path, measure: Measure) -> Iterator[tuple[Mapping[str, Plain], Mapping[str, Plain]]]:

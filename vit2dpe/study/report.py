@@ -12,7 +12,7 @@ import torch
 
 from ..files import write_atomically
 from ..plots.figures import need_matplotlib
-from ..spec import Settings, plain
+from ..spec import Plain, Settings, plain
 from ..training.run_folder import environment
 from .answers import ANSWERS, Right, write_answers
 from .heatmaps import draw as draw_cells
@@ -47,6 +47,7 @@ class Report:
         need_matplotlib()
         self.out, self.about, self.total, self.started = out, about, total, started
         self.trials: dict[int, tuple[list[Row], Sequence[Right]]] = {}
+        self.ran: dict[int, tuple[str, Mapping[str, Plain] | None]] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.drawn = float("-inf")
 
@@ -71,7 +72,17 @@ class Report:
 
     @property
     def study(self) -> Study:
-        return Study(self.out.resolve().name, self.rows, self.about, self.answers)
+        several = {"hardware": self.machines} if self.machines else {}
+        return Study(self.out.resolve().name, self.rows, self.about | several, self.answers)
+
+    @property
+    def machines(self) -> str:
+        """Which trials were trained where, if that was not the same for all: their numbers are of several machines."""
+        groups: dict[str, list[str]] = {}
+        for _, (name, ran) in sorted(self.ran.items()):
+            groups.setdefault(_place(ran), []).append(name)
+        said = (f"{place} ({'; '.join(names)})" for place, names in groups.items())
+        return f"several machines: {', '.join(said)}" if len(groups) > 1 else ""
 
     def progress(self, name: str, seed: int, numbers: Mapping[str, float]) -> None:
         """Called while a trial trains; redraws at most every 20 seconds."""
@@ -79,8 +90,17 @@ class Report:
         if time.monotonic() - self.drawn > 20:
             self._draw(f"training {name}, seed {seed}, epoch {numbers['epoch']} of {numbers['epochs']}")
 
-    def add(self, index: int, name: str, rows: list[Row], answers: Sequence[Right] | None = None) -> None:
-        """Add a finished trial: its index in the plan, its name on the screen, its rows, what each has right."""
+    def add(
+        self,
+        index: int,
+        name: str,
+        rows: list[Row],
+        answers: Sequence[Right] | None = None,
+        ran: Mapping[str, Plain] | None = None,
+    ) -> None:
+        """Add a finished trial: its index in the plan, its name on the screen, its rows, what each has right, where it
+        was trained (`trials.Results`)."""
+        self.ran[index] = name, ran
         self.trials[index] = rows, answers or [None] * len(rows)
         table = to_csv(self.rows).encode()
         write_atomically(self.out / "results.csv", table)
@@ -98,6 +118,7 @@ class Report:
         print(f"\n{table(self.rows)}\n")
         found = self.study.verdict
         print(f"{found.text()}\n" if found else "")
+        print(f"note: trained on {self.machines}\n" if self.machines else "", end="")
         print(f"table    {self.out / 'results.csv'}")
         print(f"report   {self.out / 'report.html'}")
         print(f"picture  {self.picture}")
@@ -128,7 +149,7 @@ class Report:
             "",
             f"{state}    {self.about['command']}",
             "",
-            f"{self.about['data']}; seeds {seeds}; {minutes:.1f} minutes on {self.about['hardware']}; "
+            f"{self.about['data']}; seeds {seeds}; {minutes:.1f} minutes on {self.study.about['hardware']}; "
             f"torch {self.about['torch']}, timm {self.about['timm']}, vit2dpe {self.about['vit2dpe']}."
             + (f" Here {self.about['tables']}." if "tables" in self.about else ""),
             "",
@@ -141,6 +162,13 @@ class Report:
         text = "\n".join(lines)
         write_atomically(self.out / "summary.md", encoded(text))
         write_atomically(self.out / "report.html", encoded(page([study])))
+
+
+def _place(ran: Mapping[str, Plain] | None) -> str:
+    """Where a trial was trained."""
+    if ran is None:
+        return "not recorded"
+    return f"{ran['hardware']}, {str(ran['device']).partition(':')[0]}, {ran['precision']}, torch {ran['torch']}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -63,7 +63,7 @@ def study(config: StudyConfig, command: str = "") -> Path:
     for i, found in each(run, plan.trials, report.progress, jobs=jobs, threads=threads, encodings=plan.encodings):
         trial = plan.trials[i]
         seed = f", seed {trial.seed}" if config.seeds > 1 else ""
-        report.add(i, plan.model_name(trial) + seed, found.rows, found.answers)
+        report.add(i, plan.model_name(trial) + seed, found.rows, found.answers, found.ran)
     if config.per_class:
         measure.write_classes(out / CLASSES, report.rows, report.answers)
     return report.finish()

@@ -26,6 +26,8 @@ from .rows import Row
 from .tables import AT_HAND, FIT, MAJORITY, START
 from .trials import Measure, build, digest_of, policies_for, train
 
+KEPT_BYTES = 2**30  # of test images on a GPU
+
 
 @dataclass(frozen=True, kw_only=True)
 class OverSizes(Measure):
@@ -112,7 +114,7 @@ class OverSizes(Measure):
         right: list[Tensor] = []
         measured = sweep(
             model,
-            _TestBatches(self.data, _batch(plan)),
+            TestBatches(self.data, _batch(plan), pick_device(plan.config.run.device)),
             sizes,
             policies,
             modes=plan.config.modes,
@@ -140,14 +142,25 @@ class OverSizes(Measure):
         return [(replace(row, policy="finetuned", train_height=height, train_width=width), r) for row, r in rows]
 
 
-class _TestBatches:
-    """Test batches at native size, iterated as often as the sweep has rows."""
+class TestBatches:
+    """Test batches at native size, iterated as often as the sweep has rows; on a GPU a GiB of them at most stays."""
 
-    def __init__(self, data: Images, size: int) -> None:
-        self.data, self.size = data, size
+    def __init__(self, data: Images, size: int, device: torch.device) -> None:
+        self.data, self.size, self.device = data, size, device
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return evaluation_batches(self.data, batch=self.size)
+        if self.kept:
+            yield from self.kept
+            return
+        rows, columns = self.data.test.size
+        small = 4 * len(self.data.test) * len(self.data.mean) * rows * columns <= KEPT_BYTES
+        kept = []
+        for batch in evaluation_batches(self.data, batch=self.size, device=self.device):
+            if small and self.device.type != "cpu":
+                kept.append(batch)
+            yield batch
+        self.kept = kept
 
 
 def _batch(plan: Plan) -> int:

@@ -28,10 +28,10 @@ from ..resolution.apply import policies_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
 from ..training.checkpoint import load_run, read_meta, write_checkpoint
-from ..training.devices import pick_device
+from ..training.devices import evaluation_precision, pick_device, precision_name
 from ..training.engine import fit
 from ..training.initial_weights import Loaded
-from ..training.run_folder import printable
+from ..training.run_folder import hardware, printable
 from ..training.settings import OptimConfig
 from ..training.start import describe
 from ..training.task import Task
@@ -105,10 +105,15 @@ class Measure:
 
 
 class Results(NamedTuple):
-    """Rows of a trial, and for each of them which test images were right, where that was kept."""
+    """Rows of a trial, and for each of them which test images were right, where that was kept.
+
+    Args:
+        ran: where it was trained: device, hardware, precision, torch, seconds; None: an older version did not write it.
+    """
 
     rows: list[Row]
     answers: list[Right]
+    ran: Mapping[str, Plain] | None = None
 
 
 def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> Results:
@@ -119,6 +124,8 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         typed = trained | dict(train_size="{}x{}".format(*plan.train_size))
         trained = typed if _folder(out, plan, trial, typed).is_dir() else trained
     folder = _folder(out, plan, trial, trained)
+    if not folder.is_dir() and (before := _precision_open(out, plan, trial, trained)):
+        folder, trained = before
     if measure.files is not None and not folder.is_dir():
         folder, trained = _cached_otherwise(out, measure, trained) or (folder, trained)
     results = folder / f"sweep-{measure.digest()}.csv"
@@ -126,7 +133,7 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
     name = plan.model_name(trial)
     if results.is_file():
         print(f"{name}, seed {trial.seed}: finished before, read from {results}")
-        return _read(measure, trial, results, answers)
+        return _read(measure, trial, folder, results, answers)
     if _finished(folder, trained):
         model = load_run(folder, device)
         measure = measure.as_trained(read_meta(folder / "last"))
@@ -136,19 +143,42 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
             print(printable(f"{name}, from {plan.config.init}: {_load_weights(model, spec, measure)}"), flush=True)
         final = train(model, measure, trial.seed, plan.optim(trial), folder, partial(progress, name, trial.seed))
         about = measure.about | ({} if measure.files is None else {FILES: measure.files})
+        ran: dict[str, Plain] = dict(
+            device=str(device),
+            hardware=hardware(device),
+            precision=precision_name(plan.config.run.precision, device),
+            torch=torch.__version__,
+            seconds=final.get("seconds"),
+        )
         grid = getattr(model, "train_grid", None)
         tensors = {"model": dict(model.state_dict())}
-        write_checkpoint(folder / "last", spec, tensors, grid=grid, trained=trained, **about, final=final)
-    measured = list(measure.rows(model.to(device), trial, folder))
+        write_checkpoint(folder / "last", spec, tensors, grid=grid, trained=trained, **about, final=final, ran=ran)
+    with evaluation_precision(plan.config.run.precision, device):
+        measured = list(measure.rows(model.to(device), trial, folder))
     table = to_csv(row for row, _ in measured).encode()
     write_answers(answers, [right for _, right in measured], table)
     write_atomically(results, table)
-    return _read(measure, trial, results, answers)
+    return _read(measure, trial, folder, results, answers)
 
 
-def _read(measure: Measure, trial: Trial, table: Path, answers: Path) -> Results:
+def _read(measure: Measure, trial: Trial, folder: Path, table: Path, answers: Path) -> Results:
     rows = [measure.label(row, trial) for row in read_rows(table)]
-    return Results(rows, read_answers(answers, table, len(rows)))
+    return Results(rows, read_answers(answers, table, len(rows)), _ran(folder))
+
+
+def _ran(folder: Path) -> Mapping[str, Plain] | None:
+    with suppress(CheckpointError):  # rows are kept where a model is damaged or gone
+        return read_meta(folder / "last").get("ran")
+    return None
+
+
+def _precision_open(
+    out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]
+) -> tuple[Path, dict[str, Plain]] | None:
+    """The training of a version that did not write what "auto" was, on which device; its folder and settings."""
+    before = dict(trained) | {"precision": plan.config.run.precision}
+    folder = _folder(out, plan, trial, before)
+    return (folder, before) if folder.is_dir() and _ran(folder) is None else None
 
 
 def build(measure: Measure, trial: Trial) -> tuple[nn.Module, ModelSpec]:
@@ -176,7 +206,8 @@ def train(
 ) -> dict[str, float]:
     """Train a model in place, in its folder; returns the last row of `metrics.csv`."""
     config = measure.plan.config
-    run, stop_after = replace(config.run, seed=seed), 2 if config.smoke else None
+    every = 0 if config.run.eval_every is None and not config.run.patience else config.run.eval_every
+    run, stop_after = replace(config.run, seed=seed, eval_every=every), 2 if config.smoke else None
     return fit(model, measure.task(seed), optim, run, folder=folder, progress=progress, stop_after=stop_after)[-1]
 
 
@@ -191,6 +222,8 @@ def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     used = {name.rpartition(".")[2]: settings[name] for name in names} | of_trial
     used |= dict(train_size=settings["data.size"]) if images else {}
     more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
+    if (found := precision_name(config.run.precision, pick_device(config.run.device))) != "float32":
+        used["precision"] = found  # "auto" where it is float32, as on the CPU, as it always was
     used["data"] = measure.source[1] or config.task
     if plan.start is not None:  # a control has their architecture and their normalization of images
         used["like" if trial.start == SCRATCH else "init"] = digest_of_weights(str(config.init))

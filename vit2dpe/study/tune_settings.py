@@ -13,8 +13,8 @@ class TuneConfig(Settings):
     """Choose a classifier's policy at another size without labels, by its agreement with itself at its own size.
 
     Args:
-        init: a run folder, a hub folder or a timm name, as `evaluate --model` takes it. A folder is written to; the
-            model of a name, with the choice, goes to out.
+        init: a run folder, a hub folder or a timm name, as `evaluate --model` takes it, or a file of weights. A folder
+            is written to; the model of a name or a file, with the choice, goes to out.
         root: images, without labels: a folder of them, at any depth, or a file.
         size: in pixels that is wanted, 48 or 48x64 (height x width).
         limit: use only so many images, drawn by seed.

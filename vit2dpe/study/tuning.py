@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from ..files import write_atomically
 from ..interop.timm.convert import from_timm
 from ..interop.timm.named import is_hub_folder
 from ..models.card import other_sizes, save_card
-from ..models.predict import prepared
+from ..models.predict import HALF, prepared
 from ..models.timm_api import TimmModel
 from ..resolution.apply import set_policy
 from ..resolution.sweep import train_size_of
@@ -39,6 +40,7 @@ from ..spec import show_size
 from ..training.checkpoint import save_model, write_policy
 from ..training.devices import pick_device
 from ..training.run_folder import printable, run_folder
+from ..training.start import describe
 from .evaluate import check_sizes, load_subject
 from .held_out import Subject, fit_of_run
 from .predict import list_images
@@ -66,25 +68,25 @@ def tune_model(config: TuneConfig, command: str = "") -> Tuned:
         raise unknown("unreadable", config.unreadable, UNREADABLE)
     if config.fit is not None:
         check_fit(config.fit)
-    subject = load_subject(EvaluateConfig(model=config.init, checkpoint=config.checkpoint, untrained=config.untrained))
+    folder = _home(config.init)
+    subject = _of_file(folder) if folder.is_file() else _of_name(replace(config, init=str(folder)))
     model = _ours(subject.model).to(pick_device(config.device)).eval()
     own, about = train_size_of(model), vars(subject.model).get("about") or {}
     check_sizes(model, len(subject.mean), [own, config.size])
-    fit = config.fit or fit_of_run(config.init) or "crop"
+    fit = config.fit or fit_of_run(str(folder)) or "crop"
     prepare = prepared(about, config.size, own, subject.mean, subject.std, subject.crop, fit)
     images = _Images(_read(config, prepare), prepare, config.batch_size)
     print(f"images: {len(images.pixels)}, half of them to choose on, half to tell from", flush=True)
     found = tune(
         model, images, config.size, crop=subject.crop, seed=config.seed, log=lambda line: print(line, flush=True)
     )
-    folder = Path(config.init).expanduser()
     in_place = folder.is_dir() and model is subject.model
     out = Path(config.out or (folder if in_place else "runs/tune")).expanduser()
     write_atomically(out / "tune.csv", to_csv(found).encode())
     print(f"\n{told(found, own)}\n\ntable    {printable(out / 'tune.csv')}")
     if found.helps:
         set_policy(model, found.policy, temperature=found.temperature)
-        written = _keep(folder, model, found, own, command) if in_place else _save(out, model, subject)
+        written = _keep(folder, model, found, own, command) if in_place else _save(out, model, subject, folder)
         print(f"model    {printable(written)}")
     return found
 
@@ -119,6 +121,31 @@ def _interval(gain: tuple[float, float, float]) -> str:
 
 def _named(policy: str, temperature: str) -> str:
     return policy if temperature == "none" else f"{policy} with temperature {temperature}"
+
+
+def _home(init: str) -> Path:
+    """Where a model is read from: of the tensors of a run or a hub folder that folder; a name is a path to nowhere."""
+    path = Path(init)
+    home = path.expanduser()
+    beside = home.name == "model.safetensors" and any(
+        (home.parent / f"{n}.json").is_file() for n in ("model", "config")
+    )
+    return home.parent if beside else home if home.exists() else path
+
+
+def _of_name(config: TuneConfig) -> Subject:
+    return load_subject(EvaluateConfig(model=config.init, checkpoint=config.checkpoint, untrained=config.untrained))
+
+
+def _of_file(path: Path) -> Subject:
+    """The classifier of a file of weights, by what is beside it."""
+    start = describe(path)
+    if start.position is None:
+        raise start.reason or ConfigError(f"{path} holds a model whose encoding takes no policy")
+    model, _ = start.load()
+    channels = int(getattr(model, "in_chans", 3))
+    mean, std = (numbers or HALF[:channels] for numbers in (start.mean, start.std))
+    return Subject(model, path.name, None, start.classes, False, mean, std, 1.0)
 
 
 def _ours(model: nn.Module) -> nn.Module:
@@ -206,13 +233,17 @@ def _keep_in_hub_folder(folder: Path, model: nn.Module) -> Path:
     return path
 
 
-def _save(out: Path, model: nn.Module, subject: Subject) -> Path:
-    """Write the model into a folder of its own: of a run as a run's, else as one of the hub."""
+def _save(out: Path, model: nn.Module, subject: Subject, source: Path) -> Path:
+    """Write the model into a folder of its own: of a run or a file of ours as a run's, else as one of the hub."""
     if about := vars(subject.model).get("about"):
         kept = ("classes", "mean", "std", "fit", "data", "task", "train_size")
         save_model(out, model, **{name: about[name] for name in kept if name in about})
         return out / "model.json"
     if not isinstance(model, TimmModel):
         raise not_ours(model, "cannot be written")
+    if source.is_file() and (start := describe(source)).spec.kind != "timm":
+        classes = None if subject.classes is None else list(subject.classes)
+        save_model(out, model, start.spec.arguments, classes=classes, mean=list(subject.mean), std=list(subject.std))
+        return out / "model.json"
     save_for_hf(model, str(out), safe_serialization=True)
     return save_card(model, out).with_name("config.json")

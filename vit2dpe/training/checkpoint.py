@@ -68,6 +68,7 @@ class Meta(TypedDict, total=False):
     train_size: list[int]  # (H, W)
     tokenizer: dict[str, str]
     trained: Plain
+    ran: dict[str, Plain]  # of a study's trial: device, hardware, precision, torch, seconds
     final: dict[str, float] | None  # the last row of `metrics.csv`
 
 

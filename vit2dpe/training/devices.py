@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from ..errors import ConfigError
@@ -22,6 +24,17 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from None
     return device
+
+
+def evaluation_precision(name: str, device: torch.device) -> nullcontext[None] | torch.autocast:
+    """That of training on a GPU; on the CPU float32 always, whose numbers are compared with those of files."""
+    dtype = None if device.type == "cpu" else precision(name, device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def precision_name(name: str, device: torch.device) -> str:
+    """What "auto" is on a device."""
+    return name if name != "auto" else "float32" if precision(name, device) is None else "bfloat16"
 
 
 def precision(name: str, device: torch.device) -> torch.dtype | None:

@@ -21,6 +21,7 @@ from ..data.loader import lost_worker, watch_workers
 from ..errors import Stopped, TrainingError, unknown
 from ..models.spec import ModelSpec
 from ..spec import Plain
+from .devices import evaluation_precision
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
 from .late import StepResult
@@ -58,9 +59,9 @@ def fit(
         stop_after: stop after so many updates (a smoke run).
 
     Returns:
-        One row an epoch: epoch, step, lr, train_loss, the task's own numbers, those of its evaluation, the throughput,
-        the share of time spent waiting for data, memory; seconds, and the processor time of the first process and its
-        threads, both with those of the parts before a resume.
+        One row an epoch: epoch, step, lr, train_loss, the task's own numbers, those of its evaluation where there was
+        one, as after the last epoch, the throughput, the share of time spent waiting for data, memory; seconds, and the
+        processor time of the first process and its threads, both with those of the parts before a resume.
 
     Raises:
         ConfigError: for settings that cannot work.
@@ -214,7 +215,8 @@ class Trainer(Generic[B]):
         try:
             if self._agree()[0]:
                 self._leave()
-            score = self.task.evaluate(evaluated)
+            with evaluation_precision(self.run.precision, self.device):
+                score = self.task.evaluate(evaluated) if self._due(state.epoch + 1) or self._stop_reached() else {}
             self.world.wait()  # a task may measure on one process alone
         except Stopped:
             self._leave()
@@ -239,13 +241,13 @@ class Trainer(Generic[B]):
         if better is not None:
             self.save("best", row)
         self.save("last", row)
-        if self.on_epoch is not None:
+        if self.on_epoch is not None and score:
             self.on_epoch(row, evaluated)
         return row
 
     def _improved(self, score: Mapping[str, float]) -> float | None:
         """The number that decides best/, if it is the best so far; one that is not finite never is."""
-        if self.task.best is None:
+        if self.task.best is None or not score:
             return None
         name, direction = self.task.best
         if name not in score:
@@ -254,8 +256,15 @@ class Trainer(Generic[B]):
         better = best is None or (value > best if direction == "max" else value < best)
         return value if better and math.isfinite(value) else None
 
+    def _due(self, epoch: int) -> bool:
+        """Whether an evaluation follows the epoch of this number, from 1."""
+        every = 1 if self.run.eval_every is None else self.run.eval_every
+        return epoch == self.optim.epochs or (every > 0 and epoch % every == 0)
+
     def _patience_ended(self) -> bool:
-        return self.task.best is not None and 0 < self.run.patience <= self.state.epoch - self.state.best_epoch
+        state, patience = self.state, self.run.patience
+        watched = self.task.best is not None and patience > 0 and self._due(state.epoch)
+        return watched and state.epoch - state.best_epoch >= patience
 
     def _read_clocks(self) -> None:
         self.state.seconds = time.monotonic() - self.began

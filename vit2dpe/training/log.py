@@ -46,7 +46,8 @@ class Table:
         # Rewritten each time: a table is small, and readers never get half a line.
         text = io.StringIO()
         if self.rows:
-            writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n", extrasaction="ignore")
+            columns = max((list(row) for row in reversed(self.rows)), key=len)  # without an evaluation some lack
+            writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
         write_atomically(self.path, text.getvalue().encode())

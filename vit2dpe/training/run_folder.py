@@ -76,7 +76,7 @@ def environment(command: str, device: torch.device, data: str, digest: str) -> d
     """The provenance of a result: command, versions, hardware, data."""
     import timm
 
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cores = f", {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return dict(
         command=command,
         argv=sys.argv,
@@ -85,12 +85,17 @@ def environment(command: str, device: torch.device, data: str, digest: str) -> d
         torch=torch.__version__,
         timm=timm.__version__,
         python=platform.python_version(),
-        hardware=gpu or f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        hardware=hardware(device) + ("" if device.type == "cuda" else cores),
         device=str(device),
         data=data,
         digest=digest,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def git_hash() -> str | None:

@@ -81,6 +81,8 @@ class RunConfig(Settings):
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
         wait_minutes: under torchrun: how long processes wait for one that works alone: files, trackers, results.
         save_minutes: save also this often within an epoch; 0: at the end of every epoch only.
+        eval_every: epochs from one evaluation to the next; the last epoch always has one, with 0 it alone; default: 1,
+            in a study without patience 0.
         patience: stop after so many epochs without a better result; 0: never.
         bad_losses: give up after so many losses in a row that are not finite.
         tensorboard: write TensorBoard's events too, into out/tensorboard.
@@ -97,6 +99,7 @@ class RunConfig(Settings):
     parallel: str = "ddp"
     wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
     save_minutes: NotNegative = 10
+    eval_every: Natural | None = None
     patience: Natural = 0
     bad_losses: Count = 3
     tensorboard: bool = False

@@ -118,7 +118,8 @@ class ImageTask(SeededTask):
         top = (1, 5) if len(self.data.classes) > 5 else (1,)
         names, numbers = (*(f"top{k}" for k in top), "loss"), dict[str, float]()
         for split in self.data.held_out:
-            batches = evaluation_batches(self.data, self.train_size, 256, self.world, split, self.workers)
+            where = (self.world, split, self.workers, self.device)
+            batches = evaluation_batches(self.data, self.train_size, 256, *where)
             score = evaluate(model, batches, top, least=int(self.world.size == 1))
             if self.world.size > 1:
                 totals = [score["n"], *(score["n"] * score[name] for name in names)]
@@ -138,10 +139,12 @@ def evaluation_batches(
     world: World = ALONE,
     split: str = "test",
     workers: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images of a held-out split in order, at their native size or at `size`.
 
-    A rank has its own part of them, in as many batches as every other rank: sharded models meet in each forward pass.
+    They go to the device as uint8, and are resized there; labels stay. A rank has its own part of them, in as many
+    batches as every other rank: sharded models meet in each forward pass.
     """
     held = data.held_out[split]
     count = len(held)
@@ -153,5 +156,5 @@ def evaluation_batches(
     everything = torch.arange(count)
     for cut, images in zip(cuts, stream(held, (everything[cut] for cut in cuts), workers), strict=True):
         height, width = images.shape[-2:]
-        images = resize(images, size or (height, width))
+        images = resize(onto(images, device), size or (height, width))
         yield normalize(images, data.mean, data.std), held.labels[cut]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...data.text import IGNORE, TextData
 from ...data.tokenizers import Tokenizer
+from ...data.transfer import onto
 from ...errors import DataError
 from ...modes import evaluating
 from ...seeding import generator
@@ -131,18 +132,17 @@ def evaluate_text(
     model: nn.Module, batches: Iterator[dict[str, Tensor]], device: torch.device | str = "cpu", last: int | None = None
 ) -> tuple[float, int]:
     """(mean loss in nats a token, tokens) of a model in evaluation mode; `last`: of the last so many of a sequence."""
-    total, n = 0.0, 0
+    losses, n = list[Tensor](), 0
     with evaluating(model):
         for batch in batches:
-            labels = batch["labels"].to(device)
-            logits = model(batch["tokens"].to(device))
+            labels, logits = batch["labels"], model(onto(batch["tokens"], device))
             if last is not None:
                 logits, labels = logits[:, -last:], labels[:, -last:]
-            total += float(token_loss(logits, labels, reduction="sum"))
             n += int((labels != IGNORE).sum())
+            losses.append(token_loss(logits, onto(labels, device), reduction="sum"))
     if n == 0:
         raise DataError("no tokens to evaluate: the text is shorter than one sequence")
-    return total / n, n
+    return sum(torch.stack(losses).tolist()) / n, n
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", smoothing: float = 0.0) -> Tensor:

@@ -65,15 +65,19 @@ class MaskedTask(Task[Batch]):
         device, count = next(model.parameters()).device, len(task.data.held_out[split])
         noise = torch.rand(count, math.prod(self.grid), generator=generator(task.seed, f"{split} mask"))
         noise = noise[task.world.share(count)]
-        total, counted = 0.0, 0
-        batches = evaluation_batches(task.data, task.train_size, world=task.world, split=split, workers=task.workers)
+        losses, counts = list[Tensor](), list[int]()
+        where = (task.world, split, task.workers, device)
+        batches = evaluation_batches(task.data, task.train_size, 256, *where)
         for images, _ in batches:
-            draw = noise[counted : counted + len(images)]
+            draw = noise[sum(counts) :][: len(images)]
             # Collectives need every rank in each forward pass, one without images left too.
-            loss = model(images.to(device), self.mask_ratio, draw.to(device))[0]
+            loss = model(images, self.mask_ratio, onto(draw, device))[0]
             if len(images):
-                total, counted = total + float(loss) * len(images), counted + len(images)
-        total, n = sum_over_ranks([total, counted], task.world)
+                losses.append(loss.float())
+                counts.append(len(images))
+        read = torch.stack(losses).tolist() if losses else []
+        total = sum((loss * count for loss, count in zip(read, counts, strict=True)), 0.0)
+        total, n = sum_over_ranks([total, sum(counts)], task.world)
         return total / n
 
     def describe(self) -> dict[str, Plain]:
