@@ -1,6 +1,6 @@
 """What `vit2dpe tune` reaches without labels, of what a choice with labels reaches: top-1 at 1.5x, 2x and 3x the side.
 
-    python recipes/tune_against_labels.py RUN --images data/train --test data/test --out recipes/results/tune
+    python recipes/tune_against_labels.py RUN --images data/train --test data/test --out runs/tune_against_labels
 
 Settings are those that tune tried. It chooses on unlabelled images of training; with labels, the one of the best top-1
 on half of the test images is chosen. Both are measured on the other half, and so is what the model does by itself. A

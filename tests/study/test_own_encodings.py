@@ -131,7 +131,7 @@ def test_which_commands_have_the_option(capsys: pytest.CaptureFixture[str]) -> N
     from vit2dpe.cli.commands import COMMANDS
 
     without = [name for name, command in COMMANDS.items() if not command.encodings]
-    assert without == ["report", "doctor"]
+    assert without == ["report", "recipes", "doctor"]
     assert main(["report", "--import", "near.py"]) == 2
     assert "unknown option --import" in capsys.readouterr().err
     with pytest.raises(SystemExit):

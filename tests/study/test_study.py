@@ -239,7 +239,7 @@ def test_unknown_commands_and_pictures(tmp_path, capsys):
     for words in (["text"], ["text", "--help"]):
         assert main(words) == 0
         said = capsys.readouterr().out
-        assert re.findall(r"^  (\w.*?)  ", said, re.MULTILINE) == ["text train", "text sample"]
+        assert re.findall(r"^  vit2dpe (text \w+) ", said, re.MULTILINE) == ["text train", "text sample"]
     assert main(["text", "sampel"]) == 2
     assert "unknown command 'text sampel'; did you mean 'text sample'" in capsys.readouterr().err
     out = tmp_path / "two.png"

@@ -327,7 +327,7 @@ def test_a_preset_is_a_recipe_beside_the_recipe(file, tmp_path, capsys):
     assert main(["text", "train", "--config", str(tmp_path / "r.yaml"), "--preset=tine", *common]) == 2
     assert "unknown preset 'tine'; did you mean 'tiny'" in capsys.readouterr().err
     assert main(["text", "train", "--preset", "tiny", *common]) == 2
-    assert "name that with --config" in capsys.readouterr().err
+    assert "name that with --recipe or --config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "cpu"]])

@@ -112,5 +112,5 @@ def test_an_id_is_new_for_another_training_in_a_folder_and_that_of_before_for_ol
 )
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, setting, value, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(ConfigError, match=rf"run\.{setting} needs it installed.*vit2dpe\[tracking\]"):
+    with pytest.raises(ConfigError, match=rf"run\.{setting} needs it installed.*pip install .*\[tracking\]"):
         train(at(MICRO, tmp_path, **{setting: value}))
