@@ -35,16 +35,18 @@ says() { # status, words: the command's status and words that it prints
 }
 
 every_help() {
-    "$1" --help | sed -n 's/^  \([a-z][a-z ]*[a-z]\)  .*/\1/p' | while read -r name; do
-        says 0 "usage: vit2dpe $name" "$1" $name --help < /dev/null
-    done
+    local name names
+    names=$("$1/bin/python" -c 'from vit2dpe.cli.commands import COMMANDS; print(*COMMANDS, sep="\n")')
+    while read -r name; do
+        says 0 "usage: vit2dpe $name" "$1/bin/vit2dpe" $name --help < /dev/null
+    done <<< "${names:?no command is known}"
 }
 
 echo "without extras"
 python3 -m venv "$place/bare"
 "$place/bare/bin/pip" install -q --no-compile "$wheel"
 run=$place/bare/bin/vit2dpe
-every_help "$run"
+every_help "$place/bare"
 says 0 'pip install "vit2dpe[recipes]"' "$run" doctor
 says 0 "vit2dpe train --recipe digits_quick" "$run" recipes
 says 0 "report.html" "$run" report "$clone/recipes/results/study_digits" --out report.html
@@ -57,7 +59,7 @@ echo "with [recipes]"
 python3 -m venv "$place/full"
 "$place/full/bin/pip" install -q --no-compile "$wheel[recipes]"
 run=$place/full/bin/vit2dpe
-every_help "$run"
+every_help "$place/full"
 says 0 "[recipes] installed" "$run" doctor
 says 0 "report.html" "$run" study --quick --run.out study
 says 0 "page.html" "$run" report study --out page.html

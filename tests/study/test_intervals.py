@@ -141,6 +141,18 @@ def test_so_many_images_and_seeds_show_the_difference_that_they_promise():
     assert seeds_needed(0.1, m=1) == 2
 
 
+def test_models_that_answer_alike_do_not_promise_a_difference_from_a_handful_of_images():
+    z = normal_quantile(0.975)
+    alike = torch.zeros(360, dtype=torch.long)
+    alike[0] = 1
+    need = images_needed(alike, z)
+    assert need == math.ceil((z + 0.8416212) ** 2 * 0.05 * 0.95 / 0.05**2)
+    draws = torch.rand(400, need, generator=torch.Generator().manual_seed(0))  # 5 points, and nothing the other way
+    assert sum(over_images((d < 0.05).long(), z).low > 0 for d in draws) / 400 >= 0.74
+    shares = alike.double() * 0.5  # of the symbols of a sequence: there 5 points may come without that variance
+    assert images_needed(shares, z) < 10
+
+
 def test_answers_are_kept_in_bits_and_only_with_their_table(tmp_path):
     table, path = tmp_path / "results.csv", tmp_path / "answers.safetensors"
     table.write_bytes(b"a table")

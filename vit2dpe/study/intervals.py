@@ -149,10 +149,14 @@ def images_needed(difference: Tensor, critical: float, points: float = 5.0) -> i
     """How many test images show a difference of so many points in 4 of 5 cases: n = (c + z)² v / δ².
 
     c is the factor of the intervals, z the normal quantile of the power, v the measured variance of the difference of
-    one image, δ = points / 100.
+    one image, δ = points / 100. Where an image is right or wrong, v is at least δ (1 - δ), which the difference itself
+    brings along: models that answer alike have a measured variance of almost nothing.
     """
+    wanted = points / 100
     variance = float(difference.double().var(correction=0))
-    return math.ceil((critical + normal_quantile(POWER)) ** 2 * variance / (points / 100) ** 2)
+    if bool((difference == difference.round()).all()):
+        variance = max(variance, wanted * (1 - wanted))
+    return math.ceil((critical + normal_quantile(POWER)) ** 2 * variance / wanted**2)
 
 
 def seeds_needed(deviation: float, m: int, points: float = 5.0, most: int = 1000) -> int:
