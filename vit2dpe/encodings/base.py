@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Protocol, final
 
 import torch
@@ -306,8 +305,10 @@ class Sum(PositionEncoding):
             part.set_block(block, depth)
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
-        start = Signal(temperature=self._temperature(k))
-        return reduce(Signal.plus, (part(q, k) for part in self.terms), start)
+        signal = Signal(temperature=self._temperature(k))
+        for part in self.terms:
+            signal = signal.plus(part(q, k))
+        return signal
 
 
 class OnGrid(PositionEncoding):

@@ -249,7 +249,9 @@ def _is_power(power: object) -> bool:
 
 
 def _powers(power: Power, axes: int) -> tuple[float, ...]:
-    return tuple(power) if isinstance(power, tuple | list) else (power,) * axes
+    if isinstance(power, (tuple, list)):  # torch before 2.11 compiles no `tuple | list`
+        return tuple(power)
+    return (power,) * axes
 
 
 def _traced(number: int) -> Tensor:
