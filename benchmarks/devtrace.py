@@ -195,10 +195,14 @@ def _device_patches() -> list[mock._patch]:
     def why_plain(x: Tensor) -> str | None:
         return "compiling or exporting" if torch.compiler.is_compiling() else None
 
+    def readable(x: Tensor) -> bool:
+        return not torch.compiler.is_compiling()
+
     users = [module for name, module in sys.modules.items() if name.startswith("vit2dpe.attention.")]
     users = [module for module in users if vars(module).get("why_plain") is functional.why_plain]
     patches: list[mock._patch] = [mock.patch.object(module, "why_plain", why_plain) for module in users]
     patches += [
+        mock.patch("vit2dpe.positions.readable", readable),
         mock.patch("vit2dpe.data.rand_augment.counted", _even),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),

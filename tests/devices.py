@@ -53,6 +53,7 @@ class Device:
 
     def __enter__(self) -> Device:
         self._stack.enter_context(mock.patch("torch.Generator", _Generator))
+        self._stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
         self._stack.enter_context(_Operations(self))
         self._stack.enter_context(_Functions(self))
         return self

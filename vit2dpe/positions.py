@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,14 @@ def longer(length: int, other: int) -> int:
     return cast(int, (max if plain else torch.sym_max)(length, other))
 
 
+class Bounds(NamedTuple):
+    """The least and the largest coordinate along each axis, and whether all are whole numbers."""
+
+    least: list[float]
+    most: list[float]
+    whole: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Positions:
     """Places of N tokens on a d-dimensional grid.
@@ -38,6 +46,8 @@ class Positions:
         extent: the d sizes of the grid the coordinates live on. Never inferred from N: after `take` a
             few tokens still live on the whole grid.
         prefix: leading tokens that have no place (class token, registers). They have no row in `coords`.
+        on_grid: that all places are known to be whole numbers inside the extent, by how they were made. Others are
+            looked at where a table is about to be read at them, once; on a GPU the host waits for that.
 
     Raises:
         ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
@@ -46,6 +56,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
+    on_grid: bool = False
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
@@ -75,7 +86,7 @@ class Positions:
             raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        return cls(coords[None], tuple(extent))  # (1, N, d)
+        return cls(coords[None], tuple(extent), on_grid=True)  # (1, N, d)
 
     @classmethod
     def sequence(
@@ -96,10 +107,13 @@ class Positions:
         steps = torch.arange(n, dtype=torch.float32, device=device)
         if isinstance(start, Tensor):
             first = start.to(device=steps.device, dtype=torch.float32).reshape(-1)
-            coords, end = first[:, None] + steps, n  # (B, N)
+            coords, end, on_grid = first[:, None] + steps, n, False  # (B, N)
         else:
             coords, end = (start + steps)[None], start + n  # (1, N)
-        return cls(coords[..., None], (end if length is None else length,))
+            # A graph for all lengths is not narrowed to those for which this holds; nothing is looked at in one.
+            free = torch.compiler.is_compiling() or is_tracing()
+            on_grid = not free and start >= 0 and (length is None or end <= length)
+        return cls(coords[..., None], (end if length is None else length,), on_grid=on_grid)
 
     @property
     def axes(self) -> int:
@@ -112,18 +126,18 @@ class Positions:
         `index` counts tokens that have a place, prefix tokens not among them. The extent stays.
         """
         if index.ndim == 1:
-            return Positions(self.coords[:, index], self.extent, self.prefix)
+            return Positions(self.coords[:, index], self.extent, self.prefix, self.on_grid)
         if index.ndim != 2:
             raise ValueError(f"index must be (K,) or (B, K), got {tuple(index.shape)}")
         if self.coords.shape[0] not in (1, index.shape[0]):
             raise ValueError(f"index is for {index.shape[0]} samples, coords for {self.coords.shape[0]}")
         coords = self.coords.expand(index.shape[0], -1, -1)
         where = index[..., None].expand(-1, -1, self.axes)  # (B, K, d)
-        return Positions(coords.gather(1, where), self.extent, self.prefix)
+        return Positions(coords.gather(1, where), self.extent, self.prefix, self.on_grid)
 
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
-        return Positions(self.coords, self.extent, prefix)
+        return Positions(self.coords, self.extent, prefix, self.on_grid)
 
     def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from these places alone, made once for all blocks that are handed them.
@@ -143,22 +157,43 @@ class Positions:
         """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
 
         Raises:
-            ValueError: for fractional coordinates. Checked in eager mode on the CPU only: elsewhere the
-                check would break the graph or stall the device.
+            ValueError: for fractional coordinates, wherever they can be looked at.
         """
-        index = self.coords.round().long()
-        if checkable(self.coords) and bool((index != self.coords).any()):
+        if self.on_grid:
+            return self.coords.long()
+        bounds = self.bounds()
+        if bounds is not None and not bounds.whole:
             raise ValueError(
                 "this encoding looks places up in a table and takes whole coordinates only; "
                 "for fractional ones use a continuous encoding (sincos, rope, alibi, ...)"
             )
-        return index
+        return self.coords.round().long()
+
+    def bounds(self) -> Bounds | None:
+        """Where the places lie, read once; None without any, and where they cannot be looked at (see `readable`)."""
+        if not self.coords.numel() or not readable(self.coords):
+            return None
+        return self.memoize("bounds", self._bounds)
+
+    def _bounds(self) -> Bounds:
+        places = self.coords.detach().flatten(0, 1)  # (B N, d)
+        least, most = places.aminmax(dim=0)
+        whole = (places - places.round() == 0).all().to(places.dtype)  # infinite ones are not
+        *ends, whole = torch.cat([least, most, whole[None]]).tolist()
+        return Bounds(ends[: self.axes], ends[self.axes :], bool(whole))
 
 
 def checkable(tensor: Tensor) -> bool:
     """Whether its values can be tested at no cost but the test: eager mode, on the CPU, a real tensor."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling() and not is_tracing()
+    return tensor.device.type == "cpu" and readable(tensor)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: eager mode, a real tensor, and no CUDA graph that is being captured."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    if not plain or torch.compiler.is_compiling() or is_tracing():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import Positions, checkable
+from .positions import Positions, is_tracing
 
 T = TypeVar("T")
 
@@ -90,8 +90,7 @@ class Table(NamedTuple):
         sizes = self.table.shape[1:]
         q = self.q.places()  # (B|1, N, d)
         k = q if self.k is self.q else self.k.places()
-        if checkable(q) and checkable(k) and q.numel() and k.numel():
-            self._check(q, k)
+        self._check()
         # Row-major index of q - k + S - 1, linear in q and in k: one subtraction for all pairs.
         later = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         middle = sum((size - 1) // 2 * step for size, step in zip(sizes, later, strict=True))
@@ -105,13 +104,25 @@ class Table(NamedTuple):
         )
         return torch.cat([above, F.pad(index, (self.k.prefix, 0), value=1)], dim=1)
 
-    def _check(self, q: Tensor, k: Tensor) -> None:
-        (q_low, q_high), (k_low, k_high) = (t.flatten(0, 1).aminmax(dim=0) for t in (q, k))
-        least, most = (q_low - k_high).tolist(), (q_high - k_low).tolist()
-        for axis, (size, low, high) in enumerate(zip(self.table.shape[1:], least, most, strict=True)):
-            reach = (size - 1) // 2
-            if low < -reach or high > reach:
-                raise ValueError(f"offsets along axis {axis} leave the table: it covers ±{reach}, got {low} to {high}")
+    def _check(self) -> None:
+        """Refuse offsets that the table does not have. Places that are known to be on its grid are not looked at."""
+        if torch.compiler.is_compiling() or is_tracing():  # a graph for all sizes is not narrowed
+            return
+        reach = [(size - 1) // 2 for size in self.table.shape[1:]]
+        if all(_within(at, reach) for at in (self.q, self.k)):
+            return
+        q, k = self.q.bounds(), self.k.bounds()
+        if q is None or k is None:
+            return
+        for axis, most in enumerate(reach):
+            low, high = round(q.least[axis] - k.most[axis]), round(q.most[axis] - k.least[axis])
+            if low < -most or high > most:
+                raise ValueError(f"offsets along axis {axis} leave the table: it covers ±{most}, got {low} to {high}")
+
+
+def _within(at: Positions, reach: list[int]) -> bool:
+    """Whether the places are known to be on a grid of which a table covers all offsets."""
+    return at.on_grid and all(size - 1 <= most for size, most in zip(at.extent, reach, strict=True))
 
 
 def _inner(places: Tensor, steps: list[int]) -> Tensor:

@@ -112,7 +112,6 @@ NEEDS = {
 }
 
 OPEN = {
-    "A9": "open, issue 19",
     "A11": "open, issue 20",
     "E8": "open, issue 21",
     "B3": "open, issue 22",

@@ -83,13 +83,13 @@ class KVCache:
             old = coords.new_ones(batch, before.shape[1], dtype=torch.bool) if self.valid is None else self.valid
             now = coords.new_ones(batch, new.shape[1], dtype=torch.bool) if valid is None else valid
             self.valid = torch.cat([old.expand(batch, -1), now.expand(batch, -1)], dim=1)
-        self.at = Positions(coords, at.extent)
+        self.at = Positions(coords, at.extent, on_grid=at.on_grid and self.at.on_grid)
 
     def reorder(self, index: Tensor) -> None:
         """Sample b becomes what sample index[b] was: (B',), as beam search needs it."""
         for layer in self.layers.values():
             layer.reorder(index)
         if self.at is not None and self.at.coords.shape[0] > 1:
-            self.at = Positions(self.at.coords[index], self.at.extent)
+            self.at = Positions(self.at.coords[index], self.at.extent, on_grid=self.at.on_grid)
         if self.valid is not None:
             self.valid = self.valid[index]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, checkable, float64_device, numbers
+from ..positions import Positions, float64_device, numbers
 from .base import PositionEncoding
 
 
@@ -138,11 +138,14 @@ def fitted(encoding: PositionEncoding, table: Tensor, sizes: tuple[int, ...], ow
 
 
 def check_places(at: Positions) -> Tensor:
-    """(B|1, N, d) whole coordinates inside the extent; outside is an error wherever testing costs nothing."""
+    """(B|1, N, d) whole coordinates inside the extent; others are an error wherever they can be looked at."""
     places = at.places()
-    if checkable(places) and places.numel() and bool(((places < 0) | (places >= places.new_tensor(at.extent))).any()):
+    bounds = None if at.on_grid else at.bounds()
+    if bounds is not None and (
+        min(bounds.least) < 0 or any(most >= size for most, size in zip(bounds.most, at.extent, strict=True))
+    ):
         raise ValueError(
-            f"places from {places.amin((0, 1)).tolist()} to {places.amax((0, 1)).tolist()} leave the grid of "
+            f"places from {list(map(round, bounds.least))} to {list(map(round, bounds.most))} leave the grid of "
             f"{at.extent}, which this table covers"
         )
     return places

@@ -51,7 +51,8 @@ class InputLayout:
         if len(self.grid) > 1:
             return q, k
         extent = (longer(q.extent[0], k.extent[0]),)
-        return Positions(q.coords, extent, q.prefix), Positions(k.coords, extent, k.prefix)
+        q, k = (Positions(at.coords, extent, at.prefix, at.on_grid) for at in (q, k))
+        return q, k
 
     def sizes(self, x: Tensor) -> tuple[int, int]:
         """(N, L) of an input; N is 1 without a batch."""

@@ -30,7 +30,7 @@ from ...encodings import (
 from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
-from ...positions import Positions, checkable, is_tracing, longer
+from ...positions import Positions, checkable, is_tracing, longer, readable
 from ..arguments import check_arguments
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
@@ -47,7 +47,9 @@ class Encoded(NamedTuple):
 
     def take(self, index: Tensor) -> Encoded:
         """Reorder samples: sample b becomes the former sample index[b]."""
-        at = self.at if self.at.coords.shape[0] == 1 else Positions(self.at.coords[index], self.at.extent)
+        at = self.at
+        if at.coords.shape[0] > 1:
+            at = Positions(at.coords[index], at.extent, on_grid=at.on_grid)
         return Encoded(self.tokens[index], at, None if self.valid is None else self.valid[index])
 
 
@@ -238,7 +240,8 @@ class TextModel(nn.Module):
                 raise ConfigError(
                     f"a packed document has {longest} tokens, the line {line}: name the longest with length="
                 )
-            return Positions(places.float()[..., None], (line,))
+            known = checkable(places) or (readable(places) and n <= line)
+            return Positions(places.float()[..., None], (line,), on_grid=known)
         line = longer(max(self.context, length or 0), n if cache is None else cache.length)
         if valid is not None and cache is None and not _is_traced(valid) and line == n > self.context:
             line = self.one_line(valid)
@@ -250,7 +253,7 @@ class TextModel(nn.Module):
         count = cached if before is None else before.sum(dim=1, keepdim=True)
         # Padding stands where the token before it stands, or at 0: inside the line, and never attended to.
         places = (count + new.cumsum(dim=1) - 1).clamp(min=0)
-        return Positions(places.float()[..., None], (line,))
+        return Positions(places.float()[..., None], (line,), on_grid=True)
 
     def one_line(self, valid: Tensor, new: int = 0) -> int:
         """The extent of the line of a padded batch whose texts, `new` tokens longer, may go beyond the context.
@@ -321,7 +324,7 @@ class TextModel(nn.Module):
         if self.cross_position is None:
             return Memory(memory.tokens, mask)
         extent = (max(at.extent[0], memory.at.extent[0]),)
-        q, k = Positions(at.coords, extent), Positions(memory.at.coords, extent)
+        q, k = (Positions(side.coords, extent, on_grid=side.on_grid) for side in (at, memory.at))
         return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
 
 
