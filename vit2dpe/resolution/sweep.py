@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.splits import scaled
-from ..data.transfer import onto
+from ..data.transfer import onto, sums
 from ..encodings import named_encodings
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
@@ -127,7 +127,7 @@ def evaluate(
         least: images there must be; 0 for a process whose share of them may be empty: its numbers are then 0.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sums, named, wanted = list[Tensor](), list[Tensor](), list[Tensor]()
+    numbers, named, wanted = list[list[Tensor]](), list[Tensor](), list[Tensor]()
     n = classes = 0
     with evaluating(model):
         for images, labels in batches:
@@ -137,15 +137,14 @@ def evaluate(
             for k in top:
                 likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
                 found.append((likeliest == labels[:, None]).sum())
-            sums.append(torch.stack([value.float() for value in found]))  # counts of a batch are exact
+            numbers.append(found)
             if right is not None or by_class is not None:
                 named.append(logits.argmax(-1))
                 wanted.append(labels)
                 classes = logits.shape[-1]
     if n < least:
         raise ConfigError("no images to evaluate: the data are empty, or an iterator that was used up")
-    read = torch.stack(sums).tolist() if sums else [[0.0] * (1 + len(top))]
-    loss, *hits = (sum(column) for column in zip(*read, strict=True))
+    loss, *hits = sums(numbers, 1 + len(top))
     if named:
         answers, labels = torch.stack([torch.cat(named), torch.cat(wanted)]).cpu()
         if right is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.transfer import onto
 from ..files import write_atomically
 from ..modes import evaluating
 from ..plots.figures import save_figure
@@ -84,10 +85,10 @@ def _answers(model: nn.Module, data: Batches, size: Size, policy: str) -> Tensor
     device, found = next(model.parameters()).device, list[Tensor]()
     with evaluating(model), use_policy(model, policy):
         for images, _ in data:
-            out = model(fit_size(images, size, "scale", size).to(device)).float().cpu()
+            out = model(fit_size(onto(images, device), size, "scale", size)).float()
             out = out if out.ndim == 2 else out.flatten(1, -2).mean(1)  # of a model that does not pool
             found.append(out.argmax(-1) if getattr(model, "num_classes", 0) else out)
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
 def write(folder: Path, found: Sequence[Measured]) -> list[str]:

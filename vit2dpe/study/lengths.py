@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.text import SHAKESPEARE, TextData, load_text
 from ..data.text_settings import TextDataConfig
+from ..data.transfer import onto, sums
 from ..resolution.apply import policies_of, use_policy
 from ..spec import Plain
 from ..training.devices import pick_device
@@ -156,15 +157,16 @@ def text_scores(model: nn.Module, text: Tensor, length: int, device: torch.devic
     The mean over a long window hides what happens at its end: most of its tokens look back no further than in training.
     """
     model.eval()
-    sums = torch.zeros(2, 3, dtype=torch.float64)  # of loss, right tokens and tokens
+    ends = {"all tokens": length, f"last {LAST} tokens": LAST}
+    found, counts = list[list[Tensor]](), dict.fromkeys(ends, 0)  # loss and right tokens of each end
     for batch in windows(text, length):
-        logits, labels = model(batch["tokens"].to(device)), batch["labels"].to(device)  # (B, length, V), (B, length)
-        for i, last in enumerate((length, LAST)):
+        logits = model(onto(batch["tokens"], device))  # (B, length, V)
+        labels = onto(batch["labels"], device)  # (B, length)
+        numbers = list[Tensor]()
+        for name, last in ends.items():
             part, wanted = logits[:, -last:], labels[:, -last:]
-            right = (part.argmax(-1) == wanted).sum()
-            sums[i] += torch.tensor([float(token_loss(part, wanted, "sum")), float(right), wanted.numel()])
-    names = ("all tokens", f"last {LAST} tokens")
-    return {
-        name: Score(loss / n, 100 * right / n, int(n))
-        for name, (loss, right, n) in zip(names, sums.tolist(), strict=True)
-    }
+            numbers += [token_loss(part, wanted, "sum"), (part.argmax(-1) == wanted).sum()]
+            counts[name] += wanted.numel()
+        found.append(numbers)
+    read = iter(sums(found, 2 * len(ends)))
+    return {name: Score(next(read) / n, 100 * next(read) / n, n) for name, n in counts.items()}

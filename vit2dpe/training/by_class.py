@@ -19,6 +19,7 @@ from ..files import write_atomically
 from ..resolution.sweep import evaluate
 from ..spec import Size
 from .checkpoint import load_run
+from .devices import evaluation_precision
 from .distributed import ALONE, sum_over_ranks
 from .session import TrainSession
 from .tasks.classification import evaluation_batches
@@ -124,9 +125,10 @@ def measure_classes(session: TrainSession, data: Images, size: Size, workers: in
         world = ALONE
     model, found = load_run(folder, device, which="best"), []
     for split in data.held_out:
-        batches = evaluation_batches(data, size, world=world, split=split, workers=workers)
+        batches = evaluation_batches(data, size, world=world, split=split, workers=workers, device=device)
         counts: list[Tensor] = []
-        evaluate(model, batches, least=0, by_class=counts)
+        with evaluation_precision(session.config.run.precision, device):
+            evaluate(model, batches, least=0, by_class=counts)
         total = sum_over_ranks(counts[0].flatten().tolist(), world)
         whole = torch.tensor(total).long().view_as(counts[0])
         found.append(({"split": split}, rows_of(whole, data.classes)))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.splits import scaled
+from ...data.transfer import read
 from ...errors import ConfigError
 from ...models.swin.model import Swin
 from ...models.unwrap import unwrapped_module
@@ -146,17 +147,20 @@ class DistillTask(Task[Batch]):
 
     def _score(self, model: nn.Module, split: str) -> dict[str, float]:
         task = self.images
-        device, loss, same, n = task.device, 0.0, 0.0, 0.0
-        for images, _ in evaluation_batches(task.data, world=task.world, split=split, workers=task.workers):
-            images = scaled(images, self.own).to(device)
+        found, counts = list[tuple[Tensor, Tensor]](), list[int]()  # loss and equal answers of each batch
+        where = (task.world, split, task.workers, task.device)
+        for images, _ in evaluation_batches(task.data, None, 256, *where):
+            images = scaled(images, self.own)
             # Collectives need every rank in each forward pass, one without images left too.
             student = look(model, images)
             if len(images):
                 teacher = look(self.teacher, images)
-                loss += float(self.differ(teacher, student)[0]) * len(images)
-                same += float((teacher.out.argmax(-1) == student.out.argmax(-1)).sum()) if self.classifier else 0
-                n += len(images)
-        loss, same, n = sum_over_ranks([loss, same, n], task.world)
+                equal = teacher.out.argmax(-1) == student.out.argmax(-1) if self.classifier else images[:0]
+                found.append((self.differ(teacher, student)[0], equal.sum()))
+                counts.append(len(images))
+        numbers = read(found)
+        losses = [loss * count for (loss, _), count in zip(numbers, counts, strict=True)]
+        loss, same, n = sum_over_ranks([sum(losses), sum(row[1] for row in numbers), sum(counts)], task.world)
         return {f"{split}_loss": loss / n} | ({f"{split}_agreement": 100 * same / n} if self.classifier else {})
 
     def describe(self) -> dict[str, Plain]:

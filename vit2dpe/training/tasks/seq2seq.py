@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...data.pairs import Pair
 from ...data.text import IGNORE
+from ...data.transfer import sums
 from ...models.text.model import pad
 from ...modes import evaluating
 from ..distributed import World, sum_over_ranks
@@ -64,13 +65,14 @@ def evaluate_pairs(
     own = pairs[world.share(len(pairs))]
     # Every rank has as many batches as the others: sharded models meet in each forward pass.
     batches = math.ceil(math.ceil(len(pairs) / world.size) / batch_size)
-    total, n = 0.0, 0
+    losses, n = list[tuple[Tensor]](), 0
     with evaluating(model):
         for i in range(batches):
             share = own[World(i, batches).share(len(own))]
             batch = to_device(with_count(decoding_batch(share or pairs[:1], start, padding)), device)
-            loss = float(decoding_loss(model, batch, reduction="sum"))
+            loss = decoding_loss(model, batch, reduction="sum")
             if share:
-                total, n = total + loss, n + count_labels(batch)
-    total, tokens = sum_over_ranks([total, n], world)
+                losses.append((loss,))
+                n += count_labels(batch)
+    total, tokens = sum_over_ranks([*sums(losses, 1), n], world)
     return dict(val_loss=total / tokens, val_perplexity=math.exp(min(total / tokens, 700.0)))

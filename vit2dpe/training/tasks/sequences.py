@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...data.transfer import read
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain
@@ -87,9 +88,5 @@ def answers(
     right = logits.argmax(-1) == labels
     if whole is not None:
         whole.append(right.all(1).cpu())
-    return dict(
-        exact=100 * float(right.all(1).float().mean()),
-        top1=100 * float(right.float().mean()),
-        loss=float(token_loss(logits, labels)),
-        n=n,
-    )
+    ((exact, top1, loss),) = read([(right.all(1).float().mean(), right.float().mean(), token_loss(logits, labels))])
+    return dict(exact=100 * exact, top1=100 * top1, loss=loss, n=n)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.labelled_text import Lines
+from ...data.transfer import sums
 from ...models.text.model import pad
 from ...modes import evaluating
 from ...spec import Plain
@@ -41,7 +42,7 @@ class LineTask(ItemTask[Line]):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         lines = sorted(self.data.val, key=lambda line: len(line[0]))
         cuts = [slice(i, i + self.batch_size) for i in range(0, len(lines), self.batch_size)]
-        right, loss = 0.0, 0.0
+        found = list[tuple[Tensor, Tensor]]()  # right ones and loss of each batch
         with evaluating(model):
             for cut in cuts:
                 own = lines[cut][self.world.share(len(lines[cut]))]
@@ -49,10 +50,10 @@ class LineTask(ItemTask[Line]):
                 batch = to_device(self.collate(own or lines[:1]), self.device)
                 logits = model(batch["tokens"], batch["valid"]).float()
                 if own:
-                    right += float((logits.argmax(-1) == batch["labels"]).sum())
-                    loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-        right, loss = sum_over_ranks([right, loss], self.world)
-        return dict(val_top1=100 * right / len(lines), val_loss=loss / len(lines))
+                    right = (logits.argmax(-1) == batch["labels"]).sum()
+                    found.append((right, F.cross_entropy(logits, batch["labels"], reduction="sum")))
+        hits, loss = sum_over_ranks(sums(found, 2), self.world)
+        return dict(val_top1=100 * hits / len(lines), val_loss=loss / len(lines))
 
     def describe(self) -> dict[str, Plain]:
         tokenizer = self.data.tokenizer.describe()
