@@ -25,7 +25,7 @@ from .figures import HEADS, choose_blocks, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Channels = float | Sequence[float]  # one value, or one a channel
+Channels = float | Sequence[float] | Tensor  # one value, or one a channel
 
 
 def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0) -> Figure:
@@ -36,13 +36,14 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
 
     Args:
         model: a `ViT`, in the mode to be drawn.
-        image: (1, C, height, width), normalised as the model was trained.
-        mean, std: of that normalisation, for showing the picture itself.
+        image: (1, C, height, width), normalised as the model was trained, on any device.
+        mean, std: of that normalisation, for showing the picture itself; tensors too.
     """
+    like = next(model.parameters())
     grid, prefix = model.patch_embed.grid(*image.shape[-2:]), model.num_prefix_tokens
     tokens = prefix + grid[0] * grid[1]
     with torch.no_grad(), attention_maps(model) as every:
-        model(image)
+        model(image.to(like.device, like.dtype))
     maps = {name: one.cpu() for name, one in every.items() if one.shape[-2:] == (tokens, tokens)}  # (1, H, N, N)
     if not maps:
         raise ConfigError(f"no attention of this {type(model).__name__} is over all {tokens} tokens of the image")
@@ -58,8 +59,8 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    factor, offset = (torch.as_tensor(values).reshape(-1, 1, 1) for values in (std, mean))
-    picture = (image[0].cpu() * factor + offset).clamp(0, 1)
+    factor, offset = (torch.as_tensor(values).float().cpu().reshape(-1, 1, 1) for values in (std, mean))
+    picture = (image[0].float().cpu() * factor + offset).clamp(0, 1)
     picture = picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
     axes[0][0].imshow(picture.permute(1, 2, 0).numpy())
     axes[0][0].set_title("image", fontsize=9)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..encodings import ENCODINGS, Dims, PositionEncoding, parse
 from ..errors import ConfigError
 from ..positions import Positions
-from ..signal import Signal
+from ..signal import Dense, Rotation, Signal
 from .figures import HEADS, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -118,12 +118,21 @@ def panels_of(
 
 @torch.no_grad()
 def from_centre(encoding: PositionEncoding, grid: tuple[int, ...]) -> Signal:
-    """The Signal of one query in the centre and keys at all N places, with the vectors (1, N, D) of them all."""
+    """The Signal of one query in the centre and keys at all N places, with the vectors (1, N, D) of them all.
+
+    It is on the CPU, wherever the encoding is, and so can be added to that of an encoding without parameters.
+    """
     device = next((parameter.device for parameter in encoding.parameters()), None)
     at = Positions.grid(grid, device)
     centre = [size // 2 for size in grid]
-    here = Positions(torch.tensor([[centre]], dtype=torch.float32, device=device), grid)
-    return encoding(here, at)._replace(token=encoding(at, here).token)  # N logits, not N x N
+    here = Positions(torch.tensor([[centre]], dtype=torch.float32, device=device), grid, on_grid=True)
+    signal, token = encoding(here, at), encoding(at, here).token  # N logits, not N x N
+    q, k = (
+        None if turn is None else Rotation(turn.cos.cpu(), turn.sin.cpu())
+        for turn in (signal.q_rotation, signal.k_rotation)
+    )
+    dense = tuple(Dense(term.dense().cpu()) for term in signal.bias)
+    return Signal(None if token is None else token.cpu(), q, k, dense, signal.temperature)
 
 
 def panels(gives: frozenset[str], signal: Signal, grid: tuple[int, ...]) -> list[Panel]:
@@ -180,6 +189,7 @@ def _size(row: Sequence[Panel]) -> _Size:
 
 def figure_of(rows: Sequence[tuple[str, list[Panel]]]) -> Figure:
     """Rows of panels; all sizes are inches, so that a panel looks the same in any figure."""
+    rows = [(title, [panel._replace(values=panel.values.cpu()) for panel in row]) for title, row in rows]
     left, above, below = 0.75, 0.55, 0.55
     sizes = [_size(row) for _, row in rows]
     wide = max(

@@ -29,8 +29,8 @@ GREY = 0.5
 def draw(
     model: MaskedModel,
     images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     mask_ratio: float = 0.75,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -39,7 +39,7 @@ def draw(
 
     Args:
         model: a MAE or a SimMIM; it paints in evaluation mode and is left as it was.
-        images: (B, C, H, W), normalised as the model wants them.
+        images: (B, C, H, W), normalised as the model wants them, on any device.
         mean, std: that they were normalised with, a value a channel.
         mask_ratio: the part that is hidden.
         noise, generator: of the masks, as for the model.
@@ -49,6 +49,7 @@ def draw(
     """
     device = next(model.parameters()).device
     with evaluating(model):
+        noise = None if noise is None else noise.to(device)
         shown = model.reconstruct(images.to(device), mask_ratio, noise, generator)
     original, painted, pasted = (_pixels(x, mean, std) for x in (shown.original, shown.painted, shown.pasted))
     masked = torch.where(shown.hidden.cpu(), GREY, original)
@@ -72,8 +73,8 @@ def save(
     path: str | Path,
     model: MaskedModel,
     images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     mask_ratio: float = 0.75,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -82,11 +83,10 @@ def save(
     return save_figure(draw(model, images, mean, std, mask_ratio, noise, generator), path)
 
 
-def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _pixels(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """Back to [0, 1], on the CPU."""
-    images = images.float().cpu()
-    shape = (1, -1, 1, 1)
-    return (images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)).clamp(0, 1)
+    factor, offset = (torch.as_tensor(values).float().cpu().view(1, -1, 1, 1) for values in (std, mean))
+    return (images.float().cpu() * factor + offset).clamp(0, 1)
 
 
 def _shown(picture: Tensor) -> np.ndarray:
