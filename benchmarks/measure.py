@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +163,26 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with _Count() as count:
         run()
     return count.peak
+
+
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
+    """The most bytes that a run needs: on CUDA those of torch's allocator, else those of the whole process in memory.
+
+    None where the system does not tell the latter (`/proc/self` of Linux).
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    process = Path("/proc/self")
+    try:
+        (process / "clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return None
+    run()
+    (line,) = (line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def buffer_bytes(module: nn.Module) -> int:
