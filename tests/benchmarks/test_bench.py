@@ -346,9 +346,9 @@ def test_blocks_of_a_swin_dispatch_no_more_than_timms_and_windows_are_cut_once_a
 
 @pytest.mark.parametrize("init_values", [None, 1e-5])
 def test_a_rotary_model_of_twelve_blocks_dispatches_few_operations(init_values):
-    """155 with its table, 140 without, with LayerScale or not; timm's has 304 with it."""
+    """149 with its table, 140 without, with LayerScale or not; timm's has 304 with it."""
     model = ViT("rope", init_values=init_values, **SIZES | dict(depth=12)).eval()
-    assert kernels(model, IMAGES) <= 155
+    assert kernels(model, IMAGES) <= 149
     with frozen(model):
         kernels(model, IMAGES)
         assert kernels(model, IMAGES) <= 140
