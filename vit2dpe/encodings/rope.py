@@ -242,7 +242,7 @@ class MixedRoPE(DirectionalRoPE):
 
 
 def _check_axes(at: Positions, w: Tensor) -> None:
-    if at.axes != w.shape[0]:
+    if len(at.extent) != w.shape[0]:
         raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
 
 
