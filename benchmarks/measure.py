@@ -13,7 +13,6 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -59,14 +58,6 @@ def outputs(given: Outputs) -> list[Tensor]:
     return [given] if isinstance(given, Tensor) else list(given)
 
 
-def paired(
-    runs: dict[str, Callable[[], object]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
-) -> list[Interval]:
-    """For each (a, b): the time of a over that of b, median and interval over the repetitions."""
-    seconds = interleaved(runs, repeats, device)
-    return [interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]) for a, b in ratios]
-
-
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every run in every repetition, in each of which the order is another."""
     order, shuffled = list(runs), random.Random(0)
@@ -96,6 +87,11 @@ def timed(run: Callable[[], object], device: str = "cpu") -> float:
     run()
     torch.accelerator.synchronize()
     return time.perf_counter() - start
+
+
+def paired(seconds: dict[str, list[float]], a: str, b: str) -> Interval:
+    """The time of a over that of b within a repetition, median and interval over the repetitions."""
+    return interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
 
 
 def interval(ratios: list[float]) -> Interval:
@@ -165,19 +161,11 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return count.peak
 
 
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """The most bytes that a run needs: on CUDA those of torch's allocator, else those of the whole process in memory.
-
-    None where the system does not tell the latter (`/proc/self` of Linux).
-    """
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+def resident_bytes(run: Callable[[], object]) -> int | None:
+    """The most memory that the whole process has while a run goes on; None off Linux, which alone begins a peak anew."""
     process = Path("/proc/self")
     try:
-        (process / "clear_refs").write_text("5")  # the peak begins anew
+        (process / "clear_refs").write_text("5")
     except OSError:
         return None
     run()
@@ -203,8 +191,3 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x)
     return sum(size for place, (_, size) in kept.items() if place not in parameters)
-
-
-def in_precision(name: str, device: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision, or none."""
-    return torch.autocast(device, torch.bfloat16) if name == "autocast" else nullcontext()

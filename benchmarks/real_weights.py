@@ -9,8 +9,8 @@ Labels are used for measuring alone; `tune` and `swap` take images of train/. Fo
     NAME 1x, 1.5x, ...  top-1 at that multiple of the sides, by policy and temperature; at 1x timm's own beside it
     NAME tune 1.5x      what `vit2dpe tune` chooses there without labels, and its top-1
     NAME swap           `vit2dpe swap` to another encoding; NAME swap 1x, 1.5x, ...: its top-1
-    NAME speed 1x       images a second of a forward pass (on the CPU of processor time), and peak memory: of the
-                        process on a CPU, weights and interpreter included, of torch's allocator on CUDA
+    NAME speed 1x       images a second of a forward pass (on the CPU of processor time), and memory: on a CPU the peak
+                        of the whole process, weights included; on CUDA what the pass adds to torch's allocator
 
 A row that is there is not measured again: what was stopped goes on, a swap at its last checkpoint; to measure a row
 once more, delete its line. DINOv2 has no classifier: instead of top-1 stands that of k nearest neighbours (k = 20) of
@@ -35,8 +35,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from benchmarks.gpu_checks import about
-from benchmarks.measure import peak_memory, timed
+from benchmarks.measure import resident_bytes, timed
 from benchmarks.resumable import Fact, Rows
+from benchmarks.ways import allocated_bytes
 from vit2dpe import from_timm, load_run, use_policy
 from vit2dpe.data.datasets import load_images
 from vit2dpe.models.timm_api import every_policy
@@ -222,8 +223,9 @@ class Subject:
     def speed(self, factor: float) -> dict[str, Fact]:
         options, size = self.options, self.size(factor)
         model, images = self.model.to(options.device), torch.randn(options.batch, 3, *size).to(options.device)
-        peak = peak_memory(partial(model, images), options.device)
-        seconds = statistics.median(timed(partial(model, images), options.device) for _ in range(options.repeats))
+        run, device = partial(model, images), options.device
+        peak = allocated_bytes(run, device) if device.startswith("cuda") else resident_bytes(run)
+        seconds = statistics.median(timed(run, device) for _ in range(options.repeats))
         return dict(
             size=show_size(size),
             batch=options.batch,

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from benchmarks import real_weights
-from benchmarks.measure import peak_memory
+from benchmarks.measure import resident_bytes
 from benchmarks.real_weights import OPEN, SIX, main, markdown
 from tests.data.pictures import photos
 from tests.helpers import randn, shaken
@@ -121,8 +121,8 @@ def test_the_table_tells_what_was_measured_and_what_stands_open(tmp_path):
 
 
 def test_the_peak_is_that_of_the_run():
-    kept = peak_memory(lambda: None)
+    kept = resident_bytes(lambda: None)
     if kept is None:
         pytest.skip("this system has no /proc/self/clear_refs")
-    assert 190 < (peak_memory(lambda: torch.ones(200, 2**18).sum()) - kept) / 2**20 < 260
-    assert abs(peak_memory(lambda: None) - kept) < 60 * 2**20, "not of an earlier one"
+    assert 190 < (resident_bytes(lambda: torch.ones(200, 2**18).sum()) - kept) / 2**20 < 260
+    assert abs(resident_bytes(lambda: None) - kept) < 60 * 2**20, "not of an earlier one"
