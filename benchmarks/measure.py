@@ -162,7 +162,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def resident_bytes(run: Callable[[], object]) -> int | None:
-    """The most memory that the whole process has while a run goes on; None off Linux, which alone begins a peak anew."""
+    """The most memory that the whole process has while a run goes on; None off Linux, where no peak begins anew."""
     process = Path("/proc/self")
     try:
         (process / "clear_refs").write_text("5")
