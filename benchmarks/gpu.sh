@@ -32,7 +32,7 @@ left() { echo $((end - SECONDS)); }
 
 # What another run goes on with: rows, trials, pictures; no weights.
 keep() {
-    find "$out" -type f -size -2M ! -name 'kept.tar.gz*' ! -path '*/last/*.safetensors' ! -path '*/best/*.safetensors' \
+    find "$out" -type f -size -2M ! -name 'kept.tar.gz*' ! -name '*.part' ! -path '*/last/*.safetensors' ! -path '*/best/*.safetensors' \
         -printf '%P\0' | tar czf "$out/kept.tar.gz.part" -C "$out" --null -T - && mv "$out/kept.tar.gz.part" "$out/kept.tar.gz"
 }
 trap keep EXIT
@@ -57,8 +57,8 @@ if [[ $data == *.tar.gz ]]; then # beside the checks
     unpack=$! data=$scratch/vit2dpe-data
 fi
 
-if [[ ! -s $out/doctor.txt ]] && stage doctor 5 60; then
-    bounded python3 -m vit2dpe doctor --out "$out" 2>&1 | tee "$out/doctor.txt"
+if [[ ! -s $out/doctor.txt ]] && stage doctor 5 90; then
+    bounded python3 -m vit2dpe doctor --out "$out" 2>&1 | tee "$out/doctor.part" && mv "$out/doctor.part" "$out/doctor.txt"
 fi
 if stage checks 30 150; then
     bounded python3 -m benchmarks.gpu_checks --device "$device" --out "$out/checks.jsonl" --seconds $((limit - 15)) ${SMALL:+--small}

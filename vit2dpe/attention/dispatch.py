@@ -93,7 +93,8 @@ class _Operations(TorchDispatchMode):
     """The names of the operations that are dispatched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        begin: Callable[[], None] = super().__init__  # torch's has no types
+        begin()
         self.names: list[str] = []
 
     def __torch_dispatch__(
