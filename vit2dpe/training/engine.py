@@ -1,7 +1,8 @@
 """The training loop, one step after the other. What a step does to the weights: `update`.
 
 It works on tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose),
-so a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
+so a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not: on a CPU
+always, on a GPU with `run.deterministic`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..data.loader import lost_worker, watch_workers
 from ..errors import Stopped, TrainingError, unknown
 from ..models.spec import ModelSpec
 from ..spec import Plain
-from .devices import evaluation_precision
+from .devices import deterministic, evaluation_precision
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
 from .late import StepResult
@@ -69,9 +70,10 @@ def fit(
         TrainingError: if losses stay not finite, or memory runs out.
         Stopped: after a signal, when everything is saved.
     """
-    return Trainer(model, task, optim, run, folder, spec, world, about or {}, progress, on_epoch, stop_after).fit(
-        resume
-    )
+    with deterministic(run.deterministic):
+        return Trainer(model, task, optim, run, folder, spec, world, about or {}, progress, on_epoch, stop_after).fit(
+            resume
+        )
 
 
 @dataclass(eq=False)

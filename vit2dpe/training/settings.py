@@ -81,6 +81,7 @@ class RunConfig(Settings):
         threads: CPU threads; default torch's own choice.
         compile: torch.compile: none; model (or true), the whole of it; or blocks, one graph for all of them, which is
             compiled in a fraction of the time.
+        deterministic: the same bits each time on a GPU too, at some cost in time; a CPU has them always.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
         wait_minutes: under torchrun: how long processes wait for one that works alone: files, trackers, results.
@@ -99,6 +100,7 @@ class RunConfig(Settings):
     precision: str = "auto"
     threads: Threads | None = None
     compile: bool | str = False
+    deterministic: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
     wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
