@@ -143,17 +143,23 @@ class Chatty(torch.nn.Module):
         x = x * scale
         if x.sum() > 0:
             x = x + 1
-        return x * x.mean().item() + x.cpu().sum().to("cuda") + len(x.amax(dim=(1, 2, 3)).tolist())
+        x = x * x.mean().item() + x.cpu().sum().to("cuda") + len(x.amax(dim=(1, 2, 3)).tolist())
+        return x + torch.multinomial(x.flatten(1).softmax(1), 1)[..., None, None]
 
 
 def test_copies_and_reads_are_seen():
     traffic = devtrace.trace_forward(Chatty(), SIZE)
     assert traffic.to_device.total() == traffic.blocking.total() == 2
     assert traffic.to_host.total() == 1
-    assert sorted(read.split()[0] for read in traffic.reads.elements()) == ["__bool__", "item", "tolist"]
+    assert sorted(read.split()[0] for read in traffic.reads.elements()) == [
+        "__bool__",
+        "item",
+        "multinomial.default",
+        "tolist",
+    ]
     report = traffic.report("chatty")
     assert report.startswith("chatty: ")
-    assert "2 copies to the device, 1 to the host, 3 reads" in report
+    assert "2 copies to the device, 1 to the host, 4 reads" in report
 
 
 def test_nothing_stays_patched():
