@@ -148,7 +148,9 @@ def _all_equal(pairs: Collection[tuple[Tensor | None, Tensor]]) -> bool:
         together.setdefault((now.dtype, now.device), []).append((then, now.detach()))
     for (_, device), group in together.items():
         if device.type != "cpu" and len(group) > 1:
-            group = [tuple(torch.cat([one.flatten() for one in side]) for side in zip(*group, strict=True))]
+            sides = zip(*group, strict=True)
+            flat, flat_now = (torch.cat([one.flatten() for one in side]) for side in sides)
+            group = [(flat, flat_now)]
         if not all(torch.equal(then, now) for then, now in group):
             return False
     return True
