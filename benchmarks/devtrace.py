@@ -27,16 +27,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vit2dpe
 from vit2dpe import ViT
 from vit2dpe.attention import functional
+from vit2dpe.attention.kernels import flex
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.rand_augment import SORTED
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.splits import Split
+from vit2dpe.signal import Signal
 from vit2dpe.spec import parse_term
 from vit2dpe.training.distributed import ALONE
 from vit2dpe.training.settings import OptimConfig, RunConfig
@@ -155,6 +158,29 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+class Memory(TorchDispatchMode):
+    """Follows the memory of fake CUDA tensors that operations make: `peak` bytes at once, beside what was there before.
+
+    To be entered inside `fake_cuda`. Views share memory, and what nothing refers to is free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.device.type == "cuda" and x.untyped_storage()._cdata not in before:
+                memory = x.untyped_storage()
+                self.live[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
 @contextmanager
 def fake_cuda() -> Iterator[Callable[[], Recorder]]:
     """Within, tensors on "cuda" are fake, and `with recorder() as recorded` fills `recorded.traffic`.
@@ -194,6 +220,7 @@ def _device_patches() -> list[mock._patch]:
     patches += [
         mock.patch("vit2dpe.data.rand_augment.counted", _even),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(flex, "attend", _beside_logits),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # `on_fake_cuda` has done it
@@ -226,6 +253,14 @@ def _fused_attention(
         attn_mask = attn_mask.expand(q.shape[0], q.shape[1], -1, -1)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _beside_logits(
+    q: Tensor, k: Tensor, v: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """FlexAttention as a kernel of its own, and what it is handed."""
+    flex.score_mod(signal)
+    return _fused_attention(q, k, v, scale=scale)
 
 
 def _read_patches(traffic: Traffic) -> list[mock._patch]:
@@ -291,6 +326,21 @@ def trace_launches(model: nn.Module, size: tuple[int, int], batch: int = 8) -> T
                 loss = nn.functional.cross_entropy(model(x), labels)
             backward(loss)
     return recorded.traffic
+
+
+def trace_memory(model: nn.Module, size: tuple[int, int], batch: int = 8) -> int:
+    """Bytes at the peak of forward, loss and backward in bfloat16 autocast: activations, gradients, what is in passing.
+
+    The backward here lets go of no activation on its way, which a real one does; parameters are not counted.
+    """
+    with fake_cuda():
+        on_fake_cuda(model).train()
+        x, labels = torch.empty(batch, 3, *size, device="cuda"), torch.empty(batch, dtype=torch.long, device="cuda")
+        with Memory() as memory:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), labels)
+            backward(loss)
+    return memory.peak
 
 
 def trace_step(

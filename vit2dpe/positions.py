@@ -46,6 +46,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
+    whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
@@ -75,7 +76,9 @@ class Positions:
             raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
         axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        return cls(coords[None], tuple(extent))  # (1, N, d)
+        made = cls(coords[None], tuple(extent))  # (1, N, d)
+        object.__setattr__(made, "whole", True)
+        return made
 
     @classmethod
     def sequence(
@@ -123,7 +126,9 @@ class Positions:
 
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
-        return Positions(self.coords, self.extent, prefix)
+        made = Positions(self.coords, self.extent, prefix)
+        object.__setattr__(made, "whole", self.whole)
+        return made
 
     def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from these places alone, made once for all blocks that are handed them.

@@ -48,6 +48,19 @@ def test_a_training_step_launches_few_kernels(position, kernels):
     assert 0 < traffic.kernels.total() <= kernels, traffic.report(position)
 
 
+def test_memory_of_training_with_biases_at_1024_tokens():
+    """Forward and backward of six blocks of ViT-S/16 at 512 pixels, to that of no encoding."""
+
+    def peak(position):
+        sizes = dict(img_size=512, embed_dim=384, depth=6, num_heads=6, num_classes=10)
+        return devtrace.trace_memory(ViT(position, **sizes), (512, 512), batch=16)
+
+    nothing = peak("none")
+    assert nothing > 2**30
+    assert peak("relative") < 1.08 * nothing
+    assert peak("lookhere") < 1.01 * nothing  # computed beside the logits
+
+
 OPTIONS = (
     "alibi(distance=squared)",
     "logcpb(form=cr)",

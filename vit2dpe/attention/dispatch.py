@@ -11,13 +11,12 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..signal import Bias, Dense, Table
-from .kernels import Selection, table
+from .kernels import Selection, table, trains
 
 
 def select_bias(
@@ -53,11 +52,6 @@ def select_bias(
     if traced:
         return Selection("matrix", "scale or temperature are traced, and the kernel takes numbers")
     return table.select(term, q, trains(term.table, q, k), plain)
-
-
-def trains(*inputs: Tensor) -> bool:
-    """Whether gradients are on and one of the inputs requires them."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def select_kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Selection:
