@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import hf, rotation, x_transformers
+from benchmarks.ways import blocks
 from vit2dpe.encodings import PositionEncoding, Sum
 from vit2dpe.errors import ConfigError
 from vit2dpe.interop.timm.convert import from_timm
@@ -27,9 +28,10 @@ WHOLE = {name: package for package in (hf, x_transformers) for name in package.N
 
 
 def contenders(
-    word: str, size: tuple[int, int], batch: int, depth: int | None = None, level: str = "encoder", block: int = 0
-) -> dict[str, nn.Module]:
-    """{"peer", "ours", "limit"} of a model, `name` or `name(argument=value)`; a table has no limit.
+    word: str, size: tuple[int, int], batch: int, depth: int | None = None, level: str = "encoder", block: int = 0,
+    device: str = "cpu",
+) -> dict[str, nn.Module]:  # fmt: skip
+    """{"peer", "ours", "limit"} of a model, `name` or `name(argument=value)`, on a device; a table has no limit.
 
     `fused=true` among the arguments sends all attention of timm's through the fused kernel (TIMM_FUSED_ATTN=2).
 
@@ -40,26 +42,25 @@ def contenders(
     if name in WHOLE:
         if level != "encoder":
             raise ConfigError(f"{name} is measured as a whole, got level={level}")
-        return {kind: model.eval() for kind, model in WHOLE[name].contenders(name, options, size, depth).items()}
+        return placed(WHOLE[name].contenders(name, options, size, depth), device)
     if name in rotation.PACKAGES and (level != "op" or options):
         raise ConfigError(f"{name} has no models and no arguments, it is measured at level=op alone; got level={level}")
     peer = _peer(rotation.ROPE, {}, size, depth) if name in rotation.PACKAGES else _peer(name, options, size, depth)
     with torch.no_grad():
         for parameter in peer.parameters():  # LayerScale and tables that start near zero would hide a difference
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    models = {"peer": peer, "ours": _ours(peer, size, None), "limit": _ours(peer, size, "none")}
-    for model in models.values():
-        model.eval()
+    models = placed({"peer": peer, "ours": _ours(peer, size, None), "limit": _ours(peer, size, "none")}, device)
     if level == "encoder":
         return models
     if level == "table":
         return _tables(word, models)
-    blocks = {kind: _blocks(model) for kind, model in models.items()}
-    if block >= len(blocks["ours"]):
-        raise ConfigError(f"{word} has {len(blocks['ours'])} blocks, counted from 0; got block={block}")
+    of = {kind: blocks(model) for kind, model in models.items()}
+    if block >= len(of["ours"]):
+        raise ConfigError(f"{word} has {len(of['ours'])} blocks, counted from 0; got block={block}")
     found: dict[str, nn.Module] = {}
-    parts = {kind: of_kind[block] for kind, of_kind in blocks.items()}
-    inputs = {kind: _inputs(models[kind], part, torch.zeros(batch, 3, *size)) for kind, part in parts.items()}
+    parts: dict[str, Any] = {kind: of_kind[block] for kind, of_kind in of.items()}
+    images = torch.zeros(batch, 3, *size, device=device)
+    inputs = {kind: _inputs(models[kind], part, images) for kind, part in parts.items()}
     if level == "op":
         (x, *_), words = inputs["peer"]
         return rotation.contenders(name, parts["peer"].attn, words.get("rope"), x.shape[1:])
@@ -68,6 +69,11 @@ def contenders(
         make = _Block if level == "block" else _PeerAttention if kind == "peer" else _OurAttention
         found[kind] = make(part, *inputs[kind])
     return found
+
+
+def placed(modules: dict[str, nn.Module], device: str) -> dict[str, nn.Module]:
+    """On the device before any input of a part is recorded there, and in evaluation mode."""
+    return {kind: module.to(device).eval() for kind, module in modules.items()}
 
 
 def tokens(modules: dict[str, nn.Module], batch: int, size: tuple[int, int]) -> Tensor:
@@ -121,15 +127,6 @@ def _ours(peer: nn.Module, size: tuple[int, int], position: str | None) -> nn.Mo
     state = {name: value for name, value in peer.state_dict().items() if position is None or "relative" not in name}
     swin.load_state_dict(state)
     return swin
-
-
-def _blocks(model: Any) -> list[nn.Module]:
-    """All blocks in order, through the stages of a Swin."""
-    if hasattr(model, "blocks"):
-        return list(model.blocks)
-    if hasattr(model, "features"):  # torchvision: stages at odd places, between them the reductions
-        return [block for stage in model.features[1::2] for block in stage]
-    return [block for stage in model.layers for block in stage.blocks]
 
 
 def _inputs(model: nn.Module, part: nn.Module, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -227,7 +224,8 @@ class _OurTables(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.at = model.positions(*model.patch_embed.img_size).with_prefix(model.num_prefix_tokens)
+        device = model.patch_embed.proj.weight.device
+        self.at = model.positions(*model.patch_embed.img_size, device)
         own = [block.attn.position for block in model.blocks]
         self.parts = nn.ModuleList([model.position] if own[0] is None else own)
 

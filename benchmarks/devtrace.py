@@ -12,8 +12,9 @@ Times are for `benchmarks/gpu.sh`, on a card.
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 import sys
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ from vit2dpe.training.update import Updater
 
 from .backward import backward
 
-PACKAGE = Path(vit2dpe.__file__).parent
+PACKAGE = f"{Path(vit2dpe.__file__).parent}{os.sep}"
 LIBRARIES = ("timm", "torch/optim", "torch/nn/utils", "torch/amp")  # named where no line of the package is on the stack
 # Operations that launch nothing on a device: of shapes, of memory, of autograd.
 IDLE = (
@@ -62,6 +63,9 @@ IDLE = (
     "is_pinned",
     "_has_compatible",
 )
+
+# Operations that read a number inside, before they go on.
+READING = ("multinomial",)
 
 LIGHT = AugmentConfig(4, True, label_smoothing=0.1)  # shift and flip
 
@@ -116,15 +120,16 @@ class Traffic:
 
 def calling_line() -> str:
     """file:line of the innermost frame in the package, or in the libraries that it calls."""
-    frames = traceback.extract_stack()[::-1]
-    for frame in frames:
-        if PACKAGE in (path := Path(frame.filename)).parents:
-            return f"{path.relative_to(PACKAGE)}:{frame.lineno}"
-    for frame in frames:
-        inside = frame.filename.partition("site-packages/")[2]
-        if inside.startswith(LIBRARIES):
-            return f"{inside}:{frame.lineno}"
-    return "elsewhere"
+    library, frame = "elsewhere", inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(PACKAGE):
+            return f"{name.removeprefix(PACKAGE)}:{frame.f_lineno}"
+        inside = name.partition("site-packages/")[2]
+        if library == "elsewhere" and inside.startswith(LIBRARIES):
+            library = f"{inside}:{frame.f_lineno}"
+        frame = frame.f_back
+    return library
 
 
 class Recorder(TorchDispatchMode):
@@ -153,6 +158,8 @@ class Recorder(TorchDispatchMode):
         elif "cuda" in out | into:
             self.traffic.kernels[name] += 1
             self.traffic.lines[calling_line()] += 1
+            if name.startswith(READING):
+                self.traffic.reads[f"{name} {calling_line()}"] += 1
         elif "cpu" in out:
             self.traffic.host[name] += 1
         return result
@@ -256,8 +263,9 @@ def _fused_attention(
 
 
 def _beside_logits(
-    q: Tensor, k: Tensor, v: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
     """FlexAttention as a kernel of its own, and what it is handed."""
     flex.score_mod(signal)
     return _fused_attention(q, k, v, scale=scale)

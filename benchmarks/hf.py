@@ -96,15 +96,16 @@ def _dinov3(settings: dict[str, Any], asked: set[str]) -> dict[str, nn.Module]:
 class _Theirs(nn.Module):
     def __init__(self, model: Any, noise: Tensor) -> None:
         super().__init__()
-        self.model, self.noise = model, noise
+        self.model = model
+        self.register_buffer("noise", noise, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images, noise=self.noise.to(images.device).expand(len(images), -1)).logits
+        return self.model(images, noise=self.noise.expand(len(images), -1)).logits  # type: ignore[operator]
 
 
 class _Ours(_Theirs):
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images, noise=self.noise.to(images.device).expand(len(images), -1))[1]
+        return self.model(images, noise=self.noise.expand(len(images), -1))[1]  # type: ignore[operator]
 
 
 class _Hidden(nn.Module):

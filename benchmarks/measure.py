@@ -13,7 +13,6 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +57,6 @@ def outputs(given: Outputs) -> list[Tensor]:
     return [given] if isinstance(given, Tensor) else list(given)
 
 
-def paired(
-    runs: dict[str, Callable[[], object]], repeats: int, ratios: Sequence[tuple[str, str]], device: str = "cpu"
-) -> list[Interval]:
-    """For each (a, b): the time of a over that of b, median and interval over the repetitions."""
-    seconds = interleaved(runs, repeats, device)
-    return [interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]) for a, b in ratios]
-
-
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every run in every repetition, in each of which the order is another."""
     order, shuffled = list(runs), random.Random(0)
@@ -95,6 +86,11 @@ def timed(run: Callable[[], object], device: str = "cpu") -> float:
     run()
     torch.accelerator.synchronize()
     return time.perf_counter() - start
+
+
+def paired(seconds: dict[str, list[float]], a: str, b: str) -> Interval:
+    """The time of a over that of b within a repetition, median and interval over the repetitions."""
+    return interval([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
 
 
 def interval(ratios: list[float]) -> Interval:
@@ -182,8 +178,3 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x)
     return sum(size for place, (_, size) in kept.items() if place not in parameters)
-
-
-def in_precision(name: str, device: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision, or none."""
-    return torch.autocast(device, torch.bfloat16) if name == "autocast" else nullcontext()

@@ -6,6 +6,7 @@ k in place.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def contenders(word: str, attention: Any, rope: Tensor | None, shape: tuple[int,
     sin, cos = (part.reshape(1, -1, *part.shape[-2:]) for part in (sin, cos))
     turn = interleave(F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0)))
     if word in PACKAGES:
+        if word in ON_CUDA and rope.device.type != "cuda":
+            raise ConfigError(f"{word} rotates on CUDA alone, by Triton; got device={rope.device.type}")
         peer: _Split = PACKAGES[word](heads, torch.atan2(turn.sin, turn.cos)[0, 0])
     else:
         peer = _Timm(heads, rope, prefix)
@@ -57,7 +60,9 @@ class _Split(nn.Module):
     def forward(self, qkv: Tensor) -> list[Tensor]:
         return list(split_heads(qkv.clone(), Signal(), self.heads)[:3])
 
-    plain = staticmethod(torch.stack)
+    @staticmethod
+    def plain(found: list[Tensor]) -> Tensor:
+        return torch.stack(found)
 
 
 class _Ours(_Split):
@@ -111,4 +116,53 @@ class _XTransformers(_Split):
         return [self.turn(q, self.angle, 1.0), self.turn(k, self.angle, 1.0), v]
 
 
-PACKAGES = {"rotary_embedding_torch": _RotaryEmbeddingTorch, "x_transformers": _XTransformers}
+class _FlashAttn(_Split):
+    """flash-attn's kernel on q and k of the packed projection, in place, as ours; tables in the precision of x."""
+
+    def __init__(self, heads: int, angle: Tensor) -> None:
+        super().__init__(heads)
+        self.turn = _imported("flash_attn", "flash_attn.layers.rotary", "flash-attn").apply_rotary_emb_qkv_
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def forward(self, qkv: Tensor) -> list[Tensor]:
+        packed = self.turn(qkv.clone().unflatten(-1, (3, self.heads, -1)), self.cos, self.sin, interleaved=True)
+        return list(packed.transpose(1, 3).unbind(2))
+
+
+class _Liger(_Split):
+    """Liger's kernel, whose pairs are the halves of a head: the copy of the input lays them so, `plain` back again."""
+
+    def __init__(self, heads: int, angle: Tensor) -> None:
+        super().__init__(heads)
+        self.turn = _imported("liger_kernel", "liger_kernel.transformers.rope", "liger-kernel").liger_rotary_pos_emb
+        both = torch.cat([angle, angle], dim=-1)[None]
+        self.register_buffer("cos", both.cos())
+        self.register_buffer("sin", both.sin())
+
+    def forward(self, qkv: Tensor) -> list[Tensor]:
+        halves = qkv.unflatten(-1, (3, self.heads, -1, 2)).transpose(-1, -2).flatten(-2)  # a copy
+        q, k, v = halves.permute(2, 0, 3, 1, 4).unbind(0)
+        return [*self.turn(q, k, self.cos, self.sin), v]
+
+    @staticmethod
+    def plain(found: list[Tensor]) -> Tensor:
+        return torch.stack([_interleaved(x) for x in found])
+
+    def gradients(self, given: list[Tensor]) -> list[Tensor]:
+        return [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in given]
+
+
+def _interleaved(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _imported(name: str, module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{name} is not installed here ({error}); pip install {package}") from None
+
+
+ON_CUDA = {"flash_attn": _FlashAttn, "liger_kernel": _Liger}
+PACKAGES = {"rotary_embedding_torch": _RotaryEmbeddingTorch, "x_transformers": _XTransformers} | ON_CUDA

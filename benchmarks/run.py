@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contenders as peers
-from benchmarks import measure
+from benchmarks import measure, ways
 from benchmarks.table import Row, line, markdown
+from vit2dpe.attention import explain
 from vit2dpe.errors import ConfigError, unknown
 from vit2dpe.files import write_atomically
 from vit2dpe.ranges import Count, Natural, Positive, Range
 from vit2dpe.spec import Settings, parse_size, split_words
+from vit2dpe.training.devices import pick_device
 
 MODES = ("inference", "training", "first")
 PRECISIONS = {"float32": 1e-4, "bfloat16": 0.1, "autocast": 0.1}  # and how far ours may be from the peer
+PROVED = 2  # images of a whole model that its equality is proved with
 
 
 def _listed(default: str) -> str:
@@ -45,21 +50,24 @@ class BenchConfig(Settings):
             vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true);
             torchvision_swin_t, transformers_vitmae, transformers_dinov3, x_transformers_vit, x_transformers_text (with
             alibi_pos_bias=true or rel_pos_bias=true instead of a rotation); at level op rotary_embedding_torch and
-            x_transformers too.
+            x_transformers too, and on a GPU liger_kernel and flash_attn.
         sizes: comma-separated sizes in pixels, 224 or 224x320; of a text model 1xN, N tokens.
         modes: inference, training (forward and backward), first (ours alone: the first forward at a size over the next
             one there), or several.
-        level: encoder (the whole model), block, attention (with roll and windows in a Swin), table (what the encoding
-            gives, alone), or op (the rotation alone, from the packed projection to q, k and v).
+        level: encoder or model (the whole model), block, attention (with roll and windows in a Swin), table (what the
+            encoding gives, alone), op (the rotation alone, from the packed projection to q, k and v), or several.
         block: which block, at the levels of block and attention; a Swin's are counted through its stages, the odd ones
             are shifted.
         precision: float32, bfloat16 (weights too), or autocast (to bfloat16).
-        compile: torch.compile every contender.
+        compile: torch.compile every contender, as --how compiled does.
         batch: images of a step.
         depth: blocks; None: the model's own.
         repeats: repetitions, in each of which every contender runs once; 0: counts and bytes alone.
         threads: CPU threads.
-        device: cpu or cuda.
+        device: cpu or cuda. There equality is proved on the device with two images, times are those between events
+            after 8 warm-ups, and rows hold milliseconds and the most that a step adds to the memory.
+        how: eager, graph (a CUDA graph), compiled (as a whole), blocks (each block compiled), or several.
+        seconds: begin no row after so many; the same command goes on.
         least: the peer/ours that is wanted; a row misses it when its interval lies wholly below.
         most: the ours/limit that is wanted at most.
         out: the JSON file to write.
@@ -69,7 +77,7 @@ class BenchConfig(Settings):
     models: str = _listed("vit_small_patch16_rope_224,vit_small_patch16_rope_mixed_224,vit_relpos_small_patch16_224")
     sizes: str = _listed("224")
     modes: str = _listed("inference,training")
-    level: str = "encoder"
+    level: str = _listed("encoder")
     block: Natural = 1
     precision: str = "float32"
     compile: bool = False
@@ -78,6 +86,8 @@ class BenchConfig(Settings):
     repeats: Natural = 41
     threads: Annotated[int, Range(1, 4096)] = 1
     device: str = "cpu"
+    how: str = _listed("eager")
+    seconds: Positive | None = None
     least: Positive | None = None
     most: Positive | None = None
     out: str = "runs/bench.json"
@@ -90,73 +100,110 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
         found = [row for file in _files(config.table) for row in json.loads(file.read_text())["rows"]]
         print("\n".join(markdown(found)))
         return found
-    modes, sizes = _check(config), [parse_size(text) for text in split_words(config.sizes)]
+    plan = _plan(config)
+    config = replace(config, device=str(pick_device(config.device)))
     torch.set_num_threads(config.threads)
     out, about = Path(config.out), _about(command, config.device)
     known = _known(out, about)
     rows: list[Row] = []
+    end, left_out = time.monotonic() + (config.seconds or float("inf")), 0
     print("peer/ours [95%], ours/limit [95%]; operations, saved MiB and peak MiB of peer, ours, limit", flush=True)
-    for word in split_words(config.models):
-        for size in sizes:
-            for mode in modes:
-                settings = _settings(word, size, mode, config)
-                row = next((old for old in known if settings.items() <= old.items() and "failed" not in old), None)
-                rows.append(row or _row(settings, config))
-                print(line(rows[-1]), flush=True)
-                write_atomically(out, json.dumps(about | dict(rows=rows), indent=1).encode())
+    for settings in plan:
+        row = next((old for old in known if settings.items() <= old.items() and "failed" not in old), None)
+        if row is None and time.monotonic() > end:
+            left_out += 1
+            continue
+        rows.append(row or _row(settings, config))
+        print(line(rows[-1]), flush=True)
+        write_atomically(out, json.dumps(about | dict(rows=rows), indent=1).encode())
+    if left_out:
+        print(f"{left_out} rows for another run of the same command: {config.seconds:g} s are over", flush=True)
     return rows
 
 
-def _check(config: BenchConfig) -> list[str]:
-    modes = split_words(config.modes)
+def _plan(config: BenchConfig) -> list[Row]:
+    """The settings of all rows."""
+    modes, sizes = split_words(config.modes), [parse_size(text) for text in split_words(config.sizes)]
+    levels = ["encoder" if word == "model" else word for word in split_words(config.level)]
+    hows = ["compiled"] if config.compile else split_words(config.how)
     if not modes or any(mode not in MODES for mode in modes):
         raise ConfigError(f"modes are {', '.join(MODES)}; got {config.modes!r}")
-    if config.level not in peers.LEVELS:
-        raise unknown("level", config.level, peers.LEVELS)
+    for kind, words, known in (("level", levels, peers.LEVELS), ("way", hows, ways.WAYS)):
+        for word in words or [""]:
+            if word not in known:
+                raise unknown(kind, word, known)
     if config.precision not in PRECISIONS:
         raise unknown("precision", config.precision, PRECISIONS)
-    if config.device != "cpu" and config.level != "encoder":
-        raise ConfigError(f"parts of a model are measured on the CPU, got level={config.level}, device={config.device}")
-    if "first" in modes and config.level != "encoder":
-        raise ConfigError(f"first is about whole models, got level={config.level}")
-    return modes
+    if config.compile and config.how not in ("eager", "compiled"):
+        raise ConfigError(f"compile is how=compiled, got how={config.how} with it")
+    if "graph" in hows and not config.device.startswith("cuda"):
+        raise ConfigError(f"graph is a CUDA graph, got device={config.device}")
+    if "blocks" in hows and levels != ["encoder"]:
+        raise ConfigError(f"blocks are those of whole models, got level={config.level}")
+    if "first" in modes and (levels != ["encoder"] or hows != ["eager"]):
+        raise ConfigError(f"first is about whole models in eager mode, got level={config.level}, how={','.join(hows)}")
+    return [
+        _settings(word, size, mode, level, how, config)
+        for word in split_words(config.models) for level in levels for size in sizes for how in hows for mode in modes
+    ]  # fmt: skip
 
 
-def _settings(word: str, size: tuple[int, int], mode: str, config: BenchConfig) -> Row:
+def _settings(word: str, size: tuple[int, int], mode: str, level: str, how: str, config: BenchConfig) -> Row:
     """The settings of a row; equal settings make equal rows."""
-    one_block = config.level in ("block", "attention", "op")
-    return dict(
-        model=word, height=size[0], width=size[1], mode=mode, level=config.level,
-        block=config.block if one_block else None, precision=config.precision, compiled=config.compile,
+    one_block = level in ("block", "attention", "op")
+    settings = dict(
+        model=word, height=size[0], width=size[1], mode=mode, level=level,
+        block=config.block if one_block else None, precision=config.precision, compiled=how == "compiled",
         batch=config.batch, depth=config.depth, repeats=config.repeats, least=config.least, most=config.most,
     )  # fmt: skip
+    return settings if how in ("eager", "compiled") else settings | dict(how=how)  # as files of before have it
 
 
 def _row(settings: Row, config: BenchConfig) -> Row:
-    size = (settings["height"], settings["width"])
+    """A row; on a GPU one that does not fit its memory says so."""
+    how = settings.get("how", "compiled" if settings["compiled"] else "eager")
+    try:
+        return _compared(settings, how, config)
+    except torch.OutOfMemoryError as error:
+        return settings | dict(failed=f"out of memory: {str(error).partition('. ')[0]}")
+    finally:
+        ways.release(how, config.device)
+
+
+def _compared(settings: Row, how: str, config: BenchConfig) -> Row:
+    size, level = (settings["height"], settings["width"]), settings["level"]
     try:
         # One block and one attention are the same in a shallow model, but for a Swin, whose stages differ.
-        modules = peers.contenders(settings["model"], size, config.batch, config.depth, config.level, config.block)
+        modules = peers.contenders(
+            settings["model"], size, config.batch, config.depth, level, config.block, config.device
+        )
     except (ConfigError, ImportError) as error:
         if "unknown model" in str(error):
             raise
         return settings | dict(failed=str(error))
-    x = peers.tokens(modules, config.batch, size)
+    x = peers.tokens(modules, config.batch, size).to(config.device)
     if settings["mode"] == "first":
         return settings | _first(modules["ours"], size, config)
-    row = settings | _equal(modules, x, settings["mode"])
+    few = x[:PROVED] if level == "encoder" else x  # parts may have been recorded for their batch
+    with ways.exact_products(config.device):
+        row = settings | _equal(modules, few, settings["mode"])
     if "failed" in row:
         return row
-    x = x.to(config.device)
-    for module in modules.values():
-        module.to(config.device)
     if config.precision == "bfloat16":
-        modules, x = {kind: module.bfloat16() for kind, module in modules.items()}, x.bfloat16()
-    with measure.in_precision(config.precision, config.device):
-        row["difference"] = difference(modules["peer"], modules["ours"], x)
+        modules, x, few = {kind: m.bfloat16() for kind, m in modules.items()}, x.bfloat16(), few.bfloat16()
+    with ways.in_precision(config.precision, config.device):
+        row["difference"] = difference(modules["peer"], modules["ours"], few)
         if not row["difference"] <= PRECISIONS[config.precision]:
             return row | dict(failed=f"ours does not compute what the peer computes in {config.precision}")
-        return row | _measured(modules, x, settings["mode"], config)
+        if level in ("encoder", "block", "attention"):
+            row["backend"] = _backend(modules["ours"], few, settings["mode"])
+    return row | _measured(modules, x, settings["mode"], how, config)
+
+
+def _backend(ours: nn.Module, x: Tensor, mode: str) -> str:
+    """The fused attention of torch that our attentions call, or the way of their bias that calls it in parts."""
+    used = [line.kernel or line.bias for line in explain(ours, x, training=mode == "training")]
+    return ", ".join(sorted({selection.path for selection in used}))
 
 
 def _equal(modules: dict[str, nn.Module], x: Tensor, mode: str) -> Row:
@@ -201,33 +248,37 @@ def _gradients(module: nn.Module, peer: nn.Module, x: Tensor) -> tuple[Tensor, T
     return found
 
 
-def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, config: BenchConfig) -> Row:
+def _measured(modules: dict[str, nn.Module], x: Tensor, mode: str, how: str, config: BenchConfig) -> Row:
     row: Row = {}
     training = mode == "training"
     if training and hasattr(modules["peer"], "shape"):  # tokens ask for gradients, images do not
         x.requires_grad_()
     steps: dict[str, Callable[[nn.Module, Tensor], object]] = {}
     for kind, module in modules.items():
-        step = steps[kind] = measure.Step(module, modules["peer"], x) if training else measure.infer
-        module.train(training)
-        row[f"kernels_{kind}"] = measure.kernels(module, x)
-        row[f"peak_{kind}"] = measure.peak_bytes(partial(step, module, x))
-        row[f"buffers_{kind}"] = measure.buffer_bytes(module)
-        if training:
-            row[f"saved_{kind}"] = measure.saved_bytes(module, x)
+        with ways.in_precision(config.precision, config.device):
+            step = measure.Step(module, modules["peer"], x) if training else measure.infer
+            steps[kind] = step
+            row[f"kernels_{kind}"] = measure.kernels(module, x)
+            row[f"peak_{kind}"] = measure.peak_bytes(partial(step, module, x))
+            row[f"buffers_{kind}"] = measure.buffer_bytes(module)
+            if training:
+                row[f"saved_{kind}"] = measure.saved_bytes(module, x)
     if not config.repeats:
         return row
     runs: dict[str, Callable[[], object]] = {}
     for kind, module in modules.items():
-        run: Any = torch.compile(module) if config.compile else module
-        runs[kind] = partial(steps[kind], run, x)
         try:
-            runs[kind]()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            return row | dict(failed=f"{kind} does not compile: {str(error).splitlines()[0]}")
+            runs[kind] = ways.runner(module, steps[kind], x, how, config.precision, config.device)
+            ways.warm_up(runs[kind], config.device)
+        except (torch._dynamo.exc.TorchDynamoException, ConfigError) as error:
+            return row | dict(failed=f"{kind} does not compile: {(str(error).splitlines() or [''])[0]}")
+        allocated = None if how == "graph" else ways.allocated_bytes(runs[kind], config.device)  # a graph has its own
+        row |= {} if allocated is None else {f"allocated_{kind}": allocated}
     ratios = [("peer", "ours"), ("ours", "limit")][: len(modules) - 1]
-    found = measure.paired(runs, config.repeats, ratios, config.device)
-    return row | {f"{a}_{b}": value for (a, b), value in zip(ratios, found, strict=True)}
+    seconds = measure.interleaved(runs, config.repeats, config.device)
+    if config.device != "cpu":  # where the clock is that of the device, which does nothing else
+        row |= {f"ms_{kind}": round(1e3 * statistics.median(times), 4) for kind, times in seconds.items()}
+    return row | {f"{a}_{b}": measure.paired(seconds, a, b) for a, b in ratios}
 
 
 def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> Row:
@@ -236,7 +287,6 @@ def _first(ours: nn.Module, size: tuple[int, int], config: BenchConfig) -> Row:
     if embed is None:
         return dict(failed="first goes through sizes of images, in patches that this model does not name")
     patch = max(embed.patch_size)
-    ours.to(config.device)
     height, width = size
     unseen = torch.randn(config.batch, 3, height + 7 * patch, width, device=config.device)
     row: Row = {f"kernels_{when}": measure.kernels(ours, unseen) for when in ("first", "later")}
@@ -280,5 +330,5 @@ def _about(command: str, device: str) -> Row:
     return dict(
         command=command, vit2dpe=__version__, torch=torch.__version__, timm=timm.__version__,
         python=platform.python_version(), cpu=processor(), threads=torch.get_num_threads(), load=os.getloadavg(),
-        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     )  # fmt: skip

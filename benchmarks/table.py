@@ -19,12 +19,17 @@ def line(row: Row) -> str:
         return f"{head}{row['failed']}{apart}"
     parts = [", ".join(found for found in (ratio(row, kind) for kind in RATIOS) if found)]
     parts += [", ".join(cells(row, name, mib)) for name, mib in COUNTS]
+    parts += [row["backend"]] if "ms_ours" in row else []
     return head + "; ".join(part for part in [*parts, verdict(row)] if part)
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
     """The lines of a table; for a row that failed, the reason."""
     names = ["row", "peer / ours", "ours / limit", "saved MiB", "peak MiB", "buffers MiB", "operations", "wanted"]
+    # What a GPU alone measures has columns where it was measured.
+    more = [name for name in ON_A_GPU if any(f"{name}_ours" in row for row in rows)]
+    backend = ["backend"] if any("ms_ours" in row for row in rows) else []
+    names[-1:-1] = [ON_A_GPU[name] for name in more] + backend
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         if "failed" in row:
@@ -33,13 +38,17 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         first = ratio(row, "first_later")
         found = [ratio(row, "peer_ours") or (f"first / later {first}" if first else ""), ratio(row, "ours_limit")]
         counts = {name: ", ".join(cells(row, name, mib)) for name, mib in COUNTS}
-        found += [counts[name] for name in ("saved", "peak", "buffers", "kernels")]
+        found += [counts[name] for name in ("saved", "peak", "buffers", "kernels", *more)]
+        found += [row.get("backend", "") for _ in backend]
         lines.append("| " + " | ".join([about(row), *found, verdict(row)]) + " |")
     return lines
 
 
 RATIOS = ("peer_ours", "ours_limit", "first_later")
-COUNTS = (("kernels", False), ("saved", True), ("peak", True), ("buffers", True))
+ON_A_GPU = {"allocated": "allocated MiB", "ms": "ms"}
+COUNTS = (
+    ("kernels", False), ("saved", True), ("peak", True), ("buffers", True), ("allocated", True), ("ms", False),
+)  # fmt: skip
 
 
 def about(row: Row) -> str:
@@ -49,7 +58,7 @@ def about(row: Row) -> str:
     if part != "encoder":
         words.append(part if row.get("block") is None else f"{part} {row['block']}")
     words += [] if row.get("precision", "float32") == "float32" else [row["precision"]]
-    words += ["compiled"] if row.get("compiled") else []
+    words += ["compiled"] if row.get("compiled") else [row["how"]] if "how" in row else []
     words += [f"batch {row['batch']}"]
     words += [] if row.get("depth") is None else [f"{row['depth']} blocks"]
     return ", ".join(words)

@@ -74,7 +74,10 @@ class Positions:
         """
         if not torch.compiler.is_compiling() and any(size < 1 for size in extent):
             raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
-        axes = [torch.arange(size, dtype=torch.float32, device=device) for size in extent]
+        axes: list[Tensor] = []
+        for size in extent:  # a square has one line of places
+            same = axes and not torch.compiler.is_compiling() and not is_tracing() and size == extent[0]
+            axes.append(axes[0] if same else torch.arange(size, dtype=torch.float32, device=device))
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         made = cls(coords[None], tuple(extent))  # (1, N, d)
         object.__setattr__(made, "whole", True)

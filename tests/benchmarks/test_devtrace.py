@@ -28,7 +28,7 @@ def vit(position, depth=12):
 
 # Twelve blocks, bfloat16 autocast; 8 casts of weights and biases a block are autocast's own.
 @pytest.mark.parametrize(
-    ("position", "kernels"), [("none", 254), ("learned", 261), ("rope", 280), ("rope_mixed", 338), ("relative", 284)]
+    ("position", "kernels"), [("none", 253), ("learned", 260), ("rope", 273), ("rope_mixed", 337), ("relative", 283)]
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_a_forward_copies_nothing_and_waits_for_nothing(position, kernels, training):
@@ -41,7 +41,7 @@ def test_a_forward_copies_nothing_and_waits_for_nothing(position, kernels, train
 # Forward, loss and backward; timm's rotary ViT launches 1,231, the one with learned frequencies 1,409.
 @pytest.mark.parametrize(
     ("position", "kernels"),
-    [("none", 645), ("rope", 671), ("rope_mixed", 765), ("fire(shared=true)", 747), ("fire", 1154)],
+    [("none", 644), ("rope", 664), ("rope_mixed", 764), ("fire(shared=true)", 746), ("fire", 1153)],
 )
 def test_a_training_step_launches_few_kernels(position, kernels):
     traffic = devtrace.trace_launches(vit(position), SIZE)
@@ -156,17 +156,23 @@ class Chatty(torch.nn.Module):
         x = x * scale
         if x.sum() > 0:
             x = x + 1
-        return x * x.mean().item() + x.cpu().sum().to("cuda") + len(x.amax(dim=(1, 2, 3)).tolist())
+        x = x * x.mean().item() + x.cpu().sum().to("cuda") + len(x.amax(dim=(1, 2, 3)).tolist())
+        return x + torch.multinomial(x.flatten(1).softmax(1), 1)[..., None, None]
 
 
 def test_copies_and_reads_are_seen():
     traffic = devtrace.trace_forward(Chatty(), SIZE)
     assert traffic.to_device.total() == traffic.blocking.total() == 2
     assert traffic.to_host.total() == 1
-    assert sorted(read.split()[0] for read in traffic.reads.elements()) == ["__bool__", "item", "tolist"]
+    assert sorted(read.split()[0] for read in traffic.reads.elements()) == [
+        "__bool__",
+        "item",
+        "multinomial.default",
+        "tolist",
+    ]
     report = traffic.report("chatty")
     assert report.startswith("chatty: ")
-    assert "2 copies to the device, 1 to the host, 3 reads" in report
+    assert "2 copies to the device, 1 to the host, 4 reads" in report
 
 
 def test_nothing_stays_patched():

@@ -54,13 +54,26 @@ def select_bias(
     return table.select(term, q, trains(term.table, q, k), plain)
 
 
-def select_kernel(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> Selection:
+def select_mask(causal: bool, mask: Tensor | None) -> Selection:
+    """ "causal", "matrix" or "none"."""
+    if causal:
+        return Selection("causal", "tokens see those before them, which the kernel needs no matrix for")
+    if mask is None:
+        return Selection("none", "every query may attend to every key")
+    return Selection("matrix", "where queries may attend is given to the kernel as a tensor, with the bias if any")
+
+
+def select_kernel(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float, causal: bool
+) -> Selection:
     """Which implementation of the fused attention torch takes: the first of its order that runs with these tensors."""
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
     for backend in order:
         try:
             with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):  # torch warns why one cannot serve
-                F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=added, dropout_p=dropout, is_causal=causal, scale=scale
+                )
         except RuntimeError:
             continue
         return Selection(backend.name.lower(), "torch's choice for these tensors")

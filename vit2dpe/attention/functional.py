@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..positions import is_tracing
+from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
-from .dispatch import allowed_kernels, select_bias
+from .dispatch import allowed_kernels, select_bias, select_mask
 from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
 
 
@@ -28,10 +28,12 @@ class Observer(Protocol):
     def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None: ...
 
     def selected(self, what: str, selection: Selection) -> None:
-        """`what` is "rotation" or "bias"; of several selections in one attention the first counts."""
+        """`what` is "rotation", "bias" or "mask"; of several selections in one attention the first counts."""
         ...
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> None:
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float, causal: bool
+    ) -> None:
         """The arguments of torch's fused attention, before it is called."""
         ...
 
@@ -111,12 +113,37 @@ class FullMask(NamedTuple):
     mask: Tensor
 
 
+class Causal(NamedTuple):
+    """A token attends to itself and to those before it, in their order: torch's `is_causal`, no matrix and no padding.
+
+    Args:
+        at: where the N tokens are, leading ones included, which are queries and keys.
+    """
+
+    at: Positions
+
+    def tokens(self) -> int:
+        """N. No property: torch before 2.11 compiles none of a named tuple."""
+        return self.at.prefix + self.at.coords.shape[1]
+
+    def matrix(self) -> Tensor:
+        """(1, 1, N, N), True may attend: for a kernel that takes it together with biases, once for all blocks."""
+        return self.at.memoize("causal", self._matrix)
+
+    def _matrix(self) -> Tensor:
+        step = torch.arange(self.tokens(), device=self.at.coords.device)
+        return (step[:, None] >= step)[None, None]
+
+
+Mask = Tensor | FullMask | Causal
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     signal: Signal = Signal(),  # noqa: B008 - an immutable tuple
-    mask: Tensor | FullMask | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -126,7 +153,7 @@ def attend(
         q, k, v: (B, H, Nq, Dh), (B, H, Nk, Dh), (B, H, Nk, Dv). Never altered.
         signal: rotations, bias terms and temperature; its `token` is the model's business.
         mask: boolean, (Nq, Nk) or (B|1, H|1, Nq, Nk); True may attend. A query that may attend to
-            nothing gives 0; under a `FullMask` there is none, and nothing is promised if there is.
+            nothing gives 0; under a `FullMask` there is none, and nothing is promised if there is. Or `Causal`.
         scale: factor on q·k; default 1/sqrt(Dh).
         dropout: probability, on the attention weights.
 
@@ -134,18 +161,23 @@ def attend(
         (B, H, Nq, Dv) in v's dtype.
 
     Raises:
-        ValueError: for a mask of another kind, or rotations of other sizes than q and k.
+        ValueError: for a mask of another kind or size, or rotations of other sizes than q and k.
     """
-    full = isinstance(mask, FullMask)
-    mask = mask.mask if isinstance(mask, FullMask) else mask
+    order, full = mask if isinstance(mask, Causal) else None, not isinstance(mask, Tensor)
+    mask = mask.mask if isinstance(mask, FullMask) else None if isinstance(mask, Causal) else mask
     if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
         raise ValueError(
             f"a mask is boolean, True where a query may attend, (Nq, Nk) or (B, 1|H, Nq, Nk); got {mask.dtype} "
             f"{tuple(mask.shape)}. Biases go into a Signal"
         )
+    if order is not None and not order.tokens() == q.shape[-2] == k.shape[-2]:
+        raise ValueError(
+            f"Causal is for {order.tokens()} tokens, queries and keys alike, got {q.shape[-2]} queries and "
+            f"{k.shape[-2]} keys"
+        )
     observer = _observer()
     if observer is not None:
-        observer.attended(q, k, signal, mask, scale)
+        observer.attended(q, k, signal, mask if order is None else order.matrix(), scale)
     q, k, signal = rotate_qk(q, k, signal)
     temperature = 1.0 if signal.temperature is None else signal.temperature
     factor: float | Tensor = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
@@ -166,7 +198,7 @@ def attend(
             pairs, widths = q.shape[2] * k.shape[2], (q.shape[3], width)
             beside = flex.serves(q, pairs, terms, widths=widths, dropout=dropout, plain=plain)
         if beside.path and observer is None:
-            out = flex.attend(q, k, v, signal, mask, scale)
+            out = flex.attend(q, k, v, signal, mask, scale, causal=order is not None)
             return out if alive is None else out.masked_fill(~alive, 0.0)
         if beside.path and observer is not None:  # while somebody looks on, nothing compiled runs
             observer.selected("bias", beside)
@@ -174,6 +206,8 @@ def attend(
         if appended:
             q, k, v = _append_channels(q, k, v, products, factor, temperature)
             terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
+        if terms and order is not None:  # no kernel takes both
+            mask, order = order.matrix(), None
         traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
         selection = select_bias(q, k, terms, mask, dropout, traced, appended, plain)
         if observer is not None:
@@ -183,11 +217,15 @@ def attend(
             return out if out.shape[-1] == width else out[..., :width]
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    added = merge_bias(terms, mask, temperature, kernel_dtype(q)) if terms else mask  # (B|1, H|1, Nq, Nk)
+    added = merge_bias(terms, mask, temperature, kernel_dtype(q) if terms else q.dtype)  # (B|1, H|1, Nq, Nk)
+    causal = order is not None
     if observer is not None:
-        observer.fused(q, k, v, added, dropout, factor)
+        observer.selected("mask", select_mask(causal, mask))
+        observer.fused(q, k, v, added, dropout, factor, causal)
     with nullcontext() if added is None else allowed_kernels(added, q, k, v):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=factor)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=added, dropout_p=dropout, is_causal=causal, scale=factor
+        )
     out = out if out.shape[-1] == width else out[..., :width]  # (B, H, Nq, Dv)
     return out if alive is None else out.masked_fill(~alive, 0.0)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
-from .functional import attend, merge_heads, rotate_qk, split_heads, without_rotation
+from .functional import Mask, attend, merge_heads, rotate_qk, split_heads, without_rotation
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         signal: Signal = Signal(),  # noqa: B008
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D). With a cache, keys and values of earlier tokens come before those of x."""

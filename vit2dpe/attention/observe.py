@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, not_ours
 from ..signal import Signal
-from .dispatch import select_kernel
+from .dispatch import select_kernel, select_mask
 from .functional import OBSERVER, rotate_qk
 from .kernels import Selection
 
@@ -49,7 +49,15 @@ class Report:
         """An implementation that was selected within the module of this name."""
 
     def fused(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        added: Tensor | None,
+        dropout: float,
+        scale: float,
+        causal: bool,
     ) -> None:
         """The arguments of torch's fused attention within the module of this name."""
 
@@ -75,9 +83,11 @@ class Running(NamedTuple):
         if self.name is not None:
             self.report.selected(self.name, what, selection)
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float) -> None:
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float, causal: bool
+    ) -> None:
         if self.name is not None:
-            self.report.fused(self.name, q, k, v, added, dropout, scale)
+            self.report.fused(self.name, q, k, v, added, dropout, scale, causal)
 
 
 class _Hook:
@@ -263,20 +273,23 @@ def _stock(
 
 
 class Explanation(NamedTuple):
-    """The implementations that one attention uses: rotation, bias and fused kernel, each with its reason.
+    """The implementations that one attention uses: rotation, bias, fused kernel and mask, each with its reason.
 
-    `kernel` is torch's choice, None where the path of the bias calls the kernel in parts.
+    `kernel` is torch's choice, None where the path of the bias calls the kernel in parts. `mask` is "causal" (no
+    matrix), "matrix" or "none".
     """
 
     name: str
     rotation: Selection
     bias: Selection
     kernel: Selection | None
+    mask: Selection = select_mask(causal=False, mask=None)
 
     def __str__(self) -> str:
         rotation, bias = (f"{one.path} ({one.why})" for one in (self.rotation, self.bias))
+        mask = "" if self.mask.path == "none" else f"; mask {self.mask.path} ({self.mask.why})"
         kernel = "" if self.kernel is None else f"; kernel {self.kernel.path}"
-        return f"{self.name}: rotation {rotation}; bias {bias}{kernel}"
+        return f"{self.name}: rotation {rotation}; bias {bias}{mask}{kernel}"
 
 
 class _SelectionReport(Report):
@@ -294,16 +307,25 @@ class _SelectionReport(Report):
         self.selections.setdefault(what, selection)
 
     def fused(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        added: Tensor | None,
+        dropout: float,
+        scale: float,
+        causal: bool,
     ) -> None:
-        self.selections.setdefault("kernel", select_kernel(q, k, v, added, dropout, scale))
+        self.selections.setdefault("kernel", select_kernel(q, k, v, added, dropout, scale, causal))
 
     def left(self, name: str) -> None:
         none = {what: Selection("none", f"no {what} is asked for") for what in ("rotation", "bias")}
         found, ran = none | self.selections, self.ran
         self.selections, self.ran = {}, False
         if ran:
-            self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel")))
+            mask = found.get("mask", select_mask(causal=False, mask=None))
+            self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel"), mask))
 
 
 def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training: bool = False) -> list[Explanation]:

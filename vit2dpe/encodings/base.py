@@ -59,7 +59,7 @@ class Cache(Protocol):
 
 
 class Angles(Protocol):
-    """Angles that are not given as a tensor; `rope.LinearAngles` is the one kind."""
+    """Angles that are not given as a tensor: `rope.LinearAngles` and `rope.AxialAngles`."""
 
     def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
         """Under a policy on a grid of this extent, behind `prefix` tokens that do not turn.
@@ -186,7 +186,7 @@ class PositionEncoding(nn.Module):
         return None
 
     def angle(self, at: Positions) -> Tensor | Angles | None:
-        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or `LinearAngles`, whose
+        """(B|1, 1|H, N, Dh/2) radians, float64 for a formula, for tokens that have a place; or `Angles`, whose
         `dense()` is that."""
         return None
 
@@ -355,6 +355,10 @@ def rotation_of(angle: Tensor | Rotation, dtype: torch.dtype, device: torch.devi
     """
     if isinstance(angle, Rotation):
         return Rotation(angle.cos.to(device, dtype), angle.sin.to(device, dtype))
+    if can_interleave(angle) and angle.device.type == torch.device(device).type:
+        turn = torch.complex(angle.cos(), angle.sin()).to(dtype.to_complex())  # both halves in one cast
+        cos, sin = torch.view_as_real(turn).unbind(-1)
+        return Rotation(cos, sin)
     return interleave(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
 
 

@@ -61,6 +61,29 @@ class LinearAngles(NamedTuple):
         return angle
 
 
+class AxialAngles(NamedTuple):
+    """Angles of pairs that each turn along one axis, angle_(a, k)(p) = w[a, k] p_a: one product, and no zeros added.
+
+    Args:
+        coords: (B|1, N, d), of any precision.
+        w: (d, K) radians per patch, K = Dh / (2 d).
+    """
+
+    coords: Tensor
+    w: Tensor
+
+    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
+        """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
+        if policy is not None:  # which reads, and may mix, the frequencies of all axes
+            return LinearAngles(self.coords.to(self.w.dtype), along_axes(self.w)).resolve(policy, extent, prefix)
+        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
+        return AxialAngles(coords, self.w).dense()
+
+    def dense(self) -> Tensor:
+        """(B|1, 1, N, Dh/2)"""
+        return (self.coords[:, None, :, :, None] * self.w).flatten(-2)
+
+
 class _CosSin(torch.autograd.Function):
     """Cosine and sine of learned linear angles, interleaved.
 
@@ -114,15 +137,30 @@ class DirectionalRoPE(PositionEncoding):
         """(d, 1|H, Dh/2) radians per patch."""
         raise TypeError(f"{type(self).__name__} must name its frequencies")
 
-    def angle(self, at: Positions) -> LinearAngles:
+    def angle(self, at: Positions) -> LinearAngles | AxialAngles:
         w = self.frequencies(at.coords.device)
-        if len(at.extent) != w.shape[0]:
-            raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
+        _check_axes(at, w)
         # The device first: where it has no float64, formulas have their frequencies on the CPU.
         return LinearAngles(at.coords.to(w.device).to(w.dtype), w)
 
 
-class AxialRoPE(DirectionalRoPE):
+class AlongAxes(DirectionalRoPE):
+    """Fixed frequencies, each along one axis: pairs [a K, (a + 1) K) turn with coordinate a."""
+
+    def banks(self, device: torch.device) -> Tensor:
+        """(d, K) radians per patch."""
+        raise TypeError(f"{type(self).__name__} must name its frequencies")
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        return along_axes(self.banks(device))
+
+    def angle(self, at: Positions) -> AxialAngles:
+        w = self.banks(at.coords.device)
+        _check_axes(at, w)
+        return AxialAngles(at.coords.to(w.device), w)
+
+
+class AxialRoPE(AlongAxes):
     """Fixed frequencies, each along one axis; nothing learned, nothing stored.
 
     Args:
@@ -152,11 +190,13 @@ class AxialRoPE(DirectionalRoPE):
             raise ConfigError(f"rope needs step > 0, one number or {axes}, one of each axis; got {step}")
         self.head_dim, self.axes, self.base, self.steps, self.start = head_dim, axes, base, steps, start
 
-    def frequencies(self, device: torch.device) -> Tensor:
+    def banks(self, device: torch.device) -> Tensor:
         bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return along_axes([bank if step == 1 else bank * step for step in self.steps])
+        if all(step == 1 for step in self.steps):
+            return bank.expand(self.axes, -1)
+        return torch.stack([bank * step for step in self.steps])
 
-    def angle(self, at: Positions) -> LinearAngles:
+    def angle(self, at: Positions) -> AxialAngles:
         return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
 
     def extra_repr(self) -> str:
@@ -201,18 +241,23 @@ class MixedRoPE(DirectionalRoPE):
         return f"head_dim={2 * pairs}, heads={heads}, axes={axes}, base={self.base:g}"
 
 
-def along_axes(banks: list[Tensor]) -> Tensor:
-    """(d, 1, d K) of d banks (K,), each along an axis of its own: a block-diagonal matrix.
+def _check_axes(at: Positions, w: Tensor) -> None:
+    if len(at.extent) != w.shape[0]:
+        raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
+
+
+def along_axes(banks: Tensor) -> Tensor:
+    """(d, 1, d K) of d banks (d, K), each along an axis of its own: a block-diagonal matrix.
 
     A graph pads and adds: converters of traced ones lack `block_diag`, of which a compiler makes six kernels. Elsewhere
     that is one.
     """
     if not is_tracing() and not torch.compiler.is_compiling():
-        w: Tensor = torch.block_diag(*banks)
+        w: Tensor = torch.block_diag(*banks.unbind(0))
         return w[:, None]
     count, last = len(banks[0]), len(banks) - 1
     rows = [
-        F.pad(bank[None], (i * count, (last - i) * count, i, last - i)) for i, bank in enumerate(banks)
+        F.pad(bank[None], (i * count, (last - i) * count, i, last - i)) for i, bank in enumerate(banks.unbind(0))
     ]  # each (d, d K)
     return sum(rows[1:], rows[0])[:, None]
 

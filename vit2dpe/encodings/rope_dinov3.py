@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact, float64_device, numbers
-from .rope import DirectionalRoPE, LinearAngles, along_axes, check_widths, magnitudes
+from .rope import AlongAxes, AxialAngles, check_widths, magnitudes
 
 
-class CentredRoPE(DirectionalRoPE):
+class CentredRoPE(AlongAxes):
     """DINOv3's: angle = 2π c / period on coordinates c in (-1, 1), so a grid of any size spans the same angles.
 
         c_a = 2 (p_a + 1/2) / S_a - 1,    period_k = base^(k/K),    K = Dh / (2 d)
@@ -62,11 +62,12 @@ class CentredRoPE(DirectionalRoPE):
     def measures_extent(self) -> bool:
         return True
 
-    def frequencies(self, device: torch.device) -> Tensor:
+    def banks(self, device: torch.device) -> Tensor:
+        """(d, K) radians per unit of c."""
         bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return along_axes([bank] * self.axes)  # (d, 1, Dh/2) radians per unit of c
+        return bank.expand(self.axes, -1)
 
-    def angle(self, at: Positions) -> LinearAngles:
+    def angle(self, at: Positions) -> AxialAngles:
         if at.axes != self.axes:
             raise ValueError(f"this rope was built for {self.axes} axes, the positions have {at.axes}")
         return super().angle(Positions(_centred(at), at.extent))

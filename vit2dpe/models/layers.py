@@ -20,7 +20,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention.functional import materialize_shared_bias
+from ..attention.functional import Mask, materialize_shared_bias
 from ..attention.modules import Attention
 from ..encodings.base import PositionEncoding
 from ..encodings.tables import replace
@@ -279,7 +279,7 @@ class Block(BlockParts):
         **parts: see `BlockParts`.
     """
 
-    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | None = None) -> Tensor:
         if self.attn.position is not None:
             own = self.attn.position(at)
             x = add_token(x, own)
@@ -291,7 +291,7 @@ class Block(BlockParts):
 class PostNormBlock(Block):
     """The norms after attention and MLP, inside the residual branches, instead of before (Swin V2's order)."""
 
-    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | None = None) -> Tensor:
         if self.attn.position is not None:
             own = self.attn.position(at)
             x = add_token(x, own)

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tests.attention.kernels.flexed import compiled, flex_on_cpu
 from vit2dpe import ConfigError, Dims, Positions, Signal, ViT, attend, build, explain, frozen, use_policy
 from vit2dpe.attention import mask_mod, masks, score_mod
-from vit2dpe.attention.functional import materialize_shared_bias, rotate_qk
+from vit2dpe.attention.functional import Causal, materialize_shared_bias, rotate_qk
 from vit2dpe.attention.kernels import flex
 from vit2dpe.signal import Dense, Distance, Table
 from vit2dpe.testing import randomise
@@ -70,7 +70,7 @@ def from_formula(q, k, v, signal, mask=None, scale=None):
     q, k, signal = rotate_qk(q, k, signal)
     modified = score_mod(signal)
     if mask is not None:
-        modified = flex._masked(modified, mask_mod(mask))
+        modified = flex._where(modified, mask_mod(mask))
     return flex.plainly(q, k, v, modified, scale)
 
 
@@ -112,7 +112,9 @@ def test_on_a_line_under_a_causal_mask_with_padding_on_the_left(word):
     assert bool((expected[1, :, :2] == 0).all())  # padding sees nothing
     with flex_on_cpu() as programs, torch.no_grad():
         torch.testing.assert_close(attend(q, k, v, signal(), mask), expected, rtol=0, atol=5e-6)
-    assert len(programs) == (word in ("alibi", "t5", "lookhere"))  # others are a matrix, or channels
+        in_order = attend(q, k, v, signal(), Causal(at))
+    torch.testing.assert_close(in_order, attend(q, k, v, signal(), Causal(at)), rtol=0, atol=5e-6)
+    assert len(programs) == 2 * (word in ("alibi", "t5", "lookhere"))  # others are a matrix, or channels
 
 
 def test_a_window_needs_nothing_of_its_own():

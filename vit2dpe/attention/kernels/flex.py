@@ -230,18 +230,30 @@ def tensors(terms: Iterable[Bias]) -> list[Tensor]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signal: Signal,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> Tensor:
-    """(B, H, Nq, Dv): as `vit2dpe.attend`, of queries and keys that are turned, under a mask (B|1, H|1, Nq, Nk) that
-    leaves each query a key."""
+    """(B, H, Nq, Dv): as `vit2dpe.attend`, of queries and keys that are turned.
+
+    Args:
+        mask: (B|1, H|1, Nq, Nk), leaves each query a key.
+        causal: tokens attend to themselves and those before them.
+    """
     dtype, temperature = kernel_dtype(q), signal.temperature
     if isinstance(temperature, float | int):  # a number would be part of the program
         temperature = q.new_full((), temperature, dtype=torch.float32)
     modified = score_mod(Signal(bias=signal.bias, temperature=temperature))
     if mask is not None:
-        modified = _masked(modified, _entry(mask))
+        modified = _where(modified, _entry(mask))
+    if causal:
+        modified = _where(modified, lambda b, h, i, j: i >= j)
     kinds = tuple(type(term).__name__ for term in signal.bias)
-    program = kinds, mask is None, temperature is None, dtype, q.shape[-1], v.shape[-1], torch.is_grad_enabled()
+    program = kinds, mask is None, causal, temperature is None, dtype, q.shape[-1], v.shape[-1], torch.is_grad_enabled()
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling() or not trains(q, k, v):
         return run(program, q, k, v, modified, scale)
@@ -249,7 +261,7 @@ def attend(
     return out
 
 
-def _masked(modified: ScoreMod, allowed: Pair) -> ScoreMod:
+def _where(modified: ScoreMod, allowed: Pair) -> ScoreMod:
     def masked(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(allowed(b, h, i, j), modified(score, b, h, i, j), -float("inf"))
 

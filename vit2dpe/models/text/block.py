@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...attention.cache import LayerCache
+from ...attention.functional import Mask
 from ...attention.modules import CrossAttention
 from ...encodings import PositionEncoding
 from ...positions import Positions
@@ -79,7 +80,7 @@ class TextBlock(Block):
         x: Tensor,
         signal: Signal,
         at: Positions,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         *,
         keys: Positions | None = None,
         cache: LayerCache | None = None,

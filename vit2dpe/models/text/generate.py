@@ -13,6 +13,9 @@ from ...errors import ConfigError, unknown
 from .heads import TextDecoder
 from .model import Encoded
 
+# Tokens from one look at which texts have ended to the next, by device: the host waits for each, on the CPU for none.
+EVERY, ELSEWHERE = {"cpu": 1}, 16
+
 
 @torch.no_grad()
 def generate(
@@ -38,7 +41,8 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest; top_p: among the likeliest that together reach p (arXiv 1904.09751).
         seed: of the draws; default: the global generator's.
-        stop: the end token; the rest of a text that has ended is filled with it.
+        stop: the end token; the rest of a text that has ended is filled with it. Where the host would wait for each
+            token (not on the CPU), up to 15 more are drawn after the end of all, and cut off.
         overflow: how to go on beyond the model's context. "slide": the newer half of a text that fills the line is read
             again from place 0, with any encoding; padding is not counted. "extend": the line grows to N + new and the
             encoding meets what it was not trained on, under the policy in force.
@@ -52,16 +56,16 @@ def generate(
         raise unknown("overflow", overflow, ("slide", "extend"))
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     line = _Line(model, tokens, new, valid, memory, overflow, cached)
-    over = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    ends = _Ends(tokens)
     for _ in range(new):
         token = pick(line.logits(), temperature, top_k, top_p, generator)  # (B,)
         if stop is not None:
-            token, over = token.where(~over, stop), over | (token == stop)
+            token = token.where(~ends.over, stop)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
-        if bool(over.all()):
+        if stop is not None and ends.all_have(ends.over | (token == stop)):
             break
         line.add(token)
-    return tokens
+    return tokens if stop is None else ends.cut(tokens)
 
 
 def pick(
@@ -83,7 +87,17 @@ def pick(
         share = ranked.softmax(dim=-1)
         ranked = ranked.masked_fill(share.cumsum(dim=-1) - share >= top_p, float("-inf"))  # the first always stays
         logits = torch.empty_like(logits).scatter(-1, order, ranked)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    return _draw(logits.softmax(dim=-1), generator)
+
+
+def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`torch.multinomial(p, 1)`; elsewhere than on the CPU without its check of p, for which the host would wait."""
+    return torch.multinomial(p, 1, generator=generator)[:, 0] if p.device.type == "cpu" else first(p, generator)
+
+
+def first(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """argmax p / e, e ~ Exp(1): which of the clocks that ring at rates p (B, V) is first. As in `torch.multinomial`."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -116,9 +130,10 @@ def beam_search(
     line = _Line(model, tokens, new, valid, None if memory is None else memory.take(spread), "extend", True)
     score = tokens.new_full((batch, beams), float("-inf"), dtype=torch.float32)
     score[:, 0] = 0.0  # all beams are alike at first: one of them counts
-    over = torch.zeros(batch * beams, dtype=torch.bool, device=tokens.device)
+    ends = _Ends(tokens)
     length = torch.zeros(batch * beams, device=tokens.device)
     for _ in range(new):
+        over = ends.over
         step = line.logits().float().log_softmax(dim=-1)  # (B K, V)
         step = torch.where(over[:, None], torch.full_like(step, float("-inf")), step)
         step[:, stop] = torch.where(over, torch.zeros_like(step[:, stop]), step[:, stop])
@@ -127,14 +142,35 @@ def beam_search(
         vocabulary = step.shape[-1]
         source = (torch.arange(batch, device=tokens.device)[:, None] * beams + best // vocabulary).flatten()
         token = (best % vocabulary).flatten()
-        length, over = (length + ~over)[source], over[source] | (token == stop)
+        length = (length + ~over)[source]
         tokens = torch.cat([tokens[source], token[:, None]], dim=1)
-        if bool(over.all()):
+        if ends.all_have(over[source] | (token == stop)):
             break
         line.take(source)
         line.add(token)
     final = score / length.view(batch, beams).clamp(min=1) ** length_penalty
-    return tokens.view(batch, beams, -1)[torch.arange(batch, device=tokens.device), final.argmax(dim=1)]
+    best = tokens.view(batch, beams, -1)[torch.arange(batch, device=tokens.device), final.argmax(dim=1)]
+    return ends.cut(best)
+
+
+class _Ends:
+    """Which texts have ended, and after how many new tokens all had."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.prompt, self.steps = tokens.shape[1], 0
+        self.every = EVERY.get(tokens.device.type, ELSEWHERE)
+        self.over = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)  # (B,)
+        self.open = torch.zeros((), dtype=torch.long, device=tokens.device)  # steps after which a text goes on
+
+    def all_have(self, over: Tensor) -> bool:
+        """Note which texts are over after one more token; True where, as far as was looked, all are."""
+        self.over, self.steps = over, self.steps + 1
+        self.open = self.open + ~over.all()
+        return self.steps % self.every == 0 and int(self.open) < self.steps
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """Without what was drawn after all had ended."""
+        return tokens[:, : self.prompt + min(int(self.open) + 1, self.steps)]
 
 
 class _Line:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...attention import masks
 from ...attention.cache import KVCache
-from ...attention.functional import materialize_shared_bias
+from ...attention.functional import Causal, FullMask, Mask, materialize_shared_bias
 from ...encodings import (
     Dims,
     PositionEncoding,
@@ -205,12 +205,7 @@ class TextModel(nn.Module):
         if cache is not None:
             cache.extend(at, valid)
             keys, present = cache.at or at, cache.valid
-        mask = masks.both(
-            masks.causal(at, keys) if self.causal else None,
-            None if self.window is None else masks.window(at, keys, self.window),
-            None if present is None else masks.present(present),
-            None if segments is None else masks.same(segments, segments),
-        )
+        mask = self._mask(at, keys, present, segments)
         read = None if memory is None else self._read(memory, at)
         x = self._embed(tokens, types)  # (B, N, D)
         x, signal = block_inputs(x, signal_of(self.position, at, keys))  # geometry becomes tensors, once
@@ -297,6 +292,19 @@ class TextModel(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 / ((2 * len(self.blocks)) ** 0.5 if last else 1.0))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def _mask(self, at: Positions, keys: Positions, present: Tensor | None, segments: Tensor | None) -> Mask | None:
+        """Where tokens at `at` may attend among those at `keys`, which are themselves or end with them."""
+        if self.causal and keys is at and self.window is None and present is None and segments is None:
+            return Causal(at)
+        newest = keys is not at and at.coords.shape[1] == 1  # one new token: all others are before it
+        mask = masks.both(
+            masks.causal(at, keys) if self.causal and not newest else None,
+            None if self.window is None else masks.window(at, keys, self.window),
+            None if present is None else masks.present(present),
+            None if segments is None else masks.same(segments, segments),
+        )
+        return FullMask(mask) if mask is not None and present is None else mask  # a token attends to itself at least
 
     def _embed(self, tokens: Tensor, types: Tensor | None) -> Tensor:
         x: Tensor = self.word_scale(self.embed(tokens))
