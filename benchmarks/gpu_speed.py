@@ -45,6 +45,7 @@ SHAPES = {
     "S/16@224 B256": Shape(256, 224, 16, 384, 6, 12),
     "Ti/4@32 B128": Shape(128, 32, 4, 192, 3, 12),
     "S/16@512 B32": Shape(32, 512, 16, 384, 6, 12),
+    "S/16@1024 B4": Shape(4, 1024, 16, 384, 6, 12),  # 4,097 tokens: biases beside the logits, tables by slices
 }
 SMALL = {"tiny B2": Shape(2, 32, 8, 32, 2, 1)}
 PEERS = {
@@ -53,6 +54,7 @@ PEERS = {
     "relative": "vit_relpos_small_patch16_224",
     "rope_mixed": "vit_small_patch16_rope_mixed_224",
     "alibi": None,
+    "lookhere": None,
 }
 
 

@@ -14,7 +14,7 @@ Rotations turn q and k before (`vit2dpe.rotate`); `score` is scale · q k. What 
     Dense      an entry of the matrix that is there
 
 Prefix tokens, places that differ from sample to sample, and keys other than the queries are served; a window is a small
-grid. `attend` takes this path on CUDA by itself, from `PAIRS` pairs of tokens on: `serves`, and docs/decisions/0018.
+grid. `attend` takes this path on CUDA by itself, from `PAIRS` pairs of tokens on: `serves`, and docs/decisions/0019.
 
 Source: FlexAttention, arXiv 2412.05496; torch.nn.attention.flex_attention.
 
