@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
+from benchmarks import real_weights
 from benchmarks.table import markdown
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
@@ -60,7 +61,9 @@ def page(text: str, results: Path = RESULTS) -> str:
 
 
 def bench(folder: Path) -> str:
-    """The rows of a folder that `vit2dpe bench` wrote, file by file."""
+    """The rows of a folder that `vit2dpe bench` wrote, file by file, or those of `benchmarks.real_weights`."""
+    if folder.name == "real_weights":
+        return real_weights.markdown(folder / "rows.jsonl")
     return "\n".join(
         markdown([row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())["rows"]])
     )

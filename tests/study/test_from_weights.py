@@ -15,6 +15,7 @@ from vit2dpe import ViT
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
 from vit2dpe.models.spec import ModelSpec
+from vit2dpe.resolution.apply import policies_of
 from vit2dpe.study import settle as settling
 from vit2dpe.study import trials
 from vit2dpe.study.brought import brought
@@ -23,7 +24,7 @@ from vit2dpe.study.rows import SCRATCH, WEIGHTS, Row, read_rows, to_csv
 from vit2dpe.study.settings import StudyConfig
 from vit2dpe.study.settle import settle
 from vit2dpe.study.verdict import verdict
-from vit2dpe.training.checkpoint import load_run, read_meta, save_model
+from vit2dpe.training.checkpoint import load_run, read_meta, save_model, write_policy
 from vit2dpe.training.start import describe
 
 SIZES = dict(img_size=(16, 24), patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5, mlp_ratio=3.0)
@@ -184,6 +185,19 @@ def test_settings_of_the_model_change_it(tmp_path: Path, mine: Path) -> None:
     assert plan.config.model.width == 48
     again = settle(StudyConfig.of(root=str(mine), init=run, width=48, encodings="keep"))
     assert again.model_spec(again.trials[0], 3).arguments["mlp_ratio"] == 3
+
+
+def test_a_policy_that_was_tuned_is_measured_for_the_encoding_of_the_weights(tmp_path: Path) -> None:
+    run = weights(tmp_path / "run", "rope")
+    write_policy(run / "last", "interpolate(power=0.5)", "log(power=4)")
+    plan = settle(StudyConfig.of(data="digits", init=str(run), encodings="keep,learned"))
+    found = {}
+    for trial in plan.trials:
+        model = plan.model_spec(trial, 3).build()
+        found[trial.encoding, trial.start] = tuple(trials.policies_for(plan, model))
+    able = policies_of(load_run(run))
+    control = ("default", *able)
+    assert found == {("rope", WEIGHTS): control, ("learned", WEIGHTS): ("resize",), ("rope", SCRATCH): control}
 
 
 def test_words_mean_the_encoding_of_the_weights(tmp_path: Path) -> None:

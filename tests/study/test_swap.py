@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -19,7 +21,7 @@ from vit2dpe.data.settings import DataConfig
 from vit2dpe.study import SwapConfig, swap
 from vit2dpe.study.exchange_table import difference
 from vit2dpe.study.rows import read_rows
-from vit2dpe.training.checkpoint import read_meta, read_tensors
+from vit2dpe.training.checkpoint import read_meta, read_tensors, write_policy
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.objectives.images import train
 from vit2dpe.training.objectives.masked_images import pretrain
@@ -132,6 +134,11 @@ def test_from_a_hub_folder_of_timm_and_photos_without_classes(tmp_path, capsys):
     again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     images = torch.rand(1, 3, 32, 48)
     torch.testing.assert_close(again(images), model(images))
+    line = "- **Encoding exchanged:** `learned` for `relative`, recovered from 18 images without labels"
+    for one, place in ((model, "run"), (again, "hub")):
+        assert line in one.save_card(tmp_path / place).read_text()
+    timm.models.save_for_hf(again, tmp_path / "next", safe_serialization=True)
+    assert line in timm.create_model(f"local-dir:{tmp_path / 'next'}").save_card(tmp_path / "next").read_text()
 
 
 def test_of_an_encoder_without_classes(tmp_path):
@@ -143,6 +150,16 @@ def test_of_an_encoder_without_classes(tmp_path):
     assert {row.metric for row in rows} == {"similarity"}
     assert rows[0].value == pytest.approx(100, abs=1e-3)
     assert load_run(out).num_classes == 0
+
+
+def test_the_policy_that_was_tuned_is_measured_and_goes_with_the_old_encoding(old, tmp_path):
+    shutil.copytree(old, tmp_path / "old")
+    write_policy(tmp_path / "old" / "last", "resize(mode=bilinear)", "log(power=4)")
+    out = swap(config(tmp_path / "old", tmp_path / "run", optim=replace(OPTIM, epochs=1)))
+    rows = [row for row in read_rows(out / "swap.csv") if row.metric == "agreement"]
+    assert [row.policy for row in rows if "old" in row.encoding] == ["default"] * 2 + ["resize"] * 2
+    assert "default" not in [row.policy for row in rows if "old" not in row.encoding]
+    assert "policy" not in read_meta(out / "last").keys() | read_meta(out / "last")["arguments"].keys()
 
 
 # Going on ---------------------------------------------------------------------------------------------------------
@@ -160,6 +177,22 @@ def test_a_killed_swap_goes_on_to_the_same_bits(old, new, tmp_path, at, to):
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert (new / "swap.csv").read_text() == (tmp_path / "swap.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_swap_learns_the_same(backend, old, new, tmp_path, monkeypatch):
+    torch.compiler.reset()
+    used, compiled = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda net: used.append(net) or partial(compiled, fullgraph=True, backend=backend)(net)
+    )
+    given = config(old, tmp_path / "run")
+    swap(replace(given, run=replace(given.run, compile=True)))
+    assert len(used) == 1
+    one, two = (read_csv(run / "metrics.csv") for run in (new, tmp_path / "run"))
+    for a, b in zip(one, two, strict=True):
+        assert [float(b[name]) for name in LOSSES] == pytest.approx([float(a[name]) for name in LOSSES], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -200,7 +233,6 @@ def test_another_old_model_is_refused_when_it_goes_on(old, new, tmp_path):
         (["--data.size", "8x12"], "that of the old model"),
         (["--init", "vit_tinny_patch16_224"], "did you mean"),
         (["--optim.epochs", "0"], "at least 1"),
-        (["--run.compile"], "leave run.compile out"),
         (["--to="], "--to, the other encoding"),
     ],
 )

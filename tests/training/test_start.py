@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from tests.helpers import randn, shaken
-from vit2dpe import MAE, ViT, from_timm
+from vit2dpe import MAE, ViT, from_timm, load_run, set_policy, use_policy
 from vit2dpe.errors import CheckpointError, ConfigError
 from vit2dpe.models.spec import ModelSpec
-from vit2dpe.training.checkpoint import save_model
+from vit2dpe.models.timm_api import recorded_policies
+from vit2dpe.training.checkpoint import save_model, write_checkpoint, write_policy
 from vit2dpe.training.start import describe
 
 MICRO = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
@@ -260,3 +261,50 @@ def test_an_encoding_that_cannot_be_exchanged_says_why(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is no run"):
         describe(Path(tmp_path / "empty"))
+
+
+POLICY, TEMPERATURE = "interpolate(power=0.5)", "log(power=2)"
+
+
+def tuned(folder, kind, position="rope"):
+    """A run with a policy that was written beside its arguments, as `tune` does it."""
+    torch.manual_seed(0)
+    sizes = dict(SIZES, position=position)
+    if kind == "ViT":
+        save_model(folder / "last", shaken(ViT(**sizes), seed=None), sizes, classes=list("abcde"))
+    else:
+        named = {"vit2dpe_from_timm": dict(base="vit_tiny_patch16_224")}.get(kind, {})
+        save_model(folder / "last", shaken(timm.create_model(kind, **named, **sizes), seed=None))
+    write_policy(folder / "last", POLICY, TEMPERATURE)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ViT", "vit2dpe_tiny_patch8_64", "vit2dpe_from_timm"])
+def test_the_policy_of_a_run_goes_with_its_encoding(kind, tmp_path):
+    run = tuned(tmp_path / "run", kind)
+    start = describe(run)
+    assert POLICY in str(start)
+    model, loaded = start.load()
+    x = image(model, (32, 24))
+    assert loaded.left == []
+    assert torch.equal(logits(model, x), logits(load_run(run), x))
+    with use_policy(model, "extrapolate"):
+        assert not torch.allclose(logits(model, x), logits(load_run(run), x), atol=1e-4)
+    write_checkpoint(tmp_path / "next", start.changed(), {"model": model.state_dict()})
+    again = describe(tmp_path / "next")
+    assert torch.equal(logits(again.load()[0], x), logits(model, x)), "a run that started from it, and so on"
+    for one in (start, again):
+        for word in ("learned", "learned+rope", "none"):
+            assert not {"policy", "temperature"} & one.changed(word).arguments.keys()
+            assert torch.isfinite(logits(one.load(word)[0], x)).all()
+        assert recorded_policies(one.load("rope(base=10)")[0])[-1] == (POLICY, TEMPERATURE)
+
+
+def test_another_policy_than_that_of_the_arguments_is_saved_beside_them(tmp_path):
+    start = describe(tuned(tmp_path, "ViT"))
+    model, spec = start.load()[0], start.changed()
+    set_policy(model, "ntk")
+    save_model(tmp_path / "next", model, spec.arguments)
+    x = image(model, (32, 24))
+    for again in (load_run(tmp_path / "next"), describe(tmp_path / "next").load()[0]):
+        assert torch.equal(logits(again, x), logits(model, x))

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..models.swin.model import Swin
 from ..models.vit import ViT
 from ..resolution.sweep import train_size_of
-from .own_encoding import own_weights
+from .own_encoding import carried
 
 
 @torch.no_grad()
@@ -31,11 +31,8 @@ def move_weights(old: ViT | Swin, new: nn.Module) -> tuple[list[str], list[str],
     """
     if not isinstance(new, ViT | Swin):
         raise ConfigError(f"encodings are exchanged in a ViT or a Swin, got a {type(new).__name__}")
-    state = dict(old.state_dict())
-    inside = tuple(f"{name}." for name in named_encodings(old))
-    kept = {name: value for name, value in state.items() if not name.startswith(inside)}
-    terms = own_weights(old, new, state)
-    missing, unexpected = new.load_state_dict(kept | terms, strict=False)
+    taken, unused = carried(old, new, dict(old.state_dict()))
+    missing, unexpected = new.load_state_dict(taken, strict=False)
     inside = tuple(f"{name}." for name in named_encodings(new))
     lost = [name for name in missing if not name.startswith(inside)] + list(unexpected)
     if lost:
@@ -45,9 +42,7 @@ def move_weights(old: ViT | Swin, new: nn.Module) -> tuple[list[str], list[str],
     mean = _mean_token(old) - _mean_token(new).to(next(old.parameters()).device)
     if bias is not None:
         bias += mean.to(bias)
-    same = {id(value) for value in terms.values()}
-    unused = [name for name, value in state.items() if name not in kept and id(value) not in same]
-    return [*kept, *terms], list(missing), unused
+    return list(taken), list(missing), unused
 
 
 def _mean_token(model: ViT | Swin) -> Tensor:

@@ -40,9 +40,25 @@ def own_weights(own: nn.Module, new: nn.Module, state: State) -> State:
             continue
         stored = {name: f"{source[0]}.{name}" for name, _ in source[1].named_parameters()}
         for name, value in part.named_parameters():
-            if name in stored and state[stored[name]].shape == value.shape:
+            if stored.get(name) in state and state[stored[name]].shape == value.shape:
                 found[f"{owner}.{name}"] = state[stored[name]]
     return found
+
+
+def carried(own: nn.Module, new: nn.Module, state: State) -> tuple[State, list[str]]:
+    """What of a trained model goes into the same model with another encoding: all but the weights of its encodings, of
+    which `own_weights` go; and the names of those that do not.
+
+    Args:
+        own, new: see `own_weights`.
+        state: the weights, by the names of `own`.
+    """
+    inside = tuple(f"{owner}." for owner in named_encodings(own))
+    kept = {name: value for name, value in state.items() if not name.startswith(inside)}
+    terms = own_weights(own, new, state)
+    taken = {id(value) for value in terms.values()}
+    unused = sorted(name for name in state if name not in kept and id(state[name]) not in taken)
+    return kept | terms, unused
 
 
 def _place(owner: str) -> str:

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .timm_api import TimmModel, pretrained_cfg_of, recorded_policies
 
 UNKNOWN = "not stated"
+EXCHANGED = "Encoding exchanged"
 HOLDS = 5.0  # points of accuracy that a size may cost and still be one that the model holds up at
 CITATIONS = {
     "ViT": "@article{dosovitskiy2020vit, title={An Image is Worth 16x16 Words: Transformers for Image Recognition at "
@@ -113,11 +114,8 @@ def card(
         },
         usage=USAGE.format(height=size[0], width=size[1], elsewhere=elsewhere),
     )
-    if isinstance(exchanged := (vars(model).get("about") or {}).get("swap"), dict):
-        made["details"]["Encoding exchanged"] = (
-            f"`{exchanged['from']}` for `{exchanged['to']}`, recovered from {exchanged['images']:,} images without "
-            "labels"
-        )
+    if exchange := _exchange(model):
+        made["details"][EXCHANGED] = exchange
     if base is not None:
         named = f"timm's record names the weights {weights}" if weights else "not from timm's weights"
         made["details"] |= {"Base model": f"timm's `{base}`; {named}"}
@@ -144,6 +142,25 @@ def save_card(model: TimmModel, path: str | Path, results: Results | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_readme(card(model, results, **stated), _name(model)), encoding="utf-8")
     return path
+
+
+def note_exchange(model: nn.Module) -> None:
+    """Have timm's record of a model that `vit2dpe swap` made name the exchange, for hub folders and later cards."""
+    cfg, exchange = pretrained_cfg_of(model), _exchange(model)
+    if cfg and exchange:
+        others = [note for note in cfg.get("notes") or () if not note.startswith(EXCHANGED)]
+        noted = {**cfg, "notes": (*others, f"{EXCHANGED}: {exchange}")}
+        vars(model).update(pretrained_cfg=noted, default_cfg=noted)
+
+
+def _exchange(model: nn.Module) -> str | None:
+    """Which encoding was exchanged for which: of a run, or as it is noted."""
+    exchanged = (vars(model).get("about") or {}).get("swap")
+    if isinstance(exchanged, dict):
+        images = f"{exchanged['images']:,} images without labels"
+        return f"`{exchanged['from']}` for `{exchanged['to']}`, recovered from {images}"
+    notes = (note.partition(": ") for note in pretrained_cfg_of(model).get("notes") or ())
+    return next((text for name, _, text in notes if name == EXCHANGED), None)
 
 
 def other_sizes(model: TimmModel) -> str:

@@ -8,7 +8,7 @@ Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, Protocol, TypedDict
 
@@ -23,7 +23,7 @@ from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
 from ..errors import ConfigError, unknown
 from ..positions import Positions
-from ..resolution.apply import set_policy
+from ..resolution.apply import policies_of, set_policy
 from ..spec import Size
 from .features import Features, take_indices
 from .layers import PatchEmbed
@@ -48,6 +48,7 @@ class PretrainedCfg(TypedDict, total=False):
     std: tuple[float, ...]
     crop_pct: float
     label_names: Sequence[str]
+    notes: Sequence[str]
     num_classes: int
     first_conv: str | tuple[str, ...]
     classifier: str | tuple[str, ...]
@@ -179,8 +180,12 @@ class TimmModel(nn.Module):
             joined = policy if whole or not before else f"{policy}+{before}"
             self.record_arguments(policy=joined if usual else None, temperature=temperature if usual else None)
             return
-        entry = [policy, [list(extent) for extent in extents], *([temperature] if temperature else [])]
-        update_model_args(self, record=record | dict(policies=[*(p for p in record["policies"] if p != entry), entry]))
+        kept, where = list(record["policies"]), [list(extent) for extent in extents]
+        for word, factor in [*_beside_record(arguments), (policy, temperature)]:
+            entry = [word, where, *([factor] if factor else [])]
+            kept = [*(p for p in kept if p != entry), entry]
+        taken_in = dict.fromkeys({"policy", "temperature"} & arguments.keys())
+        update_model_args(self, record=record | dict(policies=kept), **taken_in)
 
     def measure_policy(self) -> None:
         """Have the model's own policy measure from the size that the model now has; one that timm's weights came with
@@ -314,9 +319,21 @@ def recorded_policies(model: nn.Module) -> list[tuple[str, str | None]]:
     arguments = get_model_args(model)
     if "record" in arguments:
         kept = arguments["record"]["policies"]
-        return [(policy, factor[0] if factor else None) for policy, _, *factor in kept]
+        found = [(policy, factor[0] if factor else None) for policy, _, *factor in kept]
+        return [*found, *_beside_record(arguments)]
     policy = arguments.get("policy")
     return [] if policy is None else [(policy, arguments.get("temperature"))]
+
+
+def _beside_record(arguments: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """The policy that a model was built with beside a record, which is followed after those of the record."""
+    policy = None if "policy" in arguments["record"]["asked"] else arguments.get("policy")
+    return [] if policy is None else [(policy, arguments.get("temperature"))]
+
+
+def every_policy(model: nn.Module) -> tuple[str, ...]:
+    """What a model is measured under: "default" first, where `set_policy` made something its own, and `policies_of`."""
+    return ("default",) * bool(recorded_policies(model)) + policies_of(model)
 
 
 def pretrained_cfg_of(model: nn.Module) -> PretrainedCfg:

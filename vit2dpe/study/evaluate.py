@@ -24,8 +24,7 @@ from ..errors import ConfigError
 from ..files import write_atomically
 from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
-from ..models.timm_api import recorded_policies
-from ..resolution.apply import policies_of
+from ..models.timm_api import every_policy
 from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Size
 from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
@@ -57,8 +56,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     train_size = config.train_size or train_size_of(model)
     sizes = config.sizes or (train_size,)
     modes = known("mode", config.modes, MODES)
-    own = ("default",) if recorded_policies(model) else ()
-    policies = own + policies_of(model) if "all" in config.policies else config.policies
+    policies = every_policy(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
     check_sizes(model, len(subject.mean), sizes)
 

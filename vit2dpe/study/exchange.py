@@ -42,7 +42,8 @@ from ..training.log import Row as LogRow
 from ..training.objectives.base import Prepared, run
 from ..training.session import TrainSession
 from ..training.settings import check_numbers, image_smoke
-from ..training.start import Start, describe, on_meta
+from ..training.start import describe
+from ..training.starting_model import Start, on_meta
 from ..training.swap_settings import SwapConfig
 from ..training.tasks.classification import ImageTask
 from ..training.tasks.distill import DistillTask
@@ -91,8 +92,6 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     precision(config.run.precision, pick_device(local_device(config.run.device)))
     if config.data.size is not None:
         raise ConfigError("data.size is that of the old model: leave it out; --sizes is what the new one learns at")
-    if config.run.compile:
-        raise ConfigError("features are read by hooks, which a compiled model does not call: leave run.compile out")
     if config.smoke:
         config = changed(config, image_smoke(config.data, config.optim))
     encoder = Path(init).expanduser() / "encoder"  # of a run of `pretrain`

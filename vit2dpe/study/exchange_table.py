@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..models.timm_api import every_policy
 from ..modes import evaluating
 from ..plots.figures import save_figure
-from ..resolution.apply import policies_of, use_policy
+from ..resolution.apply import use_policy
 from ..resolution.sweep import fit_size
 from ..spec import Size, show_size
 from .held_out import Batches
@@ -54,7 +55,7 @@ def measure(models: Sequence[Model], data: Batches, sizes: Sequence[Size], own: 
     reference = _answers(first, data, own, "default")
     found: list[Measured] = []
     for label, model, words in models:
-        chosen = policies_of(model) if "all" in words else tuple(words)
+        chosen = every_policy(model) if "all" in words else tuple(words)
         at_own: Tensor | None = None  # where no policy changes a bit
         for policy in chosen:
             for size in sizes:

@@ -20,7 +20,8 @@ from ..interop.own_encoding import with_own_options
 from ..spec import Size, Words, filled
 from ..training.checkpoint import read_meta
 from ..training.settings import MASKED
-from ..training.start import Start, describe, has_architecture
+from ..training.start import describe, has_architecture
+from ..training.starting_model import Start
 from .settings import StudyConfig
 
 KEEP = "keep"  # the encoding of the weights

@@ -17,7 +17,7 @@ from ..spec import Numbers, Plain, Size, Sizes, Words, filled, parse_terms, show
 from ..training.devices import pick_device, precision
 from ..training.objectives.images import check_augment, started_spec
 from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
-from ..training.start import Start, on_meta
+from ..training.starting_model import Start, on_meta
 from ..training.tasks.sequences import SEQUENCES
 from .from_weights import KEEP, changed_word, kept, started, with_weights, words_for
 from .rows import SCRATCH, WEIGHTS

@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..spec import Size, filled, flat, parse_size, show_size
 from ..training.devices import pick_device
 from ..training.settings import of_size
-from ..training.start import Start
+from ..training.starting_model import Start
 from .from_weights import measured, sizes_from
 from .jobs import count
 from .plan import Plan, Trial, check

@@ -24,6 +24,7 @@ from ..data.identity import FILES, same_data
 from ..errors import CheckpointError
 from ..files import write_atomically
 from ..models.spec import ModelSpec
+from ..models.timm_api import every_policy
 from ..resolution.apply import policies_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
@@ -266,7 +267,8 @@ def policies_for(plan: Plan, model: nn.Module) -> Sequence[str]:
     """The policies of the plan that a model can take; its default where that is none of them."""
     able = policies_of(model)
     if "all" in plan.config.policies:
-        return able
+        chosen = plan.start is not None and plan.start.policy is not None  # by `tune`, for the encoding of the weights
+        return every_policy(model) if chosen else able
     return [p for p in plan.config.policies if p.split("(")[0] in (*able, "default")] or able[:1]
 
 

@@ -28,6 +28,7 @@ from .._version import __version__
 from ..encodings.own import check_known, sources_in
 from ..errors import CheckpointError, unknown
 from ..files import sync_folder, write_atomically
+from ..models.card import note_exchange
 from ..models.spec import MODELS, ModelSpec, timm_spec
 from ..models.timm_api import recorded_policies
 from ..resolution.apply import set_policy
@@ -96,7 +97,8 @@ def save_model(folder: Path, model: nn.Module, arguments: dict[str, Any] | None 
     tensors = dict(model.state_dict())
     grid = getattr(model, "train_grid", None)
     spec = timm_spec(model) if arguments is None else ModelSpec(type(model).__name__, arguments)
-    if arguments is not None and "policy" not in arguments and (own := recorded_policies(model)):
+    own = recorded_policies(model)
+    if arguments is not None and own and own[-1] != (arguments.get("policy"), arguments.get("temperature")):
         policy, temperature = own[-1]
         about = {"policy": dict(policy=policy, temperature=temperature), **about}
     write_checkpoint(folder, spec, {"model": tensors}, grid=grid, **about)
@@ -194,6 +196,7 @@ def load_run(
     if chosen := meta.get("policy"):
         set_policy(model, chosen["policy"], temperature=chosen["temperature"])
     model.about = meta  # type: ignore[assignment]
+    note_exchange(model)
     return model.to(device).eval()
 
 

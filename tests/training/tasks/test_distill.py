@@ -53,6 +53,26 @@ def test_features_are_compared_by_their_correlation():
     close(features_differ(teacher, 3 * teacher + 5), torch.tensor(0.0))
 
 
+def test_features_of_a_compiled_model():
+    """Of the first images and, by what is compiled by then, of the next, beside another model; no hook is left."""
+    torch.compiler.reset()
+    plain = vit("rope", depth=1)
+    compiled: torch.nn.Module = torch.compile(plain, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+    for seed, stance in enumerate(("default", "fail_on_recompile")):
+        images = randn(2, 1, *OWN, seed=seed)
+        with torch.compiler.set_stance(stance):
+            seen = look(compiled, images)
+        for one, other in zip(seen, look(plain, images), strict=True):
+            close(one, other)
+        look(vit("rope", seed=1, depth=1), images)
+    sum(part.sum() for part in look(compiled, images)).backward()
+    gradient = plain.blocks[0].attn.qkv.weight.grad.clone()
+    plain.zero_grad()
+    sum(part.sum() for part in look(plain, images)).backward()
+    close(gradient, plain.blocks[0].attn.qkv.weight.grad)
+    assert not plain.norm._forward_hooks
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_features_are_those_before_pooling(pool):
     model = vit(global_pool=pool, class_token=pool == "token")

@@ -32,7 +32,8 @@ from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, Where, check_run
 from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve, sized
-from ..start import ARGUMENTS, Start, describe, has_architecture, on_meta
+from ..start import describe, has_architecture
+from ..starting_model import ARGUMENTS, Start, on_meta
 from ..tasks.classification import ImageTask
 from .base import Prepared, keep, run
 
@@ -97,7 +98,7 @@ def start_of(config: TrainConfig) -> Start | None:
         return None
     last, path = Path(config.run.out).expanduser() / "last", Path(config.init).expanduser()
     if config.resume and (last / "model.json").is_file():
-        return describe(last)
+        return replace(describe(last), policy=None)  # its arguments stay those that it began with
     of = config.model
     named = any(value is not None for value in (of.name, of.patch, of.width, of.depth, of.heads))
     return None if named and path.exists() and not has_architecture(path) else describe(config.init)
