@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks import backward, devtrace
+from benchmarks import backward, devmemory, devtrace
 from vit2dpe import ViT, use_policy
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.text import TextData
@@ -53,7 +53,7 @@ def test_memory_of_training_with_biases_at_1024_tokens():
 
     def peak(position):
         sizes = dict(img_size=512, embed_dim=384, depth=6, num_heads=6, num_classes=10)
-        return devtrace.trace_memory(ViT(position, **sizes), (512, 512), batch=16)
+        return devmemory.trace_memory(ViT(position, **sizes), (512, 512), batch=16)
 
     nothing = peak("none")
     assert nothing > 2**30
