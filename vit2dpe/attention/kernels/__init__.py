@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-TRITON = find_spec("triton") is not None  # macOS and builds of torch for CPUs alone have none
 
 
 class Selection(NamedTuple):

@@ -35,7 +35,8 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...positions import numbers
 from ...signal import UNSEEN, Bias, Dense, Distance, LowRank, Signal, Table
-from . import TRITON, Selection, fused_kernels_allowed, kernel_dtype, trains
+from . import Selection, fused_kernels_allowed, kernel_dtype, trains
+from .rotary import TRITON
 
 PAIRS = 1024**2  # of queries and keys, from which `attend` takes this path
 WIDTHS = range(16, 257)  # of a head: Triton multiplies no less than 16 channels, and more than 256 fill a processor

@@ -26,6 +26,7 @@ Dh/2); dq, dk, dv, and q, k after the rotation (B, H, N, Dh).
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -33,9 +34,10 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ...signal import Rotation, Signal
-from . import TRITON, Selection
+from . import Selection
 
 PATHS = ("in place", "triton")
+TRITON = find_spec("triton") is not None  # macOS and builds of torch for CPUs alone have none
 _WIDE = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
