@@ -154,7 +154,7 @@ class Distance(NamedTuple):
         directions: d numbers, a unit vector, for each of the first heads: these see the keys k with
             ⟨k - q, direction⟩ >= limit · ‖k - q‖ - 1e-4 alone, and for all others the bias is factor · `UNSEEN`.
         limit: the cosine of half the angle that they see.
-        factor: of all heads.
+        factor: of all heads; a 0-d tensor where one graph serves several blocks.
         dtype: of the matrix; distances are taken in float64.
     """
 
@@ -163,13 +163,13 @@ class Distance(NamedTuple):
     slopes: tuple[float, ...]
     directions: tuple[tuple[float, ...], ...] = ()
     limit: float = -1.0
-    factor: float = 1.0
+    factor: float | Tensor = 1.0
     dtype: torch.dtype = torch.float32
 
     def dense(self) -> Tensor:
         key = ("distance", None if self.k is self.q else self.k, self.slopes, self.directions, self.limit, self.dtype)
         bias: Tensor = self.q.memoize(key, self._unscaled)  # the same for all blocks
-        return bias if self.factor == 1.0 else bias * self.factor
+        return bias if not isinstance(self.factor, Tensor) and self.factor == 1.0 else bias * self.factor
 
     def _unscaled(self) -> Tensor:
         """(B|1, H, Nq, Nk) with a factor of 1; a head at a time, to hold one float64 matrix and not H."""

@@ -151,9 +151,8 @@ def _distance(term: Distance) -> Pair:
     x, y = (F.pad(at.coords, (0, 0, at.prefix, 0)) for at in (term.q, term.k))  # (B|1, P + N, d)
     key = ("flex", term.slopes, term.directions, term.limit)
     slopes, limits, directions = term.q.memoize(key, lambda: _constants(term))
-    if term.factor != 1.0:  # multiplied here: blocks that differ in it share a program
-        slopes = slopes * term.factor
-    unseen = slopes.new_full((), UNSEEN * term.factor)
+    slopes = slopes * term.factor  # here, so that blocks that differ in it share a program
+    unseen = slopes.new_full((), UNSEEN) * term.factor
     axes, p, r, directed = term.q.axes, term.q.prefix, term.k.prefix, bool(term.directions)
     q_samples, k_samples = x.shape[0] > 1, y.shape[0] > 1
 
