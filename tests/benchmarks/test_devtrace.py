@@ -1,5 +1,6 @@
 """On fake CUDA tensors: a forward copies nothing and never waits, a training step does both a few times."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -71,8 +72,10 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize("word", [*ENCODINGS, *OPTIONS])
-def test_no_encoding_copies_or_waits_in_training(word):
-    """At its own size and another, under each policy; nor does it draw on the host, which a CUDA graph repeats."""
+def test_no_encoding_copies_or_waits(word):
+    """In training, and where one once did in evaluation: at its own size and another, under each policy; nor does it
+    draw on the host, which a CUDA graph repeats."""
+    modes = (True, False) if word in ("rope_golden", "logcpb", "rope_dinov3", OPTIONS[0]) else (True,)
     sizes = dict(img_size=(16, 24), patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=2)
     model = ViT(word, **sizes)
     encodings = [part for part in model.modules() if isinstance(part, PositionEncoding)]
@@ -80,11 +83,13 @@ def test_no_encoding_copies_or_waits_in_training(word):
         policy for part in encodings for policy in part.policies if all(policy in p.policies for p in encodings)
     }
     with devtrace.fake_cuda() as recorder:
-        devtrace.on_fake_cuda(model).train()
-        for policy, size in ((None, (16, 24)), *((policy, (32, 40)) for policy in sorted(policies - {"default"}))):
+        devtrace.on_fake_cuda(model)
+        settings = ((None, (16, 24)), *((policy, (32, 40)) for policy in sorted(policies - {"default"})))
+        for training, (policy, size) in itertools.product(modes, settings):
             setting = nullcontext() if policy is None else use_policy(model, policy, temperature=True)
-            with setting, recorder() as recorded, torch.autocast("cuda", torch.bfloat16):
-                model(torch.empty(2, 3, *size, device="cuda"))
+            grad = torch.set_grad_enabled(training)
+            with setting, grad, recorder() as recorded, torch.autocast("cuda", torch.bfloat16):
+                model.train(training)(torch.empty(2, 3, *size, device="cuda"))
             traffic = recorded.traffic
             assert not traffic.to_device, (policy, traffic.report(word))
             assert traffic.stalls == 0, (policy, traffic.report(word))
