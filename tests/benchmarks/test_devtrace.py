@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks import backward, devtrace
+from benchmarks import backward, devmemory, devtrace
 from vit2dpe import ViT, use_policy
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.text import TextData
@@ -47,6 +47,19 @@ def test_a_forward_copies_nothing_and_waits_for_nothing(position, kernels, train
 def test_a_training_step_launches_few_kernels(position, kernels):
     traffic = devtrace.trace_launches(vit(position), SIZE)
     assert 0 < traffic.kernels.total() <= kernels, traffic.report(position)
+
+
+def test_memory_of_training_with_biases_at_1024_tokens():
+    """Forward and backward of six blocks of ViT-S/16 at 512 pixels, to that of no encoding."""
+
+    def peak(position):
+        sizes = dict(img_size=512, embed_dim=384, depth=6, num_heads=6, num_classes=10)
+        return devmemory.trace_memory(ViT(position, **sizes), (512, 512), batch=16)
+
+    nothing = peak("none")
+    assert nothing > 2**30
+    assert peak("relative") < 1.08 * nothing
+    assert peak("lookhere") < 1.01 * nothing  # computed beside the logits
 
 
 OPTIONS = (
