@@ -11,22 +11,25 @@ import argparse
 import copy
 import platform
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import ways
 from benchmarks.resumable import Fact, Rows
 from vit2dpe import ENCODINGS, ViT
 from vit2dpe.attention import explain
+from vit2dpe.attention.kernels import rotary
 
 SIZE = 32
 WORDS = (*ENCODINGS, "alibi(distance=squared)", "relative(prefix=true)", "sincos+rope", "relative+rope_mixed")
-FAR = {"float32": 1e-3, "bfloat16": 0.1}  # how far loss and gradients may be from float64's, relative to the gradient
+# How far loss and gradients may be from float64's, relative to the gradient.
+FAR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 def about(device: str) -> dict[str, Fact]:
@@ -60,34 +63,46 @@ def batch(repeats: int = 1) -> tuple[Tensor, Tensor]:
     return images.repeat(repeats, 1, 1, 1), torch.arange(4).repeat(repeats)
 
 
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, half: bool, cached: bool = True) -> Tensor:
-    """Cross-entropy, with bfloat16 autocast where `half`; a graph is captured without its cache of cast weights."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half, cache_enabled=cached):
+def loss_of(
+    model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype = torch.bfloat16, cached: bool = True
+) -> Tensor:
+    """Cross-entropy, with autocast to half precisions; a graph is captured without its cache of cast weights."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(images.device.type, dtype if half else None, enabled=half, cache_enabled=cached):
         logits = model(images)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
-def gradients(model: nn.Module, images: Tensor, labels: Tensor, half: bool = False) -> tuple[float, Tensor]:
+def gradients(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
     """(loss, all gradients in a row, float64 on the CPU)"""
     model.zero_grad()
-    loss = loss_of(model, images, labels, half)
+    loss = loss_of(model, images, labels, dtype)
     loss.backward()
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return float(loss.detach()), torch.cat([part.detach().double().flatten().cpu() for part in parts])
 
 
-def numbers(encoding: str, class_token: bool, device: str) -> dict[str, Fact]:
-    """Loss and gradients in float32 and in bfloat16 autocast, against float64 on the CPU."""
+def numbers(encoding: str, class_token: bool, device: str, triton: bool = True) -> dict[str, Fact]:
+    """Loss and gradients in float32 and in autocast to both half precisions, against float64 on the CPU.
+
+    Args:
+        triton: whether rotations may take their Triton kernel; they do on CUDA, where Triton is installed.
+    """
+    with mock.patch.object(rotary, "TRITON", rotary.TRITON and triton), ways.exact_products(device):
+        return _numbers(encoding, class_token, device)
+
+
+def _numbers(encoding: str, class_token: bool, device: str) -> dict[str, Fact]:
     model = model_of(encoding, class_token).eval()
     images, labels = batch()
-    loss, gradient = gradients(copy.deepcopy(model).double(), images, labels)
+    loss, gradient = gradients(copy.deepcopy(model).double(), images, labels, torch.float64)
     model.to(device)
     facts: dict[str, Fact] = {}
     right = True
-    for name, far in FAR.items():
-        ours, moved = gradients(model, images.float().to(device), labels.to(device), half=name == "bfloat16")
+    for dtype, far in FAR.items():
+        ours, moved = gradients(model, images.float().to(device), labels.to(device), dtype)
         apart = float((moved - gradient).norm() / gradient.norm())
-        facts[name] = dict(loss=abs(ours - loss), gradient=apart)
+        facts[str(dtype).removeprefix("torch.")] = dict(loss=abs(ours - loss), gradient=apart)
         right &= bool(moved.isfinite().all()) and abs(ours - loss) <= far and apart <= far
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         facts["training"], facts["inference"] = (str(explain(model, SIZE, training=mode)[0]) for mode in (True, False))
@@ -99,12 +114,12 @@ def stalls(encoding: str, device: str) -> dict[str, Fact]:
     model = model_of(encoding).to(device).train()
     images, labels = (x.to(device) for x in batch())
     images = images.float()
-    gradients(model, images, labels, half=True)
+    gradients(model, images, labels, torch.bfloat16)
     model.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_of(model, images, labels, half=True).backward()
+        loss_of(model, images, labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return dict(right=True)
@@ -114,7 +129,7 @@ def same_bits(encoding: str, device: str) -> dict[str, Fact]:
     """Whether two backward passes over 64 images give the same bits; nothing promises it."""
     model = model_of(encoding).to(device).eval()
     images, labels = (x.to(device) for x in batch(16))
-    first, second = (gradients(model, images.float(), labels, half=True)[1] for _ in range(2))
+    first, second = (gradients(model, images.float(), labels, torch.bfloat16)[1] for _ in range(2))
     return dict(equal=torch.equal(first, second))
 
 
@@ -122,28 +137,19 @@ def captured(encoding: str, device: str) -> dict[str, Fact]:
     """A step as a CUDA graph, replayed: the loss of the step that was captured."""
     model = model_of(encoding).to(device).eval()
     images, labels = (x.to(device) for x in batch())
-    replay, loss = capture(model, partial(loss_of, model, images.float(), labels, half=True, cached=False))
+    images = images.float()
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(model, images, labels, cached=False)
+        loss.backward()
+        return loss.detach()
+
+    replay, loss = ways.captured(step)
     replay()
     torch.cuda.synchronize()
-    eager = loss_of(model, images.float(), labels, half=True)
+    eager = loss_of(model, images, labels)
     return dict(right=abs(float(loss) - float(eager)) <= 1e-2, loss=float(loss), eager=float(eager))
-
-
-def capture(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Forward and backward as a graph: what replays it, and the tensor that then holds the loss."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model.zero_grad(set_to_none=True)
-            forward().backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = forward()
-        loss.backward()
-    return graph.replay, loss.detach()
 
 
 def main(args: list[str] | None = None) -> int:
@@ -160,6 +166,9 @@ def main(args: list[str] | None = None) -> int:
     for word in words:
         for tokens in (64, 65):
             rows.once(f"numbers {word} {tokens}", partial(numbers, word, tokens == 65, config.device))
+            if "rope" in word:
+                plain = partial(numbers, word, tokens == 65, config.device, triton=False)
+                rows.once(f"numbers {word} {tokens} without triton", plain)
     if config.device.startswith("cuda"):
         for name, check in {"stalls": stalls, "captured": captured, "same bits": same_bits}.items():
             for word in words:

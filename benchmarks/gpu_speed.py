@@ -1,153 +1,112 @@
-"""Times of whole steps on a GPU: ours, timm's model of the same kind, and no encoding, interleaved; one row a group.
+"""The rows that a GPU is wanted for, the first ones first, measured by `vit2dpe bench`; a file for each group.
 
-    python -m benchmarks.gpu_speed --out runs/gpu/speed.jsonl [--device cuda] [--seconds 180] [--small]
+    python -m benchmarks.gpu_speed --out runs/gpu/speed [--device cuda] [--seconds 240] [--small]
 
-bfloat16 autocast, forward and backward (`training`) or forward alone, in eager mode, as a CUDA graph, or compiled.
-Times are between events of the stream; ratios are taken within a repetition, with an interval. Rows that the file holds
-are not measured again. That ours computes what timm computes is proved by `vit2dpe bench` and by the parity tests;
-weights are random here, and those of the two sides differ.
+What DIR/NAME.json holds is not measured again, so that the same command goes on where its time was over.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import timm
-import torch
-from torch import Tensor, nn
+from benchmarks.run import BenchConfig, bench, plan
+from benchmarks.table import Row, markdown
 
-from benchmarks.gpu_checks import about, capture, loss_of
-from benchmarks.measure import interleaved, interval
-from benchmarks.resumable import Fact, Rows
-from vit2dpe import ViT
+S, B = "vit_small_patch16", "vit_base_patch16"
+SWIN = "swin_tiny_patch4_window7_224"
+TABLE = "(rel_pos_type=bias)"
 
 
-class Shape(NamedTuple):
-    """A model and its batch."""
-
-    batch: int
-    size: int
-    patch: int
-    width: int
-    heads: int
-    depth: int
+def _config(
+    models: str, batch: int, sizes: str = "224", modes: str = "inference,training", **more: object
+) -> BenchConfig:
+    """bfloat16 autocast, 21 repetitions."""
+    settings = dict(models=models, batch=batch, sizes=sizes, modes=modes, precision="autocast", repeats=21)
+    return BenchConfig(**settings | dict(device="cuda") | more)  # type: ignore[arg-type]
 
 
-SHAPES = {
-    "Ti/4@32 B512": Shape(512, 32, 4, 192, 3, 12),
-    "S/16@224 B256": Shape(256, 224, 16, 384, 6, 12),
-    "Ti/4@32 B128": Shape(128, 32, 4, 192, 3, 12),
-    "S/16@512 B32": Shape(32, 512, 16, 384, 6, 12),
+# Goals: peer/ours at least, ours/none at most.
+PLAN = {
+    "rope_s_224": _config(f"{S}_rope_224", 256, modes="inference", least=1.5, most=1.06),
+    "rope_s_224_training": _config(f"{S}_rope_224", 256, modes="training", most=1.06),
+    "mixed_s_224": _config(f"{S}_rope_mixed_224", 256, most=1.1),
+    "relative_s_224": _config(f"vit_relpos_small_patch16_224{TABLE}", 256, most=1.1),
+    "swin_t_224": _config(f"{SWIN},torchvision_swin_t", 128, least=1.5),
+    "rope_s_1024": _config(f"{S}_rope_224", 8, "1024"),
+    "relative_s_1024": _config(f"vit_relpos_small_patch16_224{TABLE}", 8, "1024"),
+    "rope_s_224_compiled": _config(f"{S}_rope_224", 256, how="compiled,blocks", most=1.05),
+    "relative_s_224_compiled": _config(f"vit_relpos_small_patch16_224{TABLE}", 256, how="compiled", most=1.03),
+    "mixed_s_224_compiled": _config(f"{S}_rope_mixed_224", 256, how="compiled", most=1.08),
+    "rope_b_224": _config(f"{B}_rope_224", 128),
+    "relative_b_224": _config(f"vit_relpos_base_patch16_224{TABLE}", 128),
+    "rope_b_1024": _config(f"{B}_rope_224", 4, "1024"),
+    "relative_b_1024": _config(f"vit_relpos_base_patch16_224{TABLE}", 4, "1024"),
+    "rope_s_224_graph": _config(f"{S}_rope_224", 64, how="eager,graph"),
+    "rotation": _config(
+        f"{S}_rope_224,{S}_rope_mixed_224,flash_attn,liger_kernel,rotary_embedding_torch", 256,
+        level="op", precision="bfloat16", depth=2,
+    ),
+    "attention": _config(f"{S}_rope_224,{S}_rope_mixed_224,{SWIN}", 64, level="attention,block"),
+}  # fmt: skip
+_MICRO = "(embed_dim=48, num_heads=3, patch_size=8)"
+SMALL = {
+    "rope": _config(f"{S}_rope_224{_MICRO}", 3, "32x48", least=1.5, depth=1, repeats=2),
+    "learned": _config(f"{S}_224{_MICRO}", 3, "32", "training", depth=1, repeats=2),
 }
-SMALL = {"tiny B2": Shape(2, 32, 8, 32, 2, 1)}
-PEERS = {
-    "rope": "vit_small_patch16_rope_224",
-    "learned": "vit_small_patch16_224",
-    "relative": "vit_relpos_small_patch16_224",
-    "rope_mixed": "vit_small_patch16_rope_mixed_224",
-    "alibi": None,
-}
 
 
-def contenders(encoding: str, shape: Shape) -> dict[str, nn.Module]:
-    """{"peer" (if there is one), "ours", "none"}"""
-    torch.manual_seed(0)
-
-    def ours(word: str) -> nn.Module:
-        return ViT(
-            word, img_size=shape.size, patch_size=shape.patch, embed_dim=shape.width, num_heads=shape.heads,
-            depth=shape.depth, num_classes=10,
-        )  # fmt: skip
-
-    models = {"ours": ours(encoding), "none": ours("none")}
-    if peer := PEERS[encoding]:
-        models["peer"] = timm.create_model(
-            peer, img_size=shape.size, patch_size=shape.patch, embed_dim=shape.width, num_heads=shape.heads,
-            depth=shape.depth, num_classes=10, **({"rel_pos_type": "bias"} if "relpos" in peer else {}),
-        )  # fmt: skip
-    return models
+def measure(out: Path, configs: dict[str, BenchConfig], device: str, seconds: float) -> list[str]:
+    """Every group within the time; returns the names of those that are for another run, in full or in part."""
+    end, open_ = time.monotonic() + seconds, []
+    for name, config in configs.items():
+        left = end - time.monotonic()
+        if left <= 0:
+            open_.append(name)
+            continue
+        print(f"-- {name}", flush=True)
+        file = out / f"{name}.json"
+        bench(replace(config, device=device, out=str(file), seconds=min(left, 1e6)))
+        if any("open" in row for row in rows_of(file, config)):
+            open_.append(name)
+    return open_
 
 
-def step_of(model: nn.Module, images: Tensor, labels: Tensor, training: bool, how: str) -> Callable[[], object]:
-    """What is timed: a forward, or forward and backward; warm."""
-    forward: nn.Module = torch.compile(model) if how == "compiled" else model  # type: ignore[assignment]
-
-    def train() -> None:
-        loss_of(forward, images, labels, half=True).backward()
-        model.zero_grad(set_to_none=True)
-
-    def infer() -> None:
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
-            forward(images)
-
-    if how == "graph":
-        return capture(model, partial(loss_of, model, images, labels, half=True, cached=False))[0]
-    return train if training else infer
+def rows_of(file: Path, config: BenchConfig) -> list[Row]:
+    """The rows of a group, those that its file lacks marked `open`."""
+    found: list[Row] = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = []
+    for settings in plan(config):
+        row = next((row for row in found if settings.items() <= row.items()), None)
+        rows.append(row or settings | dict(open=True, failed="open: not measured yet"))
+    return rows
 
 
-def measured(encoding: str, shape: Shape, training: bool, how: str, device: str, repeats: int) -> dict[str, Fact]:
-    """Milliseconds, images a second, memory and time to the first steps of every contender, and their ratios."""
-    cuda = device.startswith("cuda")
-    images = torch.randn(shape.batch, 3, shape.size, shape.size, device=device)
-    labels = torch.zeros(shape.batch, dtype=torch.long, device=device)
-    facts: dict[str, dict[str, Fact]] = {}
-    ratios: dict[str, Fact] = {}
-    steps: dict[str, Callable[[], object]] = {}
-    for kind, model in contenders(encoding, shape).items():
-        began = time.perf_counter()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        steps[kind] = step_of(model.to(device).train(training), images, labels, training, how)
-        for _ in range(min(8, repeats)):
-            steps[kind]()
-        seen: dict[str, Fact] = {}
-        if cuda:
-            torch.cuda.synchronize()
-            seen["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        facts[kind] = seen | dict(first_s=round(time.perf_counter() - began, 2))
-    seconds = interleaved(steps, repeats, device)
-    for kind, times in seconds.items():
-        middle = statistics.median(times)
-        facts[kind] |= dict(ms=round(1e3 * middle, 3), images_per_s=round(shape.batch / middle))
-    for a, b in (("peer", "ours"), ("ours", "none")):
-        if a in seconds:
-            within = [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
-            ratios[f"{a}_{b}"] = [round(x, 4) for x in interval(within)]
-    return facts | ratios
+def table(folder: Path) -> str:
+    """What was measured and what is open, for RESULTS.md: the cards and versions, then the rows."""
+    files = [folder / f"{name}.json" for name in PLAN]
+    abouts = [json.loads(file.read_text()) for file in files if file.is_file()]
+    told = sorted({f"{about['device']}, torch {about['torch']}, timm {about['timm']}" for about in abouts})
+    rows = [row for file, config in zip(files, PLAN.values(), strict=True) for row in rows_of(file, config)]
+    measured = sum("failed" not in row for row in rows)
+    head = f"{measured} of {len(rows)} rows are measured{': ' if told else ''}{'; '.join(told)}."
+    return "\n".join([head, "", *markdown(rows)])
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_speed", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="folder, a JSON file for each group")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
-    parser.add_argument("--small", action="store_true", help="one tiny model, two encodings, three repetitions")
+    parser.add_argument("--small", action="store_true", help="two tiny models, two repetitions")
     config = parser.parse_args(args)
     warnings.simplefilter("ignore")
-    cuda = config.device.startswith("cuda")
-    rows = Rows(config.out, config.seconds)
-    rows.once("about", partial(about, config.device))
-    shapes, encodings = (SMALL, ("rope", "learned")) if config.small else (SHAPES, tuple(PEERS))
-    ways = [("eager", "training"), ("eager", "inference")]
-    ways += [("graph", "training")] if cuda else []
-    ways += [] if config.small else [("compiled", "training")]
-    for how, mode in ways:
-        for name, shape in shapes.items():
-            for encoding in encodings:
-                if how != "eager" and encoding not in ("rope", "relative"):
-                    continue
-                run = partial(measured, encoding, shape, mode == "training", how, config.device)
-                rows.once(f"{name} {encoding} {mode} {how}", partial(run, repeats=3 if config.small else 20))
-                if cuda:
-                    torch.cuda.empty_cache()
-    print(f"{len(rows.rows) - 1} rows; {len(rows.left_out)} for another run")
+    left = measure(config.out, SMALL if config.small else PLAN, config.device, config.seconds)
+    print(f"for another run: {', '.join(left) or 'nothing'}")
     return 0
 
 

@@ -100,7 +100,7 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
         found = [row for file in _files(config.table) for row in json.loads(file.read_text())["rows"]]
         print("\n".join(markdown(found)))
         return found
-    plan = _plan(config)
+    planned = plan(config)
     config = replace(config, device=str(pick_device(config.device)))
     torch.set_num_threads(config.threads)
     out, about = Path(config.out), _about(command, config.device)
@@ -108,7 +108,7 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
     rows: list[Row] = []
     end, left_out = time.monotonic() + (config.seconds or float("inf")), 0
     print("peer/ours [95%], ours/limit [95%]; operations, saved MiB and peak MiB of peer, ours, limit", flush=True)
-    for settings in plan:
+    for settings in planned:
         row = next((old for old in known if settings.items() <= old.items() and "failed" not in old), None)
         if row is None and time.monotonic() > end:
             left_out += 1
@@ -121,7 +121,7 @@ def bench(config: BenchConfig, command: str = "") -> list[Row]:
     return rows
 
 
-def _plan(config: BenchConfig) -> list[Row]:
+def plan(config: BenchConfig) -> list[Row]:
     """The settings of all rows."""
     modes, sizes = split_words(config.modes), [parse_size(text) for text in split_words(config.sizes)]
     levels = ["encoder" if word == "model" else word for word in split_words(config.level)]

@@ -33,7 +33,8 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {about(row)} | {row['failed']} |" + " |" * (len(names) - 2))
+            wanted = f" {verdict(row)} |" if "open" in row else " |"
+            lines.append(f"| {about(row)} | {row['failed']} |" + " |" * (len(names) - 3) + wanted)
             continue
         first = ratio(row, "first_later")
         found = [ratio(row, "peer_ours") or (f"first / later {first}" if first else ""), ratio(row, "ours_limit")]
@@ -78,7 +79,10 @@ def verdict(row: Row) -> str:
     verdicts = []
     for wanted, kind, sign in (("least", "peer_ours", ">="), ("most", "ours_limit", "<=")):
         goal = row.get(wanted)
-        if goal is None or kind not in row:
+        if goal is None or (kind not in row and "open" not in row):
+            continue
+        if "open" in row:
+            verdicts.append(f"{kind.replace('_', '/')} {sign} {goal}: open")
             continue
         _, low, high = row[kind]
         missed = high < goal if sign == ">=" else low > goal

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
-from benchmarks import real_weights
+from benchmarks import gpu_speed, real_weights
 from benchmarks.table import markdown
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
@@ -61,7 +61,9 @@ def page(text: str, results: Path = RESULTS) -> str:
 
 
 def bench(folder: Path) -> str:
-    """The rows of a folder that `vit2dpe bench` wrote, file by file, or those of `benchmarks.real_weights`."""
+    """The rows of a folder that `vit2dpe bench` wrote, file by file; two folders have tables of their own."""
+    if folder.name == "gpu":
+        return gpu_speed.table(folder)
     if folder.name == "real_weights":
         return real_weights.markdown(folder / "rows.jsonl")
     return "\n".join(

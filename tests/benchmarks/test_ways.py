@@ -12,7 +12,7 @@ import torch
 from benchmarks import BenchConfig, bench, contenders, devtrace, measure, rotation, ways
 from benchmarks import run as bench_run
 from benchmarks.table import line, markdown
-from vit2dpe import Swin, ViT
+from vit2dpe import Swin, ViT, explain
 
 MICRO = "embed_dim=48, num_heads=3, patch_size=8"
 ROPE, MIXED = f"vit_small_patch16_rope_224({MICRO})", f"vit_small_patch16_rope_mixed_224({MICRO})"
@@ -57,6 +57,17 @@ def test_every_contender_runs_on_the_device_that_it_is_placed_on(model, level, m
             assert {y.device.type for y in outputs} == {"cuda"}
             assert not recorded.traffic.to_host
             assert kind == "peer" or not recorded.traffic.to_device, recorded.traffic.report(kind)
+
+
+@pytest.mark.parametrize(("word", "kernel"), [("rope", "flash_attention"), ("relative", "efficient_attention")])
+def test_the_fused_attention_that_runs_on_a_gpu_is_named(word, kernel):
+    """By the operation that is dispatched: torch's order of choices differs between cards."""
+    model = ViT(word, img_size=16, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    with devtrace.fake_cuda():
+        devtrace.on_fake_cuda(model)
+        with torch.autocast("cuda", torch.bfloat16):
+            (told,) = explain(model, torch.empty(2, 3, 16, 16, device="cuda"))
+    assert told.kernel.path == kernel
 
 
 # Clocks, graphs, memory

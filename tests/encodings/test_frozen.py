@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 
+from benchmarks import devtrace
 from tests.helpers import randn
 from vit2dpe import ENCODINGS, ConfigError, ViT, frozen, use_policy
 from vit2dpe.encodings import PositionEncoding
 from vit2dpe.encodings import frozen as module
+from vit2dpe.positions import Positions
 
 SIZES = dict(img_size=(8, 12), patch_size=4, embed_dim=16, num_heads=2, depth=2, num_classes=3)
 IMAGES = randn(2, 3, 8, 12)
@@ -123,3 +125,51 @@ def test_a_large_matrix_of_biases_is_not_kept(monkeypatch):
         with frozen(model):
             model(IMAGES)
             assert type(kept()).__name__ == kind
+
+
+@torch.no_grad()
+def test_an_encoding_that_is_called_by_itself_is_compared_each_time():
+    """At one and the same Positions, which a forward of the model would not hand out twice."""
+    model, at = micro("rope_mixed"), Positions.grid((2, 3))
+    own = model.blocks[1].attn.position
+    with frozen(model):
+        assert own(at) is own(at)
+        model.blocks[0].attn.position.freqs.add_(1)
+        own(at)
+        own.freqs.add_(1)
+        with pytest.raises(ConfigError, match=r"freqs of MixedRoPE changed inside"):
+            own(at)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_nothing_compared():
+    model = micro("relative")
+    with frozen(model):
+        with pytest.raises(ConfigError, match="multiple of the patch"):
+            model(IMAGES[..., 1:])
+        model(IMAGES)
+        model.blocks[1].attn.position.relative_position_bias_table.add_(1)
+        with pytest.raises(ConfigError, match=r"relative_position_bias_table of RelativeBias changed inside"):
+            model(IMAGES)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("word", ["relative", "rope_mixed", "learned+relative", "rope"])
+def test_on_cuda_a_forward_reads_two_flags(word):
+    """One of all parameters, of which a formula has none, and one of the places, whichever block asks for them."""
+    model = ViT(word, **SIZES | dict(depth=12)).eval()
+    with devtrace.fake_cuda() as recorder:
+        devtrace.on_fake_cuda(model)
+        images = torch.empty(2, 3, 8, 12, device="cuda")
+        with torch.no_grad(), recorder() as recorded:
+            model(images)
+            plain = recorded.traffic.kernels.total()
+            with frozen(model):
+                for places in (0, 1, 1):
+                    recorded.traffic.clear()
+                    model(images)
+                    reads, kernels = recorded.traffic.reads, recorded.traffic.kernels.total()
+                    assert reads.total() == places + (word != "rope"), recorded.traffic.report(word)
+                    assert recorded.traffic.stalls == reads.total()
+    assert kernels < plain

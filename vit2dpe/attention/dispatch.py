@@ -7,17 +7,20 @@ implementation exists: docs/decisions/0005.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
 from ..signal import Bias, Dense, Table
 from .kernels import Selection, table
+
+T = TypeVar("T")
 
 
 def select_bias(
@@ -72,18 +75,37 @@ def trains(*inputs: Tensor) -> bool:
 def select_kernel(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout: float, scale: float, causal: bool
 ) -> Selection:
-    """Which implementation of the fused attention torch takes: the first of its order that runs with these tensors."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
-    for backend in order:
-        try:
-            with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):  # torch warns why one cannot serve
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=added, dropout_p=dropout, is_causal=causal, scale=scale
-                )
-        except RuntimeError:
-            continue
-        return Selection(backend.name.lower(), "torch's choice for these tensors")
-    return Selection("unknown", f"no fused attention takes {q.dtype} on {q.device.type}")
+    """Which implementation of the fused attention torch takes: it is called once more, and its operations are read.
+
+    torch's order differs between cards and versions, and no public function tells it.
+    """
+    allowed = nullcontext() if added is None else allowed_kernels(added, q, k, v)
+    with allowed, _Operations() as seen:
+        F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, is_causal=causal, scale=scale)
+    fused = [name for name in _FUSED if any(f"_scaled_dot_product_{name}" in operation for operation in seen.names)]
+    return Selection(fused[0] if fused else "math", "torch's choice for these tensors")
+
+
+_FUSED = ("flash_attention", "efficient_attention", "cudnn_attention")
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        begin: Callable[[], None] = super().__init__  # torch's has no types
+        begin()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., T],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> T:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def allowed_kernels(added: Tensor, *inputs: Tensor) -> AbstractContextManager[None]:

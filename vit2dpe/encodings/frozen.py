@@ -1,17 +1,19 @@
 """`with frozen(model):` the encodings of a model keep the Signals they made, for inference at the same places again.
 
 Outside of it nothing is kept. Inside, a Signal is found again by the places themselves (compared, not by a shape), the
-policy and the temperature; and before it is handed out every parameter of the encoding is compared with what it was, so
-that nothing stale is ever used: not after an optimizer's step, an assignment to `.data`, `load_state_dict` or `.to()`.
+policy and the temperature; and at the first encoding of every forward all their parameters are compared with what they
+were, so that nothing stale is used: not after an optimizer's step, an assignment to `.data`, `load_state_dict` or
+`.to()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, not_ours
 from ..positions import Positions
@@ -38,44 +40,127 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     encodings = named_encodings(model).values()
     if not encodings:
         raise not_ours(model, "has no encoding of ours, whose Signals could be kept")
-    with overriding(Overrides(caches={encoding: SignalCache(encoding) for encoding in encodings})):
+    kept = Frozen(encodings)
+    with overriding(Overrides(caches={encoding: SignalCache(kept) for encoding in encodings})), kept.watching(model):
         yield model
+
+
+class _Forward(threading.local):
+    """Of this thread: whether parameters were compared since a forward of the model began; None: outside of one."""
+
+    compared: bool | None = None
+
+
+class Frozen:
+    """What the encodings of one context have in common: their parameters as they were, and the places seen.
+
+    On a GPU a comparison makes the host wait. All parameters are compared at once at the first encoding of a forward of
+    the model, and places once for all encodings that are handed them. An encoding that is called outside of a forward
+    has its own parameters compared each time.
+    """
+
+    def __init__(self, encodings: Iterable[PositionEncoding]) -> None:
+        self.parameters = {
+            encoding: {name: p.detach().clone() for name, p in encoding.named_parameters()} for encoding in encodings
+        }
+        self.places: list[Positions] = []
+        self.forward = _Forward()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within it, `forward` follows the forwards of the model."""
+
+        def begin(*_: object) -> None:
+            if not torch.compiler.is_compiling():
+                self.forward.compared = False
+
+        def end(*_: object) -> None:
+            if not torch.compiler.is_compiling():
+                self.forward.compared = None
+
+        hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def check(self, encoding: PositionEncoding) -> None:
+        """Refuse parameters that have changed."""
+        if self.forward.compared:
+            return
+        inside = self.forward.compared is not None
+        pairs = {
+            (one, name): (then.get(name), now)
+            for one, then in self.parameters.items()
+            if inside or one is encoding
+            for name, now in one.named_parameters()
+        }
+        if not _all_equal(pairs.values()):
+            owner, name = next(key for key, pair in pairs.items() if not _all_equal([pair]))
+            raise ConfigError(
+                f"{name} of {type(owner).__name__} changed inside `with frozen(model):`, what is kept would be "
+                "stale; leave the context before changing parameters"
+            )
+        if inside:
+            self.forward.compared = True
+
+    def known(self, at: Positions) -> Positions:
+        """The first Positions that were seen with these places."""
+        return at.memoize(("frozen", self), lambda: self._find(at))
+
+    def _find(self, at: Positions) -> Positions:
+        found = next((old for old in self.places if _same(at, old)), None)
+        if found is None:
+            self.places.append(found := at)
+        return found
 
 
 class SignalCache:
     """The Signals of one encoding, with what they were made from."""
 
-    def __init__(self, encoding: PositionEncoding) -> None:
-        self.parameters = {name: p.detach().clone() for name, p in encoding.named_parameters()}
-        self.signals: list[tuple[Positions, Positions, State, Signal]] = []
+    def __init__(self, frozen: Frozen) -> None:
+        self.frozen = frozen
+        self.signals: list[tuple[Positions, Positions, bool, State, Signal]] = []
 
     def signal(self, encoding: PositionEncoding, q: Positions, k: Positions) -> Signal:
         """The Signal for these places, made at the first call."""
-        self._check(encoding)
+        self.frozen.check(encoding)
         grid: tuple[int, ...] | None = getattr(encoding, "grid", None)
         inference = torch.is_inference_mode_enabled()
         state: State = (encoding.policy, encoding.temperature, encoding.dtype, grid, inference)
-        for old_q, old_k, old_state, signal in self.signals:
-            if (old_q is old_k) == (q is k) and old_state == state and _same(q, old_q) and (q is k or _same(k, old_k)):
+        of_q, of_k = self.frozen.known(q), self.frozen.known(k)
+        for old_q, old_k, same, old_state, signal in self.signals:
+            if old_q is of_q and old_k is of_k and same == (q is k) and old_state == state:
                 return signal
         signal = encoding._signal(q, k)
         signal = signal.with_bias(tuple(_settle(term) for term in signal.bias))
-        self.signals.append((q, k, state, signal))
+        self.signals.append((of_q, of_k, q is k, state, signal))
         return signal
 
-    def _check(self, encoding: PositionEncoding) -> None:
-        for name, now in encoding.named_parameters():
-            then = self.parameters.get(name)
-            if then is None or then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
-                raise ConfigError(
-                    f"{name} of {type(encoding).__name__} changed inside `with frozen(model):`, what is kept would be "
-                    "stale; leave the context before changing parameters"
-                )
+
+def _all_equal(pairs: Collection[tuple[Tensor | None, Tensor]]) -> bool:
+    """Whether all tensors are what they were, bit for bit; on a GPU by one read for each dtype and device."""
+    together: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    for then, now in pairs:
+        if then is None or then.dtype != now.dtype or then.device != now.device or then.shape != now.shape:
+            return False
+        together.setdefault((now.dtype, now.device), []).append((then, now.detach()))
+    for (_, device), group in together.items():
+        if device.type != "cpu" and len(group) > 1:
+            sides = zip(*group, strict=True)
+            flat, flat_now = (torch.cat([one.flatten() for one in side]) for side in sides)
+            group = [(flat, flat_now)]
+        if not all(torch.equal(then, now) for then, now in group):
+            return False
+    return True
 
 
 def _same(a: Positions, b: Positions) -> bool:
-    one_kind = a.coords.device == b.coords.device and a.coords.dtype == b.coords.dtype
-    return a.extent == b.extent and a.prefix == b.prefix and one_kind and torch.equal(a.coords, b.coords)
+    """Whether places are the same; those that share their coordinates are not compared."""
+    x, y = a.coords, b.coords
+    one_kind = x.device == y.device and x.dtype == y.dtype and x.shape == y.shape
+    return a.extent == b.extent and a.prefix == b.prefix and one_kind and (x is y or torch.equal(x, y))
 
 
 def _settle(term: Bias) -> Bias:

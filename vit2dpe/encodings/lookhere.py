@@ -49,6 +49,7 @@ class LookHere(PositionEncoding):
 
     relative = True
     per_block = True
+    block_numbers = ("slope_here",)
     gives = frozenset({"bias"})
     policies = ("extrapolate", "interpolate")
 

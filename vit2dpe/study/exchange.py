@@ -41,7 +41,7 @@ from ..training.initial_weights import Loaded
 from ..training.log import Row as LogRow
 from ..training.objectives.base import Prepared, run
 from ..training.session import TrainSession
-from ..training.settings import check_numbers, image_smoke
+from ..training.settings import check_numbers, drop_last, image_smoke
 from ..training.start import describe
 from ..training.starting_model import Start, on_meta
 from ..training.swap_settings import SwapConfig
@@ -171,7 +171,15 @@ def prepare(config: SwapConfig, session: TrainSession, source: Source, spec: Mod
     view = AugmentConfig(config.augment.shift, config.augment.flip, config.augment.crop, label_smoothing=0.0)
     optim, where = config.optim, session.where
     task = DistillTask(
-        ImageTask(images, images.native, optim.batch_size, augment=view, workers=config.data.workers, **where),
+        ImageTask(
+            images,
+            images.native,
+            optim.batch_size,
+            augment=view,
+            workers=config.data.workers,
+            drop_last=drop_last(optim, config.run),
+            **where,
+        ),
         source.model.to(session.device),
         own,
         sizes,

@@ -17,6 +17,7 @@ from ..training.by_class import rows_of, write_classes
 from ..training.devices import pick_device
 from ..training.initial_weights import load_weights
 from ..training.objectives.images import as_weights
+from ..training.settings import drop_last
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
 from .answers import Right
@@ -78,6 +79,7 @@ class OverSizes(Measure):
             augment=config.augment,
             workers=config.data.workers,
             balanced=config.data.balanced,
+            drop_last=drop_last(config.optim, config.run),
         )
 
     def write_classes(self, path: Path, rows: Sequence[Row], answers: Sequence[Right]) -> None:

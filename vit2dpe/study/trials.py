@@ -53,7 +53,9 @@ _IMAGES = ("model.patch", "augment.label_smoothing", "augment.shift", "augment.f
 _SWIN = ("arch", "stages", "window")
 _SEQUENCES = ("task", "train_length", "embed_scale")
 # Unless at the default.
-_WHERE_SET = re.compile(r"(model|augment|optim)\.|data\.val_fraction|data\.balanced|run\.(compile|patience)")
+_WHERE_SET = re.compile(
+    r"(model|augment|optim)\.|data\.val_fraction|data\.balanced|run\.(compile|deterministic|patience)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from ..errors import ConfigError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS gives the same bits
+FILL = "fill_uninitialized_memory"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """The same bits each time, on a GPU too: deterministic algorithms, no attention of cuDNN, no choice by timing.
+
+    By https://docs.pytorch.org/docs/stable/notes/randomness.html; what was set before is set again behind it. It says
+    nothing about other cards, versions or numbers of processes.
+
+    Raises:
+        ConfigError: inside, from an operation that has no deterministic algorithm.
+    """
+    if not wanted:
+        yield
+        return
+    warn, memory = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), getattr(memory, FILL)
+    timed, attention = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
+    workspace = os.environ.get(WORKSPACE)
+    if workspace not in WORKSPACES:
+        os.environ[WORKSPACE] = WORKSPACES[0]
+    torch.use_deterministic_algorithms(True)
+    setattr(memory, FILL, False)  # a search for faults, at the cost of a pass over all that is made
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise ConfigError(f"run.deterministic: {str(error).partition(',')[0]}; leave one of the two out") from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        setattr(memory, FILL, filled)
+        torch.backends.cudnn.benchmark = timed
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+        if workspace is None:
+            del os.environ[WORKSPACE]
+        else:
+            os.environ[WORKSPACE] = workspace
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,9 @@ from torch import Tensor, nn
 from ..errors import TrainingError, unknown
 
 PARALLEL = ("ddp", "fsdp")
+# Seconds that an exchange may take, the wait for the slowest included: on CPUs; on GPUs, where kernels are built and
+# libraries tuned at the first step of each process, torch's own; where a model is compiled, which takes minutes.
+ON_CPU, ON_GPU, COMPILED = 60.0, 600.0, 1800.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,14 @@ ALONE = World()
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: float = 600) -> Iterator[World]:
+def process_group(
+    device: torch.device, timeout_s: float | None = None, wait_minutes: float = 600, compiled: bool = False
+) -> Iterator[World]:
     """The processes that torchrun started, by its environment variables; this one alone without them.
 
     A rank that dies closes its connections, and the others fail at their next exchange; one that hangs is given
-    `timeout_s`. Where one works alone, as the first does in writing files, all wait for it up to `wait_minutes`, and so
-    they do at the end.
+    `timeout_s`, by default what the device and a model that is `compiled` may take. Where one works alone, as the first
+    does in writing files, all wait for it up to `wait_minutes`, and so they do at the end.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -73,6 +81,8 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if timeout_s is None:
+        timeout_s = COMPILED if compiled else ON_GPU if device.type == "cuda" else ON_CPU
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
     patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes))
@@ -82,7 +92,7 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
         yield world
         world.wait()
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error):
+        if is_lost(error):
             why = str(error).strip().splitlines()[0]
             raise TrainingError(
                 f"rank {rank} lost another process ({why}): look for what that one said; with --resume the run goes on "
@@ -91,6 +101,17 @@ def process_group(device: torch.device, timeout_s: float = 60, wait_minutes: flo
         raise
     finally:
         dist.destroy_process_group()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an exchange failed: an error of torch.distributed by its kind, or raised in there.
+
+    What gloo raises in a backward pass, where DDP exchanges gradients, has no kind of its own; there its name tells.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    where = Path(frames[-1].filename).parts if frames else ()
+    inside = ("torch", "distributed") in pairwise(where)
+    return isinstance(error, dist.DistError) or inside or ("torch" in where and "gloo" in str(error).lower())
 
 
 def local_device(name: str) -> str:

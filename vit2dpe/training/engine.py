@@ -1,7 +1,8 @@
 """The training loop, one step after the other. What a step does to the weights: `update`.
 
 It works on tasks (`task.Task`), not images or words. Every random draw is keyed by (seed, epoch, step, rank, purpose),
-so a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not.
+so a run that was killed anywhere goes on from its last checkpoint to the same bits as one that was not: on a CPU
+always, on a GPU with `run.deterministic`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..data.loader import lost_worker, watch_workers
 from ..errors import Stopped, TrainingError, unknown
 from ..models.spec import ModelSpec
 from ..spec import Plain
-from .devices import evaluation_precision
+from .devices import deterministic, evaluation_precision
 from .distributed import ALONE, World, sum_over_ranks
 from .interrupts import Interrupts
 from .late import StepResult
@@ -69,9 +70,10 @@ def fit(
         TrainingError: if losses stay not finite, or memory runs out.
         Stopped: after a signal, when everything is saved.
     """
-    return Trainer(model, task, optim, run, folder, spec, world, about or {}, progress, on_epoch, stop_after).fit(
-        resume
-    )
+    with deterministic(run.deterministic):
+        return Trainer(model, task, optim, run, folder, spec, world, about or {}, progress, on_epoch, stop_after).fit(
+            resume
+        )
 
 
 @dataclass(eq=False)
@@ -119,6 +121,7 @@ class Trainer(Generic[B]):
             Interrupts(listen=self.spec is not None) as self.interrupts,
             Bar(total, self.folder.name, self.state.place, first) as self.bar,
             watch_workers() as streams,
+            self.snapshots.writer,
         ):
             try:
                 while self.state.epoch < self.optim.epochs and not self._patience_ended():
@@ -127,6 +130,7 @@ class Trainer(Generic[B]):
                     self.world.wait()
                     if self._stop_reached():
                         break
+                self.snapshots.finish()
             except RuntimeError as error:  # torch reports a dead data worker wherever the training is at that moment
                 if lost := lost_worker(error, streams):
                     raise lost from error
@@ -200,6 +204,7 @@ class Trainer(Generic[B]):
             self.state.step -= self.state.bad  # resuming tries these steps again, with the last finite weights
             self.state.bad = 0
             self.save()
+            self.snapshots.finish()
             raise TrainingError(
                 f"the loss was not finite {self.run.bad_losses} times in a row, last at epoch {epoch}, step {step} of "
                 f"{self.folder.name}: the samples are in {self.folder / 'bad_batches.jsonl'}, the weights before them "
@@ -211,6 +216,7 @@ class Trainer(Generic[B]):
     def _evaluate(self) -> Row:
         state, averaged = self.state, self.updater.averaged
         evaluated = self.model if averaged is None else averaged
+        self.snapshots.finish()  # before data workers are forked
         self.interrupts.at_once = self.world.size == 1
         try:
             if self._agree()[0]:
@@ -238,9 +244,7 @@ class Trainer(Generic[B]):
         better = self._improved(score)
         if better is not None:
             state.best, state.best_epoch = better, state.epoch
-        if better is not None:
-            self.save("best", row)
-        self.save("last", row)
+        self.save(row, best=better is not None)
         if self.on_epoch is not None and score:
             self.on_epoch(row, evaluated)
         return row
@@ -291,18 +295,21 @@ class Trainer(Generic[B]):
     def _leave(self) -> None:
         self.interrupts.at_once = False
         self.save()
+        self.snapshots.finish()
         self.bar.print(f"stopped at step {self.state.step} and saved; --resume goes on from there")
         raise Stopped(128 + (self.interrupts.received or 15))
 
-    def save(self, name: str = "last", row: Row | None = None) -> None:
+    def save(self, row: Row | None = None, best: bool = False) -> None:
+        """Begin to write last/, and best/ too where these are the best weights so far; steps may follow at once."""
         if self.spec is None:
             return
         self._settle()
-        if name == "last":
-            self._read_clocks()
-            self.last_save = time.monotonic()
+        self._read_clocks()
+        self.last_save = time.monotonic()
         about: dict[str, Plain] = dict(optim=asdict(self.optim), run=asdict(self.run), final=row)
-        self.snapshots.save(name, self.state, {**about, **self.task.describe(), **self.about})
+        self.snapshots.save(
+            ("best", "last") if best else ("last",), self.state, {**about, **self.task.describe(), **self.about}
+        )
 
     def load(self) -> None:
         self.state = self.snapshots.load(self.task.describe())

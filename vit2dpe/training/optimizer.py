@@ -7,6 +7,7 @@ same bits; and reading the state of a ViT-Ti takes 60 times as long.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,10 +103,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: i
     return schedule
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+def optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, copy: Callable[[Tensor], Tensor] = full_tensor
+) -> OptimizerState:
     """The optimizer's state of each parameter, by its name, unsharded, on the CPU; that of its groups under "" """
     states = {
-        name: {key: full_tensor(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+        name: {key: copy(value) if isinstance(value, Tensor) else value for key, value in state.items()}
         for name, parameter in model.named_parameters()
         if (state := optimizer.state.get(parameter)) is not None
     }

@@ -112,7 +112,7 @@ def train_session(config: Trainable, command: str) -> Iterator[TrainSession]:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with (
-        process_group(device, wait_minutes=config.run.wait_minutes) as world,
+        process_group(device, None, config.run.wait_minutes, compiled=bool(config.run.compile)) as world,
         run_folder(config.run.out, resume=config.resume, world=world) as folder,
     ):
         session = TrainSession(config, command, device, world, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
-from ..errors import ConfigError
+from ..errors import ConfigError, SettingError, unknown
 from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, Seed, Share, Threads
 from ..spec import Plain, Settings, Size, changed, filled, flat, plain
 
@@ -31,6 +31,8 @@ class OptimConfig(Settings):
         warmup_epochs: linear warm-up, from lr / 100; default 5, in trainings of 5 epochs or fewer a tenth of them.
         epochs: passes over the training data.
         batch_size: samples of an update, over all processes and parts.
+        drop_last: leave out the last batch of an epoch where it is smaller, as timm does; default: where run.compile is
+            blocks, whose graph takes one size.
         accumulate: parts that a batch is cut into where it does not fit in memory.
         clip_grad: largest gradient norm; 0: not clipped.
         layer_decay: learning rate of a block over that of the next; 1: all alike.
@@ -50,6 +52,7 @@ class OptimConfig(Settings):
     warmup_epochs: NotNegative | None = None
     epochs: Count = 100
     batch_size: Count = 128
+    drop_last: bool | None = None
     accumulate: Count = 1
     clip_grad: NotNegative = 1.0
     layer_decay: Share = 1.0
@@ -76,7 +79,9 @@ class RunConfig(Settings):
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16.
         threads: CPU threads; default torch's own choice.
-        compile: torch.compile the model.
+        compile: torch.compile: none; model (or true), the whole of it; or blocks, one graph for all of them, which is
+            compiled in a fraction of the time.
+        deterministic: the same bits each time on a GPU too, at some cost in time; a CPU has them always.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
         wait_minutes: under torchrun: how long processes wait for one that works alone: files, trackers, results.
@@ -94,7 +99,8 @@ class RunConfig(Settings):
     device: str = "auto"
     precision: str = "auto"
     threads: Threads | None = None
-    compile: bool = False
+    compile: bool | str = False
+    deterministic: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
     wait_minutes: Annotated[float, Range(0, 100_000, above=True)] = 600
@@ -104,6 +110,20 @@ class RunConfig(Settings):
     bad_losses: Count = 3
     tensorboard: bool = False
     wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words: dict[bool | str, bool | str] = {"none": False, "model": True, "blocks": "blocks"}
+        if isinstance(self.compile, str) and self.compile not in words:
+            raise SettingError(
+                "compile", f": {unknown('way to compile', self.compile, ['none', 'model', 'blocks', 'true', 'false'])}"
+            )
+        object.__setattr__(self, "compile", words.get(self.compile, self.compile))
+
+    @property
+    def one_size(self) -> bool:
+        """Whether graphs are made that take batches of one size."""
+        return self.compile == "blocks"
 
 
 @dataclass(frozen=True)
@@ -331,6 +351,11 @@ def own_options(options: Mapping[str, Plain], decided: Mapping[str, str]) -> dic
         if name in decided:
             raise ConfigError(f"model.options: {name} is decided by {decided[name]}, leave it out")
     return dict(options)
+
+
+def drop_last(optim: OptimConfig, run: RunConfig) -> bool | None:
+    """Whether the last batch of an epoch is left out where it is smaller; None: unless there is no other."""
+    return (None if run.one_size else False) if optim.drop_last is None else optim.drop_last
 
 
 def check_numbers(optim: OptimConfig) -> None:

@@ -16,8 +16,9 @@ from ..errors import CheckpointError
 from ..models.spec import ModelSpec
 from ..spec import Plain
 from .checkpoint import read_meta, read_tensors, write_checkpoint
-from .distributed import World, full_tensor, shard_like
+from .distributed import World, shard_like
 from .optimizer import load_optimizer, optimizer_state
+from .writer import HostCopies, Writer
 
 Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[str, Tree]"
 
@@ -81,6 +82,7 @@ class Snapshots:
         averaged: their running average, or None.
         optimizer, scaler: what resuming needs beside them.
         world: this process among how many.
+        writer: of the files, on the first process; a context that the training is run in.
     """
 
     folder: Path
@@ -90,37 +92,70 @@ class Snapshots:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     world: World
+    writer: Writer = field(default_factory=Writer)
 
-    def save(self, name: str, state: TrainingState, about: Mapping[str, Plain]) -> None:
-        """Write `folder/name`. Its `model` are the weights that are evaluated: the averaged ones, if they are kept.
+    def save(self, names: Sequence[str], state: TrainingState, about: Mapping[str, Plain]) -> None:
+        """Write `folder/name` for each name, beside the training that goes on: what is written is what is there now.
+
+        Their `model` are the weights that are evaluated: the averaged ones, if they are kept.
 
         Args:
-            name: last, which a training can go on from, or best.
+            names: last, which a training can go on from, and best.
             state: its progress.
             about: further metadata.
+
+        Raises:
+            TrainingError: if the save before could not be written.
         """
         if self.spec is None:
             return
-        files = {"model": _tensors(self.model if self.averaged is None else self.averaged)}
+        copies = HostCopies()
+        model = _tensors(self.model if self.averaged is None else self.averaged, copies)
+        files = {name: {"model": model} for name in names}
         progress: dict[str, Plain] = {}
-        if name == "last":
+        if "last" in names:
             if self.averaged is not None:
-                files["raw"] = _tensors(self.model)
-            files["optimizer"] = {}
+                files["last"]["raw"] = _tensors(self.model, copies)
+            moments = files["last"]["optimizer"] = {}
             progress = asdict(state)
-            progress["optimizer"] = flatten(optimizer_state(self.model, self.optimizer), files["optimizer"])
+            progress["optimizer"] = flatten(optimizer_state(self.model, self.optimizer, copies), moments)
             progress["scaler"] = self.scaler.state_dict()
         if self.world.first:
+            copies.seal(next(self.model.parameters()).device)
+            grid = getattr(self.model, "train_grid", None)
+            self.writer.start(lambda: self._write(copies, files, grid, progress, dict(about)))
+        self.world.wait()  # a slow disk is no reason to lose the others
+
+    def _write(
+        self,
+        copies: HostCopies,
+        files: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+        grid: Sequence[int] | None,
+        progress: Plain,
+        about: Mapping[str, Plain],
+    ) -> None:
+        if self.spec is None:
+            return
+        copies.wait()
+        for name, tensors in files.items():
             write_checkpoint(
                 self.folder / name,
                 self.spec,
-                files,
-                grid=getattr(self.model, "train_grid", None),
+                tensors,
+                grid=grid,
                 weights="trained" if self.averaged is None else "averaged",
-                state=progress,
+                state=progress if name == "last" else {},
                 **about,
             )
-        self.world.wait()  # a slow disk is no reason to lose the others
+
+    def finish(self) -> None:
+        """Wait until all is written, on every rank.
+
+        Raises:
+            TrainingError: if it could not be.
+        """
+        self.writer.wait()
+        self.world.wait()
 
     def load(self, about: Mapping[str, Plain]) -> TrainingState:
         """Restore weights and optimizer from `last`, on any number of processes.
@@ -195,8 +230,8 @@ def unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unflatten(value, tensors) for value in node["list"]]
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full_tensor(value) for name, value in model.state_dict().items()}
+def _tensors(model: nn.Module, copies: HostCopies) -> dict[str, Tensor]:
+    return {name: copies(value) for name, value in model.state_dict().items()}
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.identity import FILES
 from ..data.transfer import onto
+from ..errors import ConfigError
 from ..seeding import generator
 from ..spec import Plain
 from .distributed import World
@@ -81,12 +82,25 @@ def describe_data(task: str, data: Dataset, **more: Plain) -> dict[str, Plain]:
     return dict(task=task, data=data.name, digest=data.digest) | ({} if files is None else {FILES: files}) | more
 
 
-def count_steps(count: int, batch_size: int, world: World) -> int:
+def count_steps(count: int, batch_size: int, world: World, drop_last: bool | None = False) -> int:
     """How many steps an epoch over `count` items has.
 
     A remainder smaller than the number of processes would leave one without any item: it is left out.
+
+    Args:
+        drop_last: leave out any remainder; None: but that of an epoch that has nothing else.
+
+    Raises:
+        ConfigError: if that leaves nothing.
     """
     full, rest = divmod(count, batch_size)
+    if drop_last and not full:
+        raise ConfigError(
+            f"optim.drop_last leaves nothing to train on: an epoch has {count} items, a batch {batch_size}; give "
+            f"--optim.batch_size {max(1, count)} or less, or leave drop_last out"
+        )
+    if drop_last is not False and full:
+        return full
     return full + (rest >= world.size or (rest > 0 and full == 0))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainingError
 from ..seeding import derive_seed
+from .compiling import CompiledBlocks
 from .devices import pick_device, precision
 from .distributed import World, parallelize, sum_on_device, sum_over_ranks, unsynchronized, whole
 from .freezing import freeze
@@ -44,10 +45,13 @@ class Updater(Generic[B]):
         if optim.ema:
             self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup)
         self.frozen = freeze(self.model, optim.freeze)  # before it is wrapped: no gradients are exchanged for them
+        self.blocks = CompiledBlocks(self.model) if run.compile == "blocks" else None
         self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
             self.ema.module = parallelize(self.ema.module, "fsdp", world)
-        self.forward: Any = torch.compile(self.net) if run.compile else self.net  # torch types a module as a function
+        self.forward: Any = (
+            torch.compile(self.net) if run.compile is True else self.net
+        )  # torch types a module as a function
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
@@ -97,7 +101,9 @@ class Updater(Generic[B]):
         try:
             for i, (part, n) in enumerate(zip(parts, counts, strict=True)):
                 last = i + 1 == len(parts) or self.world.size == 1
-                with nullcontext() if last else unsynchronized(self.net), self._precision():
+                together = nullcontext() if last else unsynchronized(self.net)
+                compiled = nullcontext() if self.blocks is None else self.blocks.in_use()
+                with together, compiled, self._precision():
                     loss, more = self.task.loss(self.forward, part) if n else self._nothing(part)
                     share = n / items  # the mean over all ranks and parts; wrappers average over ranks
                     self.scaler.scale(loss * (share * self.world.size)).backward()

@@ -31,7 +31,7 @@ from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, Where, check_run
-from ..settings import ModelConfig, TrainConfig, model_arguments, own_options, resolve, sized
+from ..settings import ModelConfig, TrainConfig, drop_last, model_arguments, own_options, resolve, sized
 from ..start import describe, has_architecture
 from ..starting_model import ARGUMENTS, Start, on_meta
 from ..tasks.classification import ImageTask
@@ -251,7 +251,8 @@ def image_task(
     """Batches of images by these settings."""
     batch, seed, workers = config.optim.batch_size, config.run.seed, config.data.workers
     where, order = Where(seed=seed, device=device, world=world), config.data.balanced
-    return ImageTask(data, size, batch, augment=augment, workers=workers, balanced=order, **where)
+    rest = drop_last(config.optim, config.run)
+    return ImageTask(data, size, batch, augment=augment, workers=workers, balanced=order, drop_last=rest, **where)
 
 
 def best_accuracy(rows: list[Row], by: str) -> list[str]:

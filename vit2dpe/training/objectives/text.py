@@ -26,7 +26,7 @@ from ..checkpoint import load_run, read_meta
 from ..distributed import ALONE
 from ..log import Row
 from ..session import TrainSession, check_run
-from ..settings import model_arguments, own_options
+from ..settings import drop_last, model_arguments, own_options
 from ..task import Batch, Dataset, Task
 from ..tasks.language import LanguageTask
 from ..tasks.span_corruption import SpanCorruption, SpanTask
@@ -130,7 +130,8 @@ def _language(config: TextTrainConfig, session: TrainSession) -> TextSource:
 
 def _translation(config: TextTrainConfig, session: TrainSession) -> TextSource:
     data = load_pairs(config.data)
-    task = TranslationTask(data, config.optim.batch_size, config.smoothing, **session.where)
+    rest = drop_last(config.optim, config.run)
+    task = TranslationTask(data, config.optim.batch_size, config.smoothing, rest, **session.where)
     left = f" ({data.left_out} longer ones left out)" if data.left_out else ""
     amount = f"{len(data.train):,} training pairs{left}, {len(data.val):,} of validation, {data.tokenizer.size} tokens"
     return TextSource(model_spec(config, data.tokenizer.size), task, data, amount, data.test[0][0])
@@ -139,7 +140,8 @@ def _translation(config: TextTrainConfig, session: TrainSession) -> TextSource:
 def _classes(config: TextTrainConfig, session: TrainSession) -> TextSource:
     known, size = tokenizer_of_run(config.init)
     data = load_lines(config.data, known)
-    task = LineTask(data, config.optim.batch_size, config.smoothing, **session.where)
+    rest = drop_last(config.optim, config.run)
+    task = LineTask(data, config.optim.batch_size, config.smoothing, rest, **session.where)
     amount = f"{len(data.train):,} training and {len(data.val):,} validation lines, {len(data.classes)} classes"
     own_mask = known is None or size > data.tokenizer.size
     spec = model_spec(config, data.tokenizer.size, len(data.classes), own_mask)

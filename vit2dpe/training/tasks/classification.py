@@ -38,6 +38,7 @@ class ImageTask(SeededTask):
         augment: what happens to training images.
         workers: processes that decode images which are not in memory (`data.loader`).
         balanced: draw every class equally often in an epoch (`task.BalancedOrder`).
+        drop_last: leave the rest out (`task.count_steps`).
     """
 
     data: Images
@@ -46,6 +47,7 @@ class ImageTask(SeededTask):
     augment: AugmentConfig = PLAIN
     workers: int | None = None
     balanced: bool = False
+    drop_last: bool | None = False
     best: tuple[str, str] | None = field(init=False)
     train: Split | FileSplit = field(init=False)
     feed: Feed = field(init=False, repr=False, compare=False)
@@ -56,7 +58,7 @@ class ImageTask(SeededTask):
     def __post_init__(self) -> None:
         self.order = BalancedOrder(self.data.train.labels, self.seed) if self.balanced else None
         drawn = len(self.data.train) if self.order is None else len(self.order)
-        self.steps_per_epoch = count_steps(drawn, self.batch_size, self.world)
+        self.steps_per_epoch = count_steps(drawn, self.batch_size, self.world, self.drop_last)
         self.train = self.data.train.resized(self.train_size)
         self.feed = Feed(self.train, lambda *at: self._share(*at)[1], lambda: self.steps_per_epoch, self.workers)
         self.best = (f"{next(iter(self.data.held_out))}_top1", "max")

@@ -52,15 +52,17 @@ class ItemTask(SeededTask, Generic[Item]):
         data: items.
         batch_size: items of a step, over all ranks.
         smoothing: label smoothing of the training loss.
+        drop_last: leave out a last batch that is smaller (`task.count_steps`).
     """
 
     data: Items[Item]
     batch_size: int
     smoothing: float = 0.0
+    drop_last: bool | None = False
     steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world)
+        self.steps_per_epoch = count_steps(len(self.data.train), self.batch_size, self.world, self.drop_last)
 
     @abstractmethod
     def collate(self, items: Sequence[Item]) -> Batch:
