@@ -34,10 +34,12 @@ from torch.utils._pytree import tree_leaves
 import vit2dpe
 from vit2dpe import ViT
 from vit2dpe.attention import functional
+from vit2dpe.attention.kernels import flex
 from vit2dpe.data.datasets import Images
 from vit2dpe.data.rand_augment import SORTED
 from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.data.splits import Split
+from vit2dpe.signal import Signal
 from vit2dpe.spec import parse_term
 from vit2dpe.training.distributed import ALONE
 from vit2dpe.training.settings import OptimConfig, RunConfig
@@ -201,6 +203,7 @@ def _device_patches() -> list[mock._patch]:
     patches += [
         mock.patch("vit2dpe.data.rand_augment.counted", _even),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(flex, "attend", _beside_logits),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # `on_fake_cuda` has done it
@@ -233,6 +236,15 @@ def _fused_attention(
         attn_mask = attn_mask.expand(q.shape[0], q.shape[1], -1, -1)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _beside_logits(
+    q: Tensor, k: Tensor, v: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """FlexAttention as a kernel of its own, and what it is handed."""
+    flex.score_mod(signal)
+    return _fused_attention(q, k, v, scale=scale)
 
 
 def _read_patches(traffic: Traffic) -> list[mock._patch]:

@@ -27,6 +27,9 @@ PRIVATE = {
         "_forward_hooks", "_forward_pre_hooks", "_has_any_global_hook"
     },
     "the operator of softmax's backward pass, without its forward": {"_softmax_backward_data"},
+    "the operators of memory-efficient attention: its backward for some images at a time, without another forward": {
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"
+    },
     "timm.models._input: timm's own rules of set_input_size and of model arguments": {"_input"},
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ class Positions:
     coords: Tensor
     extent: tuple[int, ...]
     prefix: int = 0
+    whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
@@ -78,7 +79,9 @@ class Positions:
             same = axes and not torch.compiler.is_compiling() and not is_tracing() and size == extent[0]
             axes.append(axes[0] if same else torch.arange(size, dtype=torch.float32, device=device))
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        return cls(coords[None], tuple(extent))  # (1, N, d)
+        made = cls(coords[None], tuple(extent))  # (1, N, d)
+        object.__setattr__(made, "whole", True)
+        return made
 
     @classmethod
     def sequence(
@@ -126,7 +129,9 @@ class Positions:
 
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
-        return Positions(self.coords, self.extent, prefix)
+        made = Positions(self.coords, self.extent, prefix)
+        object.__setattr__(made, "whole", self.whole)
+        return made
 
     def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from these places alone, made once for all blocks that are handed them.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import Positions, checkable
+from .positions import Positions, checkable, distance, offsets
 
 T = TypeVar("T")
 
@@ -85,8 +85,9 @@ class Table(NamedTuple):
         No property: torch before 2.11 compiles none of a named tuple."""
         return 3 if self.q.prefix or self.k.prefix else 0
 
-    def _index(self) -> Tensor:
-        """(B|1, Nq, Nk) entry of the flat table behind its columns for the prefix."""
+    def linear(self, start: int = 0) -> tuple[Tensor, Tensor]:
+        """(B|1, N) of queries and (B|1, N) of keys that have a place, int64: the entry of q - k in the flat table is a
+        difference of the two, plus `start`."""
         sizes = self.table.shape[1:]
         q = self.q.places()  # (B|1, N, d)
         k = q if self.k is self.q else self.k.places()
@@ -96,7 +97,11 @@ class Table(NamedTuple):
         later = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         middle = sum((size - 1) // 2 * step for size, step in zip(sizes, later, strict=True))
         k_index = _inner(k, later)
-        q_index = (k_index if k is q else _inner(q, later)) + (self._columns() + middle)
+        return (k_index if k is q else _inner(q, later)) + (start + middle), k_index
+
+    def _index(self) -> Tensor:
+        """(B|1, Nq, Nk) entry of the flat table behind its columns for the prefix."""
+        q_index, k_index = self.linear(self._columns())
         index = q_index[..., :, None] - k_index[..., None, :]
         if not self._columns():
             return index
@@ -134,6 +139,59 @@ class LowRank(NamedTuple):
             fq, fk = fq.double(), fk.double()
         with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             return (fq @ fk.transpose(-1, -2)).to(self.fq.dtype)
+
+
+UNSEEN = -1e9  # a bias that no softmax tells from minus infinity, and under which a row that sees nothing is finite
+
+
+class Distance(NamedTuple):
+    """A penalty that grows with distance, -factor · slopes[h] · ‖q - k‖₂, zero for the prefix; a formula, so that what
+    computes logits can compute it there, and no matrix has to be.
+
+    Args:
+        q, k: places of queries and keys.
+        slopes: H numbers.
+        directions: d numbers, a unit vector, for each of the first heads: these see the keys k with
+            ⟨k - q, direction⟩ >= limit · ‖k - q‖ - 1e-4 alone, and for all others the bias is factor · `UNSEEN`.
+        limit: the cosine of half the angle that they see.
+        factor: of all heads; a 0-d tensor where one graph serves several blocks.
+        dtype: of the matrix; distances are taken in float64.
+    """
+
+    q: Positions
+    k: Positions
+    slopes: tuple[float, ...]
+    directions: tuple[tuple[float, ...], ...] = ()
+    limit: float = -1.0
+    factor: float | Tensor = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def dense(self) -> Tensor:
+        key = ("distance", None if self.k is self.q else self.k, self.slopes, self.directions, self.limit, self.dtype)
+        bias: Tensor = self.q.memoize(key, self._unscaled)  # the same for all blocks
+        return bias if not isinstance(self.factor, Tensor) and self.factor == 1.0 else bias * self.factor
+
+    def _unscaled(self) -> Tensor:
+        """(B|1, H, Nq, Nk) with a factor of 1; a head at a time, to hold one float64 matrix and not H."""
+        far, device = distance(self.q, self.k), self.q.coords.device
+        if self.directions:
+            heads = self._directed(-far.to(device, self.dtype))
+        else:
+            heads = [(-slope * far).to(device, self.dtype) for slope in self.slopes]
+        bias = torch.stack(heads, dim=1)
+        prefix = (self.k.prefix, 0, self.q.prefix, 0)
+        return F.pad(bias, prefix) if any(prefix) else bias  # which would be a copy
+
+    def _directed(self, near: Tensor) -> list[Tensor]:
+        apart = [-offsets(self.q, self.k, axis).to(near.device, self.dtype) for axis in range(self.q.axes)]  # k - q
+        edge = near * -self.limit - 1e-4  # keys on the edge of the view are in it
+        heads = []
+        for first, *rest in self.directions:
+            ahead = apart[0] * first
+            for along, step in zip(rest, apart[1:], strict=True):
+                ahead = torch.add(ahead, step, alpha=along)
+            heads.append(near.masked_fill(ahead < edge, UNSEEN))
+        return heads + [near * slope for slope in self.slopes[len(heads) :]]
 
 
 class Signal(NamedTuple):

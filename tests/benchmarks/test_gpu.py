@@ -35,7 +35,8 @@ NUMBERS += [f"numbers relative {n}" for n in (64, 65)]
 @pytest.mark.slow
 def test_every_stage_leaves_its_results_and_another_run_goes_on_with_them(tmp_path):
     out, again = tmp_path / "gpu", tmp_path / "again"
-    done = run(out)
+    stages = "checks speed study"  # what doctor needs is another test's
+    done = run(out, STAGES=stages)
     checks = rows_of(out / "checks.jsonl")
     assert [row["row"] for row in checks] == ["about", *NUMBERS]
     assert all(row["right"] for row in checks[1:])
@@ -45,10 +46,9 @@ def test_every_stage_leaves_its_results_and_another_run_goes_on_with_them(tmp_pa
     assert [row["mode"] for row in speed] == ["inference", "training", "training"]
     assert not [row for row in checks + speed if "failed" in row]
     assert (out / "study/summary.md").is_file(), done.stdout + done.stderr
-    assert "Python" in (out / "doctor.txt").read_text()
     with tarfile.open(out / "kept.tar.gz") as kept:
         names = kept.getnames()
-    assert {"checks.jsonl", "speed/rope.json", "study/results.csv", "doctor.txt"} < set(names)
+    assert {"checks.jsonl", "speed/rope.json", "study/results.csv"} < set(names)
     assert not [name for name in names if "/last/" in name and name.endswith(".safetensors")]
     # As if it had been stopped in all stages: another machine goes on with what was kept alone.
     (out / "study/summary.md").unlink()
@@ -57,7 +57,7 @@ def test_every_stage_leaves_its_results_and_another_run_goes_on_with_them(tmp_pa
     (out / "speed/learned.json").unlink()
     done = run(out, STAGES="none")
     assert "== done" in done.stdout
-    done = run(again, KEPT=str(out / "kept.tar.gz"))
+    done = run(again, STAGES=stages, KEPT=str(out / "kept.tar.gz"))
     assert (again / "checks.jsonl").read_text().startswith("".join(lines[:-1]))
     assert [row["row"] for row in rows_of(again / "checks.jsonl")] == ["about", *NUMBERS]
     assert (again / "speed/rope.json").read_text() == (out / "speed/rope.json").read_text()

@@ -2,7 +2,18 @@
 
 from .cache import KVCache
 from .functional import attend, rotate
+from .kernels.flex import mask_mod, score_mod
 from .modules import Attention, CrossAttention
 from .observe import attention_maps, explain
 
-__all__ = ["Attention", "CrossAttention", "KVCache", "attend", "attention_maps", "explain", "rotate"]
+__all__ = [
+    "Attention",
+    "CrossAttention",
+    "KVCache",
+    "attend",
+    "attention_maps",
+    "explain",
+    "mask_mod",
+    "rotate",
+    "score_mod",
+]

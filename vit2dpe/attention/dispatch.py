@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
 from ..signal import Bias, Dense, Table
-from .kernels import Selection, table
+from .kernels import Selection, table, trains
 
 T = TypeVar("T")
 
@@ -65,11 +64,6 @@ def select_mask(causal: bool, mask: Tensor | None) -> Selection:
     if mask is None:
         return Selection("none", "every query may attend to every key")
     return Selection("matrix", "where queries may attend is given to the kernel as a tensor, with the bias if any")
-
-
-def trains(*inputs: Tensor) -> bool:
-    """Whether gradients are on and one of the inputs requires them."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def select_kernel(

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..positions import Positions, is_tracing
-from ..signal import Bias, Dense, LowRank, Rotation, Signal, Table
-from .dispatch import allowed_kernels, select_bias, select_mask, trains
-from .kernels import Selection, rotary, table
+from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
+from .dispatch import allowed_kernels, select_bias, select_mask
+from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
 
 
 class Observer(Protocol):
@@ -192,22 +192,32 @@ def attend(
     width, terms = v.shape[-1], list(signal.bias)
     if terms:
         products = [term for term in terms if isinstance(term, LowRank)]
-        appended = bool(products) and kernel_dtype(q) in (torch.float32, torch.float64)
+        appended, plain = bool(products) and kernel_dtype(q) in (torch.float32, torch.float64), why_plain(q)
+        beside = Selection("", "")
+        if not (appended and len(products) == len(terms)):
+            pairs, widths = q.shape[2] * k.shape[2], (q.shape[3], width)
+            beside = flex.serves(q, pairs, terms, widths=widths, dropout=dropout, plain=plain)
+        if beside.path and observer is None:
+            out = flex.attend(q, k, v, signal, mask, scale, causal=order is not None)
+            return out if alive is None else out.masked_fill(~alive, 0.0)
+        if beside.path and observer is not None:  # while somebody looks on, nothing compiled runs
+            observer.selected("bias", beside)
+            observer = None
         if appended:
             q, k, v = _append_channels(q, k, v, products, factor, temperature)
             terms, factor = [term for term in terms if not isinstance(term, LowRank)], 1.0
         if terms and order is not None:  # no kernel takes both
             mask, order = order.matrix(), None
         traced = isinstance(factor, Tensor) or isinstance(temperature, Tensor)
-        selection = select_bias(q, k, terms, mask, dropout, traced, appended, why_plain(q))
+        selection = select_bias(q, k, terms, mask, dropout, traced, appended, plain)
         if observer is not None:
-            observer.selected("bias", selection)
+            observer.selected("bias", Selection(selection.path, with_reason(selection.why, beside)))
         if selection.path in table.PATHS and isinstance(term := terms[0], Table):
             out = table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
             return out if out.shape[-1] == width else out[..., :width]
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
         q, factor = q * factor, 1.0
-    added = merge_bias(terms, mask, temperature, kernel_dtype(q))  # (B|1, H|1, Nq, Nk)
+    added = merge_bias(terms, mask, temperature, kernel_dtype(q) if terms else q.dtype)  # (B|1, H|1, Nq, Nk)
     causal = order is not None
     if observer is not None:
         observer.selected("mask", select_mask(causal, mask))
@@ -274,30 +284,41 @@ def merge_bias(
     return bias if torch.is_grad_enabled() or is_tracing() else bias.detach()
 
 
-def kernel_dtype(q: Tensor) -> torch.dtype:
-    """What the kernel will compute in: q's dtype, or autocast's."""
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return q.dtype
-
-
 def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
-    """The Signal that all blocks share, with each matrix of biases that every block would look up looked up once.
+    """The Signal that all blocks share, with each matrix of biases that every block would make made once.
 
-    A table stays a table where the kernel of tables serves it.
+    A table or a formula stays what it is where a kernel serves it.
 
     Args:
         x: the tokens, for their dtype and device.
     """
+    plain = why_plain(x)
+    pairs = [_pairs(term) for term in signal.bias if isinstance(term, Table | Distance)]
+    beside = flex.serves(x, max(pairs), signal.bias, plain=plain) if pairs else Selection("", "")
+    if beside.path:
+        return signal
     terms: list[Bias] = []
     for term in signal.bias:
         if isinstance(term, Table):
-            path, why = table.select(term, x, trains(term.table, x), why_plain(x))
-            terms.append(Dense(term.dense(), f"{why}; looked up once for all blocks") if path == "matrix" else term)
+            path, why = table.select(term, x, trains(term.table, x), plain)
+            reason = f"{with_reason(why, beside)}; looked up once for all blocks"
+            terms.append(Dense(term.dense(), reason) if path == "matrix" else term)
+        elif isinstance(term, Distance):
+            terms.append(Dense(term.dense(), with_reason("a formula", beside) if beside.why else ""))
         else:
             terms.append(term)
     return signal.with_bias(tuple(terms))
+
+
+def with_reason(why: str, beside: Selection) -> str:
+    """The reason of a path, and why FlexAttention does not serve where it might."""
+    return f"{why}; no FlexAttention: {beside.why}" if beside.why else why
+
+
+def _pairs(term: Table | Distance) -> int:
+    """How many pairs of queries and keys there are, prefix tokens included."""
+    queries, keys = (at.prefix + at.coords.shape[1] for at in (term.q, term.k))
+    return queries * keys
 
 
 def why_plain(x: Tensor) -> str | None:

@@ -22,11 +22,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..errors import ConfigError, unknown
-from ..positions import Positions, distance, exact, numbers
-from ..signal import LowRank
+from ..positions import Positions, exact, numbers
+from ..signal import Distance, LowRank
 from .base import PositionEncoding
 
 
@@ -50,11 +49,10 @@ class Alibi(PositionEncoding):
             raise ConfigError(f"alibi needs at least one head, got heads={heads}")
         self.slopes, self.distance = slopes(heads), distance
 
-    def bias(self, q: Positions, k: Positions) -> Tensor | LowRank:
+    def bias(self, q: Positions, k: Positions) -> Distance | LowRank:
         if self.distance == "squared":
             return self._channels(q, k)
-        far = distance(q, k)  # (B|1, Nq, Nk) float64; a head at a time, to hold one such matrix and not H
-        return torch.stack([(-slope * far).to(self.dtype) for slope in self.slopes], dim=1)
+        return Distance(q, k, tuple(self.slopes), dtype=self.dtype)
 
     def _channels(self, q: Positions, k: Positions) -> LowRank:
         """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""

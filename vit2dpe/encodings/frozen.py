@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, not_ours
 from ..positions import Positions
-from ..signal import Bias, Dense, Signal, Table
+from ..signal import Bias, Dense, Distance, Signal, Table
 from .base import Overrides, Policy, PositionEncoding, Temperature, overriding
 from .find import named_encodings
 
@@ -164,9 +164,13 @@ def _same(a: Positions, b: Positions) -> bool:
 
 
 def _settle(term: Bias) -> Bias:
-    """A table as the matrix it stands for, where that is small."""
-    if not isinstance(term, Table):
+    """A table as the matrix it stands for, where that is small; a formula too, and on the CPU at any size."""
+    if not isinstance(term, Table | Distance):
         return term
+    if isinstance(term, Distance) and term.q.coords.device.type != "cuda":
+        return Dense(term.dense())
     pairs = (term.q.prefix + term.q.coords.shape[1]) * (term.k.prefix + term.k.coords.shape[1])
-    size = max(term.q.coords.shape[0], term.k.coords.shape[0]) * term.table.shape[0] * pairs
-    return Dense(term.dense()) if size * term.table.element_size() <= BUDGET else term
+    heads = len(term.slopes) if isinstance(term, Distance) else term.table.shape[0]
+    dtype = term.dtype if isinstance(term, Distance) else term.table.dtype
+    size = max(term.q.coords.shape[0], term.k.coords.shape[0]) * heads * pairs * dtype.itemsize
+    return Dense(term.dense()) if size <= BUDGET else term

@@ -24,16 +24,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from ..errors import ConfigError
-from ..positions import Positions, distance, offsets
-from ..signal import Dense
+from ..positions import Positions
+from ..signal import Distance
 from .base import PositionEncoding
-
-UNSEEN = -1e9
 
 
 class LookHere(PositionEncoding):
@@ -86,28 +80,13 @@ class LookHere(PositionEncoding):
         """How many heads see everything; they come last."""
         return max(1, round(self.heads / 3))
 
-    def bias(self, q: Positions, k: Positions) -> Dense:
+    def bias(self, q: Positions, k: Positions) -> Distance:
         if q.axes != self.axes:
             raise ValueError(f"this lookhere was built for {self.axes} axes, the positions have {q.axes}")
-        key = ("lookhere", None if k is q else k, self.heads, self.view, self.dtype)
-        return Dense(q.memoize(key, lambda: self._unscaled(q, k)) * self.slope_here)
-
-    def _unscaled(self, q: Positions, k: Positions) -> Tensor:
-        """(B|1, H, Nq, Nk) with s_g s_l = 1, the same for all blocks; a head at a time."""
-        device = q.coords.device
-        near = -distance(q, k).to(device, self.dtype)  # taken in float64
-        apart = [-offsets(q, k, axis).to(device, self.dtype) for axis in range(q.axes)]  # k - q along each axis
-        edge = near * -math.cos(math.radians(self.view / 2)) - 1e-4  # keys on the edge of the view are in it
-        heads = []
-        for first, *rest in self._directions():
-            ahead = apart[0] * first
-            for along, step in zip(rest, apart[1:], strict=True):
-                ahead = torch.add(ahead, step, alpha=along)
-            heads.append(near.masked_fill(ahead < edge, UNSEEN))
-        for i in range(self.wide_heads):
-            heads.append(near * 2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1)))
-        bias = torch.stack(heads, dim=1)
-        return F.pad(bias, (k.prefix, 0, q.prefix, 0)) if k.prefix or q.prefix else bias  # which would be a copy
+        directions = tuple(self._directions())
+        wide = [2.0 ** -(1 + 6 * i / max(1, self.wide_heads - 1)) for i in range(self.wide_heads)]
+        slopes = (*[1.0] * len(directions), *wide)
+        return Distance(q, k, slopes, directions, math.cos(math.radians(self.view / 2)), self.slope_here, self.dtype)
 
     def _directions(self) -> list[tuple[float, ...]]:
         """Unit vectors (row, column) of the directed heads, clockwise from "up" (row -1)."""

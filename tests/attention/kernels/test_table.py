@@ -85,6 +85,104 @@ def test_learned_in_half_precision(paths):
         torch.testing.assert_close(x.grad, y.grad, rtol=0.1, atol=0.1)
 
 
+def efficient(q, k, v, bias, log, dropout=0.0, causal=False, *, scale=None):
+    """torch's memory-efficient kernel, which the CPU does not have, from its definition."""
+    assert log
+    assert not any(step % 16 for step in bias.stride()[1:-1])  # or torch would copy it
+    logits = scale * q @ k.mT + bias
+    seed = torch.zeros((), dtype=torch.long)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1), seed, seed.clone()
+
+
+def efficient_backward(gradient, q, k, v, bias, out, log, seed, offset, dropout, ask, causal=False, *, scale=None):
+    weights = (scale * q @ k.mT + bias - log[..., None]).exp()
+    dlogits = weights * (gradient @ v.mT - (gradient * out).sum(-1, keepdim=True))
+    return scale * dlogits @ k, scale * dlogits.mT @ q, weights.mT @ gradient, dlogits
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The operations that `slices` calls, with their schema, on the CPU."""
+    library = torch.library.Library("aten", "IMPL", "CPU")
+    library.impl("_scaled_dot_product_efficient_attention", efficient)
+    library.impl("_scaled_dot_product_efficient_attention_backward", efficient_backward)
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def as_on_cuda(kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "MATRICES", 1)
+
+
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("images", [1, 2, 8])  # of a slice, of three
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_slices_have_the_values_and_gradients_of_the_definition(
+    grid, prefix, images, how, as_on_cuda, paths, monkeypatch
+):
+    at, ours = inputs(grid, prefix)
+    _, theirs = inputs(grid, prefix)
+    tokens = grid[0] * grid[1] + prefix
+    monkeypatch.setattr(kernels, "SLICE", images * 4 * H * tokens * (tokens + -tokens % 16))
+    run = attend if how == "eager" else torch.compile(attend, backend="aot_eager", fullgraph=True)
+    found = run(*ours[:3], Signal(bias=(Table(ours[3], at, at),), temperature=1.5), scale=0.3)
+    expected = plain(*theirs, at, scale=0.45, factor=1.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    weights = torch.randn_like(found)
+    pairs = zip(*(torch.autograd.grad(x, y, weights) for x, y in ((found, ours), (expected, theirs))), strict=True)
+    for x, y in pairs:
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
+    assert how == "compiled" or paths == ["slices"]
+
+
+def test_slices_in_half_precision(as_on_cuda, paths):
+    at, ours = inputs((3, 4), 1)
+    _, theirs = inputs((3, 4), 1)
+    odd = [x[..., :7].bfloat16() for x in ours[:3]]  # channels are filled up
+    found = attend(*odd, Signal(bias=(Table(ours[3], at, at),)))
+    expected = plain(*(x[..., :7] for x in theirs[:3]), theirs[3], at, scale=7**-0.5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    found.float().square().sum().backward()
+    expected.square().sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=0.1, atol=0.1)
+    assert ours[3].grad.dtype == torch.float32
+    assert paths == ["slices"]
+
+
+def test_slices_differentiated_twice(as_on_cuda):
+    at, tensors = inputs((2, 3), 1)
+    found = []
+    for devices in (("cpu",), ()):
+        kernels.DEVICES = devices
+        q, k, v, table = (x.detach().requires_grad_() for x in tensors)
+        out = attend(q, k, v, Signal(bias=(Table(table, at, at),)))
+        first = torch.autograd.grad(out.square().sum(), (q, table), create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), (q, k, v, table)))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_where_slices_serve(as_on_cuda, monkeypatch):
+    at, (q, _, _, table) = inputs((2, 3), 1)
+    chosen = lambda term, like=q: kernels.select(term, like, True, None)  # noqa: E731
+    assert chosen(Table(table, at, at)).path == "slices"
+    some = at.take(torch.tensor([0, 1, 2, 3, 4, 5]))
+    assert "not all places" in chosen(Table(table, some, some)).why
+    assert "prefix" in chosen(Table(table, at, at, torch.zeros(H, 3))).why
+    assert "float64" in chosen(Table(table, at, at), q.double()).why
+    with sdpa_kernel(SDPBackend.MATH):
+        assert "sdpa_kernel" in chosen(Table(table, at, at)).why
+    monkeypatch.setattr(kernels, "MATRICES", 4 * 2**20)
+    assert "not above 64 MiB" in chosen(Table(table, at, at)).why
+    monkeypatch.setattr(kernels, "SLICE", B * H * 49 * 4 - 1)
+    assert chosen(Table(table, at, at)).path == "slices"
+
+
 def test_second_derivatives():
     at, (q, k, v, table) = inputs((2, 3), 1, torch.float64)
     signal = lambda t: Signal(bias=(Table(t, at, at),))  # noqa: E731
