@@ -1,6 +1,7 @@
 """`vit2dpe tune`: the choice goes where the model is read from, and everything that reads the model follows it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from vit2dpe.resolution.tuning import Gain, Tuned, TuneRow
 from vit2dpe.study import EvaluateConfig, TuneConfig, evaluate_model, tune_model
 from vit2dpe.testing import randomise
 from vit2dpe.training.checkpoint import read_meta, save_model
+from vit2dpe.training.objectives.images import start_of
+from vit2dpe.training.settings import RunConfig, TrainConfig
 
 MODEL = dict(position="rope", img_size=(32, 48), patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=2)
 POLICY, TEMPERATURE = "interpolate(power=0.5)", "log(power=2)"
@@ -102,6 +105,9 @@ def test_a_run_that_is_trained_further_is_not_refused(run, images, found):
     before = read_meta(run / "last")["arguments"]
     assert command("--init", run, "--root", images, "--size", "64x48") == 0
     assert read_meta(run / "last")["arguments"] == before
+    goes_on = TrainConfig(init=str(run), run=RunConfig(out=str(run)), resume=True)
+    assert start_of(goes_on).changed().arguments == before
+    assert start_of(replace(goes_on, resume=False)).changed().arguments["policy"] == POLICY
 
 
 @pytest.mark.parametrize("name", ["vit2dpe_tiny_patch8_64", "vit2dpe_from_timm"])

@@ -24,7 +24,8 @@ def move_weights(old: ViT | Swin, new: nn.Module) -> tuple[list[str], list[str],
 
     All but those of encodings; of encodings those of the terms that both have. Of what `old` adds to tokens and `new`
     does not, the mean over all places goes into the bias behind the patches, which is exact: every token of the first
-    block has it as before. With a `new` of no such bias it is lost.
+    block has it as before. With a `new` of no such bias it is lost. A training that starts from weights takes the same
+    ones without the mean: what is no encoding's stays bit for bit, as in `from_timm`.
 
     Returns:
         names of what was taken, of what of `new` was left as it was drawn, and of what of `old` was not used.

@@ -261,7 +261,9 @@ def finish(
         labelled = False
         session.print("note: the classes of these images are not the model's: agreement alone is measured")
     batch = Batches(images.test, labels, source.subject, 64, images.digest, {})
-    found = measure(models, batch, config.measure or (source.size,), source.size, labelled)
+    sizes = config.measure or (source.size,)
+    session.print(f"measuring before and after, on {len(labels)} images at {', '.join(map(show_size, sizes))}")
+    found = measure(models, batch, sizes, source.size, labelled)
     lines = write(folder, found)
     told += [line for text in lines[:-1] for line in (text, "")]
     return lines
