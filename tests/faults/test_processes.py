@@ -189,10 +189,10 @@ def test_a_poisoned_image(tmp_path, monkeypatch):
 
 @fault("F58")
 def test_out_of_memory(tmp_path, monkeypatch, capsys):
-    real = ImageTask.loss
+    real, left = ImageTask.loss, iter(range(4))  # steps of the first epoch
 
     def hungry(self, model, batch):
-        if model.training and (tmp_path / "out/last").is_dir():
+        if model.training and next(left, None) is None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, model, batch)
 
