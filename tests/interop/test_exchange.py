@@ -57,10 +57,67 @@ def test_terms_that_both_have_keep_their_weights():
 
 def test_every_other_weight_is_the_old_one():
     model = made("ViT", position="relative", **VIT)
-    new = exchanged(model, "ViT", position="rope", **VIT)
+    new = exchanged(model, "ViT", position="alibi", **VIT)
     old = {name: value for name, value in model.state_dict().items() if "position" not in name}
     assert old.keys() == new.state_dict().keys()
     assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("ViT", VIT),
+        ("ViT", VIT | dict(qkv_bias=False)),
+        ("ViT", VIT | dict(qkv_bias="qv")),
+        ("ViT", VIT | dict(reg_tokens=2, global_pool="token")),
+        ("Swin", SWIN),
+        ("Swin", SWIN | dict(post_norm=True)),
+    ],
+)
+@pytest.mark.parametrize("word", ["rope", "rope_mixed"])
+def test_bases_of_heads_change_no_product(kind, arguments, word):
+    """Where a rotation comes to heads that had none, queries and keys have another basis, in which they are alike."""
+    model = made(kind, position="none", **arguments).double()
+    new = ModelSpec(kind, dict(position=word, **arguments)).build().double().eval()
+    move_weights(model, new)
+    still = ModelSpec(kind, dict(position="none", **arguments)).build().double().eval()
+    still.load_state_dict({name: value for name, value in new.state_dict().items() if "position" not in name})
+    images = randn(2, 3, 16, 24, dtype=torch.float64)
+    torch.testing.assert_close(still(images), model(images), atol=1e-9, rtol=0)
+    changed = [n for n, v in model.state_dict().items() if not torch.equal(v, still.state_dict()[n])]
+    assert changed
+    assert all(".qkv." in name or name.endswith("q_bias") for name in changed)
+
+
+def test_what_a_head_looks_for_lies_where_the_rotation_turns_least():
+    model = made("ViT", position="learned", **VIT)
+    with torch.no_grad():
+        for block in model.blocks:
+            rows = block.attn.qkv.weight.view(3, 3, 16, 48)[:2]
+            rows[:, :, 2:] = rows[:, :, :2].repeat(1, 1, 7, 1) / 2  # of rank 2
+    new = exchanged(model, "ViT", position="rope", **VIT)
+    cos, sin = new.position(new.positions(16, 24)).q_rotation
+    least = int(torch.hypot(cos.mean(2), sin.mean(2)).flatten().argmax())
+    for block in new.blocks:
+        size = block.attn.qkv.weight.view(3, 3, 8, 2, 48)[:2].norm(dim=(3, 4))  # of each pair
+        assert (size[:, :, least] > 1e3 * size.sum(2).sub(size[:, :, least])).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "word", "arguments"),
+    [
+        ("ViT", "rope", "rope_mixed", VIT),
+        ("ViT", "learned", "relative", VIT),
+        ("ViT", "learned", "rope", VIT | dict(qk_norm=True)),
+        ("Swin", "relative", "rope", SWIN | dict(qk="cosine")),
+    ],
+)
+def test_heads_that_turned_before_or_count_by_more_than_products_keep_theirs(kind, old, word, arguments):
+    model = made(kind, position=old, **arguments)
+    new = exchanged(model, kind, position=word, **arguments)
+    kept = [name for name in model.state_dict() if ".qkv." in name]
+    assert kept
+    assert all(torch.equal(model.state_dict()[name], new.state_dict()[name]) for name in kept)
 
 
 def test_without_a_bias_the_mean_is_lost_and_no_more():

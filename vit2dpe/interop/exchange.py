@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..models.swin.model import Swin
 from ..models.vit import ViT
 from ..resolution.sweep import train_size_of
+from .head_basis import choose_bases
 from .own_encoding import carried
 
 
@@ -43,6 +44,7 @@ def move_weights(old: ViT | Swin, new: nn.Module) -> tuple[list[str], list[str],
     mean = _mean_token(old) - _mean_token(new).to(next(old.parameters()).device)
     if bias is not None:
         bias += mean.to(bias)
+    choose_bases(old, new)
     return list(taken), list(missing), unused
 
 
