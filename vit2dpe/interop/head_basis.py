@@ -107,6 +107,7 @@ def _root(moment: Tensor) -> Tensor:
 
 def _least_first(rotation: Rotation, heads: int) -> Tensor:
     """(H, Dh) channels of each head by how little their pair turns over the grid, the least first."""
-    still = torch.hypot(*(part.expand(-1, heads, -1, -1)[0].double().mean(1) for part in rotation))  # (H, Dh/2)
+    wide = [part.to(float64_device(part.device), torch.float64) for part in rotation]
+    still = torch.hypot(*(part.expand(-1, heads, -1, -1)[0].mean(1) for part in wide))  # (H, Dh/2)
     pairs = still.argsort(dim=-1, descending=True, stable=True)
     return torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten(1)
