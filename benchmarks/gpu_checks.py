@@ -25,6 +25,7 @@ from benchmarks.resumable import Fact, Rows
 from vit2dpe import ENCODINGS, ViT
 from vit2dpe.attention import explain
 from vit2dpe.attention.kernels import rotary
+from vit2dpe.training.graphs import GraphedModel
 
 SIZE = 32
 WORDS = (*ENCODINGS, "alibi(distance=squared)", "relative(prefix=true)", "sincos+rope", "relative+rope_mixed")
@@ -152,6 +153,24 @@ def captured(encoding: str, device: str) -> dict[str, Fact]:
     return dict(right=abs(float(loss) - float(eager)) <= 1e-2, loss=float(loss), eager=float(eager))
 
 
+def graphed(encoding: str, device: str) -> dict[str, Fact]:
+    """`run.graph`: gradients of a second batch, replayed, against those of eager mode, which differ by no rounding."""
+    model = model_of(encoding).to(device).eval()
+    images, labels = (x.to(device) for x in batch())
+    images = images.float()
+    found = []
+    for module in (model, GraphedModel(model)):
+        for given in (images, images.flip(0)):
+            model.zero_grad()
+            loss = loss_of(module, given, labels, cached=False)
+            loss.backward()
+        parts = [p.grad.detach().double().flatten().cpu() for p in model.parameters() if p.grad is not None]
+        found.append((float(loss), torch.cat(parts)))
+    (eager, gradient), (loss_, replayed) = found
+    apart = float((replayed - gradient).norm() / gradient.norm())
+    return dict(right=abs(loss_ - eager) <= 1e-3 and apart <= 1e-2, loss=loss_, eager=eager, gradient=apart)
+
+
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_checks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
@@ -170,7 +189,7 @@ def main(args: list[str] | None = None) -> int:
                 plain = partial(numbers, word, tokens == 65, config.device, triton=False)
                 rows.once(f"numbers {word} {tokens} without triton", plain)
     if config.device.startswith("cuda"):
-        for name, check in {"stalls": stalls, "captured": captured, "same bits": same_bits}.items():
+        for name, check in {"stalls": stalls, "captured": captured, "graphed": graphed, "same bits": same_bits}.items():
             for word in words:
                 rows.once(f"{name} {word}", partial(check, word, config.device))
     wrong = [name for name, row in rows.rows.items() if row.get("failed") or row.get("right") is False]

@@ -92,6 +92,8 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     precision(config.run.precision, pick_device(local_device(config.run.device)))
     if config.data.size is not None:
         raise ConfigError("data.size is that of the old model: leave it out; --sizes is what the new one learns at")
+    if config.run.graph:
+        raise ConfigError("run.graph: an exchange compares features inside of the models, which no graph gives out")
     if config.smoke:
         config = changed(config, image_smoke(config.data, config.optim))
     encoder = Path(init).expanduser() / "encoder"  # of a run of `pretrain`

@@ -32,7 +32,7 @@ class OptimConfig(Settings):
         epochs: passes over the training data.
         batch_size: samples of an update, over all processes and parts.
         drop_last: leave out the last batch of an epoch where it is smaller, as timm does; default: where run.compile is
-            blocks, whose graph takes one size.
+            blocks, or run.graph is set: their graphs take one size.
         accumulate: parts that a batch is cut into where it does not fit in memory.
         clip_grad: largest gradient norm; 0: not clipped.
         layer_decay: learning rate of a block over that of the next; 1: all alike.
@@ -81,6 +81,8 @@ class RunConfig(Settings):
         threads: CPU threads; default torch's own choice.
         compile: torch.compile: none; model (or true), the whole of it; or blocks, one graph for all of them, which is
             compiled in a fraction of the time.
+        graph: replay forward and backward pass as CUDA graphs, for batches of one size: where the host is slower than
+            the device, as it is for small models.
         deterministic: the same bits each time on a GPU too, at some cost in time; a CPU has them always.
         grad_checkpointing: compute blocks again in the backward pass instead of keeping their activations.
         parallel: under torchrun: ddp, or fsdp to shard weights and optimizer.
@@ -100,6 +102,7 @@ class RunConfig(Settings):
     precision: str = "auto"
     threads: Threads | None = None
     compile: bool | str = False
+    graph: bool = False
     deterministic: bool = False
     grad_checkpointing: bool = False
     parallel: str = "ddp"
@@ -123,7 +126,7 @@ class RunConfig(Settings):
     @property
     def one_size(self) -> bool:
         """Whether graphs are made that take batches of one size."""
-        return self.compile == "blocks"
+        return self.graph or self.compile == "blocks"
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,7 @@ def image_smoke(data: DataConfig, optim: OptimConfig) -> dict[str, Plain]:
     return {
         "data.limit_train": few, "data.limit_test": 40, "optim.epochs": 1, "optim.batch_size": batch,
         "optim.accumulate": parts_of(optim, batch), "run.device": "cpu", "run.compile": False,
+        "run.graph": False,
     }  # fmt: skip
 
 

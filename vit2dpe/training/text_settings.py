@@ -122,6 +122,6 @@ def smoke(config: TextTrainConfig) -> TextTrainConfig:
             "optim.epochs": 1, "optim.batch_size": 2, "optim.accumulate": parts_of(config.optim, 2),
             "optim.warmup_epochs": 0, "run.device": "cpu",
             "data.limit": 8 if config.objective == "translate" else max(20 * data.context, enough),
-            "run.compile": False, "steps_per_epoch": 2,
+            "run.compile": False, "run.graph": False, "steps_per_epoch": 2,
         },
     )  # fmt: skip

@@ -17,6 +17,7 @@ from .compiling import CompiledBlocks
 from .devices import pick_device, precision
 from .distributed import World, parallelize, sum_on_device, sum_over_ranks, unsynchronized, whole
 from .freezing import freeze
+from .graphs import GraphedModel, check_graph
 from .late import StepResult
 from .optimizer import make_optimizer, make_schedule
 from .settings import OptimConfig, RunConfig
@@ -38,6 +39,8 @@ class Updater(Generic[B]):
         self.task, self.optim, self.run, self.world = task, optim, run, world
         self.device = pick_device(run.device)
         self.autocast = precision(run.precision, self.device)
+        if run.graph:
+            check_graph(run, self.device, world)
         if run.grad_checkpointing:
             enable_checkpointing(model)
         self.model = model.to(self.device)
@@ -49,9 +52,11 @@ class Updater(Generic[B]):
         self.net = parallelize(self.model, run.parallel, world)
         if self.ema is not None and run.parallel == "fsdp":
             self.ema.module = parallelize(self.ema.module, "fsdp", world)
-        self.forward: Any = (
-            torch.compile(self.net) if run.compile is True else self.net
-        )  # torch types a module as a function
+        self.forward: Any = self.net  # torch types a compiled module as a function
+        if run.compile is True:
+            self.forward = torch.compile(self.net)
+        elif run.graph:
+            self.forward = GraphedModel(self.net)
         self.optimizer = make_optimizer(self.model, optim)
         self.schedule = make_schedule(self.optimizer, optim, task.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
@@ -168,7 +173,9 @@ class Updater(Generic[B]):
         return torch.stack(zeros).sum(), dict.fromkeys(more, 0.0)
 
     def _precision(self) -> nullcontext[None] | torch.autocast:
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=not self.run.graph)
 
 
 def enable_checkpointing(model: nn.Module) -> None:
