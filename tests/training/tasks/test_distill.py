@@ -13,8 +13,9 @@ from vit2dpe.data.settings import AugmentConfig
 from vit2dpe.training.distributed import ALONE, World
 from vit2dpe.training.engine import fit
 from vit2dpe.training.settings import OptimConfig, RunConfig
+from vit2dpe.training.task import tensors_of
 from vit2dpe.training.tasks.classification import ImageTask
-from vit2dpe.training.tasks.distill import DistillTask, answers_differ, features_differ, look
+from vit2dpe.training.tasks.distill import DistillTask, answers_differ, features_differ, look, spreads
 
 close = within(1e-6)
 OWN = (8, 12)
@@ -62,15 +63,15 @@ def test_features_of_a_compiled_model():
         images = randn(2, 1, *OWN, seed=seed)
         with torch.compiler.set_stance(stance):
             seen = look(compiled, images)
-        for one, other in zip(seen, look(plain, images), strict=True):
+        for one, other in zip(tensors_of(seen), tensors_of(look(plain, images)), strict=True):
             close(one, other)
         look(vit("rope", seed=1, depth=1), images)
-    sum(part.sum() for part in look(compiled, images)).backward()
+    sum(part.sum() for part in tensors_of(look(compiled, images))).backward()
     gradient = plain.blocks[0].attn.qkv.weight.grad.clone()
     plain.zero_grad()
-    sum(part.sum() for part in look(plain, images)).backward()
+    sum(part.sum() for part in tensors_of(look(plain, images))).backward()
     close(gradient, plain.blocks[0].attn.qkv.weight.grad)
-    assert not plain.norm._forward_hooks
+    assert not any(part._forward_hooks for part in plain.modules())
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -82,13 +83,19 @@ def test_features_are_those_before_pooling(pool):
     close(seen.out, model(images))
     close(seen.patches, tokens[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (2, 3)))
     close(seen.pooled, tokens[:, 0] if pool == "token" else tokens.mean(1))
-    assert not model.norm._forward_hooks
+    assert not any(part._forward_hooks for part in model.modules())
+    assert len(seen.blocks) == 2
+    patches, *leading = seen.blocks[-1]
+    whole = torch.cat([*leading, patches.flatten(2)], dim=2).transpose(1, 2)
+    close(model.norm(whole), tokens)
 
 
 def test_features_of_a_swin_and_none_of_others():
     swin = Swin(img_size=(16, 24), patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4).eval()
     images = randn(1, 3, 16, 24)
-    close(look(swin, images).patches, swin.forward_features(images).permute(0, 3, 1, 2))
+    seen = look(swin, images)
+    close(seen.patches, swin.forward_features(images).permute(0, 3, 1, 2))
+    assert [tuple(patches.shape) for (patches,) in seen.blocks] == [(1, 16, 8, 12), (1, 32, 4, 6)]
     with pytest.raises(ConfigError, match="a MAE"):
         look(MAE(vit(class_token=False, global_pool="avg", num_classes=0, fc_norm=False)), images)
 
@@ -98,7 +105,7 @@ def test_the_teachers_weights_give_no_loss_at_its_size(data):
     alone = task(data, teacher, sizes=(OWN,))
     loss, parts = alone.loss(teacher, alone.batch(0, 0))
     assert abs(float(loss.detach())) < 1e-5
-    assert parts.keys() == {"patch_loss", "pooled_loss", "answer_loss"}
+    assert parts.keys() == {"patch_loss", "pooled_loss", "block_loss", "answer_loss"}
     assert alone.evaluate(teacher) == {"test_loss": pytest.approx(0, abs=1e-5), "test_agreement": 100.0}
     other = task(data, teacher, sizes=((16, 12),))
     assert float(other.loss(teacher, other.batch(0, 0))[0].detach()) > 1e-3, "another size is seen, and another grid"
@@ -108,7 +115,7 @@ def test_a_model_without_classes_learns_features_alone(data):
     teacher, student = (vit(num_classes=0, seed=seed) for seed in (0, 1))
     headless = task(data, teacher, classifier=False)
     loss, parts = headless.loss(student, headless.batch(0, 0))
-    close(loss, parts["patch_loss"] + parts["pooled_loss"])
+    close(loss, parts["patch_loss"] + parts["pooled_loss"] + parts["block_loss"])
     assert headless.evaluate(student).keys() == {"test_loss"}
 
 
@@ -141,3 +148,26 @@ def test_it_learns_and_leaves_the_teacher_alone(data, tmp_path):
     assert rows[-1]["test_loss"] < 0.5 * first
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
     assert not teacher.training
+
+
+def test_features_behind_blocks_are_compared_in_units_of_the_teachers_spread(data):
+    teacher, student = vit(), vit("rope", seed=1)
+    alone = task(data, teacher, sizes=(OWN,))
+    batch = alone.batch(0, 0)
+    parts = alone.loss(student, batch)[1]
+    assert len(alone.spreads) == 2
+    seen = look(teacher, batch["images"])
+    for spread, block in zip(alone.spreads, seen.blocks, strict=True):
+        within(0.2)(spread, torch.cat([x.flatten(2) for x in block], 2).movedim(1, -1).flatten(0, 1).std(0))
+    wanted = 0.0
+    for spread, one, other in zip(alone.spreads, seen.blocks, look(student, batch["images"]).blocks, strict=True):
+        for a, b in zip(one, other, strict=True):
+            wanted += ((a - b) / spread.view(1, -1, *[1] * (a.ndim - 2))).square().mean() * 10 / 2
+    close(parts["block_loss"] / wanted, torch.tensor(1.0))
+
+
+def test_one_image_and_constant_channels_have_a_spread():
+    features = torch.zeros(1, 3, 1, 1)
+    features[:, 0] = 2.0
+    seen = look(vit(), randn(1, 1, *OWN))._replace(blocks=((features,),))
+    assert 0 < float(spreads(seen)[0].min()) < 0.1

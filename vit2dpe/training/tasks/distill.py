@@ -1,19 +1,25 @@
 """A model learns to answer as another one does, on images without labels, at several sizes.
 
-    L = t² KL(teacher / t || student / t)  +  the mean over patches of 1 - r  +  1 - r of the pooled features
+    L = t² KL(teacher / t || student / t)  +  d of the patches behind the last norm  +  d of the pooled features
+        +  10 · the mean over blocks of e of the patches + e of the leading tokens behind the block
+
+    d = the mean over tokens of 1 - r,   e = the mean over tokens and channels of (student - teacher)² / σ²
 
 The teacher sees each image at its own size, the student at a size that is drawn for each step; r is the correlation of
-two features over their channels, the cosine after each was centred. Where the grids differ, the teacher's features are
-resized to the student's. A model without a classifier learns the features alone.
+two features over their channels, the cosine after each was centred; σ is the standard deviation of a channel behind the
+block in the teacher, over all tokens of 64 images. Where the grids differ, the teacher's features are resized to the
+student's. A model without a classifier learns the features alone.
 
-Sources: answers, arXiv 1503.02531; features, FitNets, arXiv 1412.6550, and of each patch, iBOT, arXiv 2111.07832. How
-ours differs: teacher and student have the same widths, so nothing is projected; centring takes the place of a norm that
-some models have behind their pooling; other sizes than the teacher's are the student's alone.
+Sources: answers, arXiv 1503.02531; features, FitNets, arXiv 1412.6550, behind each block, TinyBERT, arXiv 1909.10351,
+and of each patch, iBOT, arXiv 2111.07832. How ours differs: teacher and student have the same widths and depth, so
+nothing is projected; centring takes the place of a norm that some models have behind their pooling; other sizes than
+the teacher's are the student's alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.datasets import normalize
 from ...data.splits import scaled
-from ...data.transfer import read
+from ...data.transfer import onto, read
 from ...errors import ConfigError
 from ...models.swin.model import Swin
 from ...models.unwrap import unwrapped_module
@@ -30,9 +37,13 @@ from ...models.vit import ViT
 from ...modes import evaluating
 from ...seeding import generator
 from ...spec import Plain, Size, Sizes
+from ..compiling import blocks_of
 from ..distributed import sum_over_ranks
 from ..task import Batch, Task
 from .classification import ImageTask, evaluation_batches
+
+BLOCKS = 10.0  # weight of the features behind blocks (docs/decisions/0016)
+SPREAD_IMAGES = 64  # of which their standard deviation is taken
 
 
 class Seen(NamedTuple):
@@ -42,30 +53,36 @@ class Seen(NamedTuple):
         out: (B, classes) logits; of a model without a classifier its features, pooled or not.
         patches: (B, D, rows, columns), before pooling.
         pooled: (B, D), their mean, or the leading tokens' where there are any.
+        blocks: behind each block the patches (B, D, rows, columns), and leading tokens (B, D, P) where there are any.
     """
 
     out: Tensor
     patches: Tensor
     pooled: Tensor
+    blocks: tuple[tuple[Tensor, ...], ...]
 
 
 def look(forward: nn.Module, images: Tensor) -> Seen:
     """The answers of a ViT or a Swin, or of what DDP or the compiler put around it, and the features behind them."""
-    model, found = unwrapped_module(forward), list[Tensor]()
+    model, found, inside = unwrapped_module(forward), list[Tensor](), list[Tensor]()
     if not isinstance(model, ViT | Swin):
         raise ConfigError(f"features are those of a ViT or a Swin of ours, got a {type(model).__name__}")
-    hook = model.norm.register_forward_hook(lambda module, given, out: found.append(out))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(model.norm.register_forward_hook(lambda module, given, out: found.append(out)).remove)
+        for block in blocks_of(model):
+            hooks.callback(block.register_forward_hook(lambda module, given, out: inside.append(out)).remove)
         out = forward(images)
-    finally:
-        hook.remove()
-    tokens = found[0].float()
+    (patches, *leading), *blocks = (_split(model, tokens.float(), images) for tokens in (found[0], *inside))
+    return Seen(out, patches, leading[0].mean(2) if leading else patches.mean((2, 3)), tuple(blocks))
+
+
+def _split(model: ViT | Swin, tokens: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+    """Patches (B, D, rows, columns), and (B, D, P) leading tokens where there are any."""
     if isinstance(model, Swin):
-        patches = tokens.permute(0, 3, 1, 2)  # (B, D, rows, columns)
-        return Seen(out, patches, patches.mean((2, 3)))
-    n = model.num_prefix_tokens
-    patches = tokens[:, n:].transpose(1, 2).unflatten(2, model.patch_embed.grid(*images.shape[-2:]))
-    return Seen(out, patches, tokens[:, :n].mean(1) if n else patches.mean((2, 3)))
+        return (tokens.permute(0, 3, 1, 2),)
+    channels, n = tokens.transpose(1, 2), model.num_prefix_tokens  # (B, D, N)
+    patches = channels[:, :, n:].unflatten(2, model.patch_embed.grid(*images.shape[-2:]))
+    return (patches, channels[:, :, :n]) if n else (patches,)
 
 
 def answers_differ(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -76,8 +93,30 @@ def answers_differ(teacher: Tensor, student: Tensor, temperature: float) -> Tens
 
 def features_differ(teacher: Tensor, student: Tensor) -> Tensor:
     """The mean of 1 - r over (B, D, ...), r the correlation over D; 0 for equal features, whatever their scale."""
-    a, b = (x.float() - x.float().mean(1, keepdim=True) for x in (teacher, student))
+    a, b = (x.float() - x.float().mean(1, keepdim=True) for x in (_on_grid(teacher, student), student))
     return (1 - F.cosine_similarity(a, b, dim=1)).mean()
+
+
+def errors(teacher: Tensor, student: Tensor, spread: Tensor) -> Tensor:
+    """The mean square of the difference of features (B, D, ...), in units of `spread` (D,)."""
+    apart = (student - _on_grid(teacher, student)).movedim(1, -1) / spread
+    return apart.square().mean()
+
+
+def _on_grid(teacher: Tensor, student: Tensor) -> Tensor:
+    """Features of the teacher; patches (B, D, rows, columns) resized to the student's grid."""
+    if teacher.shape == student.shape:
+        return teacher
+    return F.interpolate(teacher, student.shape[2:], mode="bilinear", antialias=True)
+
+
+def spreads(seen: Seen) -> list[Tensor]:
+    """(D,) behind each block: the standard deviation of each channel over all tokens, of constant ones above 0."""
+    found = []
+    for block in seen.blocks:
+        tokens = torch.cat([part.flatten(2) for part in block], dim=2).movedim(1, -1).flatten(0, 1)  # (B N, D)
+        found.append((tokens.var(0, correction=0) + 1e-4 * tokens.square().mean()).sqrt())
+    return found
 
 
 @dataclass
@@ -105,9 +144,15 @@ class DistillTask(Task[Batch]):
     unit: str = "images"
     best: tuple[str, str] | None = None  # the last weights: held-out images choose nothing
     steps_per_epoch: int = field(init=False)
+    spreads: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = self.images.steps_per_epoch
+        task = self.images
+        self.steps_per_epoch, count = task.steps_per_epoch, len(task.train)
+        some = torch.linspace(0, count - 1, min(count, SPREAD_IMAGES)).long()  # of all folders, on every rank the same
+        images = normalize(onto(task.train.pixels(some), task.device).float() / 255, task.data.mean, task.data.std)
+        with torch.no_grad():
+            self.spreads = spreads(look(self.teacher, scaled(images, self.own)))
 
     def batch(self, epoch: int, step: int) -> Batch:
         task = self.images
@@ -127,12 +172,15 @@ class DistillTask(Task[Batch]):
 
     def differ(self, teacher: Seen, student: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts by name."""
-        patches = teacher.patches
-        if patches.shape[2:] != student.patches.shape[2:]:
-            patches = F.interpolate(patches, student.patches.shape[2:], mode="bilinear", antialias=True)
+        behind = [
+            errors(a, b, spread)
+            for one, other, spread in zip(teacher.blocks, student.blocks, self.spreads, strict=True)
+            for a, b in zip(one, other, strict=True)
+        ]
         parts = dict(
-            patch_loss=features_differ(patches, student.patches),
+            patch_loss=features_differ(teacher.patches, student.patches),
             pooled_loss=features_differ(teacher.pooled, student.pooled),
+            block_loss=BLOCKS / len(self.spreads) * torch.stack(behind).sum(),
         )
         if self.classifier:
             parts["answer_loss"] = answers_differ(teacher.out, student.out, self.temperature)
