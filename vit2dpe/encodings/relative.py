@@ -9,9 +9,9 @@ Sources: Swin, arXiv 2103.14030, `models/swin_transformer.py`; BEiT, arXiv 2106.
 
 How ours differs: head-major with the grid in its shape (Swin's is flat, (ΠT, H), and its window has to be guessed from
 a square root); any number of axes; the whole grid of a ViT or the window of a Swin alike; no index buffer. At another
-extent the table is resized bicubic, without antialias, as Swin's own loader does.
-
-Limits: whole coordinates only.
+extent the table is resized bicubic, without antialias, as Swin's own loader does. Between whole offsets the table is
+read bilinearly, or bicubically (`between.py`): places that a policy scales have a table of their offsets, other
+fractional places (jitter) a matrix of all pairs, (B|1, H, N, N) in every block.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..positions import Positions
-from ..signal import Table
+from ..signal import Dense, Table
 from .base import PositionEncoding
+from .between import check_sample
+from .offsets import looked_up
 from .tables import check_extents, fitted, replace
 
 
@@ -38,13 +40,13 @@ class RelativeBias(PositionEncoding):
         resize: how the table meets another extent: "bicubic" (Swin's own loader: all offsets are stretched alike) or
             "geometric" (BEiT, timm: near offsets keep their entries, far ones are stretched).
         prefix: three learned numbers a head for pairs with prefix tokens, instead of none.
+        sample: how the table is read at fractional offsets: "bilinear" or "bicubic".
     """
 
     relative = True
-    continuous = False
     per_block = True
     gives = frozenset({"bias"})
-    policies = ("resize",)
+    policies = ("resize", "interpolate")
     resizes = ("plain", "antialias", "bilinear", "geometric")
 
     def __init__(
@@ -55,11 +57,12 @@ class RelativeBias(PositionEncoding):
         shared: bool = False,
         resize: str = "bicubic",
         prefix: bool = False,
+        sample: str = "bilinear",
     ) -> None:
         super().__init__()
         if resize not in ("bicubic", "geometric"):
             raise unknown("resize of relative", resize, ("bicubic", "geometric"))
-        self.resize = resize
+        self.resize, self.sample = resize, check_sample("relative", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"relative needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.per_block = not shared
@@ -72,11 +75,11 @@ class RelativeBias(PositionEncoding):
         if self.prefix_bias is not None:
             nn.init.trunc_normal_(self.prefix_bias, std=0.02)
 
-    def bias(self, q: Positions, k: Positions) -> Table:
+    def bias(self, q: Positions, k: Positions) -> Table | Dense:
         check_extents(q, k, self.relative_position_bias_table.ndim - 1)
         sizes = tuple(2 * size - 1 for size in q.extent)
         prefix = None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
-        return Table(self._resized(sizes).to(self.dtype), q, k, prefix)
+        return looked_up(self._resized(sizes).to(self.dtype), q, k, prefix, self.sample)
 
     def _resized(self, sizes: tuple[int, ...]) -> Tensor:
         own = "geometric" if self.resize == "geometric" else "plain"

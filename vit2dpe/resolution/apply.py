@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..encodings import PositionEncoding, encodings_of, named_encodings
-from ..encodings.base import Overrides, Policy, Temperature, overriding
+from ..encodings.base import Overrides, Policy, Temperature, common_policies, overriding
 from ..errors import ConfigError, not_ours, unknown
 from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
@@ -25,15 +25,12 @@ PositionGroup = tuple[PositionEncoding, nn.Module, Extent]  # leading encoding, 
 def policies_of(model: nn.Module) -> tuple[str, ...]:
     """The policies that every encoding of a model can take, the default first.
 
-    ("default",) where the parts of a sum have none in common and each does what it does by itself; so too for a
-    module that is not ours. ("extrapolate",) for a model without positions.
+    "default" is what each does by itself, where that differs between the parts of a sum; so too for a module that is
+    not ours. ("extrapolate",) for a model without positions.
     """
     found = encodings_of(model)
-    common: tuple[str, ...]
-    if not found:
-        common = ("extrapolate",) if named_encodings(model) else ("default",)
-    else:
-        common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+    without = ("extrapolate",) if named_encodings(model) else ("default",)
+    common = common_policies(found) if found else without
     return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common
 
 
@@ -197,7 +194,8 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
 def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
     """The first of several policies that an encoding can take."""
     able = (p for p in chosen if p.name in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
-    return next(able, None)
+    parts = (p for p in chosen if p.name == "subtable" and encoding.resizes)  # no policy for every other size
+    return next(able, next(parts, None))
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:
