@@ -79,11 +79,10 @@ def read(table: Tensor, at: Taps) -> Tensor:
     flat = table.flatten(1)
 
     def part(index: Tensor, weight: Tensor) -> Tensor:
-        entries = flat.index_select(1, index.flatten().to(flat.device)).unflatten(1, index.shape)
+        entries: Tensor = flat.index_select(1, index.flatten().to(flat.device)).unflatten(1, index.shape)
         return entries * weight.to(flat.device)
 
-    total: Tensor = reduce(add, (part(*one) for one in at))
-    return total
+    return reduce(add, (part(*one) for one in at))
 
 
 def check_inside(at: Positions) -> None:
