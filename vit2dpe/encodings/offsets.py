@@ -60,7 +60,7 @@ def kept(q: Positions, k: Positions, key: tuple[Hashable, ...], make: Callable[[
     return q.memoize((*key, None if k is q else k), make)
 
 
-def looked_up(table: Tensor, q: Positions, k: Positions, prefix: Tensor | None, sample: str) -> Table | Dense:
+def read_at_offsets(table: Tensor, q: Positions, k: Positions, prefix: Tensor | None, sample: str) -> Table | Dense:
     """The bias of a table (H, 2 S_1 - 1, ...) over the offsets of the extent S of q and k, read at theirs.
 
     Args:
