@@ -227,6 +227,18 @@ def test_subtable_of_offsets_and_of_a_model():
         set_policy(ViT("rope", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2), "subtable")
 
 
+def test_a_table_beside_a_formula_goes_on_being_resized():
+    model = ViT("learned+rope", img_size=(12, 20), patch_size=4, embed_dim=24, depth=1, num_heads=2)
+    table, rope = model.position.terms
+    set_policy(model, "interpolate")
+    assert (table.policy, rope.policy.name) == (None, "interpolate")
+    for several in ("interpolate+resize(mode=plain)", "resize(mode=plain)+interpolate"):
+        with use_policy(model, several):
+            assert (table.policy.name, rope.policy.name) == ("resize", "interpolate")
+    with use_policy(model, "interpolate"):
+        assert table.policy.name == "interpolate"
+
+
 def test_what_a_sum_does_by_itself_stays_its_first_policy():
     learned, rope, centred = (build(word, Dims(24, 2, GRID)) for word in ("learned", "rope", "rope_dinov3"))
     assert (learned + rope).policies == common_policies([learned, rope]) == ("default", "interpolate")

@@ -85,8 +85,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
         model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
         policy: "extrapolate", "interpolate", "interpolate(power=0.5)", "ntk", "yarn(beta_fast=2)",
             "resize(mode=plain)", or "default": each encoding does what it does by itself, or what `set_policy` made its
-            own. Of several, "resize+interpolate", each takes the first that it can. For a Swin also "keep" or "scale",
-            what its windows do, alone or before one of these: "scale+interpolate".
+            own. Of several, "resize+interpolate", each takes the first that it can, tables `resize`. For a Swin also
+            "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)²; "log(power=0.5)".
             By default none; beside "default" the model's own.
 
@@ -137,8 +137,9 @@ def set_policy(
 ) -> None:
     """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
 
-    Every encoding that can take the policy does; a table beside a formula goes on being resized. No key of the
-    state_dict changes: the choice is an argument of the model, with which timm, `save_model` and hub folders keep it.
+    Every encoding that can take the policy does; a table beside a formula goes on being resized, where the formula
+    interpolates too. No key of the state_dict changes: the choice is an argument of the model, with which timm,
+    `save_model` and hub folders keep it.
 
     Args:
         policy: a specification as for `use_policy`, but for "default".
@@ -169,6 +170,8 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
     for (_, part, _), extent in zip(groups, extents, strict=True):
         chosen = _policies(policy, extent)
         able += [(e, taken) for e in encodings_of(part) if (taken := _taken(e, chosen)) is not None]
+    if any(not e.resizes for e, _ in able):
+        able = [(e, taken) for e, taken in able if not e.resizes or taken.name != "interpolate"]
     if not able:
         found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
         resizes = [word for encoding in encodings_of(model) for word in encoding.resizes]
@@ -192,10 +195,12 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
 
 
 def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
-    """The first of several policies that an encoding can take."""
-    able = (p for p in chosen if p.name in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
-    parts = (p for p in chosen if p.name == "subtable" and encoding.resizes)  # no policy for every other size
-    return next(able, next(parts, None))
+    """The first of several policies that an encoding can take; a table is resized where that is among them."""
+    # A part of a table is no policy for every other size, and so none of its `policies`.
+    policies = (*encoding.policies, "subtable") if encoding.resizes else encoding.policies
+    able = [p for p in chosen if p.name in policies and getattr(p, "mode", None) in (None, *encoding.resizes)]
+    last = "interpolate" if encoding.resizes else ""
+    return next((p for p in able if p.name != last), able[0] if able else None)
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:
