@@ -54,7 +54,7 @@ def one(out: Path, run: Path, images: str, word: str, seed: int, more: list[str]
         command += ["--optim.batch_size", str(batch), "--optim.epochs", str(epochs), "--run.out", str(out)]
         command += ["--data.limit_train", str(updates // epochs * batch), "--data.limit_test", "1000000"]
         command += ["--measure", ",".join("x".join(str(by * side) for side in own) for by in (1, 2))]
-        command += ["--policies", "default", *more]
+        command += ["--optim.lr", "3e-3", "--policies", "default", *more]
         if status := vit2dpe(command):
             raise SystemExit(status)
         kept.write_text(json.dumps(list(lines(out, run.name, word, seed, trained))))

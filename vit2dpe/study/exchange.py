@@ -101,7 +101,7 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     spec = with_encoding(start, config.to)
     source = load_source(start)
     own = source.size
-    sizes = config.sizes or (own, own, scaled_size(source.model, 1.5), scaled_size(source.model, 2))
+    sizes = config.sizes or (*[own] * 5, scaled_size(source.model, 2))
     measure = config.measure or tuple(dict.fromkeys(scaled_size(source.model, by) for by in (1, 1.5, 2, 3, 4)))
     for size in dict.fromkeys((*sizes, *measure)):
         source.model.patch_embed.grid(*size)

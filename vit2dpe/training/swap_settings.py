@@ -28,7 +28,7 @@ class SwapConfig(Settings):
         optim: optimizer and schedule.
         run: where and how it runs.
         sizes: comma-separated sizes that the new model learns at, of which each step draws one; a size may stand there
-            more than once; default the model's own for two steps of four, 1.5 and 2 times its sides for the others.
+            more than once; default the model's own for five steps of six, twice its sides for the others.
         measure: comma-separated sizes to measure at; default 1, 1.5, 2, 3 and 4 times the sides of the model's own.
         policies: comma-separated resolution policies to measure under; "all" that a model can take, or "default".
         temperature: of both models' answers in the loss.
