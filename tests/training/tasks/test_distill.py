@@ -162,7 +162,7 @@ def test_features_behind_blocks_are_compared_in_units_of_the_teachers_spread(dat
     wanted = 0.0
     for spread, one, other in zip(alone.spreads, seen.blocks, look(student, batch["images"]).blocks, strict=True):
         for a, b in zip(one, other, strict=True):
-            wanted += ((a - b) / spread.view(1, -1, *[1] * (a.ndim - 2))).square().mean() * 10 / 2
+            wanted += ((a - b) / spread.view(1, -1, *[1] * (a.ndim - 2))).square().mean() * 30 / 2
     close(parts["block_loss"] / wanted, torch.tensor(1.0))
 
 

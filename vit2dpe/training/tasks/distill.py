@@ -1,7 +1,7 @@
 """A model learns to answer as another one does, on images without labels, at several sizes.
 
     L = t² KL(teacher / t || student / t)  +  d of the patches behind the last norm  +  d of the pooled features
-        +  10 · the mean over blocks of e of the patches + e of the leading tokens behind the block
+        +  30 · the mean over blocks of e of the patches + e of the leading tokens behind the block
 
     d = the mean over tokens of 1 - r,   e = the mean over tokens and channels of (student - teacher)² / σ²
 
@@ -42,7 +42,7 @@ from ..distributed import sum_over_ranks
 from ..task import Batch, Task
 from .classification import ImageTask, evaluation_batches
 
-BLOCKS = 10.0  # weight of the features behind blocks (docs/decisions/0016)
+BLOCKS = 30.0  # weight of the features behind blocks (docs/decisions/0016)
 SPREAD_IMAGES = 64  # of which their standard deviation is taken
 
 
