@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, Dims, Positions, ViT, attend, build, rotate
+from vit2dpe.contextual import probed
 from vit2dpe.encodings import Jitter
 from vit2dpe.encodings.sincos import LAYOUTS
 from vit2dpe.testing import randomise, tensors
@@ -292,6 +293,7 @@ def test_on_every_grid_some_places_get_what_they_get_alone(word):
         index, at = some_places(extent, generator), Positions.grid(extent)
         part = at.take(index)
         whole, signal = encoding(part, at) if encoding.gives == {"bias"} else encoding(at), encoding(part)
+        whole, signal = probed(whole), probed(signal)
         p = np.stack(np.divmod(index.numpy(), extent[1])).astype(float)  # (2, K): row-major, rows first
         expected = None if formula is None else formula(w, p, p[:, None, :] - p[:, :, None], extent)
         if signal.token is not None:

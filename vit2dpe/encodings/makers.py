@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from ..contextual import Contextual, probed
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
@@ -50,14 +51,15 @@ def _accepted(encoding: PositionEncoding, grids: Mapping[int, tuple[int, ...]], 
     for grid in grids.values():
         try:
             signal = copy.deepcopy(encoding).eval()(Positions.grid(grid))
-            biases = [term.dense() for term in signal.bias]
+            biases = [term.dense() for term in probed(signal).bias]
         except ValueError as error:
             if not skip:
                 raise
             refused = error
             continue
         turn, token = signal.q_rotation, signal.token
-        head_dim = 12 if turn is None else 2 * turn.cos.shape[-1]
+        widths = [term.vectors[0].shape[-1] for term in signal.bias if isinstance(term, Contextual)] or [12]
+        head_dim = widths[0] if turn is None else 2 * turn.cos.shape[-1]
         heads = max([1, *(bias.shape[1] for bias in biases), *([] if turn is None else [turn.cos.shape[1]])])
         if token is not None and turn is not None:
             heads = max(heads, token.shape[-1] // head_dim)
