@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
+from .attention.contract import contract, probed
 from .attention.functional import rotate
-from .contextual import contract, probed
 from .encodings import Dims, NoPosition, PositionEncoding
 from .encodings.base import terms
 from .encodings.makers import Encoding, Make, makers

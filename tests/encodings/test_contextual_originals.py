@@ -8,16 +8,19 @@ import pytest
 import torch
 from timm.models.mvitv2 import cal_rel_pos_type
 from timm.models.vision_transformer_sam import Attention as TimmSam
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.deberta_v2.configuration_deberta_v2 import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention, build_relative_position
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
-from tests.helpers import randn, within
-from vit2dpe import ConfigError, Dims, Positions, Signal, attend, build
+from tests.helpers import MICRO, randn, within
+from vit2dpe import ConfigError, Dims, Positions, Signal, ViT, attend, build
 from vit2dpe.attention import Attention
-from vit2dpe.contextual import Contextual, contract
+from vit2dpe.attention.contract import contract
+from vit2dpe.contextual import Contextual
 from vit2dpe.encodings import IRPE, Decomposed, Shaw
+from vit2dpe.encodings.makers import makers
 from vit2dpe.testing import randomise
 
 HEADS, WIDTH = 3, 8
@@ -145,6 +148,15 @@ def test_debertas_two_products(buckets):
     close((one + two)[0], expected)
 
 
+@pytest.mark.parametrize("word", ["shaw", "irpe", "decomposed"])
+def test_what_has_no_gradient_claims_none(word):
+    """torch's FlopCounterMode, which follows modules, counts a forward without gradients."""
+    model = ViT(word, img_size=(16, 24), patch_size=8, **MICRO)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 16, 24))
+    assert counter.get_total_flops() > 0
+
+
 def test_values_that_cannot_be_are_refused():
     dims = Dims(24, 3, (3, 5))
     for word, came in (("shaw(clip=0)", "clip of at least 1.*0"), ("irpe(ratio=0.4)", "0.5 <= ratio.*0.4")):
@@ -152,3 +164,10 @@ def test_values_that_cannot_be_are_refused():
             build(word, dims)
     with pytest.raises(ConfigError, match=r"one to three axes.*\(2, 2, 2, 2\)"):
         build("decomposed", Dims(24, 3, (2, 2, 2, 2)))
+
+
+def test_one_that_is_built_is_checked_at_its_sizes():
+    """Heads and their width are read from what it gives."""
+    built = Shaw(6, 2, (3, 5))
+    (_, dims), *more = makers(built, {1: (7,), 2: (3, 5)}, skip=True)
+    assert (dims.heads, dims.head_dim, dims.grid, more) == (2, 6, (3, 5), [])

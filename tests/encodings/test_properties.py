@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, Dims, Positions, ViT, attend, build, rotate
-from vit2dpe.contextual import probed
+from vit2dpe.attention.contract import probed
 from vit2dpe.encodings import Jitter
 from vit2dpe.encodings.sincos import LAYOUTS
 from vit2dpe.testing import randomise, tensors

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vit2dpe.contextual import probed
+from vit2dpe.attention.contract import probed
 from vit2dpe.encodings import ENCODINGS, Builder, Dims, PositionEncoding, build
 from vit2dpe.errors import ConfigError
 from vit2dpe.plots import encodings as show

@@ -10,8 +10,8 @@ from timm.models import save_for_hf
 
 from tests.helpers import shaken
 from vit2dpe import MAE, ConfigError, Swin, ViT, use_policy
+from vit2dpe.attention.contract import probed
 from vit2dpe.cli import main
-from vit2dpe.contextual import probed
 from vit2dpe.encodings import ENCODINGS, named_encodings
 from vit2dpe.models.simmim import SimMIM
 from vit2dpe.models.text.heads import TextDecoder

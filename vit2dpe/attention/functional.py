@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..contextual import contract
 from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
+from .contract import contract
 from .dispatch import allowed_kernels, select_bias, select_mask
 from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
 

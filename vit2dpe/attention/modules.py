@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contextual import contract
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
+from .contract import contract
 from .functional import Mask, attend, merge_heads, rotate_qk, split_heads, without_rotation
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)

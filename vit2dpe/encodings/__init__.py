@@ -9,6 +9,7 @@ from .fire import Fire
 from .fourier import Fourier
 from .irpe import IRPE
 from .jitter import Jitter
+from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
@@ -36,6 +37,7 @@ __all__ = [
     "Fourier",
     "GoldenRoPE",
     "Jitter",
+    "Kerple",
     "LearnedTable",
     "LogCPB",
     "LookHere",

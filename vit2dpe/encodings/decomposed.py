@@ -26,7 +26,7 @@ from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import axis_offsets, fitted, replace
+from .tables import axis_offsets, fitted, replace, viewed
 
 NAMES = ("rel_pos_t", "rel_pos_h", "rel_pos_w")
 
@@ -68,7 +68,7 @@ class Decomposed(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Contextual:
         offsets = axis_offsets(q, k, self.axes, q.coords.device)
         vectors = [
-            self._resized(axis, 2 * size - 1).to(self.dtype)[None] for axis, size in enumerate(q.extent)
+            viewed(self._resized(axis, 2 * size - 1).to(self.dtype)[None]) for axis, size in enumerate(q.extent)
         ]  # (1, 2 S_a - 1, Dh)
         entries = [offset + (size - 1) for offset, size in zip(offsets, q.extent, strict=True)]
         return Contextual(tuple(vectors), tuple(entries), q, k, self.heads)

@@ -27,7 +27,7 @@ from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import axis_offsets, flat_entries
+from .tables import axis_offsets, flat_entries, viewed
 
 
 class IRPE(PositionEncoding):
@@ -65,7 +65,7 @@ class IRPE(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Contextual:
         offsets, side = axis_offsets(q, k, self.axes, q.coords.device), self._side()
         entries = flat_entries([self.bucket(offset) for offset in offsets], [side] * self.axes)
-        vectors = self.lookup_table_weight.to(self.dtype).transpose(1, 2)  # (1, E, Dh)
+        vectors = viewed(self.lookup_table_weight.to(self.dtype).transpose(1, 2))  # (1, E, Dh)
         return Contextual((vectors,), (entries,), q, k, self.heads, 1 / math.sqrt(vectors.shape[-1]))
 
     def bucket(self, offset: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import axis_offsets, flat_entries
+from .tables import axis_offsets, flat_entries, viewed
 
 
 class Shaw(PositionEncoding):
@@ -61,7 +61,7 @@ class Shaw(PositionEncoding):
         sizes, width = self.relative_key.shape[:-1], self.relative_key.shape[-1]
         offsets = axis_offsets(q, k, len(sizes), q.coords.device)
         along = [(-offset).clamp(-(n // 2), n // 2) + n // 2 for offset, n in zip(offsets, sizes, strict=True)]
-        vectors: Tensor = self.relative_key.to(self.dtype).flatten(0, -2)[None]  # (1, E, Dh)
+        vectors = viewed(self.relative_key.to(self.dtype).flatten(0, -2)[None])  # (1, E, Dh)
         return Contextual((vectors,), (flat_entries(along, sizes),), q, k, self.heads, 1 / math.sqrt(width))
 
     def extra_repr(self) -> str:

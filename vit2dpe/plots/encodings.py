@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contextual import probed
+from ..attention.contract import probed
 from ..encodings import ENCODINGS, Dims, PositionEncoding, parse
 from ..errors import ConfigError
 from ..positions import Positions

@@ -9,9 +9,9 @@ from tests.helpers import randn, redrawn, within
 from vit2dpe import ConfigError, Positions, use_policy
 from vit2dpe.attention import masks
 from vit2dpe.attention.cache import KVCache
+from vit2dpe.attention.contract import contract
 from vit2dpe.attention.functional import attend
 from vit2dpe.attention.modules import Attention
-from vit2dpe.contextual import contract
 from vit2dpe.encodings import ENCODINGS, Dims, build, encodings_of
 from vit2dpe.models.text.generate import beam_search, generate, pick
 from vit2dpe.models.text.heads import TextDecoder, TextEncoder
