@@ -209,6 +209,8 @@ def test_half_precision_is_near(dtype, tolerance, autocast):
     within(tolerance, any_dtype=True)(found, exact)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, on its first jvp
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap over torch's fused kernel
 def test_compiled_whole_and_under_function_transforms():
     """Forward mode too, in which torch's fused kernels have no derivative by what is added to the logits."""
     layer, at, signal = layer_and_signal()
@@ -218,7 +220,12 @@ def test_compiled_whole_and_under_function_transforms():
     compiled = torch.compile(lambda x, signal: layer(x, signal), fullgraph=True, backend="aot_eager")
     expected = layer(x, signal)
     close(compiled(x, signal), expected)
-    close(torch.func.vmap(lambda one: layer(one[None], signal)[0])(x), expected)
+    with torch.no_grad():
+        close(torch.func.vmap(lambda one: layer(one[None], signal)[0])(x), expected)
+    each = torch.func.vmap(torch.func.grad(lambda one: layer(one[None], signal).sin().sum()))(x)
+    given = x.clone().requires_grad_()
+    layer(given, signal).sin().sum().backward()
+    close(each, given.grad)
     tangent = randn(*x.shape, seed=3, dtype=torch.float64)
     _, moved = torch.func.jvp(lambda x: layer(x, signal), (x,), (tangent,))
     close(moved, (layer(x + 1e-6 * tangent, signal) - layer(x - 1e-6 * tangent, signal)) / 2e-6, 1e-7)
