@@ -482,6 +482,8 @@ WIDE = 65_537
 SAME_FAR = {
     "none": "it gives nothing",
     "alibi(distance=squared)": "on such a line squares of places reach 1e9, whose unit in float32 is 64",
+    "shaw": "its last vector takes all offsets beyond the clip",
+    "irpe": "its last bucket takes all offsets from 4 on",
     "t5": "its last bucket takes all offsets beyond max_distance",
     "logcpb": "its network sees the logarithm of the offset, and the sigmoid at its end saturates in float32",
 }

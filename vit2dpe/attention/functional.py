@@ -78,7 +78,8 @@ def rotate_qk(q: Tensor, k: Tensor, signal: Signal, keys: bool = True) -> tuple[
 
     Contextual biases are contracted before, with q and, where these are all `keys`, with k.
     """
-    signal = contract(signal, q, k if keys else None)
+    if signal.bias:
+        signal = contract(signal, q, k if keys else None)
     if signal.q_rotation is None and signal.k_rotation is None:
         return q, k, signal
     if (observer := _observer()) is not None:

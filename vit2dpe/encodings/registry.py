@@ -93,7 +93,7 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "factorized": Builder(Factorized, lambda d: {"dim": d.width, "grid": d.grid}),
     "fourier": Builder(Fourier, lambda d: {"dim": d.width, "axes": d.axes}),
     "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
-    "shaw": Builder(Shaw, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
+    "shaw": Builder(Shaw, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
     "irpe": Builder(IRPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
     "decomposed": Builder(Decomposed, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
     "logcpb": Builder(LogCPB, lambda d: {"heads": d.heads, "grid": d.grid}),
