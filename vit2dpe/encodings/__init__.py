@@ -2,6 +2,7 @@
 
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
+from .cycle import Cycle
 from .factorized import Factorized
 from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
@@ -10,12 +11,13 @@ from .jitter import Jitter
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
-from .registry import ENCODINGS, Builder, Dims, build, parse, split_shared_and_per_block
+from .registry import ENCODINGS, Builder, Dims, build, parse, parse_blocks
 from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
 from .sincos import SinCos
+from .split import Position, split_shared_and_per_block
 from .t5 import T5Bias
 from .windowed import WindowedTable
 
@@ -25,6 +27,7 @@ __all__ = [
     "AxialRoPE",
     "Builder",
     "CentredRoPE",
+    "Cycle",
     "Dims",
     "Factorized",
     "Fire",
@@ -37,6 +40,7 @@ __all__ = [
     "MixedRoPE",
     "NoPosition",
     "OnGrid",
+    "Position",
     "PositionEncoding",
     "RelativeBias",
     "SinCos",
@@ -49,6 +53,7 @@ __all__ = [
     "modules_outside_encodings",
     "named_encodings",
     "parse",
+    "parse_blocks",
     "split_shared_and_per_block",
     "terms",
 ]

@@ -368,7 +368,7 @@ def block_inputs(x: Tensor, signal: Signal) -> tuple[Tensor, Signal]:
     Returns:
         x + signal.token; the signal, with matrices that each block would look up looked up once.
     """
-    return add_token(x, signal), materialize_shared_bias(signal, x) if signal.bias else signal
+    return add_token(x, signal), materialize_shared_bias(signal, x) if signal.bias or signal.blocks else signal
 
 
 def add_token(x: Tensor, signal: Signal) -> Tensor:
