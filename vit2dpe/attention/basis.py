@@ -5,9 +5,9 @@
     orthogonal   A = (1 - S)(1 + S)⁻¹, S skew: A⁻ᵀ = A            Cayley-STRING
     svd          A = U diag(exp σ) Vᵀ, U and V exp of skew ones   HARoPE
 
-A is no function of places, so no encoding has it: it is a linear map behind a linear map. `learn_basis` puts it into the
-weight of `qkv` (`torch.nn.utils.parametrize`), and `fold_basis` multiplies it out: the model then is one without, as fast,
-with the same names in its state_dict. It starts as the identity.
+A is no function of places, so no encoding has it: it is a linear map behind a linear map. `learn_basis` puts it into
+the weight of `qkv` (`torch.nn.utils.parametrize`), `fold_basis` multiplies it out: the model then is one without, as
+fast, with the same names in its state_dict. It starts as the identity.
 
 Commuting block rotations (ComRoPE, arXiv 2506.03737) are rotations of pairs in such a basis, exp(Σ p_a A_a) =
 P R(p) Pᵀ for skew A_a that commute: `rope_mixed` with an orthogonal basis.
@@ -107,6 +107,9 @@ def fold_basis(model: Model) -> Model:
         raise ConfigError(f"this {type(model).__name__} learned no basis: learn_basis comes before its training")
     for projection in found:
         parametrize.remove_parametrizations(projection, "weight")
+        bias = projection.bias
+        del projection.bias  # behind the weight again, as an optimizer's state has them
+        projection.register_parameter("bias", bias)
     return model
 
 
