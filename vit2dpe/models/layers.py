@@ -348,13 +348,16 @@ def run_block(
     signal: Signal,
     at: Positions,
     *args: Any,
+    index: int = 0,
     recompute: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """The output of a block; with `recompute` it keeps its inputs alone, and the backward runs it again.
+    """The output of block `index`; with `recompute` it keeps its inputs alone, and the backward runs it again.
 
     The second run is under the policy of the first, whichever thread runs the backward (on CUDA one of autograd's).
     """
+    if signal.blocks:
+        signal = signal.of_block(index)
     if not (recompute and torch.is_grad_enabled()):
         return block(x, signal, at, *args, **kwargs)
     again = block if torch.compiler.is_compiling() else partial(copy_context().run, block)

@@ -145,7 +145,7 @@ class MAE(MaskedModel):
         at = Positions.grid(extent, images.device).with_prefix(prefix)
         x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
         for i, block in enumerate(self.decoder_blocks):
-            x = run_block(block, x, signal.of_block(i), at, recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, index=i, recompute=self.grad_checkpointing)
         pixels: Tensor = self.decoder_pred(self.decoder_norm(x))  # (B, P + N, p q C)
         return pixels[:, prefix:]
 

@@ -212,7 +212,7 @@ class ViT(TimmViT):
             signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
             mask = () if allowed is None else (allowed,)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal.of_block(i), at, *mask, recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *mask, index=i, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return out
 

@@ -135,7 +135,7 @@ class SwinStage(nn.Module):
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal.of_block(self.first + i), at, ways[i % 2], recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, ways[i % 2], index=self.first + i, recompute=self.grad_checkpointing)
         return x
 
     def extra_repr(self) -> str:

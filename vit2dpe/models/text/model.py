@@ -217,8 +217,8 @@ class TextModel(nn.Module):
         for i, block in enumerate(self.blocks):
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             layer = None if cache is None or recompute else cache.layer(i)
-            own = signal.of_block(i)
-            x = run_block(block, x, own, at, mask, recompute=recompute, keys=keys, cache=layer, memory=read)
+            read_on = dict(keys=keys, cache=layer, memory=read)
+            x = run_block(block, x, signal, at, mask, index=i, recompute=recompute, **read_on)
         out: Tensor = self.norm(x)
         return out
 
