@@ -3,10 +3,12 @@
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
 from .cycle import Cycle
+from .decomposed import Decomposed
 from .factorized import Factorized
 from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
 from .fourier import Fourier
+from .irpe import IRPE
 from .jitter import Jitter
 from .kerple import Kerple
 from .learned import LearnedTable
@@ -17,6 +19,7 @@ from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
+from .shaw import Shaw
 from .sincos import SinCos
 from .split import Position, split_shared_and_per_block
 from .t5 import T5Bias
@@ -24,11 +27,13 @@ from .windowed import WindowedTable
 
 __all__ = [
     "ENCODINGS",
+    "IRPE",
     "Alibi",
     "AxialRoPE",
     "Builder",
     "CentredRoPE",
     "Cycle",
+    "Decomposed",
     "Dims",
     "Factorized",
     "Fire",
@@ -45,6 +50,7 @@ __all__ = [
     "Position",
     "PositionEncoding",
     "RelativeBias",
+    "Shaw",
     "SinCos",
     "Sum",
     "T5Bias",

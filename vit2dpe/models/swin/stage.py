@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
+from ...contextual import Contextual
 from ...encodings import Dims, Position, PositionEncoding, build, terms
 from ...encodings.base import overrides
 from ...encodings.cycle import over_blocks
@@ -235,7 +236,7 @@ def _within(window: Size, grid: Size) -> Size:
 
 def in_full(signal: Signal) -> Signal:
     """Materializes bias tables once for all windows."""
-    bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
+    bias = tuple(term if isinstance(term, LowRank | Contextual) else Dense(term.dense()) for term in signal.bias)
     return signal.with_bias(bias).with_blocks(tuple([in_full(block) for block in signal.blocks]), signal.order)
 
 
