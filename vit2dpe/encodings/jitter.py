@@ -51,7 +51,7 @@ class Jitter(PositionEncoding):
 
         def moved(where: Positions) -> Positions:
             noise = drawn if where.coords.shape == drawn.shape else draw(where.coords)
-            return Positions(where.coords + noise, where.extent, where.prefix)
+            return Positions(where.coords + noise, where.extent, where.prefix, spacing=where.spacing)
 
         return moved
 

@@ -42,9 +42,9 @@ class LinearAngles(NamedTuple):
     coords: Tensor
     w: Tensor
 
-    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
-        w = self.w if policy is None else policy.rescale(self.w, extent)
+        w = self.w if policy is None else policy.rescale(self.w, span)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords  # nothing turns at 0
         learned = w.requires_grad and torch.is_grad_enabled() and not coords.requires_grad
         if learned and can_interleave(w):
@@ -72,10 +72,10 @@ class AxialAngles(NamedTuple):
     coords: Tensor
     w: Tensor
 
-    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
         if policy is not None:  # which reads, and may mix, the frequencies of all axes
-            return LinearAngles(self.coords.to(self.w.dtype), along_axes(self.w)).resolve(policy, extent, prefix)
+            return LinearAngles(self.coords.to(self.w.dtype), along_axes(self.w)).resolve(policy, span, prefix)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
         return AxialAngles(coords, self.w).dense()
 

@@ -81,13 +81,15 @@ class CentredRoPE(AlongAxes):
         factor = self.jitter ** draw[self.axes : -1] * self.rescale ** draw[-1]
 
         def moved(where: Positions) -> Positions:
-            half = numbers(where.extent, where.coords.device) / 2
+            half = numbers(where.span, where.coords.device) / 2
             scale, offset = (
                 t.to(where.coords.device, where.coords.dtype) for t in (factor, (factor * shift + 1) * half)
             )
             middle = half.to(where.coords.device, where.coords.dtype)
             # c' = factor (c + shift), written in patches: p + 1/2 = (c + 1) S / 2
-            return Positions((where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix)
+            return Positions(
+                (where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix, spacing=where.spacing
+            )
 
         return moved
 
@@ -100,4 +102,4 @@ class CentredRoPE(AlongAxes):
 
 def _centred(at: Positions) -> Tensor:
     coords = exact(at.coords)
-    return 2 * (coords + 0.5) / numbers(at.extent, coords.device) - 1
+    return 2 * (coords + 0.5) / numbers(at.span, coords.device) - 1

@@ -1,6 +1,7 @@
 """Resolution policies: what an encoding does at an extent it was not trained at.
 
-A policy scales each axis on its own; s = (extent / training extent) ^ power of an axis, and power is 1 by default:
+A policy scales each axis on its own; s = (span / training extent) ^ power of an axis, and power is 1 by default. The
+span is the extent, times the spacing where a grid has one (`Positions.span`):
 
     extrapolate   coordinates as they are                        formulas
     interpolate   coordinates divided by s                       formulas (arXiv 2306.15595)
@@ -30,6 +31,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions, numbers
 
 Extent = tuple[int, ...]
+Span = tuple[float, ...]  # what a grid covers, in patches of training
 Power = float | tuple[float, ...]  # one for all axes, or one of each
 MOST = 8.0  # a power beyond it leaves nothing of the places
 
@@ -49,7 +51,7 @@ class Keep:
     def place(self, at: Positions) -> Positions:
         return at
 
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
+    def rescale(self, frequencies: Tensor, span: Span) -> Tensor:
         return frequencies
 
     def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
@@ -58,7 +60,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Scaled(Keep):
-    """What scales by s = (extent / training extent) ^ power.
+    """What scales by s = (span / training extent) ^ power.
 
     Args:
         power: of every axis, or one of each.
@@ -74,9 +76,9 @@ class Scaled(Keep):
                 f"0; got {self.power!r}"
             )
 
-    def growth(self, extent: Extent) -> list[float | Tensor]:
+    def growth(self, span: Span) -> list[float | Tensor]:
         """s of each axis, that of one that shrank 1."""
-        return [s**p for s, p in zip(_growth(self.train, extent), _powers(self.power, len(extent)), strict=True)]
+        return [s**p for s, p in zip(_growth(self.train, span), _powers(self.power, len(span)), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,13 @@ class Interpolate(Scaled):
             raise unknown("align of interpolate", self.align, _SHIFT)
 
     def place(self, at: Positions) -> Positions:
-        if not torch.compiler.is_compiling() and at.extent == self.train:
+        if not torch.compiler.is_compiling() and at.span == self.train:
             return at
         return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
         powers = _powers(self.power, len(self.train))
-        scales = [(t / e) ** p for t, e, p in zip(self.train, at.extent, powers, strict=True)]
+        scales = [(t / e) ** p for t, e, p in zip(self.train, at.span, powers, strict=True)]
         ratio = numbers(scales, at.coords.device)
         ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
         return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
@@ -155,15 +157,15 @@ class NTK(Scaled):
 
     name: str = "ntk"
 
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = self.growth(extent)
+    def rescale(self, frequencies: Tensor, span: Span) -> Tensor:
+        grown = self.growth(span)
         if all(_is_one(s) for s in grown):
             return frequencies
         size = frequencies.norm(dim=0)  # (1|H, Dh/2)
         top = size.amax(-1, keepdim=True)
         low = torch.where(size > 0, size, top).amin(-1, keepdim=True)
-        span = (top / low).log()
-        depth = torch.where(span > 0, (top / size.clamp(min=low)).log() / span.clamp(min=1e-12), 0.0)
+        octaves = (top / low).log()
+        depth = torch.where(octaves > 0, (top / size.clamp(min=low)).log() / octaves.clamp(min=1e-12), 0.0)
         return torch.stack([w * s ** (-depth) for w, s in zip(frequencies, grown, strict=True)])
 
 
@@ -193,8 +195,8 @@ class YaRN(Scaled):
         fast, slow = (32.0, 1.0) if len(self.train) == 1 else (1.0, 0.25)
         return self.beta_fast or fast, self.beta_slow or slow
 
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = self.growth(extent)
+    def rescale(self, frequencies: Tensor, span: Span) -> Tensor:
+        grown = self.growth(span)
         rows, (fast, slow) = [], self.betas
         for w, s, length in zip(frequencies, grown, self.train, strict=True):
             turns = (w.abs() * length / (2 * math.pi)).clamp(min=1e-30)
@@ -254,15 +256,15 @@ def _powers(power: Power, axes: int) -> tuple[float, ...]:
     return (power,) * axes
 
 
-def _traced(number: int) -> Tensor:
+def _traced(number: float) -> Tensor:
     """While tracing, a size as a 0-d tensor: a Python float made of it would be a constant, and every size a graph."""
     return torch.full((), number, dtype=torch.float64)
 
 
-def _growth(train: Extent, extent: Extent) -> list[float | Tensor]:
+def _growth(train: Extent, span: Span) -> list[float | Tensor]:
     if torch.compiler.is_compiling():
-        return [(_traced(e) / t).clamp(min=1) for t, e in zip(train, extent, strict=True)]
-    return [max(1.0, e / t) for t, e in zip(train, extent, strict=True)]
+        return [(_traced(e) / t).clamp(min=1) for t, e in zip(train, span, strict=True)]
+    return [max(1.0, e / t) for t, e in zip(train, span, strict=True)]
 
 
 def _is_one(growth: float | Tensor) -> bool:

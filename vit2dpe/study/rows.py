@@ -32,6 +32,7 @@ class Row:
         metric, value: a name in `tables.METRICS` and its number. Further metrics of a model are rows of their own.
         depth: number of blocks, where a study has several.
         start: of a study from weights: "weights" of what was trained on from them, "scratch" of the control.
+        spacing: the size of a pixel in the world over that of training, where it was given.
     """
 
     encoding: str
@@ -50,6 +51,7 @@ class Row:
     value: float
     depth: float | None = None
     start: str = ""
+    spacing: float | None = None
 
     @property
     def label(self) -> str:
@@ -84,7 +86,7 @@ class Row:
 WEIGHTS, SCRATCH = "weights", "scratch"  # Row.start
 _DEPTH = re.compile(r"(?:, |^)depth (\d+)$")
 COLUMNS = tuple(field.name for field in fields(Row))
-_WHERE_USED = ("depth", "start")  # columns that stand in a table where one of its rows has a value
+_WHERE_USED = ("depth", "start", "spacing")  # columns that stand in a table where one of its rows has a value
 _TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
 
 
