@@ -48,7 +48,8 @@ class Positions:
             few tokens still live on the whole grid.
         prefix: leading tokens that have no place (class token, registers). They have no row in `coords`.
         on_grid: that all places are known to be whole numbers inside the extent, by how they were made. Others are
-            looked at where a table is about to be read at them, once; on a GPU the host waits for that.
+            looked at where a table is about to be read at them, once; on a GPU the host waits for that. In a graph,
+            which looks at nothing, others are taken to be fractional.
         spacing: how far apart neighbours on this grid are, one number for each axis; () where it is 1. Coordinates
             stay in patches of the training grid, the extent counts places of this one: it covers `span`.
 
@@ -62,6 +63,8 @@ class Positions:
     on_grid: bool = False
     spacing: tuple[float, ...] = ()
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
+    # Of scaled places: those that were scaled, and the ratio (d,) float64 of their offsets.
+    source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
@@ -158,7 +161,7 @@ class Positions:
             coords, end = (start + steps)[None], start + n  # (1, N)
             # A graph for all lengths is not narrowed to those for which this holds; nothing is looked at in one.
             free = torch.compiler.is_compiling() or is_tracing()
-            on_grid = not free and start >= 0 and (length is None or end <= length)
+            on_grid = free or (start >= 0 and (length is None or end <= length))
         return cls(coords[..., None], (end if length is None else length,), on_grid=on_grid)
 
     @property
@@ -218,16 +221,37 @@ class Positions:
             return self.coords.long()
         if self.spacing:
             raise ValueError(
-                f"this encoding looks places up in a table of whole places, those of a grid of spacing {self.spacing} "
-                "lie between them; use a continuous encoding (sincos, rope, alibi, ...)"
+                f"this encoding looks up whole places in a table, those of a grid of spacing {self.spacing} lie between "
+                "them; use a continuous encoding (sincos, rope, alibi, ...)"
             )
         bounds = self.bounds()
         if bounds is not None and not bounds.whole:
             raise ValueError(
                 "this encoding looks places up in a table and takes whole coordinates only; "
-                "for fractional ones use a continuous encoding (sincos, rope, alibi, ...)"
+                "for fractional ones use a continuous encoding (learned, rope, alibi, ...)"
             )
         return self.coords.round().long()
+
+    def on_integers(self) -> bool:
+        """Whether all places are known to be whole numbers; not in a graph, which looks at none, nor where they learn.
+
+        Raises:
+            ValueError: for infinite places, wherever they can be looked at.
+        """
+        if self.on_grid:
+            return True
+        if self.spacing:  # between those that a table has, or farther apart
+            return False
+        bounds = self.bounds()
+        if bounds is not None and not all(map(math.isfinite, (*bounds.least, *bounds.most))):
+            raise ValueError(f"places must be finite, got places from {bounds.least} to {bounds.most}")
+        return bounds is not None and bounds.whole and not self.coords.requires_grad
+
+    def assume(self, least: Sequence[float], most: Sequence[float]) -> Positions:
+        """These places, known to be fractional and to lie between these bounds, which are then not read."""
+        if readable(self.coords):
+            self.memoize("bounds", lambda: Bounds(list(least), list(most), False))
+        return self
 
     def bounds(self) -> Bounds | None:
         """Where the places lie, read once; None without any, and where they cannot be looked at (see `readable`)."""

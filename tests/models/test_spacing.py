@@ -23,6 +23,8 @@ CONTINUOUS = [
     "rope",
     "rope_mixed",
     "rope_golden",
+    "t5",
+    "logcpb",
 ]
 close = within(2e-6)
 
@@ -152,10 +154,26 @@ def test_an_mae_hides_and_reconstructs_places_of_the_world():
         close(prediction.detach(), model(images, noise=noise)[1], 2e-5)
 
 
-@pytest.mark.parametrize("word", [name for name in ENCODINGS if name not in (*CONTINUOUS, "none", "rope_dinov3")])
-def test_tables_of_whole_places_refuse_it(word):
-    with pytest.raises(ValueError, match=r"whole places.*\(0\.5, 0\.5\)"):
-        vit(word)(torch.randn(1, 3, 48, 80), spacing=0.5)
+TABLES = ["learned", "windowed", "factorized", "relative", "relative(symmetric=true)"]
+
+
+@pytest.mark.parametrize("word", TABLES)
+@torch.no_grad()
+def test_tables_are_read_between_their_places_by_interpolate_alone(word):
+    """By default they are resized to the extent, which knows of no spacing."""
+    model, images = vit(word), torch.randn(1, 3, 48, 80)
+    with pytest.raises(ValueError, match=r"spacing \(0\.5, 0\.5\).*interpolate"):
+        model(images, spacing=0.5)
+    with use_policy(model, "interpolate"):
+        close(model(images, spacing=0.5), model(images), 2e-5)
+
+
+@torch.no_grad()
+def test_no_encoding_stands_in_the_way():
+    """Each takes a spacing, or is one of the tables above."""
+    at = Positions.grid((6, 10), spacing=0.5)
+    for name in set(ENCODINGS) - {"learned", "windowed", "factorized", "relative"}:
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors(encoding(name)(at)).values())
 
 
 def test_swin_takes_none():
@@ -198,5 +216,5 @@ def test_evaluate_writes_it_down(tmp_path):
     with pytest.raises(ConfigError, match=r"spacing.*above 0.*-1"):
         EvaluateConfig.of(spacing=-1)
     learned = EvaluateConfig.of(**given | dict(model=name.replace("sincos", "learned")), device="cpu", spacing=0.5)
-    with pytest.raises(ConfigError, match="does not take 64x64 images: this encoding looks places up"):
+    with pytest.raises(ConfigError, match="does not take 64x64 images: a table lies on the grid"):
         evaluate_model(learned)
