@@ -221,8 +221,8 @@ class Positions:
             return self.coords.long()
         if self.spacing:
             raise ValueError(
-                f"this encoding looks up whole places in a table, those of a grid of spacing {self.spacing} lie between "
-                "them; use a continuous encoding (sincos, rope, alibi, ...)"
+                f"this encoding looks up whole places in a table, and those of a grid of spacing {self.spacing} lie "
+                "between them; use a continuous encoding (sincos, rope, alibi, ...)"
             )
         bounds = self.bounds()
         if bounds is not None and not bounds.whole:
