@@ -170,10 +170,15 @@ def test_tables_are_read_between_their_places_by_interpolate_alone(word):
 
 @torch.no_grad()
 def test_no_encoding_stands_in_the_way():
-    """Each takes a spacing, or is one of the tables above."""
+    """Each takes a spacing, or is one of the tables above, or takes whole places alone and says so."""
     at = Positions.grid((6, 10), spacing=0.5)
     for name in set(ENCODINGS) - {"learned", "windowed", "factorized", "relative"}:
-        assert all(bool(tensor.isfinite().all()) for tensor in tensors(encoding(name)(at)).values())
+        one = encoding(name)
+        if one.continuous:
+            assert all(bool(tensor.isfinite().all()) for tensor in tensors(one(at)).values())
+        else:
+            with pytest.raises(ValueError, match="whole|spacing"):
+                tensors(one(at))
 
 
 def test_swin_takes_none():
