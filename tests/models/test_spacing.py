@@ -177,7 +177,7 @@ def test_no_encoding_stands_in_the_way():
         if one.continuous:
             assert all(bool(tensor.isfinite().all()) for tensor in tensors(one(at)).values())
         else:
-            with pytest.raises(ValueError, match="whole|spacing"):
+            with pytest.raises(ValueError, match=r"whole|spacing"):
                 tensors(one(at))
 
 
