@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
-from ..positions import Positions, numbers, readable
+from ..positions import Positions, numbers
 
 Extent = tuple[int, ...]
 Span = tuple[float, ...]  # what a grid covers, in patches of training
@@ -149,7 +149,7 @@ class Interpolate(Scaled):
         ratio = exact.to(at.coords.device, at.coords.dtype)
         made = Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
         object.__setattr__(made, "source", (at.with_prefix(at.prefix), exact))  # a copy of them: no circle
-        if at.on_grid and readable(at.coords):  # then nobody need look at these
+        if at.on_grid:  # then nobody need look at these
             least = [shift * s - shift for s in scales]
             made.assume(least, [low + (e - 1) * s for low, e, s in zip(least, at.extent, scales, strict=True)])
         return made
