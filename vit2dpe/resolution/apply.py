@@ -196,13 +196,13 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
 
 def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
     """The first of several policies that an encoding can take."""
-    able = (p for p in chosen if p.name in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
+    able = (p for p in chosen if p.kind in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
     return next(able, None)
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:
     policy = chosen[0]
-    if policy.name in policies:
+    if policy.kind in policies:
         return f"{who} has no table that is resized by {getattr(policy, 'mode', '')}; its ways are {', '.join(resizes)}"
     return f"{who} cannot {policy.name}: {WHY_NOT[policy.name]}; it can {' or '.join(policies)}"
 
