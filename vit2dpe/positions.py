@@ -236,14 +236,23 @@ def offsets(q: Positions, k: Positions, axis: int) -> Tensor:
     return exact(q.coords)[..., axis, None] - exact(k.coords)[..., None, :, axis]
 
 
-def distance(q: Positions, k: Positions) -> Tensor:
-    """(B|1, Nq, Nk) float64 Euclidean distance, patch units."""
-    if q.axes == 1:
+DISTANCES = ("euclidean", "squared", "manhattan", "chebyshev")  # ‖x‖₂, ‖x‖₂², Σ|x_a|, max|x_a|
+
+
+def distance(q: Positions, k: Positions, kind: str = "euclidean") -> Tensor:
+    """(B|1, Nq, Nk) float64 distance, patch units; `kind` is a word of `DISTANCES`."""
+    if q.axes == 1 and kind != "squared":
         return offsets(q, k, 0).abs()
-    square = offsets(q, k, 0).square()
+    squares = kind in ("euclidean", "squared")
+    total = _magnitude(offsets(q, k, 0), squares)
     for axis in range(1, q.axes):
-        square = square + offsets(q, k, axis).square()
-    return square.sqrt()
+        step = _magnitude(offsets(q, k, axis), squares)
+        total = torch.maximum(total, step) if kind == "chebyshev" else total + step
+    return total.sqrt() if kind == "euclidean" else total
+
+
+def _magnitude(x: Tensor, squares: bool) -> Tensor:
+    return x.square() if squares else x.abs()
 
 
 register_dataclass(Positions, serialized_type_name="vit2dpe.positions.Positions")

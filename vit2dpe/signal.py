@@ -152,46 +152,80 @@ class LowRank(NamedTuple):
             return (fq @ fk.transpose(-1, -2)).to(self.fq.dtype)
 
 
+_ORDERS = {"euclidean": 2.0, "manhattan": 1.0, "chebyshev": math.inf}
 UNSEEN = -1e9  # a bias that no softmax tells from minus infinity, and under which a row that sees nothing is finite
 
 
 class Distance(NamedTuple):
-    """A penalty that grows with distance, -factor · slopes[h] · ‖q - k‖₂, zero for the prefix; a formula, so that what
-    computes logits can compute it there, and no matrix has to be.
+    """A penalty that grows with distance, -factor · slopes[h] · f(‖q - k‖), zero for the prefix; a formula, so that
+    what computes logits can compute it there, and no matrix has to be.
 
     Args:
         q, k: places of queries and keys.
-        slopes: H numbers.
+        slopes: H numbers; or what is learned, (H,), or (H, d) of each axis: the penalty is ‖slopes[h] (q - k)‖.
         directions: d numbers, a unit vector, for each of the first heads: these see the keys k with
             ⟨k - q, direction⟩ >= limit · ‖k - q‖ - 1e-4 alone, and for all others the bias is factor · `UNSEEN`.
         limit: the cosine of half the angle that they see.
         factor: of all heads; a 0-d tensor where one graph serves several blocks.
         dtype: of the matrix; distances are taken in float64.
+        kind: of the distance, a word of `positions.DISTANCES`.
+        bend: f, with slopes (H,): "" x, "log" ln(1 + rate[h] x), "power" x^rate[h].
+        rate: (H,)
     """
 
     q: Positions
     k: Positions
-    slopes: tuple[float, ...]
+    slopes: tuple[float, ...] | Tensor
     directions: tuple[tuple[float, ...], ...] = ()
     limit: float = -1.0
     factor: float | Tensor = 1.0
     dtype: torch.dtype = torch.float32
+    kind: str = "euclidean"
+    bend: str = ""
+    rate: Tensor | None = None
 
     def dense(self) -> Tensor:
-        key = ("distance", None if self.k is self.q else self.k, self.slopes, self.directions, self.limit, self.dtype)
-        bias: Tensor = self.q.memoize(key, self._unscaled)  # the same for all blocks
+        if isinstance(self.slopes, Tensor):
+            bias = self._behind_prefix(self._learned(self.slopes).to(self.dtype))
+        else:
+            fixed = (self.slopes, self.directions, self.limit, self.dtype, self.kind)
+            key = ("distance", None if self.k is self.q else self.k, *fixed)
+            bias = self.q.memoize(key, self._unscaled)  # the same for all blocks
         return bias if not isinstance(self.factor, Tensor) and self.factor == 1.0 else bias * self.factor
 
     def _unscaled(self) -> Tensor:
         """(B|1, H, Nq, Nk) with a factor of 1; a head at a time, to hold one float64 matrix and not H."""
-        far, device = distance(self.q, self.k), self.q.coords.device
+        far, device = distance(self.q, self.k, self.kind), self.q.coords.device
         if self.directions:
             heads = self._directed(-far.to(device, self.dtype))
         else:
             heads = [(-slope * far).to(device, self.dtype) for slope in self.slopes]
-        bias = torch.stack(heads, dim=1)
+        return self._behind_prefix(torch.stack(heads, dim=1))
+
+    def _behind_prefix(self, bias: Tensor) -> Tensor:
         prefix = (self.k.prefix, 0, self.q.prefix, 0)
         return F.pad(bias, prefix) if any(prefix) else bias  # which would be a copy
+
+    def _learned(self, slopes: Tensor) -> Tensor:
+        """(B|1, H, Nq, Nk) in the dtype of the slopes; distances, in float64, are the same for all blocks."""
+        key = ("far", None if self.k is self.q else self.k, slopes.dtype)
+        if slopes.ndim == 1:
+            far = self.q.memoize((*key, self.kind), lambda: distance(self.q, self.k, self.kind).to(slopes)[:, None])
+            return -slopes[:, None, None] * self._bent(far)
+        if slopes.shape[1] != self.q.axes:
+            raise ValueError(f"these slopes are for {slopes.shape[1]} axes, the positions have {self.q.axes}")
+        each = [offsets(self.q, self.k, axis).to(slopes)[:, None] for axis in range(self.q.axes)]
+        scaled = torch.stack([step * slopes[:, axis, None, None] for axis, step in enumerate(each)], dim=-1)
+        if self.kind == "squared":
+            return -scaled.square().sum(-1)
+        size: Tensor = torch.linalg.vector_norm(scaled, _ORDERS[self.kind], dim=-1)  # its gradient at 0 is 0
+        return -size
+
+    def _bent(self, far: Tensor) -> Tensor:
+        if self.rate is None:
+            return far
+        rate = self.rate[:, None, None]
+        return torch.log1p(far * rate) if self.bend == "log" else far.pow(rate)
 
     def _directed(self, near: Tensor) -> list[Tensor]:
         apart = [-offsets(self.q, self.k, axis).to(near.device, self.dtype) for axis in range(self.q.axes)]  # k - q

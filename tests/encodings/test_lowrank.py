@@ -15,7 +15,7 @@ from tests.helpers import within
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
 from vit2dpe.attention.kernels import table
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.encodings.alibi import slopes
+from vit2dpe.encodings.alibi import slopes_of
 from vit2dpe.signal import Dense, LowRank
 from vit2dpe.testing import randomise
 
@@ -86,7 +86,7 @@ def test_slopes_of_many_bits_cancel_as_exactly():
     q, k, v = (torch.randn(1, 12, n, WIDTH, generator=generator) for n in (60, 4096, 4096))
     signal = Signal(bias=(encoding.bias(at.take(some), at),))
     square = (at.coords[0][some][:, None] - at.coords[0]).double().square().sum(-1)
-    bias = -torch.tensor(slopes(12), dtype=torch.float64)[:, None, None] * square
+    bias = -torch.tensor(slopes_of(12), dtype=torch.float64)[:, None, None] * square
     close(attend(q, k, v, signal), reference(q, k, v, bias))
 
 

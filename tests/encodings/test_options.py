@@ -42,9 +42,13 @@ TURNS = {
     ("sincos", "layout"): ["mae", "big_vision", "timm", "wzlxjtu", "tatp22"],
     ("learned", "resize"): list(MODES),
     ("relative", "resize"): ["bicubic", "geometric"],
+    ("relative", "symmetric"): ["false", "true"],
     ("t5", "max_distance"): [128, 11],
     ("t5", "bidirectional"): ["true", "false"],
-    ("alibi", "distance"): ["euclidean", "squared"],
+    ("alibi", "distance"): ["euclidean", "squared", "manhattan", "chebyshev"],
+    ("alibi", "slopes"): ["fixed", "learned", "axes"],
+    ("kerple", "form"): ["log", "power"],
+    ("kerple", "distance"): ["euclidean", "squared", "manhattan", "chebyshev"],
     ("lookhere", "view"): [90, 180, 45],
     ("lookhere", "slope"): [1.0, 0.5],
     ("rope", "base"): [100, 10],
@@ -66,7 +70,7 @@ SIZES = {
 }
 # (name, option): two values under which parameters are drawn differently from the same seed.
 DRAWS = {("fourier", "gamma"): (2.0, 8.0), ("rope_mixed", "base"): (10, 100)}
-SHARED = ["relative", "logcpb", "fire"]
+SHARED = ["relative", "logcpb", "fire", "kerple"]
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
 ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; test_timm_tables.py
 SECTIONS = ("sections", "partial", "zeros", "order", "bank")  # test_sections.py, and these
@@ -185,7 +189,15 @@ REFUSED = [
     ("t5(buckets=2)", 2, "buckets=2", "at least 4"),
     ("t5(max_distance=8)", 2, "max_distance=8", r"beyond the exact ones \(8\)"),
     ("t5(bidirectional=false, max_distance=16)", 2, "max_distance=16", r"beyond the exact ones \(16\)"),
-    ("alibi(distance=manhattan)", 2, "'manhattan'", "euclidean, squared"),
+    (
+        "alibi(distance=manhatten)",
+        2,
+        "'manhatten'",
+        "did you mean 'manhattan'.*euclidean, squared, manhattan, chebyshev",
+    ),
+    ("alibi(slopes=fix)", 2, "'fix'", "fixed, learned, axes"),
+    ("kerple(distance=far)", 2, "'far'", "euclidean, squared, manhattan, chebyshev"),
+    ("kerple(form=pow)", 2, "'pow'", "did you mean 'power'.*log, power"),
     ("lookhere(view=0)", 2, " 0 ", "0 < view <= 360"),
     ("lookhere(view=361)", 2, "361", "0 < view <= 360"),
     ("lookhere(slope=0)", 2, "0$", "slope > 0"),

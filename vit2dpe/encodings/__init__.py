@@ -7,6 +7,7 @@ from .find import encoding_parameters, encodings_of, modules_outside_encodings, 
 from .fire import Fire
 from .fourier import Fourier
 from .jitter import Jitter
+from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
@@ -31,6 +32,7 @@ __all__ = [
     "Fourier",
     "GoldenRoPE",
     "Jitter",
+    "Kerple",
     "LearnedTable",
     "LogCPB",
     "LookHere",

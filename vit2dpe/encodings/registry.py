@@ -22,6 +22,7 @@ from .base import NoPosition, PositionEncoding, terms
 from .factorized import Factorized
 from .fire import Fire
 from .fourier import Fourier
+from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
@@ -91,7 +92,8 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
     "logcpb": Builder(LogCPB, lambda d: {"heads": d.heads, "grid": d.grid}),
     "t5": Builder(T5Bias, lambda d: {"heads": d.heads, "axes": d.axes}),
-    "alibi": Builder(Alibi, lambda d: {"heads": d.heads}),
+    "alibi": Builder(Alibi, lambda d: {"heads": d.heads, "axes": d.axes}),
+    "kerple": Builder(Kerple, lambda d: {"heads": d.heads}),
     "lookhere": Builder(LookHere, lambda d: {"heads": d.heads, "axes": d.axes, "block": d.block, "depth": d.depth}),
     "fire": Builder(Fire, lambda d: {"heads": d.heads, "grid": d.grid}),
     "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..positions import Positions, float64_device, numbers
+from ..signal import Distance, Table
 from .base import PositionEncoding
 
 
@@ -178,3 +179,23 @@ def offset_grid(q: Positions, k: Positions, axes: int) -> Tensor:
     """(2 S_1 - 1, ..., 2 S_d - 1, d) all offsets q - k of the extent, float64, on the `float64_device`."""
     along = [offset.double() for offset in axis_offsets(q, k, axes, float64_device(q.coords.device))]
     return torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1)
+
+
+def looked_up(term: Distance) -> Distance | Table:
+    """A penalty whose slopes are learned as a table over offsets, where all places are known to be whole.
+
+    It is computed for each offset then and not for each pair, and what serves tables serves it, in training too.
+    """
+    q, k = term.q, term.k
+    if not (q.on_grid and k.on_grid and q.extent == k.extent):
+        return term
+    at, origin = q.memoize(("offsets as places", q.extent), lambda: _as_places(q, k))  # the same for all blocks
+    formula = Distance(at, origin, term.slopes, dtype=term.dtype, kind=term.kind, bend=term.bend, rate=term.rate)
+    table = formula.dense()[0, :, :, 0]  # (H, Π (2 S - 1))
+    return Table(table.unflatten(1, tuple(2 * size - 1 for size in q.extent)), q, k)
+
+
+def _as_places(q: Positions, k: Positions) -> tuple[Positions, Positions]:
+    """All offsets of the extent, and what they are measured from."""
+    offsets = offset_grid(q, k, q.axes).flatten(0, -2)[None].to(q.coords.device, torch.float32)
+    return Positions(offsets, q.extent), Positions(offsets.new_zeros(1, 1, q.axes), q.extent)

@@ -15,7 +15,7 @@ from vit2dpe import ConfigError, Dims, Positions, Signal, ViT, attend, build, ex
 from vit2dpe.attention import mask_mod, masks, score_mod
 from vit2dpe.attention.functional import Causal, materialize_shared_bias, rotate_qk
 from vit2dpe.attention.kernels import flex
-from vit2dpe.signal import Dense, Distance, Table
+from vit2dpe.signal import Dense, Distance, LowRank, Table
 from vit2dpe.testing import randomise
 
 B, H, DIM, GRID = 3, 3, 8, (3, 5)
@@ -94,10 +94,21 @@ def test_a_score_mod_is_the_bias(word, shape):
     same(from_formula(q, k, v, signal(), scale=0.3), expected, [q, k, v, *parameters])
 
 
-@pytest.mark.parametrize("word", ["alibi", "alibi(distance=squared)", "lookhere"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "alibi",
+        *(f"alibi(distance={kind})" for kind in ("squared", "manhattan", "chebyshev")),
+        *(f"alibi(slopes=axes, distance={kind})" for kind in ("euclidean", "manhattan", "chebyshev")),
+        "alibi(slopes=learned)",
+        *(f"kerple({options})" for options in ("form=log", "form=power", "distance=squared")),
+        "lookhere",
+    ],
+)
 def test_between_whole_places(word):
-    _, (q, k, v), signal = case(word, *places("between places"))
-    same(from_formula(q, k, v, signal()), attend(q, k, v, signal()), [q, k, v])
+    parameters, (q, k, v), signal = case(word, *places("between places"))
+    assert type(signal().bias[0]) is (LowRank if word == "alibi(distance=squared)" else Distance)
+    same(from_formula(q, k, v, signal()), attend(q, k, v, signal()), [q, k, v, *parameters])
 
 
 @pytest.mark.parametrize("word", TEXT)

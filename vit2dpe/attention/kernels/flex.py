@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Protocol
 
 import torch
@@ -149,17 +149,20 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 def _distance(term: Distance) -> Pair:
     x, y = (F.pad(at.coords, (0, 0, at.prefix, 0)) for at in (term.q, term.k))  # (B|1, P + N, d)
-    key = ("flex", term.slopes, term.directions, term.limit)
-    slopes, limits, directions = term.q.memoize(key, lambda: _constants(term))
+    slopes, limits, directions = _constants(term)
     slopes = slopes * term.factor  # here, so that blocks that differ in it share a program
     unseen = slopes.new_full((), UNSEEN) * term.factor
     axes, p, r, directed = term.q.axes, term.q.prefix, term.k.prefix, bool(term.directions)
-    q_samples, k_samples = x.shape[0] > 1, y.shape[0] > 1
+    q_samples, k_samples, each, rate = x.shape[0] > 1, y.shape[0] > 1, slopes.ndim == 2, term.rate
 
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         steps = [y[b if k_samples else 0, j, axis] - x[b if q_samples else 0, i, axis] for axis in range(axes)]
-        far = steps[0].abs() if axes == 1 else _sum([step * step for step in steps]).sqrt()
-        bias = -slopes[h] * far
+        if each:
+            steps = [step * slopes[h, axis] for axis, step in enumerate(steps)]
+        far = _length(steps, term.kind, learned=each)
+        if rate is not None:
+            far = (1 + far * rate[h]).log() if term.bend == "log" else far ** rate[h]
+        bias = -far if each else -slopes[h] * far
         if directed:
             ahead = _sum([step * directions[h, axis] for axis, step in enumerate(steps)])
             bias = torch.where(ahead >= far * limits[h] - 1e-4, bias, unseen)
@@ -168,15 +171,34 @@ def _distance(term: Distance) -> Pair:
     return pair
 
 
+def _length(steps: list[Tensor], kind: str, learned: bool) -> Tensor:
+    if len(steps) == 1 and kind != "squared":
+        return steps[0].abs()
+    if kind in ("euclidean", "squared"):
+        square = _sum([step * step for step in steps])
+        if learned:  # the root of 0 has no gradient
+            square = square.clamp(min=1e-30)
+        return square if kind == "squared" else square.sqrt()
+    found = [step.abs() for step in steps]
+    return _sum(found) if kind == "manhattan" else reduce(torch.maximum, found)
+
+
 def _constants(term: Distance) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes (H,), limits (H,) and directions (H, d), float32; a head that sees everything has the limit -2."""
-    wide, axes = len(term.slopes) - len(term.directions), term.q.axes
+    """Slopes (H,), or (H, d) that are learned, limits (H,) and directions (H, d), float32; a head that sees everything
+    has the limit -2."""
+    if isinstance(given := term.slopes, Tensor):  # which come without directions
+        return given, given, given
+    wide, axes = len(given) - len(term.directions), term.q.axes
     limits = [term.limit] * len(term.directions) + [-2.0] * wide
     along = [*term.directions, *[(0.0,) * axes] * wide]
-    each = [*term.slopes, *limits, *(x for direction in along for x in direction)] if term.directions else term.slopes
-    made = numbers(each, term.q.coords.device).to(term.q.coords.device, torch.float32)
-    slopes, limits_, directions = made.tensor_split((len(term.slopes), 2 * len(term.slopes)))
-    return slopes, limits_, directions.unflatten(0, (-1, axes))
+    each = [*given, *limits, *(x for direction in along for x in direction)] if term.directions else given
+
+    def made() -> tuple[Tensor, Tensor, Tensor]:
+        one = numbers(each, term.q.coords.device).to(term.q.coords.device, torch.float32)
+        slopes, limits_, directions = one.tensor_split((len(given), 2 * len(given)))
+        return slopes, limits_, directions.unflatten(0, (-1, axes))
+
+    return term.q.memoize(("flex", given, term.directions, term.limit), made)
 
 
 def serves(
@@ -225,8 +247,8 @@ def _why_not(
 
 
 def tensors(terms: Iterable[Bias]) -> list[Tensor]:
-    """What is learned of tables and products, if anything is."""
-    return [x for term in terms if isinstance(term, Table | LowRank) for x in term if isinstance(x, Tensor)]
+    """What is learned of tables, products and distances, if anything is."""
+    return [x for term in terms if isinstance(term, Table | LowRank | Distance) for x in term if isinstance(x, Tensor)]
 
 
 def attend(

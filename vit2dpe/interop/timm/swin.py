@@ -175,6 +175,8 @@ def _check_kind(model: Swin, owner: str, part: RelativeBias | LogCPB) -> None:
         )
     if isinstance(part, RelativeBias) and part.prefix_bias is not None:
         raise _no_such_swin(f"{owner} has entries for prefix tokens, of which a Swin has none")
+    if isinstance(part, RelativeBias) and part.attention_biases is not None:
+        raise _no_such_swin(f"{owner} is symmetric, and has entries for offsets without their sign")
 
 
 def _no_such_swin(why: str) -> ConfigError:

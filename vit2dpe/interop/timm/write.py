@@ -90,6 +90,7 @@ def _relpos(model: ViT, part: PositionEncoding, tokens: bool) -> tuple[Step, ...
         "a bias network trained on another grid": isinstance(part, LogCPB)
         and part.form == "swin"
         and part.grid != tuple(model.train_grid),
+        "a table of offsets without their sign": isinstance(part, RelativeBias) and part.attention_biases is not None,
     }
     missing = [part for part, present in lacks.items() if present]
     if missing:

@@ -93,14 +93,15 @@ def _into_encodings(module: TimmSwin, state: State) -> State:
             moved[name] = value
             continue
         ((owner, encoding),) = owners
-        if isinstance(encoding, RelativeBias) and value.ndim == 2:
-            value = _unflatten(name, value, encoding)
+        own = encoding.relative_position_bias_table if isinstance(encoding, RelativeBias) else None
+        if own is not None and value.ndim == 2:
+            value = _unflatten(name, value, own)
         moved[f"{owner}.{foreign[2]}"] = value
     return moved
 
 
-def _unflatten(name: str, table: Tensor, encoding: RelativeBias) -> Tensor:
-    _, *sizes = encoding.relative_position_bias_table.shape
+def _unflatten(name: str, table: Tensor, own: Tensor) -> Tensor:
+    _, *sizes = own.shape
     if table.shape[0] != sizes[0] * sizes[1]:
         window = " by ".join(str((size + 1) // 2) for size in sizes)
         raise CheckpointError(
