@@ -4,10 +4,22 @@
 
 A rotary encoding is its frequency vectors w, (d, 1|H, Dh/2) radians per patch:
 
-    rope         one axis each: pairs [a K, (a + 1) K) turn with coordinate a at base^(-k/K), K = Dh / (2 d)
+    rope         one axis each: pairs [a K, (a + 1) K) turn with coordinate a at base^(-k/K), K = ⌊Dh/2d⌋
     rope_mixed   learned, per head and block; drawn as `rope` with base 10 along axes turned at random per head
     rope_golden  fixed, each pair of each head along a direction of its own     (rope_golden.py)
     rope_dinov3  one axis each, on coordinates centred and scaled to the grid   (rope_dinov3.py)
+
+Any even head width serves any number of axes; pairs left over stand still, w = 0, behind the others. Options of `rope`,
+`rope_mixed` and `rope_dinov3` say which pairs turn with which axis, and how fast (sections.py; DINOv3's has no start):
+
+    sections=(8, 28, 28)       pairs of each axis, time before rows before columns (Flux, Wan, Qwen2-VL, V-JEPA 2)
+    partial=0.5                the share of the pairs that turns (`partial_rotary_factor`; Qwen3.5)
+    zeros=K                    the last K pairs of each bank have frequency 0, the others are as they were (Gemma)
+    order=interleaved, head    every d-th pair an axis's (Qwen3-VL); whole heads, `sections` of heads (MHRoPE)
+    bank=whole                 base^(-i/n) for pair i of the n that turn, whatever its axis (Qwen2-VL, Qwen3-VL)
+    base, step, start          one number, or one of each axis: base=(10000, 100, 100)
+
+An exponent over another count K' is a base: base^(K/K') ^ (-k/K) = base^(-k/K'); modded-nanogpt has K' = K - 1.
 
 Sources: RoFormer, arXiv 2104.09864; RoPE for ViT, arXiv 2403.13298, `models/vit_rope.py`; timm, `pos_embed_sincos.py`.
 

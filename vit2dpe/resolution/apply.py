@@ -15,7 +15,8 @@ from ..encodings import PositionEncoding, encodings_of, named_encodings
 from ..encodings.base import Overrides, Policy, Temperature, overriding
 from ..errors import ConfigError, not_ours, unknown
 from ..spec import check_option, parse_terms
-from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
+from .policies import POLICIES, TEMPERATURES, WHY_NOT
+from .scaled import Extent, Keep
 
 WINDOW_POLICIES = ("keep", "scale")
 KeepChoice = Callable[[str, str | None, list[Extent], bool, bool], None]  # `TimmModel.record_policy`
