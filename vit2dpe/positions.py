@@ -9,6 +9,7 @@ Legend: B batch, N tokens that have a place, d axes of the grid, P prefix tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
@@ -47,7 +48,8 @@ class Positions:
             few tokens still live on the whole grid.
         prefix: leading tokens that have no place (class token, registers). They have no row in `coords`.
         on_grid: that all places are known to be whole numbers inside the extent, by how they were made. Others are
-            looked at where a table is about to be read at them, once; on a GPU the host waits for that.
+            looked at where a table is about to be read at them, once; on a GPU the host waits for that. In a graph,
+            which looks at nothing, others are taken to be fractional.
 
     Raises:
         ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
@@ -58,6 +60,8 @@ class Positions:
     prefix: int = 0
     on_grid: bool = False
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
+    # Of scaled places: those that were scaled, and the ratio (d,) float64 of their offsets.
+    source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
@@ -118,7 +122,7 @@ class Positions:
             coords, end = (start + steps)[None], start + n  # (1, N)
             # A graph for all lengths is not narrowed to those for which this holds; nothing is looked at in one.
             free = torch.compiler.is_compiling() or is_tracing()
-            on_grid = not free and start >= 0 and (length is None or end <= length)
+            on_grid = free or (start >= 0 and (length is None or end <= length))
         return cls(coords[..., None], (end if length is None else length,), on_grid=on_grid)
 
     @property
@@ -173,9 +177,28 @@ class Positions:
         if bounds is not None and not bounds.whole:
             raise ValueError(
                 "this encoding looks places up in a table and takes whole coordinates only; "
-                "for fractional ones use a continuous encoding (sincos, rope, alibi, ...)"
+                "for fractional ones use a continuous encoding (learned, rope, alibi, ...)"
             )
         return self.coords.round().long()
+
+    def on_integers(self) -> bool:
+        """Whether all places are known to be whole numbers; not in a graph, which looks at none, nor where they learn.
+
+        Raises:
+            ValueError: for infinite places, wherever they can be looked at.
+        """
+        if self.on_grid:
+            return True
+        bounds = self.bounds()
+        if bounds is not None and not all(map(math.isfinite, (*bounds.least, *bounds.most))):
+            raise ValueError(f"places must be finite, got places from {bounds.least} to {bounds.most}")
+        return bounds is not None and bounds.whole and not self.coords.requires_grad
+
+    def assume(self, least: Sequence[float], most: Sequence[float]) -> Positions:
+        """These places, known to be fractional and to lie between these bounds, which are then not read."""
+        if readable(self.coords):
+            self.memoize("bounds", lambda: Bounds(list(least), list(most), False))
+        return self
 
     def bounds(self) -> Bounds | None:
         """Where the places lie, read once; None without any, and where they cannot be looked at (see `readable`)."""

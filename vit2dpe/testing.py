@@ -127,22 +127,33 @@ def relative_as_declared(make: Make, dims: Dims) -> None:
 
 
 def takes_fractions_as_declared(make: Make, dims: Dims) -> None:
-    """Fractional places give finite values close to those of their neighbours, or are refused."""
+    """Fractional places give finite values close to those of their neighbours, or are refused.
+
+    From a whole place to the next one, the first and the last step of the way included: what is read between the
+    entries of a table meets both of them. What comes into sight or leaves it (a bias of -1e9) is no jump.
+    """
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
     if not encoding.continuous:
         _raises(lambda: [b.dense() for b in encoding(_moved(at, 0.25)).bias], "fractional places are not refused")
         return
-    here, near = tensors(encoding(_moved(at, 0.25))), tensors(encoding(_moved(at, 0.25 + 2**-12)))
-    for name, tensor in here.items():
-        _require(bool(tensor.isfinite().all()), f"{name} is not finite at fractional places")
-        jump = (tensor - near[name]).abs().max().item()
-        _require(jump < 0.05, f"{name} jumps by {jump:.2g} over 1/4096 of a patch")
+    inner = at.take((at.coords[0] < torch.tensor(dims.grid) - 1).all(-1).nonzero().flatten())
+    for some, start in ((inner, 0.0), (at, 0.25), (inner, 1 - 2**-12)):
+        ways = [_moved(some, start + step) for step in (0.0, 2**-12)]
+        for q in (None, some):  # with them, and past queries that stay
+            here, near = (tensors(encoding(way if q is None else q, way)) for way in ways)
+            for name, tensor in here.items():
+                _require(bool(tensor.isfinite().all()), f"{name} is not finite at fractional places")
+                seen = (tensor - near[name]).abs() * ((tensor > -1e8) & (near[name] > -1e8))
+                jump = seen.max().item() if seen.numel() else 0.0
+                _require(jump < 0.05, f"{name} jumps by {jump:.2g} over 1/4096 of a patch from {start:g} on")
 
 
 def keeps_its_precision(make: Make, dims: Dims) -> None:
     """Tables are those of float64, cast once; half precision and autocast around them change no bit."""
     encoding = _drawn(make, dims)
-    at = Positions.grid(dims.grid) if not encoding.continuous else _moved(Positions.grid(dims.grid), 300.0)
+    ends = any(part.resizes for part in terms(encoding))  # a table, which has no place 300
+    at = Positions.grid(dims.grid)
+    at = at if not encoding.continuous else _moved(at, 0.25 if ends else 300.0)
     exact = Positions(at.coords.double(), at.extent)
     tables = tensors(encoding(at))
     with _Float64():

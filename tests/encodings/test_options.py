@@ -71,6 +71,7 @@ SIZES = {
 # (name, option): two values under which parameters are drawn differently from the same seed.
 DRAWS = {("fourier", "gamma"): (2.0, 8.0), ("rope_mixed", "base"): (10, 100)}
 SHARED = ["relative", "logcpb", "fire", "kerple"]
+SAMPLED = ["learned", "windowed", "factorized", "relative"]  # in test_between.py
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
 ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; test_timm_tables.py
 SECTIONS = ("sections", "partial", "zeros", "order", "bank")  # test_sections.py, and these
@@ -158,6 +159,7 @@ def test_no_option_is_left_out(name):
     options = set(inspect.signature(builder.encoding).parameters) - set(builder.arguments(DIMS[2]))
     tested = {key for owner, key in (*TURNS, *SIZES, *DRAWS, *ELSEWHERE) if owner == name}
     tested |= {"shared"} if name in SHARED else set()
+    tested |= {"sample"} if name in SAMPLED else set()
     tested |= set(IN_TRAINING) if name == "rope_dinov3" else set()
     assert options == tested
 
@@ -270,7 +272,6 @@ SIZELESS = [
     (lambda: LogCPB(2, (0, 3)), r"at least 1, got \(0, 3\)"),
     (lambda: Fire(2, (0, 3)), r"at least 1, got \(0, 3\)"),
     (lambda: Jitter(build("alibi", DIMS[2]), 0.0), "amount above 0, got 0.0"),
-    (lambda: Jitter(build("learned", DIMS[2])), "LearnedTable cannot be jittered"),
 ]
 
 

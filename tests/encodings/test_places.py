@@ -55,18 +55,20 @@ def test_places_that_a_table_does_not_have_are_refused_as_on_the_cpu(word):
             encoding.to("cuda")
             assert [outcome(encoding, at) for at in wrong(grid, "cuda")] == expected
             assert not outcome(encoding, Positions(Positions.grid(grid, "cuda").coords, grid))
-        assert bool(expected[0]) == (not encoding.continuous), "a table has no place between whole numbers"
+        assert not expected[0], "half a patch outside is the edge of the image"
         if word in ("learned", "windowed", "factorized"):
             assert all("leave the grid of" in message for message in expected[1:3])
         if word in ("relative", "t5", "logcpb"):
             assert all("leave the table" in message for message in expected[1:3])
-        if not encoding.continuous:
-            assert all("whole coordinates only" in message for message in expected[3:])
+        if encoding.resizes or word in ("t5", "logcpb"):
+            assert all("finite" in message for message in expected[3:])
 
 
-@pytest.mark.parametrize("word", ["learned", "windowed", "factorized", "relative", "t5", "fire", "sincos+learned+t5"])
+@pytest.mark.parametrize(
+    "word", ["learned", "windowed", "factorized", "relative", "t5", "fire(reach=extent)", "sincos+learned+t5"]
+)
 def test_hand_made_places_are_read_once_and_never_in_a_graph(word):
-    encoding, grid = next(built(word))
+    encoding, grid = list(built(word))[1 if "fire" in word else 0]
     with Device("cuda"):
         encoding.to("cuda")
         at = Positions(Positions.grid(grid, "cuda").coords, grid)
@@ -76,10 +78,12 @@ def test_hand_made_places_are_read_once_and_never_in_a_graph(word):
             assert read.call_count == 1
             with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
                 tensors(encoding(Positions(at.coords, grid)))
-                tensors(encoding(Positions(at.coords + 0.25, grid)))  # as it was: rounded
-            assert read.call_count == 1
+                between = tensors(encoding(Positions(at.coords + 0.25, grid)))
+            for name, tensor in tensors(encoding(Positions(at.coords + 0.25, grid))).items():
+                assert torch.equal(tensor, between[name]), "not rounded"
+            assert read.call_count == 2
             tensors(encoding(Positions.grid(grid, "cuda")))
-            assert read.call_count == 1
+            assert read.call_count == 2
 
 
 def test_what_can_be_looked_at():

@@ -16,7 +16,7 @@ from vit2dpe.spec import parse_size
 from vit2dpe.testing import randomise, tensors
 
 TRAIN, LARGE = (3, 4), (6, 10)
-ALL = {"sincos": 2, "alibi": 2, "rope": 4, "rope_mixed": 4, "learned": 1, "relative": 1}
+ALL = {"sincos": 2, "alibi": 2, "rope": 4, "rope_mixed": 4, "learned": 2, "relative": 2}
 
 
 def micro(position="rope", **kwargs):
@@ -128,11 +128,11 @@ def test_a_temperature_is_set_once_for_a_sum_and_its_blocks():
 @pytest.mark.parametrize(
     ("word", "policy", "reason"),
     [
-        ("relative", "interpolate", "whole coordinates only"),
         ("learned", "ntk", "no rotary frequencies"),
         ("sincos", "yarn", "no rotary frequencies"),
         ("rope", "resize", "no table"),
-        ("learned+rope", "interpolate", "LearnedTable cannot interpolate"),
+        ("learned+rope", "ntk", "LearnedTable cannot ntk"),
+        ("rope", "subtable", "no table to take a part of"),
         ("learned", "extrapolate", "no entries beyond"),
         ("rope", "interpolat", "did you mean 'interpolate'"),
         ("rope", "interpolate(aling=corner)", "did you mean 'align'"),

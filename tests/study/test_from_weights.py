@@ -197,7 +197,11 @@ def test_a_policy_that_was_tuned_is_measured_for_the_encoding_of_the_weights(tmp
         found[trial.encoding, trial.start] = tuple(trials.policies_for(plan, model))
     able = policies_of(load_run(run))
     control = ("default", *able)
-    assert found == {("rope", WEIGHTS): control, ("learned", WEIGHTS): ("resize",), ("rope", SCRATCH): control}
+    assert found == {
+        ("rope", WEIGHTS): control,
+        ("learned", WEIGHTS): ("resize", "interpolate"),
+        ("rope", SCRATCH): control,
+    }
 
 
 def test_words_mean_the_encoding_of_the_weights(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ def finished(tmp_path_factory):
 
 def test_it_writes_what_it_promises(finished):
     rows = read_csv(finished / "results.csv")
-    assert tuple(rows[0]) == COLUMNS[:-2], "the depth where there are several"
-    # none: 1 policy; rope: 4; a sum of a formula and a table has none in common: its parts do what they do
-    assert len(rows) == 2 * (1 + 4 + 1) * 2 * 2
-    assert {r["policy"] for r in rows if r["encoding"] == "sincos+relative"} == {"default"}
+    assert tuple(rows[0]) == COLUMNS[:-3], "the depth where there are several"
+    # none: 1 policy; rope: 4; of a sum of a formula and a table what its parts do, and what they have in common
+    assert len(rows) == 2 * (1 + 4 + 2) * 2 * 2
+    assert {r["policy"] for r in rows if r["encoding"] == "sincos+relative"} == {"default", "interpolate"}
     assert {(r["height"], r["width"]) for r in rows} == {("16.0", "16.0"), ("24.0", "32.0")}
     assert {r["seed"] for r in rows} == {"0.0", "1.0"}
     assert all(float(r["n"]) == 40 and r["value"] == r["top1"] for r in rows)
@@ -199,7 +199,9 @@ def test_a_swin_is_studied_over_what_its_windows_do(tmp_path):
     swin = dict(MICRO, arch="swin", stages="1,1", patch=2, window=4, encodings="relative,alibi", modes="scale")
     study(StudyConfig.of(swin, out=str(tmp_path)))
     rows = read_csv(tmp_path / "results.csv")
-    assert {r["policy"] for r in rows if r["encoding"] == "relative"} == {"keep+resize", "scale+resize"}
+    assert {r["policy"] for r in rows if r["encoding"] == "relative"} == {
+        f"{window}+{policy}" for window in ("keep", "scale") for policy in ("resize", "interpolate")
+    }
     assert {r["policy"] for r in rows if r["encoding"] == "alibi"} == {
         f"{window}+{policy}" for window in ("keep", "scale") for policy in ("extrapolate", "interpolate")
     }

@@ -95,7 +95,7 @@ def test_agreement_is_with_the_old_model_at_its_own_size(old, new):
     assert at_own["learned (old)"] == 100
     assert at_own["rope (recovered)"] == pytest.approx(float(read_csv(new / "metrics.csv")[-1]["test_agreement"]))
     assert {row.policy for row in rows if "swapped" in row.encoding} == {"extrapolate"}
-    assert len(rows) == 2 * (1 + 1 + 4), "sizes times policies"
+    assert len(rows) == 2 * (2 + 1 + 4), "sizes times policies"
 
 
 def test_the_card_names_the_old_encoding_and_the_images(new, tmp_path):
@@ -157,7 +157,9 @@ def test_the_policy_that_was_tuned_is_measured_and_goes_with_the_old_encoding(ol
     write_policy(tmp_path / "old" / "last", "resize(mode=bilinear)", "log(power=4)")
     out = swap(config(tmp_path / "old", tmp_path / "run", optim=replace(OPTIM, epochs=1)))
     rows = [row for row in read_rows(out / "swap.csv") if row.metric == "agreement"]
-    assert [row.policy for row in rows if "old" in row.encoding] == ["default"] * 2 + ["resize"] * 2
+    assert [row.policy for row in rows if "old" in row.encoding] == [
+        policy for policy in ("default", "resize", "interpolate") for _ in range(2)
+    ]
     assert "default" not in [row.policy for row in rows if "old" not in row.encoding]
     assert "policy" not in read_meta(out / "last").keys() | read_meta(out / "last")["arguments"].keys()
 

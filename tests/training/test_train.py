@@ -376,8 +376,6 @@ def test_places_are_jittered_in_training_only(tmp_path):
         mine.eval()
         again = mine(at)
         assert torch.equal(again.token if again.token is not None else again.q_rotation.cos, found[2])
-    with pytest.raises(ConfigError, match="cannot be jittered"):
-        jitter_positions(vit("rope+learned"), 0.5)
     with pytest.raises(ConfigError, match="has none of ours"):
         jitter_positions(vit("none"), 0.5)
     config = replace(MICRO, model=replace(MICRO.model, position="rope", jitter=0.5))

@@ -12,7 +12,7 @@ of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -139,7 +139,8 @@ class PositionEncoding(nn.Module):
             compiled they are 0-d tensors instead, so that one graph serves all.
         gives: which fields of the Signal it fills, of "token", "rotation", "bias".
         policies: what it can do at another resolution, the default first.
-        resizes: the ways in which its tables can be resized, words of `tables.RESIZES`.
+        resizes: the ways in which its tables can be resized, words of `tables.RESIZES`; () without a table. Where there
+            is one, `subtable` serves too, up to its size.
     """
 
     relative: bool = False
@@ -293,8 +294,7 @@ class Sum(PositionEncoding):
             raise ConfigError("a sum needs at least one encoding; no position is `none`")
         self.gives = frozenset().union(*(part.gives for part in parts))
         active = [part for part in parts if part.gives] or parts[:1]
-        common = tuple(p for p in active[0].policies if all(p in part.policies for part in active))
-        self.policies = common or ("default",)  # each part does what it does by itself
+        self.policies = common_policies(active)
         self.relative = all(part.relative for part in parts)
         self.continuous = all(part.continuous for part in parts)
         self.per_block = all(part.per_block for part in parts)
@@ -343,6 +343,13 @@ class NoPosition(PositionEncoding):
     """`none`: the empty Signal. Attention then sees a set: permuting tokens permutes outputs."""
 
     relative = True
+
+
+def common_policies(encodings: Sequence[PositionEncoding]) -> tuple[str, ...]:
+    """The policies that all encodings can take; "default" first where what they do by themselves differs."""
+    first = encodings[0].policies
+    common = tuple(p for p in first if all(p in one.policies for one in encodings))
+    return common if all(one.policies[0] == first[0] for one in encodings) else ("default", *common)
 
 
 def terms(encoding: PositionEncoding) -> list[PositionEncoding]:

@@ -5,9 +5,7 @@
 Sources: NaViT, arXiv 2307.06304; timm, `naflexvit.py` (`pos_embed='factorized'`).
 
 How ours differs: any number of axes. At another extent each axis is resized on its own, linearly and without
-antialias, as timm does, so any aspect ratio is met.
-
-Limits: whole coordinates only.
+antialias, as timm does, so any aspect ratio is met. Between whole places each is read linearly, or cubically.
 """
 
 from __future__ import annotations
@@ -18,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..positions import Positions
+from ..positions import Positions, exact
 from .base import PositionEncoding
+from .between import check_inside, check_sample, read, taps
+from .mlp import lifted
 from .tables import check_places, fitted, replace
 
 
@@ -29,15 +29,16 @@ class Factorized(PositionEncoding):
     Args:
         dim: width D.
         grid: the sizes (S_1, ..., S_d) it is learned on.
+        sample: how they are read at fractional places: "bilinear", of one axis linear, or "bicubic".
     """
 
-    continuous = False
     gives = frozenset({"token"})
-    policies = ("resize",)
+    policies = ("resize", "interpolate")
     resizes = ("bilinear", "plain", "antialias")
 
-    def __init__(self, dim: int, grid: Sequence[int]) -> None:
+    def __init__(self, dim: int, grid: Sequence[int], *, sample: str = "bilinear") -> None:
         super().__init__()
+        self.sample = check_sample("factorized", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"factorized needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.tables = nn.ParameterList(torch.empty(size, dim) for size in grid)
@@ -56,11 +57,15 @@ class Factorized(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
-        places = check_places(at)
-        rows = [
-            fitted(self, self.tables[axis].t(), (size,), "bilinear", axis).t()[places[..., axis]]
-            for axis, size in enumerate(at.extent)
-        ]
+        lines = [fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.extent)]  # (D, S)
+        if at.on_integers():
+            places = check_places(at)
+            rows = [line.t()[places[..., axis]] for axis, line in enumerate(lines)]
+        else:
+            check_inside(at)
+            wide, x = [lifted(line) for line in lines], exact(at.coords)
+            found = [taps(x[..., a, None], line.shape[1:], self.sample, line.dtype) for a, line in enumerate(wide)]
+            rows = [read(line, where).movedim(0, -1) for line, where in zip(wide, found, strict=True)]
         return torch.stack(rows).sum(0)  # (B|1, N, D)
 
     def extra_repr(self) -> str:

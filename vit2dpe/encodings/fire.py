@@ -9,10 +9,9 @@ Source: FIRE, arXiv 2310.04418 (one axis, causal: reach is max(L, place of the q
 
 How ours differs: Euclidean distance on any number of axes. Beyond one axis there is no past for a query's place to
 measure, so reach is the diagonal, and L, which it always exceeds, is not there. The network is evaluated once for each
-offset.
+offset, of fractional places (jitter) for each pair.
 
-Limits: whole coordinates only, because offsets are looked up. "query" is not relative: moving all tokens moves the
-queries' places.
+Limits: "query" is not relative: moving all tokens moves the queries' places.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ..positions import Positions, exact
 from ..signal import Table
 from .base import PositionEncoding
 from .mlp import PositionLinear, lifted, lifted_mlp, redraw
+from .offsets import Lattice, all_offsets, kept, lattice
 from .tables import channels_first, offset_grid
 
 
@@ -43,10 +43,9 @@ class Fire(PositionEncoding):
     """
 
     relative = True
-    continuous = False
     per_block = True
     gives = frozenset({"bias"})
-    policies = ("extrapolate",)
+    policies = ("extrapolate", "interpolate")
 
     def __init__(
         self,
@@ -84,20 +83,29 @@ class Fire(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         if self.threshold is None:
             like = lifted(self.log_scale)
-            key = ("fire", None if k is q else k, len(self.grid), like.dtype)
-            far, reach = q.memoize(key, lambda: self._distances(q, k, like))  # the same for all blocks
-            return Table(channels_first(self._network(far, reach)), q, k)
+            found = lattice(q, k, len(self.grid))
+            key = ("fire", len(self.grid), like.dtype)
+            far, reach = kept(q, k, key, lambda: self._distances(q, k, found, like))  # the same for all blocks
+            bias = channels_first(self._network(far, reach))
+            return bias.transpose(0, 1) if found is None else Table(bias, *found[:2])
         if q.axes != 1:
             raise ValueError(f"this fire was built for 1 axis, the positions have {q.axes}")
-        place, other = exact(q.places()[..., 0]), exact(k.places()[..., 0])
+        place, other = exact(q.coords)[..., 0], exact(k.coords)[..., 0]
         far = (place[..., :, None] - other[..., None, :]).abs()  # (B|1, Nq, Nk)
         reach = torch.maximum(place.abs()[..., None], self.threshold.abs().to(place.device))
         return self._network(far, reach).permute(0, 3, 1, 2)
 
-    def _distances(self, q: Positions, k: Positions, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(2 S_1 - 1, ...) that of each offset of the extent at hand, and the largest; computed in float64."""
-        far = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt()
-        return far.to(like.dtype).to(like.device), far.max().to(like.dtype).to(like.device)
+    def _distances(self, q: Positions, k: Positions, found: Lattice | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(2 S_1 - 1, ...) that of each offset of the extent at hand, or (B|1, Nq, Nk) of each pair, and the largest
+        that the extent has; computed in float64."""
+        offsets = all_offsets(q, k, found)
+        if found is not None and found[2] is None:
+            far = offsets.square().sum(-1).sqrt()
+            reach = far.max()
+        else:  # the norm has a gradient at 0, the root has none
+            far = torch.linalg.vector_norm(offsets, dim=-1)
+            reach = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt().max()
+        return far.to(like.dtype).to(like.device), reach.to(like.dtype).to(like.device)
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:
         """(...) distances, reach broadcast to them -> (..., H)."""

@@ -1,6 +1,9 @@
-"""`Jitter`: any continuous encoding, its places moved a little at random in training.
+"""`Jitter`: any encoding, its places moved a little at random in training.
 
     p' = p + ε,    ε uniform in ±amount patches, for each token and axis, drawn once a forward
+
+A place of a table moves no farther than half a patch beyond the outermost centres, to the edge of the image; with
+amounts up to 1/2 none would. Out there a table has its outermost entries (`between.py`).
 
 Source: ComRoPE, arXiv 2506.03737 (coordinates jittered by half a patch; measured there to help every encoding beyond
 the training size). How ours differs: a wrapper, so that it serves any encoding that takes fractional places.
@@ -16,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..positions import Positions
 from ..signal import Signal
-from .base import PositionEncoding
+from .base import PositionEncoding, terms
 
 
 class Jitter(PositionEncoding):
@@ -34,14 +37,14 @@ class Jitter(PositionEncoding):
         super().__init__()
         if not encoding.continuous:
             raise ConfigError(
-                f"{type(encoding).__name__} cannot be jittered: it looks places up in a table, "
-                "which takes whole coordinates only"
+                f"{type(encoding).__name__} cannot be jittered: it takes whole coordinates only (`continuous` is off)"
             )
         if not amount > 0:
             raise ConfigError(f"jitter needs an amount above 0, got {amount}")
         self.encoding, self.amount = encoding, amount
         self.relative, self.per_block = encoding.relative, encoding.per_block
         self.gives, self.policies = encoding.gives, encoding.policies
+        self.bounded = any(part.resizes for part in terms(encoding))  # has a table, which ends
 
     def perturb(self, at: Positions) -> Callable[[Positions], Positions]:
         def draw(coords: Tensor) -> Tensor:
@@ -50,8 +53,15 @@ class Jitter(PositionEncoding):
         drawn = draw(at.coords)  # once: keys that are the queries' places are moved with them
 
         def moved(where: Positions) -> Positions:
-            noise = drawn if where.coords.shape == drawn.shape else draw(where.coords)
-            return Positions(where.coords + noise, where.extent, where.prefix)
+            coords = where.coords + (drawn if where.coords.shape == drawn.shape else draw(where.coords))
+            edges = [size - 0.5 for size in where.extent]
+            if self.bounded:
+                coords = coords.clamp(min=-0.5).minimum(coords.new_tensor(edges))
+            made = Positions(coords, where.extent, where.prefix)
+            if self.bounded or where.on_grid:  # then nobody need look where they went
+                far = 0.5 if self.bounded else self.amount
+                made.assume([-far] * where.axes, [edge - 0.5 + far for edge in edges])
+            return made
 
         return moved
 

@@ -6,9 +6,8 @@ Sources: ViT, arXiv 2010.11929; timm, `VisionTransformer.pos_embed` and `resampl
 
 How ours differs: the table carries its grid, so a non-square one is never mistaken for a square one; there is no row
 for the class token (timm's is folded into `cls_token` on loading); any number of axes. At another extent the table
-is resized from the stored one at each call, in float32, by a named mode; nothing is resized in place.
-
-Limits: whole coordinates only.
+is resized from the stored one at each call, in float32, by a named mode; nothing is resized in place. Between whole
+places the table is read bilinearly, or bicubically (`between.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import channels_first, fitted, flat_index, replace
+from .between import check_sample, tokens_at
+from .tables import channels_first, fitted, replace
 
 MODES = ("antialias", "plain", "dino")
 
@@ -35,18 +35,18 @@ class LearnedTable(PositionEncoding):
         resize: how the table meets another extent: "antialias" (bicubic with antialias, timm), "plain" (bicubic
             without, MAE, rope-vit, transformers), or "dino" (plain, by a scale factor with 0.1 patch added to each
             side, as DINO's and the first DINOv2 weights were used).
+        sample: how it is read at fractional places: "bilinear" or "bicubic".
     """
 
-    continuous = False
     gives = frozenset({"token"})
-    policies = ("resize",)
+    policies = ("resize", "interpolate")
     resizes = (*MODES, "bilinear")
 
-    def __init__(self, dim: int, grid: Sequence[int], *, resize: str = "antialias") -> None:
+    def __init__(self, dim: int, grid: Sequence[int], *, resize: str = "antialias", sample: str = "bilinear") -> None:
         super().__init__()
         if resize not in MODES:
             raise unknown("resize of learned", resize, MODES)
-        self.resize = resize
+        self.resize, self.sample = resize, check_sample("learned", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"learned needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, dim))
@@ -64,8 +64,7 @@ class LearnedTable(PositionEncoding):
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
         table = fitted(self, channels_first(self.pos_embed[0]), at.extent, self.resize)  # (D, *extent)
-        index = flat_index(at)  # (B|1, N)
-        return table.flatten(1).t()[index]  # (B|1, N, D)
+        return tokens_at(table, at, self.sample)  # (B|1, N, D)
 
     def extra_repr(self) -> str:
         return f"dim={self.pos_embed.shape[-1]}, grid={tuple(self.pos_embed.shape[1:-1])}, resize={self.resize!r}"

@@ -10,11 +10,10 @@ and with `form=cr`, as in timm's `vit_relpos_*`, on offsets in patches and witho
 Sources: Swin V2, arXiv 2111.09883, `models/swin_transformer_v2.py`; timm, `swin_transformer_v2.py` (`cpb_mlp`) and
 `layers/pos_embed_rel.py` (`RelPosMlp`, whose dropout of 1/8 in training is left out).
 
-How ours differs: any number of axes; evaluated once for each offset that the grid has, then looked up; an axis of one
-patch has u = 0 (the original divides by zero). S is the training grid and stays, in the state_dict: at another extent
+How ours differs: any number of axes; evaluated once for each offset that the grid has, then looked up, of fractional
+places (jitter) for each pair, where a backward keeps two activations of the hidden layer a pair; an axis of one patch
+has u = 0 (the original divides by zero). S is the training grid and stays, in the state_dict: at another extent
 the network is evaluated at larger offsets, as Swin V2 does with `pretrained_window_size`.
-
-Limits: whole coordinates only, because offsets are looked up.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from ..positions import Positions, numbers
 from ..signal import Table
 from .base import OnGrid
 from .mlp import PositionLinear, lifted, lifted_mlp, redraw
-from .tables import channels_first, offset_grid
+from .offsets import all_offsets, kept, lattice
+from .tables import channels_first
 
 
 class LogCPB(OnGrid):
@@ -45,10 +45,9 @@ class LogCPB(OnGrid):
     """
 
     relative = True
-    continuous = False
     per_block = True
     gives = frozenset({"bias"})
-    policies = ("extrapolate",)
+    policies = ("extrapolate", "interpolate")
 
     def __init__(
         self, heads: int, grid: Sequence[int], *, hidden: int = 512, shared: bool = False, form: str = "swin"
@@ -66,16 +65,20 @@ class LogCPB(OnGrid):
     def reset_parameters(self) -> None:
         redraw(self.cpb_mlp)
 
-    def bias(self, q: Positions, k: Positions) -> Table:
+    def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         like = lifted(self.cpb_mlp[0].weight)  # type: ignore[arg-type]
-        key = ("logcpb", None if k is q else k, self.grid, self.form, like.dtype)
-        c = q.memoize(key, lambda: self._coordinates(q, k).to(like.device, like.dtype))  # the same for all blocks
-        bias = channels_first(lifted_mlp(self.cpb_mlp, c))  # (H, 2 S_1 - 1, ...)
-        return Table(bias if self.form == "cr" else 16 * bias.sigmoid(), q, k)
+        found = lattice(q, k, len(self.grid))
 
-    def _coordinates(self, q: Positions, k: Positions) -> Tensor:
-        """(2 S_1 - 1, ..., d) what the network sees of each offset of the extent at hand, float64."""
-        offsets = offset_grid(q, k, len(self.grid))
+        def made() -> Tensor:
+            return self._coordinates(all_offsets(q, k, found)).to(like.device, like.dtype)
+
+        c = kept(q, k, ("logcpb", self.grid, self.form, like.dtype), made)  # the same for all blocks
+        bias = channels_first(lifted_mlp(self.cpb_mlp, c))  # (H, 2 S_1 - 1, ...)
+        bias = bias if self.form == "cr" else 16 * bias.sigmoid()
+        return bias.transpose(0, 1) if found is None else Table(bias, *found[:2])
+
+    def _coordinates(self, offsets: Tensor) -> Tensor:
+        """(..., d) what the network sees of offsets, float64."""
         if self.form == "cr":
             return offsets.sign() * torch.log(1 + offsets.abs())
         u = offsets / numbers([max(1, size - 1) for size in self.grid], offsets.device)

@@ -18,8 +18,8 @@ How ours differs: head-major with the grid in its shape (Swin's is flat, (ΠT, H
 a square root); any number of axes; the whole grid of a ViT or the window of a Swin alike; no index buffer. At another
 extent the table is resized bicubic, without antialias, as Swin's own loader does; a symmetric one is mirrored first, so
 that the entry of offset 0 keeps its value (LeViT's and TinyViT's loaders resize what is not mirrored, and move it).
-
-Limits: whole coordinates only.
+Between whole offsets the table is read bilinearly, or bicubically (`between.py`): places that a policy scales have a
+table of their offsets, other fractional places (jitter) a matrix of all pairs, (B|1, H, N, N) in every block.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..positions import Positions
-from ..signal import Table
+from ..signal import Dense, Table
 from .base import PositionEncoding
+from .between import check_sample
+from .offsets import read_at_offsets
 from .tables import check_extents, fitted, replace
 
 
@@ -46,14 +48,14 @@ class RelativeBias(PositionEncoding):
         resize: how the table meets another extent: "bicubic" (Swin's own loader: all offsets are stretched alike) or
             "geometric" (BEiT, timm: near offsets keep their entries, far ones are stretched).
         prefix: three learned numbers a head for pairs with prefix tokens, instead of none.
+        sample: how the table is read at fractional offsets: "bilinear" or "bicubic".
         symmetric: one entry for offsets of either sign along each axis.
     """
 
     relative = True
-    continuous = False
     per_block = True
     gives = frozenset({"bias"})
-    policies = ("resize",)
+    policies = ("resize", "interpolate")
     resizes = ("plain", "antialias", "bilinear", "geometric")
 
     def __init__(
@@ -64,12 +66,13 @@ class RelativeBias(PositionEncoding):
         shared: bool = False,
         resize: str = "bicubic",
         prefix: bool = False,
+        sample: str = "bilinear",
         symmetric: bool = False,
     ) -> None:
         super().__init__()
         if resize not in ("bicubic", "geometric"):
             raise unknown("resize of relative", resize, ("bicubic", "geometric"))
-        self.resize = resize
+        self.resize, self.sample = resize, check_sample("relative", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"relative needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.per_block = not shared
@@ -86,11 +89,11 @@ class RelativeBias(PositionEncoding):
         if self.prefix_bias is not None:
             nn.init.trunc_normal_(self.prefix_bias, std=0.02)
 
-    def bias(self, q: Positions, k: Positions) -> Table:
+    def bias(self, q: Positions, k: Positions) -> Table | Dense:
         check_extents(q, k, self._learned().ndim - 1)
         sizes = tuple(2 * size - 1 for size in q.extent)
         prefix = None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
-        return Table(self._resized(sizes).to(self.dtype), q, k, prefix)
+        return read_at_offsets(self._resized(sizes).to(self.dtype), q, k, prefix, self.sample)
 
     def _learned(self) -> Tensor:
         found = self.relative_position_bias_table if self.attention_biases is None else self.attention_biases

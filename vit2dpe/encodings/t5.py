@@ -9,23 +9,23 @@ beyond.
 Sources: T5, arXiv 1910.10683; transformers, `modeling_t5.py` (`_relative_position_bucket`).
 
 How ours differs: with several axes, a table for each, added up (iRPE's "cross"; on one axis it is T5's). One table
-serves all blocks, as in T5.
-
-Limits: whole coordinates only.
+serves all blocks, as in T5. Between whole offsets, which T5 does not have, it is linear along each axis.
 """
 
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..positions import Positions
+from ..positions import Positions, offsets
 from ..signal import Table
 from .base import PositionEncoding
-from .tables import axis_offsets
+from .offsets import along_axes, lattice
 
 
 class T5Bias(PositionEncoding):
@@ -40,9 +40,8 @@ class T5Bias(PositionEncoding):
     """
 
     relative = True
-    continuous = False
     gives = frozenset({"bias"})
-    policies = ("extrapolate",)
+    policies = ("extrapolate", "interpolate")
 
     def __init__(
         self, heads: int, *, axes: int = 2, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
@@ -61,16 +60,27 @@ class T5Bias(PositionEncoding):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.relative_attention_bias, std=0.02)
 
-    def bias(self, q: Positions, k: Positions) -> Table:
-        total: Tensor | None = None
-        weights = self.relative_attention_bias
-        for axis, offset in enumerate(axis_offsets(q, k, weights.shape[0], q.coords.device)):  # q - k, (2 S - 1)
-            table = weights[axis].to(self.dtype)[self.bucket(-offset)].t()  # (H, 2 S - 1)
-            table = table[(slice(None), *[None] * axis, slice(None), *[None] * (q.axes - axis - 1))]
-            total = table if total is None else total + table
-        if total is None:
-            raise ValueError("t5 needs at least one axis")
-        return Table(total, q, k)
+    def bias(self, q: Positions, k: Positions) -> Tensor | Table:
+        axes = self.relative_attention_bias.shape[0]
+        found = lattice(q, k, axes)
+        if found is None:  # (B|1, Nq, Nk, H) of all pairs
+            pairs = reduce(add, (self._at(axis, offsets(q, k, axis)) for axis in range(axes)))
+            return pairs.permute(0, 3, 1, 2)
+        tables = []
+        for axis, offset in enumerate(along_axes(*found, axes, q.coords.device)):  # q - k, (2 S - 1)
+            table = self._at(axis, offset).t()  # (H, 2 S - 1)
+            tables.append(table[(slice(None), *[None] * axis, slice(None), *[None] * (axes - axis - 1))])
+        return Table(reduce(add, tables), *found[:2])
+
+    def _at(self, axis: int, offset: Tensor) -> Tensor:
+        """(..., H) of offsets q - k along an axis, int64, or float64 and then linear between whole ones."""
+        weights = self.relative_attention_bias[axis].to(self.dtype)
+        if not offset.is_floating_point():
+            return weights[self.bucket(-offset)]
+        low, device = offset.floor(), weights.device
+        share = (offset - low).to(device, self.dtype)[..., None]
+        near, far = (weights[self.bucket(-whole.long().to(device))] for whole in (low, low + 1))
+        return near * (1 - share) + far * share
 
     def bucket(self, offset: Tensor) -> Tensor:
         """Bucket of key minus query, whole numbers."""

@@ -6,9 +6,8 @@ Sources: absolute windows, arXiv 2311.05613; timm, `hiera.py` (`abs_pos_embed` w
 
 How ours differs: any number of axes; the window need not divide the grid (timm tiles a whole number of times and needs
 it to). At another extent the global table is resized bicubic with antialias, as `learned` is, and the window table is
-repeated as it is: what resizing a table would blur, a model of windows has learned at the scale of its window.
-
-Limits: whole coordinates only.
+repeated as it is: what resizing a table would blur, a model of windows has learned at the scale of its window. Between
+whole places both are read bilinearly, or bicubically, the window table across the seam between two windows too.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
-from .tables import channels_first, fitted, flat_index, replace
+from .between import check_sample, read_tokens, tokens_at
+from .tables import channels_first, fitted, replace
 
 
 class WindowedTable(PositionEncoding):
@@ -31,15 +31,16 @@ class WindowedTable(PositionEncoding):
         dim: width D.
         grid: the sizes the global table is learned on.
         window: W, the side of the window in patches, along every axis.
+        sample: how both are read at fractional places: "bilinear" or "bicubic".
     """
 
-    continuous = False
     gives = frozenset({"token"})
-    policies = ("resize",)
+    policies = ("resize", "interpolate")
     resizes = ("antialias", "plain", "bilinear")
 
-    def __init__(self, dim: int, grid: Sequence[int], *, window: int = 4) -> None:
+    def __init__(self, dim: int, grid: Sequence[int], *, window: int = 4, sample: str = "bilinear") -> None:
         super().__init__()
+        self.sample = check_sample("windowed", sample)
         if not grid or any(size < 1 for size in grid) or window < 1:
             raise ConfigError(f"windowed needs a grid and a window of at least 1, got {tuple(grid)} and {window}")
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, dim))
@@ -58,10 +59,11 @@ class WindowedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = fitted(self, channels_first(self.pos_embed[0]), at.extent, "antialias").flatten(1).t()  # (N, D)
+        image = tokens_at(fitted(self, channels_first(self.pos_embed[0]), at.extent, "antialias"), at, self.sample)
         window = self.pos_embed_window[0]
-        inside = at.places().remainder(window.shape[0]).unbind(-1)
-        return table[flat_index(at)] + window[inside]
+        if not at.on_integers():
+            return image + read_tokens(channels_first(window), at, self.sample, wrap=True)
+        return image + window[at.places().remainder(window.shape[0]).unbind(-1)]
 
     def extra_repr(self) -> str:
         return f"grid={tuple(self.pos_embed.shape[1:-1])}, window={self.pos_embed_window.shape[1]}"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..encodings import PositionEncoding, encodings_of, named_encodings
-from ..encodings.base import Overrides, Policy, Temperature, overriding
+from ..encodings.base import Overrides, Policy, Temperature, common_policies, overriding
 from ..errors import ConfigError, not_ours, unknown
 from ..spec import check_option, parse_terms
 from .policies import POLICIES, TEMPERATURES, WHY_NOT
@@ -26,15 +26,12 @@ PositionGroup = tuple[PositionEncoding, nn.Module, Extent]  # leading encoding, 
 def policies_of(model: nn.Module) -> tuple[str, ...]:
     """The policies that every encoding of a model can take, the default first.
 
-    ("default",) where the parts of a sum have none in common and each does what it does by itself; so too for a
-    module that is not ours. ("extrapolate",) for a model without positions.
+    "default" is what each does by itself, where that differs between the parts of a sum; so too for a module that is
+    not ours. ("extrapolate",) for a model without positions.
     """
     found = encodings_of(model)
-    common: tuple[str, ...]
-    if not found:
-        common = ("extrapolate",) if named_encodings(model) else ("default",)
-    else:
-        common = tuple(p for p in found[0].policies if all(p in e.policies for e in found)) or ("default",)
+    without = ("extrapolate",) if named_encodings(model) else ("default",)
+    common = common_policies(found) if found else without
     return tuple(f"{window}+{p}" for window in windows_of(model) for p in common) or common
 
 
@@ -89,8 +86,8 @@ def use_policy(model: nn.Module, policy: str = "default", *, temperature: str | 
         model: a model of ours, which remembers its `train_grid`, or what holds one (SimMIM, a wrapper).
         policy: "extrapolate", "interpolate", "interpolate(power=0.5)", "ntk", "yarn(beta_fast=2)",
             "resize(mode=plain)", or "default": each encoding does what it does by itself, or what `set_policy` made its
-            own. Of several, "resize+interpolate", each takes the first that it can. For a Swin also "keep" or "scale",
-            what its windows do, alone or before one of these: "scale+interpolate".
+            own. Of several, "resize+interpolate", each takes the first that it can, tables `resize`. For a Swin also
+            "keep" or "scale", what its windows do, alone or before one of these: "scale+interpolate".
         temperature: "log" (or True): logits times ln N / ln N_train; "yarn": times (0.1 ln s + 1)²; "log(power=0.5)".
             By default none; beside "default" the model's own.
 
@@ -141,8 +138,9 @@ def set_policy(
 ) -> None:
     """From now on `model` follows `policy` at sizes it was not trained at; "default" then means this.
 
-    Every encoding that can take the policy does; a table beside a formula goes on being resized. No key of the
-    state_dict changes: the choice is an argument of the model, with which timm, `save_model` and hub folders keep it.
+    Every encoding that can take the policy does; a table beside a formula goes on being resized, where the formula
+    interpolates too. No key of the state_dict changes: the choice is an argument of the model, with which timm,
+    `save_model` and hub folders keep it.
 
     Args:
         policy: a specification as for `use_policy`, but for "default".
@@ -173,6 +171,8 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
     for (_, part, _), extent in zip(groups, extents, strict=True):
         chosen = _policies(policy, extent)
         able += [(e, taken) for e in encodings_of(part) if (taken := _taken(e, chosen)) is not None]
+    if any(not e.resizes for e, _ in able):
+        able = [(e, taken) for e, taken in able if not e.resizes or taken.name != "interpolate"]
     if not able:
         found = dict.fromkeys(type(encoding).__name__ for encoding in encodings_of(model))
         resizes = [word for encoding in encodings_of(model) for word in encoding.resizes]
@@ -196,9 +196,12 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
 
 
 def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
-    """The first of several policies that an encoding can take."""
-    able = (p for p in chosen if p.kind in encoding.policies and getattr(p, "mode", None) in (None, *encoding.resizes))
-    return next(able, None)
+    """The first of several policies that an encoding can take; a table is resized where that is among them."""
+    # A part of a table is no policy for every other size, and so none of its `policies`.
+    policies = (*encoding.policies, "subtable") if encoding.resizes else encoding.policies
+    able = [p for p in chosen if p.kind in policies and getattr(p, "mode", None) in (None, *encoding.resizes)]
+    last = "interpolate" if encoding.resizes else ""
+    return next((p for p in able if p.name != last), able[0] if able else None)
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:

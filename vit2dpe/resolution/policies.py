@@ -3,7 +3,8 @@
 A policy scales each axis on its own; s = (extent / training extent) ^ power of an axis, and power is 1 by default:
 
     extrapolate   coordinates as they are                        formulas
-    interpolate   coordinates divided by s                       formulas (arXiv 2306.15595)
+    interpolate   coordinates divided by s, where a table is     all      (arXiv 2306.15595)
+                  read between its entries
     ntk           rotary frequencies w_i -> w_i s^(-t_i)         rotary   ("NTK-aware" base change)
     yarn          between extrapolate and interpolate by         rotary   (arXiv 2309.00071; "NTK by parts" is yarn
                   how often a frequency turns over the                    without a temperature)
@@ -11,6 +12,7 @@ A policy scales each axis on its own; s = (extent / training extent) ^ power of 
     llama3        likewise, linear in the turns                  rotary   (transformers, `modeling_rope_utils.py`)
     longrope      frequencies divided by a factor for each pair  rotary   (arXiv 2402.13753)
     resize        the table is resized to the extent             tables
+    subtable      the middle of the table, at scale 1            tables, up to their size
 
 t_i runs from 0 at the highest frequency of an axis to 1 at the lowest, and a frequency of 0 stays 0. Between
 extrapolate (power 0) and the policy itself (power 1), and beyond, lie the powers: interpolate(power=0.5), or one of
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
-from ..positions import Positions, numbers
+from ..positions import Positions, numbers, readable
 from .rotary import NTK, Llama3, LongRoPE, YaRN
 from .scaled import MOST, Extent, Keep, Scaled, is_power, powers_of, traced
 
@@ -98,9 +100,45 @@ class Interpolate(Scaled):
     def _scaled(self, at: Positions) -> Positions:
         powers = powers_of(self.power, len(self.train))
         scales = [(t / e) ** p for t, e, p in zip(self.train, at.extent, powers, strict=True)]
-        ratio = numbers(scales, at.coords.device)
-        ratio, shift = ratio.to(at.coords.device, at.coords.dtype), _SHIFT[self.align]
-        return Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
+        exact, shift = numbers(scales, at.coords.device), _SHIFT[self.align]
+        ratio = exact.to(at.coords.device, at.coords.dtype)
+        made = Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
+        object.__setattr__(made, "source", (at.with_prefix(at.prefix), exact))  # a copy of them: no circle
+        if at.on_grid and readable(at.coords):  # then nobody need look at these
+            least = [shift * s - shift for s in scales]
+            made.assume(least, [low + (e - 1) * s for low, e, s in zip(least, at.extent, scales, strict=True)])
+        return made
+
+
+@dataclass(frozen=True)
+class Subtable(Keep):
+    """`subtable`: of a table on the training grid the middle is used, at scale 1, as training on parts of a larger
+    table leaves it (RADIO's cropped position embedding, arXiv 2412.07679, whose parts are also of several scales).
+
+    Where as much cannot be left on both sides, the side of the last row or column has one more.
+    """
+
+    name: str = "subtable"
+
+    def place(self, at: Positions) -> Positions:
+        if not torch.compiler.is_compiling() and at.extent == self.train:
+            return at
+        return at.memoize(self, lambda: self._in_the_middle(at))
+
+    def _in_the_middle(self, at: Positions) -> Positions:
+        if any(size > most for size, most in zip(at.extent, self.train, strict=True)):
+            table, grid = ("x".join(map(str, extent)) for extent in (self.train, at.extent))
+            raise ConfigError(
+                f"subtable takes a part of a table of {table} places, and the grid has {grid}: there `resize` or "
+                "`interpolate`, or train on a larger table"
+            )
+        first = numbers(middle(at.extent, self.train), at.coords.device)
+        return Positions(at.coords + first.to(at.coords.device, at.coords.dtype), self.train, at.prefix, at.on_grid)
+
+
+def middle(extent: Extent, table: Extent) -> list[int]:
+    """Where along each axis the middle part of a larger table begins."""
+    return [(most - size) // 2 for size, most in zip(extent, table, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -147,6 +185,7 @@ def _check_power(name: str, power: float) -> None:
 POLICIES: dict[str, type[Keep]] = {
     "extrapolate": Keep,
     "resize": Resize,
+    "subtable": Subtable,
     "interpolate": Interpolate,
     "ntk": NTK,
     "yarn": YaRN,
@@ -157,7 +196,8 @@ TEMPERATURES: dict[str, type[LogTemperature] | type[YaRNTemperature]] = {"log": 
 WHY_NOT = {
     "extrapolate": "a table has no entries beyond the grid it was learned on",
     "resize": "it is a formula and has no table to resize",
-    "interpolate": "it looks places up in a table, which takes whole coordinates only",
+    "interpolate": "it takes whole coordinates only",
+    "subtable": "it is a formula and has no table to take a part of",
     "ntk": "it has no rotary frequencies",
     "yarn": "it has no rotary frequencies",
     "llama3": "it has no rotary frequencies",

@@ -97,7 +97,7 @@ def compare(rows: Sequence[Row], answers: Sequence[Right] | None = None) -> list
             places.setdefault((row.panel, row.size), []).append((row, right))
     panels = list(dict.fromkeys(panel for panel, _ in places))
     order = sorted(places, key=lambda at: (panels.index(at[0]), at[1][0] * at[1][1], at[1]))
-    several = len({row.encoding for row in rows}) > 1
+    several = len({row.subject for row in rows}) > 1
     sign = 1 if metric.more_is_better else -1
     found = [_Place(at, places[at], several, sign) for at in order]
     critical: dict[int, float] = {}
@@ -176,7 +176,7 @@ def _lines(found: list[tuple[Row, Right]], several: bool) -> list[Line]:
     right: dict[tuple[str, str], dict[float, Right]] = {}
     n: dict[tuple[str, str], float | None] = {}
     for row, answers in found:
-        key = (row.encoding, " · ".join([row.policy, *([] if row.temperature == "none" else [row.temperature])]))
+        key = (row.subject, " · ".join([row.policy, *([] if row.temperature == "none" else [row.temperature])]))
         values.setdefault(key, {})[row.seed or 0.0] = row.value
         right.setdefault(key, {})[row.seed or 0.0], n[key] = answers, row.n
     seeds = set.intersection(*(set(each) for each in values.values()))

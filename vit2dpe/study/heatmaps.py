@@ -53,10 +53,10 @@ def cells(rows: Sequence[Row]) -> list[list[Cells]]:
 
 
 def _cells(title: str, over: str, columns: list[str], rows: Sequence[Row], column: Callable[[Row], Hashable]) -> Cells:
-    encodings = list(dict.fromkeys(row.encoding for row in rows))
+    encodings = list(dict.fromkeys(row.subject for row in rows))
     values: dict[tuple[str, Hashable], list[float]] = {}
     for row in rows:
-        values.setdefault((row.encoding, column(row)), []).append(row.value)
+        values.setdefault((row.subject, column(row)), []).append(row.value)
     mean = [[statistics.mean(values.get((e, c), [math.nan])) for c in columns] for e in encodings]
     return Cells(title, over, columns, encodings, mean)
 

@@ -20,10 +20,10 @@ from .rows import read_rows
 from .trials import Measure, digest_of, training_settings
 
 STUDY = "study"  # key of its digest in env.json
-_OF_A_TRIAL = ("encoding", "depth", "seed")
+_OF_A_TRIAL = ("encoding", "depth", "seed", "training")
 _FREE = (  # settings that may differ within a study, or that change no row
     *("encodings", "sizes", "lengths", "depths", "modes", "policies", "temperatures", "seeds", "jobs", "quick"),
-    *("per_class", "finetune", "data.workers", "data.cache", "data.unreadable"),
+    *("training", "per_class", "finetune", "data.workers", "data.cache", "data.unreadable"),
 )
 
 
@@ -65,9 +65,9 @@ def _not_chosen(folder: Path, measure: Measure) -> list[str]:
     except DataError:
         return []
     trials = measure.plan.trials
-    encodings, seeds = {trial.encoding for trial in trials}, {trial.seed for trial in trials}
+    subjects, seeds = {(trial.encoding, trial.training) for trial in trials}, {trial.seed for trial in trials}
     more = [f"seed {row.seed:g}" for row in rows if row.seed is not None and row.seed not in seeds]
-    return list(dict.fromkeys([*(row.encoding for row in rows if row.encoding not in encodings), *more]))
+    return list(dict.fromkeys([*(row.subject for row in rows if (row.encoding, row.training) not in subjects), *more]))
 
 
 def _digest(trained: Mapping[str, Plain]) -> str:

@@ -64,9 +64,9 @@ def draw(rows: Sequence[Row], curves: Mapping[str, list[tuple[int, float]]] | No
 def _depth_panel(panel: Axes, rows: Sequence[Row]) -> None:
     shown = default_rows(rows)
     modes = list(dict.fromkeys(row.mode for row in rows))
-    for i, encoding in enumerate(dict.fromkeys(row.encoding for row in rows)):
+    for i, encoding in enumerate(dict.fromkeys(row.subject for row in rows)):
         x = [at + 0.03 * i for at in range(len(modes))]  # so that equal lines can be told apart
-        values = [[row.value for row in shown if (row.encoding, row.mode) == (encoding, mode)] for mode in modes]
+        values = [[row.value for row in shown if (row.subject, row.mode) == (encoding, mode)] for mode in modes]
         panel.plot(x, [statistics.mean(v) if v else math.nan for v in values], "o-", label=encoding, ms=4)
     panel.set_xticks(range(len(modes)), [mode.removeprefix("depth ") for mode in modes])
     panel.set(xlabel="depth [blocks]", ylabel=metric_of(rows).unit, ylim=SHARES)

@@ -19,6 +19,7 @@ from ..training.objectives.images import check_augment, started_spec
 from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
 from ..training.starting_model import Start, on_meta
 from ..training.tasks.sequences import SEQUENCES
+from ..training.varied import TRAININGS, augmented, varied_spec, vary
 from .from_weights import KEEP, changed_word, kept, started, with_weights, words_for
 from .rows import SCRATCH, WEIGHTS
 from .settings import StudyConfig, resolve
@@ -28,12 +29,13 @@ ARCHITECTURES = {"vit": "ViT", "swin": "Swin"}
 
 
 class Trial(NamedTuple):
-    """One training of a study; `start`: as in `Row`."""
+    """One training of a study; `start` and `training`: as in `Row`."""
 
     encoding: str
     depth: int
     seed: int
     start: str = ""
+    training: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """Of each seed all encodings at all depths; from weights then the control, the kept encoding from scratch."""
+        """Of each seed all encodings at all depths, trained in each way; from weights then the control, the kept
+        encoding from scratch."""
         seeds, start = range(self.config.seeds), "" if self.start is None else WEIGHTS
-        one = [(encoding, depth, start) for depth in self.depths for encoding in self.encodings]
+        ways = self.config.training
+        one = [(encoding, depth, start, way) for depth in self.depths for encoding in self.encodings for way in ways]
         if self.start is not None and self.config.scratch and kept(self.start) in self.encodings:
-            one.append((kept(self.start), self.depths[0], SCRATCH))
-        return [Trial(encoding, depth, seed, how) for seed in seeds for encoding, depth, how in one]
+            one.append((kept(self.start), self.depths[0], SCRATCH, "plain"))
+        return [Trial(encoding, depth, seed, how, way) for seed in seeds for encoding, depth, how, way in one]
 
     def optim(self, trial: Trial) -> OptimConfig:
         """How weights are updated; off images, whose epochs are longer, warm-up is at most a tenth of the training.
@@ -76,8 +80,9 @@ class Plan:
         return replace(optim, warmup_epochs=min(optim.warmup, optim.epochs / 10))
 
     def model_name(self, trial: Trial) -> str:
-        """The encoding, the depth where there are several, and whether it is the control."""
-        name = f"{trial.encoding}, depth {trial.depth}" if len(self.depths) > 1 else trial.encoding
+        """The encoding, how it is trained, the depth where there are several, and whether it is the control."""
+        name = trial.encoding if trial.training == "plain" else f"{trial.encoding}, {trial.training}"
+        name = f"{name}, depth {trial.depth}" if len(self.depths) > 1 else name
         return f"{name}, from scratch" if trial.start == SCRATCH else name
 
     def model_spec(self, trial: Trial, classes: int, channels: int = 3) -> ModelSpec:
@@ -90,7 +95,8 @@ class Plan:
         config = self.config
         if self.start is not None:
             model = replace(config.model, position=changed_word(trial.encoding, self.start))
-            return started_spec(self.start, model, self.train_size, channels, classes)
+            spec = started_spec(self.start, model, self.train_size, channels, classes)
+            return varied_spec(spec, trial.training, self.train_size)
         sizes = replace(config.model, position=trial.encoding, depth=trial.depth)
         arguments = model_arguments(sizes) | dict(drop_path_rate=config.model.drop_path)
         decided = dict.fromkeys(("num_classes", "in_chans", "vocab_size", "pool", "cross", "masked_lm"), "the task")
@@ -108,7 +114,8 @@ class Plan:
             heads = [int(config.model.heads or 1) * 2**i for i in range(len(config.stages))]
             arguments |= dict(depths=list(config.stages), num_heads=heads, window_size=config.window)
             del arguments["depth"]
-        return ModelSpec(ARCHITECTURES[config.arch], arguments | options)
+        spec = ModelSpec(ARCHITECTURES[config.arch], arguments | options)
+        return varied_spec(spec, trial.training, self.train_size)
 
 
 def check(config: StudyConfig, start: Start | None = None) -> Plan:
@@ -142,6 +149,9 @@ def check(config: StudyConfig, start: Start | None = None) -> Plan:
     for encoding in encodings if start is None or start.position is not None else ():
         parse(encoding)
     known("mode", config.modes, MODES)
+    known("training", config.training, TRAININGS)
+    if not images and (strange := [way for way in config.training if way not in TRAININGS[:2]]):
+        raise ConfigError(f"training {strange[0]} is of images, the task is {config.task}: plain or jitter")
     known("temperature", config.temperatures, ["none", *TEMPERATURES])
     for policy in config.policies:
         parse_terms(policy, "policy", ["all", "default", *POLICIES])
@@ -180,7 +190,12 @@ def _stand_ins(config: StudyConfig, start: Start | None) -> dict[str, Plain]:
 def _build(plan: Plan) -> None:
     """Every encoding's model, without memory for its weights; its patches have to fit every size."""
     for trial in dict.fromkeys(trial._replace(seed=0) for trial in plan.trials):
-        model = on_meta(plan.model_spec(trial, classes=2))
+        try:
+            model = on_meta(spec := plan.model_spec(trial, classes=2))
+            vary(model, trial.training)
+            augmented(plan.config.augment, trial.training, plan.train_size, spec)
+        except ConfigError as error:
+            raise error if trial.training == "plain" else ConfigError(f"{plan.model_name(trial)}: {error}") from error
         if isinstance(model, ViT | Swin):
             for size in (plan.train_size, *plan.sizes):
                 model.patch_embed.grid(*size)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 
+PLAIN = "plain"  # Row.training
 REQUIRED = ("encoding", "policy", "mode", "height", "width", "top1")  # of a table of any version
 
 
@@ -32,6 +33,7 @@ class Row:
         metric, value: a name in `tables.METRICS` and its number. Further metrics of a model are rows of their own.
         depth: number of blocks, where a study has several.
         start: of a study from weights: "weights" of what was trained on from them, "scratch" of the control.
+        training: what varied in training, a word of `training.varied.TRAININGS`.
     """
 
     encoding: str
@@ -50,11 +52,17 @@ class Row:
     value: float
     depth: float | None = None
     start: str = ""
+    training: str = PLAIN
+
+    @property
+    def subject(self) -> str:
+        """What is compared: the encoding, and what varied in its training."""
+        return self.encoding if self.training == PLAIN else f"{self.encoding}, {self.training}"
 
     @property
     def label(self) -> str:
-        """The line of a table or a picture: the encoding, of the control with how it began."""
-        return f"{self.encoding}, from scratch" if self.start == SCRATCH else self.encoding
+        """The line of a table or a picture: the subject, of the control with how it began."""
+        return f"{self.subject}, from scratch" if self.start == SCRATCH else self.subject
 
     @property
     def size(self) -> tuple[float, float]:
@@ -81,10 +89,11 @@ class Row:
         return self.mode if self.depth is None or _DEPTH.search(self.mode) else f"{self.mode}, depth {self.blocks}"
 
 
-WEIGHTS, SCRATCH = "weights", "scratch"  # Row.start
+SCRATCH, WEIGHTS = "scratch", "weights"  # Row.start
 _DEPTH = re.compile(r"(?:, |^)depth (\d+)$")
 COLUMNS = tuple(field.name for field in fields(Row))
-_WHERE_USED = ("depth", "start")  # columns that stand in a table where one of its rows has a value
+# Columns that stand in a table where one of its rows has another value.
+_WHERE_USED = {"depth": None, "start": "", "training": PLAIN}
 _TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
 
 
@@ -93,7 +102,9 @@ def to_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     rows = list(rows)
-    columns = [c for c in COLUMNS if c not in _WHERE_USED or any(getattr(row, c) not in (None, "") for row in rows)]
+    columns = [
+        c for c in COLUMNS if c not in _WHERE_USED or any(getattr(row, c) not in (None, _WHERE_USED[c]) for row in rows)
+    ]
     writer.writerow(columns)
     writer.writerows([getattr(row, column) for column in columns] for row in rows)
     return text.getvalue()

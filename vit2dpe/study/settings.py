@@ -61,6 +61,8 @@ class StudyConfig(Settings):
         jobs: how many trials are trained at a time, a process each; default as many as there are CPU cores, at most 8,
             and 1 on other devices.
         per_class: also the accuracy of each class in every row, into out/classes.csv.
+        training: comma-separated kinds of training, each tried with every encoding: plain, jitter, multisize, subtable;
+            see `vit2dpe train`.
         quick: three encodings on the built-in digits, in under 90 seconds on two idle cores.
         smoke: two steps an encoding, to see that everything runs.
     """
@@ -92,6 +94,7 @@ class StudyConfig(Settings):
     minutes: Positive = 10
     jobs: Annotated[int, Range(1, 1024)] | None = None
     per_class: bool = False
+    training: Words = ("plain",)
     quick: bool = False
     smoke: bool = False
 

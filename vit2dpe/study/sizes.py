@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import Images, load_fitted
+from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
-from ..resolution.sweep import MODES, sweep
+from ..resolution.sweep import MODES, sweep, train_size_of
 from ..spec import Plain, Size
 from ..training.by_class import rows_of, write_classes
 from ..training.devices import pick_device
@@ -20,6 +21,7 @@ from ..training.objectives.images import as_weights
 from ..training.settings import drop_last
 from ..training.task import Task
 from ..training.tasks.classification import ImageTask, evaluation_batches
+from ..training.varied import augmented, vary
 from .answers import Right
 from .from_weights import at_hand
 from .plan import Plan, Trial
@@ -93,6 +95,11 @@ class OverSizes(Measure):
                 found.append((what, rows_of(counts, self.data.classes)))
         write_classes(path, found)
 
+    def varied(self, trial: Trial, spec: ModelSpec) -> OverSizes:
+        config = self.plan.config
+        augment = augmented(config.augment, trial.training, self.plan.train_size, spec)
+        return replace(self, plan=replace(self.plan, config=replace(config, augment=augment)))
+
     def as_trained(self, about: Mapping[str, object]) -> OverSizes:
         return replace(self, data=self.data.as_recorded(about))
 
@@ -103,7 +110,13 @@ class OverSizes(Measure):
 
     def rows(self, model: nn.Module, trial: Trial, folder: Path) -> list[tuple[Row, Right]]:
         plan = self.plan
-        rows = self._sweep(model, trial, plan.sizes, policies_for(plan, model))
+        policies, rows = policies_for(plan, model), list[tuple[Row, Right]]()
+        if trial.training == "subtable":  # what such a model does by itself, up to the size of its table
+            high, wide = train_size_of(model)
+            within = [(height, width) for height, width in plan.sizes if height <= high and width <= wide]
+            rows = self._sweep(model, trial, within, ["subtable"])
+            policies = [policy for policy in policies if policy not in ("default", "subtable")]
+        rows += self._sweep(model, trial, plan.sizes, policies) if policies else []
         if plan.config.finetune:
             for size in plan.sizes:
                 rows += [] if size == plan.train_size else self._finetuned(trial, folder, size)
@@ -135,10 +148,11 @@ class OverSizes(Measure):
         """
         config = replace(self.plan.config, modes=MODES[:1], temperatures=("none",))
         at_size = replace(self, plan=replace(self.plan, config=config, train_size=size))
-        model, _ = build(at_size, trial)
+        model, spec = build(at_size, trial)
         load_weights(model, trained)
+        vary(model, trial.training)
         optim = replace(self.plan.optim(trial), lr=config.optim.lr / 10, epochs=config.finetune, warmup_epochs=0)
-        train(model, at_size, trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
+        train(model, at_size.varied(trial, spec), trial.seed, optim, trained / f"finetuned-{size[0]}x{size[1]}")
         rows = at_size._sweep(model, trial, [size], policies_of(model)[:1])
         height, width = self.plan.train_size
         return [(replace(row, policy="finetuned", train_height=height, train_width=width), r) for row, r in rows]

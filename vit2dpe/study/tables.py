@@ -73,7 +73,7 @@ def best(rows: Sequence[Row]) -> list[str]:
     """Encodings, the best mean accuracy over all default rows first; a control is none of them."""
     score: dict[str, list[float]] = {}
     for row in default_rows(row for row in rows if row.start != SCRATCH):
-        score.setdefault(row.encoding, []).append(row.value)
+        score.setdefault(row.subject, []).append(row.value)
     sign = -1 if metric_of(rows).more_is_better else 1
     return sorted(score, key=lambda encoding: sign * statistics.mean(score[encoding]))
 
@@ -109,7 +109,7 @@ def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statisti
     """
     if over_depth(rows):
         modes = list(dict.fromkeys(row.mode for row in rows))
-        lines = _pivot(rows, lambda row: (row.encoding, row.policy), lambda row: row.mode, modes, spread)
+        lines = _pivot(rows, lambda row: (row.subject, row.policy), lambda row: row.mode, modes, spread)
         caption = f"{metric_of(rows).name}, sequences of {int(rows[0].width)}"
         return "\n".join([caption, "", *_markdown(["encoding", "policy"], modes, lines)])
     sizes = sorted({row.size for row in rows}, key=lambda size: (size[0] * size[1], size))
@@ -131,7 +131,7 @@ def _over_depth(rows: Sequence[Row], spread: Callable[[list[float]], float]) -> 
         return []
     size = size_of_training(rows)
     shown = [row for row in default_rows(rows) if row.size == size and row.blocks is not None]
-    lines = _pivot(shown, lambda row: (row.part, row.encoding, row.policy), lambda row: row.blocks or 0, depths, spread)
+    lines = _pivot(shown, lambda row: (row.part, row.subject, row.policy), lambda row: row.blocks or 0, depths, spread)
     lines.sort(key=lambda line: line[0] != "scale")
     caption = f"{metric.name} over depth, at {metric.over} {spell(size)}"
     words, heads = ["mode", "encoding", "policy"], [f"depth {depth}" for depth in depths]

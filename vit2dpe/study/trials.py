@@ -37,11 +37,12 @@ from ..training.run_folder import hardware, printable
 from ..training.settings import OptimConfig
 from ..training.start import describe
 from ..training.task import Task
+from ..training.varied import vary
 from .answers import Right, read_answers, write_answers
 from .from_weights import digest_of_weights
 from .jobs import Progress
 from .plan import Plan, Trial
-from .rows import SCRATCH, WEIGHTS, Row, read_rows, to_csv
+from .rows import PLAIN, SCRATCH, WEIGHTS, Row, read_rows, to_csv
 from .settings import StudyConfig
 
 # What a finished training depends on; folders are named by a digest of these without what stands before the dot. Other
@@ -99,13 +100,18 @@ class Measure:
         """Write the accuracy of each class in rows of images, by which of them each has right."""
         raise NotImplementedError(f"{type(self).__name__} has no classes")
 
+    def varied(self, trial: Trial, spec: ModelSpec) -> Measure:
+        """With the data as the training of a trial varies them."""
+        return self
+
     def as_trained(self, about: Mapping[str, object]) -> Measure:
         """With the data prepared as they were for a training, whose record this is."""
         return self
 
     def label(self, row: Row, trial: Trial) -> Row:
         """A row of a trial as this study names it; it may have been measured in one of another number of depths."""
-        return replace(row, depth=trial.depth if len(self.plan.depths) > 1 else None, start=trial.start)
+        depth = trial.depth if len(self.plan.depths) > 1 else None
+        return replace(row, depth=depth, start=trial.start, training=trial.training)
 
 
 class Results(NamedTuple):
@@ -145,7 +151,9 @@ def run_trial(measure: Measure, out: Path, trial: Trial, progress: Progress) -> 
         model, spec = build(measure, trial)
         if trial.start == WEIGHTS:
             print(printable(f"{name}, from {plan.config.init}: {_load_weights(model, spec, measure)}"), flush=True)
-        final = train(model, measure, trial.seed, plan.optim(trial), folder, partial(progress, name, trial.seed))
+        vary(model, trial.training)
+        at_step = partial(progress, name, trial.seed)
+        final = train(model, measure.varied(trial, spec), trial.seed, plan.optim(trial), folder, at_step)
         about = measure.about | ({} if measure.files is None else {FILES: measure.files})
         ran: dict[str, Plain] = dict(
             device=str(device),
@@ -223,6 +231,7 @@ def training_settings(measure: Measure, trial: Trial) -> dict[str, Plain]:
     settings, images = flat(config), config.task == "images"
     names = (*_TRAINING, *(_IMAGES if images else _SEQUENCES), *(_SWIN if config.arch == "swin" else ()))
     of_trial: dict[str, Plain] = dict(encoding=trial.encoding, depth=trial.depth, seed=trial.seed)
+    of_trial |= {} if trial.training == PLAIN else dict(training=trial.training)
     used = {name.rpartition(".")[2]: settings[name] for name in names} | of_trial
     used |= dict(train_size=settings["data.size"]) if images else {}
     more = {name: value for name, value in settings.items() if _WHERE_SET.match(name) and value != default[name]}
@@ -238,6 +247,7 @@ def _folder(out: Path, plan: Plan, trial: Trial, trained: Mapping[str, Plain]) -
     """`<encoding>[-depth<n>]-seed<n>-<digest of the training's settings>`; the depth where a study of images has
     several. The digest says which folder it is, whichever study of them made it."""
     encoding = re.sub(r"[^A-Za-z0-9_.+=]+", "_", trial.encoding).strip("_")
+    encoding += "" if trial.training == PLAIN else f"-{trial.training}"
     encoding += "-scratch" if trial.start == SCRATCH else ""
     end = f"-seed{trial.seed}-{digest_of(trained)}"
     named, short = out / f"{encoding}-depth{trial.depth}{end}", out / f"{encoding}{end}"

@@ -84,7 +84,7 @@ def verdict(
     majority = float(found) if isinstance(found, int | float) and metric.name.startswith("top-1") else None
     panels = list(dict.fromkeys(place.panel for place in places))
     learned_nothing = _learned_nothing(places, majority)
-    nothing = bool(learned_nothing) and len(learned_nothing) == len({row.encoding for row in rows})
+    nothing = bool(learned_nothing) and len(learned_nothing) == len({row.subject for row in rows})
     short = []
     if nothing:
         short.append(

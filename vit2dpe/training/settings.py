@@ -142,7 +142,7 @@ class ModelConfig(Settings):
         class_token: whether there is one; default: with pool token.
         drop_path: stochastic depth rate of the last block.
         jitter: in training every token's place is moved by up to so many patches along each axis (arXiv 2506.03737);
-            0: not. Encodings that look places up in tables cannot be.
+            0: not. Of a table no place leaves the image.
         init: default (the model's own), xavier, trunc_normal or gpt2.
         options: further arguments of the model, such as '{"qk_norm": true}'.
     """
@@ -185,6 +185,9 @@ class TrainConfig(Settings):
             exchanges the encoding alone, and what was taken and what not is printed. Presets are then those of
             finetuning few images (`finetuning_preset`).
         per_class: also number, accuracy and precision of each class, of best/, into out/classes.csv and summary.md.
+        training: what varies from step to step: plain (nothing), jitter (places, by up to half a patch), multisize (the
+            image size: augment.train_sizes, or 3/4, 1 and 3/2 of it), or subtable (which part of a table of twice the
+            sides; evaluation takes its middle).
         smoke: two steps on the CPU, to see that everything runs.
     """
 
@@ -196,6 +199,7 @@ class TrainConfig(Settings):
     resume: bool = False
     init: str | None = None
     per_class: bool = False
+    training: str = "plain"
     smoke: bool = False
 
     @classmethod

@@ -39,8 +39,8 @@ def test_evas_rotary_at_a_new_size_by_policy():
     set_policy(chosen, "interpolate(align=corner)")
     assert torch.equal(chosen(x), own)
     assert chosen.position.terms[1].policy.train == (16, 16)
-    with pytest.raises(ConfigError, match="LearnedTable cannot interpolate"):
-        from_timm(create("vit_tiny_patch16_224"), policy="interpolate")
+    with pytest.raises(ConfigError, match="LearnedTable cannot extrapolate"):
+        from_timm(create("vit_tiny_patch16_224"), policy="extrapolate")
     with pytest.raises(ConfigError, match="a policy is one name or several"):
         set_policy(chosen, "default")
     with pytest.raises(ConfigError, match="no train_grid"):

@@ -240,7 +240,7 @@ class TextModel(nn.Module):
                 raise ConfigError(
                     f"a packed document has {longest} tokens, the line {line}: name the longest with length="
                 )
-            known = checkable(places) or (readable(places) and n <= line)
+            known = checkable(places) or not readable(places) or n <= line
             return Positions(places.float()[..., None], (line,), on_grid=known)
         line = longer(max(self.context, length or 0), n if cache is None else cache.length)
         if valid is not None and cache is None and not _is_traced(valid) and line == n > self.context:

@@ -26,7 +26,7 @@ from ...spec import Plain, Size, Sizes, changed, plain, show_size
 from ..by_class import classes_section, measure_classes
 from ..checkpoint import read_meta
 from ..distributed import World, parallelize
-from ..initial_weights import INITS, Loaded, initialize, jitter_positions
+from ..initial_weights import INITS, Loaded, initialize
 from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
@@ -35,7 +35,8 @@ from ..settings import ModelConfig, TrainConfig, drop_last, model_arguments, own
 from ..start import describe, has_architecture
 from ..starting_model import ARGUMENTS, Start, on_meta
 from ..tasks.classification import ImageTask
-from .base import Prepared, keep, run
+from ..varied import augmented, check_training, varied_spec, vary
+from .base import Prepared, run
 
 C = TypeVar("C", TrainConfig, PretrainConfig)
 
@@ -51,11 +52,12 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
     data, size, config = read_images(config, session)
     begin: Callable[[nn.Module], Loaded] | None = None
     if start is None:
-        spec = model_spec(config.model, size, len(data.mean), len(data.classes))
+        spec = varied_spec(model_spec(config.model, size, len(data.mean), len(data.classes)), config.training, size)
         if config.init is not None:
             session.print(f"note: {config.init} does not say how its images were normalized: these have their own mean")
     else:
         spec = started_spec(start, model, size, len(data.mean), len(data.classes))
+        spec = varied_spec(spec, config.training, size)
         session.print(str(start))
         optim = config.optim
         session.print(
@@ -65,7 +67,8 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         )
         data, config = as_weights(start, data, session.print), replace(config, model=model)
         begin = partial(start.load_into, spec=spec, classes=data.classes)
-    task = image_task(config, config.augment, data, size, session.device, session.world)
+    augment = augmented(config.augment, config.training, size, spec)
+    task = image_task(config, augment, data, size, session.device, session.world)
     return Prepared(
         spec,
         task,
@@ -81,7 +84,7 @@ def prepare(config: TrainConfig, session: TrainSession) -> Prepared:
         facts=dict(images=data.used),
         initialize=partial(initialize, how=config.model.init),
         begin=begin,
-        adapt=partial(jitter_positions, amount=config.model.jitter) if config.model.jitter else keep,
+        adapt=partial(vary, training=config.training, jitter=config.model.jitter),
         config=config,
     )
 
@@ -142,17 +145,17 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.model.init not in INITS:
         raise unknown("init", config.model.init, INITS)
     check_augment(config.augment)
+    check_training(config.training)
     size = likely_size(config)
     if start is None:
         spec = model_spec(sized(config, size, photos=config.data.name is None).model, size, 3, 10)
     else:
         spec = started_spec(start, config.model, size, 3, 10)
-    model = on_meta(spec)
-    if config.model.jitter:
-        jitter_positions(model, config.model.jitter)
-    for size in config.augment.train_sizes or ():
+    model = on_meta(spec := varied_spec(spec, config.training, size))
+    vary(model, config.training, config.model.jitter)
+    for one in augmented(config.augment, config.training, size, spec).train_sizes or ():
         if isinstance(model, TimmViT):
-            model.patch_embed.grid(*size)
+            model.patch_embed.grid(*one)
     make_schedule(make_optimizer(model, config.optim), config.optim, 1)
     parallelize(model, config.run.parallel, World())
     return config
