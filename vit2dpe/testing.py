@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
+from .attention.contract import contract, probed
 from .attention.functional import rotate
 from .encodings import Dims, NoPosition, PositionEncoding
 from .encodings.base import terms
@@ -97,7 +98,7 @@ def subset_is_gather(make: Make, dims: Dims) -> None:
     """The Signal of some tokens, in any order, shared or per sample, is the gather of the whole; queries and keys may
     differ."""
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
-    n, whole = at.coords.shape[1], encoding(at)
+    n, whole = at.coords.shape[1], probed(encoding(at))
     q = torch.stack([torch.randperm(n)[: n - 2] for _ in range(2)])  # (B, K), per sample
     k = torch.stack([torch.randperm(n)[: n - 1] for _ in range(2)])  # of keys some are missing too
     parts = {"per sample": (q, k), "shared": (q[:1], k[:1])}
@@ -134,7 +135,7 @@ def takes_fractions_as_declared(make: Make, dims: Dims) -> None:
     """
     encoding, at = _drawn(make, dims), Positions.grid(dims.grid)
     if not encoding.continuous:
-        _raises(lambda: [b.dense() for b in encoding(_moved(at, 0.25)).bias], "fractional places are not refused")
+        _raises(lambda: tensors(encoding(_moved(at, 0.25))), "fractional places are not refused")
         return
     inner = at.take((at.coords[0] < torch.tensor(dims.grid) - 1).all(-1).nonzero().flatten())
     for some, start in ((inner, 0.0), (at, 0.25), (inner, 1 - 2**-12)):
@@ -288,12 +289,12 @@ PROMISES: list[Callable[[Make, Dims], None]] = [
 
 
 def tensors(signal: Signal) -> dict[str, Tensor]:
-    """The tensors of a Signal by name, bias terms in full."""
+    """The tensors of a Signal by name, bias terms in full, contextual ones for fixed queries and keys (`probed`)."""
     fields: dict[str, Tensor | None] = {"token": signal.token}
     for name, rotation in (("q_rotation", signal.q_rotation), ("k_rotation", signal.k_rotation)):
         if rotation is not None:
             fields |= {f"{name}.cos": rotation.cos, f"{name}.sin": rotation.sin}
-    fields |= {f"bias[{i}]": term.dense() for i, term in enumerate(signal.bias)}
+    fields |= {f"bias[{i}]": term.dense() for i, term in enumerate(probed(signal).bias)}
     return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
@@ -363,6 +364,7 @@ def _logits(signal: Signal, dims: Dims) -> Tensor:
 
     x = draw(1, n, dims.width) + (0 if signal.token is None else signal.token)
     q, k = ((x @ draw(dims.width, dims.width)).unflatten(-1, (dims.heads, -1)).transpose(1, 2) for _ in range(2))
+    signal = contract(signal, q, k)
     if signal.q_rotation is not None and signal.k_rotation is not None:
         q, k = rotate(q, signal.q_rotation), rotate(k, signal.k_rotation)
     logits = q @ k.transpose(-1, -2)

@@ -14,6 +14,7 @@ from tests.devices import Device
 from tests.helpers import within
 from vit2dpe import Dims, Positions, Rotation, Signal, attend, build, rotate
 from vit2dpe.attention.kernels import table
+from vit2dpe.contextual import Contextual
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.encodings.alibi import slopes_of
 from vit2dpe.signal import Dense, LowRank
@@ -39,7 +40,7 @@ def contents(n, dtype=torch.float32, batch=2, width=WIDTH):
 
 def dense(signal):
     """The same Signal with every bias in full."""
-    return signal._replace(bias=tuple(Dense(term.dense()) for term in signal.bias))
+    return signal._replace(bias=tuple(t if isinstance(t, Contextual) else Dense(t.dense()) for t in signal.bias))
 
 
 def penalty(grid, prefix):

@@ -55,6 +55,10 @@ def test_places_that_a_table_does_not_have_are_refused_as_on_the_cpu(word):
             encoding.to("cuda")
             assert [outcome(encoding, at) for at in wrong(grid, "cuda")] == expected
             assert not outcome(encoding, Positions(Positions.grid(grid, "cuda").coords, grid))
+        if not encoding.continuous:
+            assert all("whole coordinates only" in expected[i] for i in (0, 3, 4))
+            assert all("leave the table" in message for message in expected[1:3])
+            continue
         assert not expected[0], "half a patch outside is the edge of the image"
         if word in ("learned", "windowed", "factorized"):
             assert all("leave the grid of" in message for message in expected[1:3])

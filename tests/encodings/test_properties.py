@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import randn, within
 from vit2dpe import ENCODINGS, Dims, Positions, ViT, attend, build, rotate
+from vit2dpe.attention.contract import probed
 from vit2dpe.encodings import Jitter
 from vit2dpe.encodings.sincos import LAYOUTS
 from vit2dpe.testing import randomise, tensors
@@ -292,6 +293,7 @@ def test_on_every_grid_some_places_get_what_they_get_alone(word):
         index, at = some_places(extent, generator), Positions.grid(extent)
         part = at.take(index)
         whole, signal = encoding(part, at) if encoding.gives == {"bias"} else encoding(at), encoding(part)
+        whole, signal = probed(whole), probed(signal)
         p = np.stack(np.divmod(index.numpy(), extent[1])).astype(float)  # (2, K): row-major, rows first
         expected = None if formula is None else formula(w, p, p[:, None, :] - p[:, :, None], extent)
         if signal.token is not None:
@@ -480,6 +482,8 @@ WIDE = 65_537
 SAME_FAR = {
     "none": "it gives nothing",
     "alibi(distance=squared)": "on such a line squares of places reach 1e9, whose unit in float32 is 64",
+    "shaw": "its last vector takes all offsets beyond the clip",
+    "irpe": "its last bucket takes all offsets from 4 on",
     "t5": "its last bucket takes all offsets beyond max_distance",
     "logcpb": "its network sees the logarithm of the offset, and the sigmoid at its end saturates in float32",
 }

@@ -42,7 +42,7 @@ def test_in_a_hub_folder_and_in_a_checkpoint(tmp_path, position):
     again = load_run(tmp_path / "ours")
     assert again.train_grid == (10, 14)
     assert torch.equal(logits(again), expected)
-    if not any(word in position for word in ("learned", "windowed", "factorized", "relative")):
+    if not any(word in position for word in ("learned", "windowed", "factorized", "relative", "decomposed")):
         assert torch.equal(logits(again, X[..., :32, :24]), at_home), "nothing to resize, and yet another function"
 
 

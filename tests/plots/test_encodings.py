@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vit2dpe.attention.contract import probed
 from vit2dpe.encodings import ENCODINGS, Builder, Dims, PositionEncoding, build
 from vit2dpe.errors import ConfigError
 from vit2dpe.plots import encodings as show
@@ -43,7 +44,7 @@ def expected_panels(word, grid):
     """2 similarities, a kernel for each head or for all, and a bias for each head."""
     at = show.Positions.grid(grid)
     built = build(word, Dims(DIMS.width, HEADS, grid)).eval()
-    signal = built(at)
+    signal = probed(built(at))
     rotations = 0 if signal.q_rotation is None else signal.q_rotation.cos.shape[1]
     biases = signal.bias[0].dense().shape[1] if signal.bias else 0
     count = 2 * ("token" in built.gives)

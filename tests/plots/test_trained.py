@@ -10,6 +10,7 @@ from timm.models import save_for_hf
 
 from tests.helpers import shaken
 from vit2dpe import MAE, ConfigError, Swin, ViT, use_policy
+from vit2dpe.attention.contract import probed
 from vit2dpe.cli import main
 from vit2dpe.encodings import ENCODINGS, named_encodings
 from vit2dpe.models.simmim import SimMIM
@@ -35,7 +36,7 @@ def values(ax):
 def expected(encoding, grid):
     """Every panel of one encoding, by the Signal between all places of the grid."""
     at, places = Positions.grid(grid), np.prod(grid)
-    signal = encoding(at)
+    signal = probed(encoding(at))
     centre = int(np.ravel_multi_index([side // 2 for side in grid], grid))
     if signal.token is not None:
         token = signal.token[0].double()

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
@@ -107,6 +109,8 @@ def allowed_kernels(added: Tensor, *inputs: Tensor) -> AbstractContextManager[No
 
     pytorch issue 196678: any mask, constant or learned, lengths of 64 modulo 128. Not yet run on such a device.
     """
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(added).tangent is not None:
+        return sdpa_kernel(SDPBackend.MATH)  # the others have no forward-mode derivative by what is added
     if not added.is_cuda or not trains(added, *inputs):
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
+from .contract import contract
 from .dispatch import allowed_kernels, select_bias, select_mask
 from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
 
@@ -72,8 +73,13 @@ def without_rotation(signal: Signal, q_rotation: Rotation | None = None) -> Sign
     return Signal(signal.token, q_rotation, None, signal.bias, signal.temperature)
 
 
-def rotate_qk(q: Tensor, k: Tensor, signal: Signal) -> tuple[Tensor, Tensor, Signal]:
-    """Queries (B, H, Nq, Dh) and keys (B, H, Nk, Dh) turned by the signal's rotations, and the signal without them."""
+def rotate_qk(q: Tensor, k: Tensor, signal: Signal, keys: bool = True) -> tuple[Tensor, Tensor, Signal]:
+    """Queries (B, H, Nq, Dh) and keys (B, H, Nk, Dh) turned by the signal's rotations, and the signal without them.
+
+    Contextual biases are contracted before, with q and, where these are all `keys`, with k.
+    """
+    if signal.bias:
+        signal = contract(signal, q, k if keys else None)
     if signal.q_rotation is None and signal.k_rotation is None:
         return q, k, signal
     if (observer := _observer()) is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..signal import Signal
 from .cache import LayerCache
+from .contract import contract
 from .functional import Mask, attend, merge_heads, rotate_qk, split_heads, without_rotation
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -119,7 +120,7 @@ class Attention(nn.Module):
                     f"{self.heads} heads that turn differently cannot share {self.kv_heads} heads of cached keys: "
                     "build the model with kv_heads equal to its heads"
                 )
-            q, k, signal = rotate_qk(q, k, signal)
+            q, k, signal = rotate_qk(q, k, signal, keys=False)
             k, v = cache.append(k, v)  # (B, H_kv, Nk, Dh), those of earlier tokens first
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
@@ -200,6 +201,7 @@ class CrossAttention(nn.Module):
         if cache is None or cache.memory is None:
             k, v = self.kv(memory).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)
         else:
+            signal = contract(signal, q, None)
             (k, v), signal = cache.memory, without_rotation(signal, signal.q_rotation)
         q, k, signal = rotate_qk(q, k, signal)
         if cache is not None:

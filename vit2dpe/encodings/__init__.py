@@ -2,10 +2,12 @@
 
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
+from .decomposed import Decomposed
 from .factorized import Factorized
 from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
 from .fire import Fire
 from .fourier import Fourier
+from .irpe import IRPE
 from .jitter import Jitter
 from .kerple import Kerple
 from .learned import LearnedTable
@@ -16,16 +18,19 @@ from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
+from .shaw import Shaw
 from .sincos import SinCos
 from .t5 import T5Bias
 from .windowed import WindowedTable
 
 __all__ = [
     "ENCODINGS",
+    "IRPE",
     "Alibi",
     "AxialRoPE",
     "Builder",
     "CentredRoPE",
+    "Decomposed",
     "Dims",
     "Factorized",
     "Fire",
@@ -41,6 +46,7 @@ __all__ = [
     "OnGrid",
     "PositionEncoding",
     "RelativeBias",
+    "Shaw",
     "SinCos",
     "Sum",
     "T5Bias",

@@ -137,6 +137,7 @@ class PositionEncoding(nn.Module):
         per_block: every block of a model owns an instance (learned per layer); else all share one.
         block_numbers: attributes that are a number of the block's own, each a factor on a tensor; where blocks are
             compiled they are 0-d tensors instead, so that one graph serves all.
+        contextual: its bias is contracted with queries or keys (`Contextual`), which `attend` alone can do.
         gives: which fields of the Signal it fills, of "token", "rotation", "bias".
         policies: what it can do at another resolution, the default first.
         resizes: the ways in which its tables can be resized, words of `tables.RESIZES`; () without a table. Where there
@@ -147,6 +148,7 @@ class PositionEncoding(nn.Module):
     continuous: bool = True
     per_block: bool = False
     block_numbers: tuple[str, ...] = ()
+    contextual: bool = False
     gives: frozenset[str] = frozenset()
     policies: tuple[str, ...] = ("extrapolate",)
     resizes: tuple[str, ...] = ()

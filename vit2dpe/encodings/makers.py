@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
@@ -50,15 +51,17 @@ def _accepted(encoding: PositionEncoding, grids: Mapping[int, tuple[int, ...]], 
     for grid in grids.values():
         try:
             signal = copy.deepcopy(encoding).eval()(Positions.grid(grid))
-            biases = [term.dense() for term in signal.bias]
+            vectors = [term for term in signal.bias if isinstance(term, Contextual)]
+            biases = [term.dense() for term in signal.bias if not isinstance(term, Contextual)]
         except ValueError as error:
             if not skip:
                 raise
             refused = error
             continue
         turn, token = signal.q_rotation, signal.token
-        head_dim = 12 if turn is None else 2 * turn.cos.shape[-1]
-        heads = max([1, *(bias.shape[1] for bias in biases), *([] if turn is None else [turn.cos.shape[1]])])
+        head_dim = 2 * turn.cos.shape[-1] if turn is not None else vectors[0].vectors[0].shape[-1] if vectors else 12
+        each = [*(bias.shape[1] for bias in biases), *(term.heads for term in vectors)]
+        heads = max([1, *each, *([] if turn is None else [turn.cos.shape[1]])])
         if token is not None and turn is not None:
             heads = max(heads, token.shape[-1] // head_dim)
         found.append(Dims(heads * head_dim if token is None else token.shape[-1], heads, grid, depth=4))

@@ -19,9 +19,11 @@ from ..errors import ConfigError, unknown
 from ..spec import Plain, Term, check_option, parse_terms, read_terms
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding, terms
+from .decomposed import Decomposed
 from .factorized import Factorized
 from .fire import Fire
 from .fourier import Fourier
+from .irpe import IRPE
 from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
@@ -30,6 +32,7 @@ from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
+from .shaw import Shaw
 from .sincos import SinCos
 from .t5 import T5Bias
 from .windowed import WindowedTable
@@ -90,6 +93,9 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "factorized": Builder(Factorized, lambda d: {"dim": d.width, "grid": d.grid}),
     "fourier": Builder(Fourier, lambda d: {"dim": d.width, "axes": d.axes}),
     "relative": Builder(RelativeBias, lambda d: {"heads": d.heads, "grid": d.grid}),
+    "shaw": Builder(Shaw, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
+    "irpe": Builder(IRPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
+    "decomposed": Builder(Decomposed, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
     "logcpb": Builder(LogCPB, lambda d: {"heads": d.heads, "grid": d.grid}),
     "t5": Builder(T5Bias, lambda d: {"heads": d.heads, "axes": d.axes}),
     "alibi": Builder(Alibi, lambda d: {"heads": d.heads, "axes": d.axes}),

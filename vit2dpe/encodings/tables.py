@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Positions, float64_device, numbers
+from ..positions import Positions, float64_device, is_tracing, numbers
 from ..signal import Distance, Table
 from .base import PositionEncoding
 
@@ -173,6 +173,20 @@ def axis_offsets(q: Positions, k: Positions, axes: int, device: torch.device) ->
     """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
     check_extents(q, k, axes)
     return [torch.arange(1 - size, size, device=device) for size in q.extent]
+
+
+def viewed(view: Tensor) -> Tensor:
+    """A view of a parameter, for a Signal: made while gradients are off it still claims to require one, and torch's
+    trackers of modules (FlopCounterMode) fail at such an output. A traced graph is the same with and without."""
+    return view if torch.is_grad_enabled() or is_tracing() else view.detach()
+
+
+def flat_entries(along: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """(n_1, ..., n_d) row-major entry of a table of these sizes, from the index along each axis, (n_a,) int64."""
+    entries = along[0]
+    for index, size in zip(along[1:], sizes[1:], strict=True):
+        entries = entries[..., None] * size + index
+    return entries
 
 
 def offset_grid(q: Positions, k: Positions, axes: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.contract import probed
 from ..encodings import ENCODINGS, Dims, PositionEncoding, parse
 from ..errors import ConfigError
 from ..positions import Positions
@@ -126,7 +127,7 @@ def from_centre(encoding: PositionEncoding, grid: tuple[int, ...]) -> Signal:
     at = Positions.grid(grid, device)
     centre = [size // 2 for size in grid]
     here = Positions(torch.tensor([[centre]], dtype=torch.float32, device=device), grid, on_grid=True)
-    signal, token = encoding(here, at), encoding(at, here).token  # N logits, not N x N
+    signal, token = probed(encoding(here, at)), encoding(at, here).token  # N logits, not N x N
     q, k = (
         None if turn is None else Rotation(turn.cos.cpu(), turn.sin.cpu())
         for turn in (signal.q_rotation, signal.k_rotation)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block
+from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block, terms
 from ..errors import ConfigError
 from ..signal import Signal
 from .masks import as_stock, attention_mask, by_head, check_padding, floats
@@ -130,9 +130,10 @@ def attach(
             else split_shared_and_per_block(encoding, dims)
         )
     for part in (shared, *own):
-        if part is not None and "rotation" in part.gives:
+        does = "turns" if part and "rotation" in part.gives else "multiplies"
+        if part and (does == "turns" or any(term.contextual for term in terms(part))):
             raise ConfigError(
-                f"{type(part).__name__} turns queries and keys, which a mask cannot: build the layers as "
+                f"{type(part).__name__} {does} queries and keys, which a mask cannot: build the layers as "
                 "stock.RotaryEncoderLayer, whose state_dict is the stock layer's"
             )
     like = next(module.parameters())

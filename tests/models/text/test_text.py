@@ -9,6 +9,7 @@ from tests.helpers import randn, redrawn, within
 from vit2dpe import ConfigError, Positions, use_policy
 from vit2dpe.attention import masks
 from vit2dpe.attention.cache import KVCache
+from vit2dpe.attention.contract import contract
 from vit2dpe.attention.functional import attend
 from vit2dpe.attention.modules import Attention
 from vit2dpe.encodings import ENCODINGS, Dims, build, encodings_of
@@ -127,7 +128,7 @@ def test_a_window_from_positions_is_the_dense_one(word, extent):
         part = signal._replace(
             q_rotation=signal.q_rotation and type(signal.q_rotation)(*(t[..., [i], :] for t in signal.q_rotation)),
             k_rotation=signal.k_rotation and type(signal.k_rotation)(*(t[..., seen, :] for t in signal.k_rotation)),
-            bias=tuple(Dense(t.dense()[..., [i], :][..., seen]) for t in signal.bias),
+            bias=tuple(Dense(t.dense()[..., [i], :][..., seen]) for t in contract(signal, q, k).bias),
         )
         close(got[..., [i], :], attend(q[..., [i], :], k[..., seen, :], v[..., seen, :], part))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
+from ...contextual import Contextual
 from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
 from ...encodings.base import overrides
 from ...errors import ConfigError
@@ -233,7 +234,7 @@ def _within(window: Size, grid: Size) -> Size:
 
 def in_full(signal: Signal) -> Signal:
     """Materializes bias tables once for all windows."""
-    bias = tuple(term if isinstance(term, LowRank) else Dense(term.dense()) for term in signal.bias)
+    bias = tuple(term if isinstance(term, LowRank | Contextual) else Dense(term.dense()) for term in signal.bias)
     return signal.with_bias(bias)
 
 
