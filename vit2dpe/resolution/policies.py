@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
-from ..positions import Positions, numbers, readable
+from ..positions import Positions, numbers
 from .rotary import NTK, Llama3, LongRoPE, YaRN
 from .scaled import MOST, Extent, Keep, Scaled, is_power, powers_of, traced
 
@@ -104,7 +104,7 @@ class Interpolate(Scaled):
         ratio = exact.to(at.coords.device, at.coords.dtype)
         made = Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
         object.__setattr__(made, "source", (at.with_prefix(at.prefix), exact))  # a copy of them: no circle
-        if at.on_grid and readable(at.coords):  # then nobody need look at these
+        if at.on_grid:  # then nobody need look at these
             least = [shift * s - shift for s in scales]
             made.assume(least, [low + (e - 1) * s for low, e, s in zip(least, at.extent, scales, strict=True)])
         return made

@@ -108,5 +108,5 @@ def _check_tables(model: nn.Module) -> None:
     if others or not parts:
         raise ConfigError(
             "training subtable needs a table over places (learned, windowed, factorized), and "
-            f"{', '.join(others) or 'a model without positions'} has none: jitter serves every encoding"
+            f"{', '.join(others) or 'a model without positions'} has none: jitter and multisize need none"
         )
