@@ -93,7 +93,9 @@ makes its own.
 *`vit2dpe show all --grid 9x14`: similarity of token vectors, mean cosine of rotations, bias per head, seen from the
 circled place. `vit2dpe show --run RUN` draws those of a trained model.*
 
-Sums are written `sincos+rope`, options `rope(base=10)`. A new one: [adding-an-encoding.md](adding-an-encoding.md).
+Sums are written `sincos+rope`, options `rope(base=10)`, words by block `rope/rope/rope/none`
+([concepts](concepts.md#signal-what-attention-does-about-it)). A new one:
+[adding-an-encoding.md](adding-an-encoding.md).
 
 {sources()}"""
 

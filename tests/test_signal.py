@@ -62,7 +62,7 @@ def test_the_empty_signal_is_neutral(a):
 
 
 def test_the_empty_signal_asks_nothing():
-    assert Signal() == (None, None, None, (), None)
+    assert Signal() == (None, None, None, (), None, (), ())
     x = randn(1, HEADS, N, WIDTH)
     assert torch.equal(attend(x, x, x, Signal()), attend(x, x, x))
 

@@ -250,6 +250,8 @@ class Signal(NamedTuple):
         q_rotation, k_rotation: turn each pair of channels of queries and keys.
         bias: terms added to the logits.
         temperature: factor on q·k and on the bias, not on a mask; a 0-d tensor where a graph is traced for all sizes.
+        blocks, order: what blocks have beside that, where they follow different words (`encodings.cycle`): block i of
+            a model has blocks[order[i mod len(order)]].
     """
 
     token: Tensor | None = None
@@ -257,18 +259,34 @@ class Signal(NamedTuple):
     k_rotation: Rotation | None = None
     bias: tuple[Bias, ...] = ()
     temperature: float | Tensor | None = None
+    blocks: tuple[Signal, ...] = ()
+    order: tuple[int, ...] = ()
 
     def with_bias(self, bias: tuple[Bias, ...]) -> Signal:
         """With these terms instead of its own; `_replace` would do, but torch before 2.11 does not compile it."""
-        return Signal(self.token, self.q_rotation, self.k_rotation, bias, self.temperature)
+        return Signal(self.token, self.q_rotation, self.k_rotation, bias, self.temperature, self.blocks, self.order)
+
+    def with_blocks(self, blocks: tuple[Signal, ...], order: tuple[int, ...]) -> Signal:
+        """With these parts of blocks instead of its own."""
+        return Signal(self.token, self.q_rotation, self.k_rotation, self.bias, self.temperature, blocks, order)
+
+    def of_block(self, index: int) -> Signal:
+        """The Signal of one block of a model."""
+        if not self.blocks:
+            return self
+        return self.with_blocks((), ()).plus(self.blocks[self.order[index % len(self.order)]])
 
     def plus(self, other: Signal) -> Signal:
+        if self.blocks and other.blocks:
+            raise ValueError("of two Signals by block no sum is known: add the words of each block")
         return Signal(
             _both(self.token, other.token, lambda a, b: a + b),
             _both(self.q_rotation, other.q_rotation, Rotation.times),
             _both(self.k_rotation, other.k_rotation, Rotation.times),
             (*self.bias, *other.bias),
             _product(self.temperature, other.temperature),
+            self.blocks or other.blocks,
+            self.order or other.order,
         )
 
     def __add__(self, other: Signal) -> Signal:  # type: ignore[override]  # tuples would concatenate

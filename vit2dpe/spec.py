@@ -19,6 +19,7 @@ Size = tuple[int, int]  # (height, width), rows before columns
 Sizes = tuple[Size, ...]
 Words = tuple[str, ...]
 Numbers = tuple[int, ...]
+T = TypeVar("T")
 Item: TypeAlias = "str | int | Sequence[int] | None"  # of a list
 
 
@@ -135,13 +136,30 @@ def show_size(size: Size) -> str:
 
 def split_words(text: str) -> list[str]:
     """Comma-separated words; commas inside parentheses stay: "rope(base=10),yarn(beta_fast=2, beta_slow=1)"."""
+    return [word for word in _split(text, ",") if word]
+
+
+def split_blocks(spec: str) -> list[str]:
+    """The words that the blocks of a model follow in turn: "rope/rope(base=10)/none"; a specification without "/" is
+    one."""
+    return _split(spec, "/")
+
+
+def join_blocks(words: T) -> T | str:
+    """One specification of a list of words; anything else as it is."""
+    listed = words if isinstance(words, list | tuple) else ()
+    texts = [word for word in listed if isinstance(word, str)]
+    return "/".join(texts) if texts and len(texts) == len(listed) else words
+
+
+def _split(text: str, mark: str) -> list[str]:
     words, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
+        if char == mark and depth == 0:
             words.append(text[start:i])
             start = i + 1
-    return [word.strip() for word in [*words, text[start:]] if word.strip()]
+    return [word.strip() for word in [*words, text[start:]]]
 
 
 def _items(value: str | int | Sequence[Item] | None) -> list[Item]:

@@ -70,7 +70,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def without_rotation(signal: Signal, q_rotation: Rotation | None = None) -> Signal:
     """The Signal for keys that are turned already, and for queries that are too unless `q_rotation` is given."""
-    return Signal(signal.token, q_rotation, None, signal.bias, signal.temperature)
+    return Signal(signal.token, q_rotation, None, signal.bias, signal.temperature, signal.blocks, signal.order)
 
 
 def rotate_qk(q: Tensor, k: Tensor, signal: Signal, keys: bool = True) -> tuple[Tensor, Tensor, Signal]:
@@ -181,6 +181,8 @@ def attend(
             f"Causal is for {order.tokens()} tokens, queries and keys alike, got {q.shape[-2]} queries and "
             f"{k.shape[-2]} keys"
         )
+    if signal.blocks:
+        raise ValueError("this Signal has parts of blocks: give each block `signal.of_block(i)`")
     observer = _observer()
     if observer is not None:
         observer.attended(q, k, signal, mask if order is None else order.matrix(), scale)
@@ -298,6 +300,9 @@ def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
     Args:
         x: the tokens, for their dtype and device.
     """
+    if signal.blocks:
+        blocks = tuple([materialize_shared_bias(block, x) for block in signal.blocks])
+        signal = signal.with_blocks(blocks, signal.order)
     plain = why_plain(x)
     pairs = [_pairs(term) for term in signal.bias if isinstance(term, Table | Distance)]
     beside = flex.serves(x, max(pairs), signal.bias, plain=plain) if pairs else Selection("", "")

@@ -2,6 +2,7 @@
 
 from .alibi import Alibi
 from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
+from .cycle import Cycle
 from .decomposed import Decomposed
 from .factorized import Factorized
 from .find import encoding_parameters, encodings_of, modules_outside_encodings, named_encodings
@@ -13,13 +14,14 @@ from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
-from .registry import ENCODINGS, Builder, Dims, build, parse, split_shared_and_per_block
+from .registry import ENCODINGS, Builder, Dims, build, parse, parse_blocks
 from .relative import RelativeBias
 from .rope import AxialRoPE, MixedRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
 from .shaw import Shaw
 from .sincos import SinCos
+from .split import Position, split_shared_and_per_block
 from .t5 import T5Bias
 from .windowed import WindowedTable
 
@@ -30,6 +32,7 @@ __all__ = [
     "AxialRoPE",
     "Builder",
     "CentredRoPE",
+    "Cycle",
     "Decomposed",
     "Dims",
     "Factorized",
@@ -44,6 +47,7 @@ __all__ = [
     "MixedRoPE",
     "NoPosition",
     "OnGrid",
+    "Position",
     "PositionEncoding",
     "RelativeBias",
     "Shaw",
@@ -57,6 +61,7 @@ __all__ = [
     "modules_outside_encodings",
     "named_encodings",
     "parse",
+    "parse_blocks",
     "split_shared_and_per_block",
     "terms",
 ]

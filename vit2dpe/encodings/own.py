@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..spec import Plain, read_terms
+from ..spec import Plain, join_blocks, read_terms, split_blocks
 from .base import PositionEncoding
 from .registry import ENCODINGS, Builder, from_entry_point, of_class
 
@@ -71,7 +71,7 @@ def is_ours(make: Callable[..., PositionEncoding]) -> bool:
 
 def words_of(specs: Iterable[str]) -> list[str]:
     """The words in specifications that are encodings of one's own."""
-    words = dict.fromkeys(name for spec in specs for name, _ in read_terms(spec))
+    words = dict.fromkeys(name for spec in specs for word in split_blocks(spec) for name, _ in read_terms(word))
     return [word for word in words if word in ENCODINGS and not is_ours(ENCODINGS[word])]
 
 
@@ -96,8 +96,8 @@ def sources_in(arguments: Mapping[str, Plain]) -> dict[str, str]:
     for name, value in arguments.items():
         if isinstance(value, Mapping):
             named |= sources_in(value)
-        elif isinstance(value, str) and name.endswith("position"):
-            named |= {word: source_of(word) for word in words_of([value])}
+        elif name.endswith("position") and isinstance(spec := join_blocks(value), str):
+            named |= {word: source_of(word) for word in words_of([spec])}
     return named
 
 

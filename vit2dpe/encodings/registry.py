@@ -6,19 +6,18 @@ contract tests.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 from importlib.metadata import entry_points
 from operator import add
 from typing import Any
 
 from ..errors import ConfigError, unknown
-from ..spec import Plain, Term, check_option, parse_terms, read_terms
+from ..spec import Plain, Term, check_option, parse_terms, read_terms, split_blocks
 from .alibi import Alibi
-from .base import NoPosition, PositionEncoding, terms
+from .base import NoPosition, PositionEncoding
 from .decomposed import Decomposed
 from .factorized import Factorized
 from .fire import Fire
@@ -112,10 +111,24 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
 def build(spec: str, dims: Dims) -> PositionEncoding:
     """The encoding of a specification: names joined by `+`, options in parentheses: `sincos+rope(base=10)`.
 
+    Of words by block, `rope/none`, it is that of the block that `dims` names.
+
     Raises:
-        ConfigError: for a specification that cannot be read, an unknown name or option, or sizes it cannot take.
+        ConfigError: for a specification that cannot be read, an unknown name or option, or sizes it cannot take; for
+            words by block where `dims` names none.
     """
+    words = split_blocks(spec)
+    if len(words) > 1 and dims.block is None:
+        raise ConfigError(
+            f"{spec!r} is an encoding for each block of a model in turn: give a model, or one of its words"
+        )
+    spec = words[(dims.block or 0) % len(words)]
     return reduce(add, (ENCODINGS[name](dims, **options) for name, options in parse(spec)))
+
+
+def parse_blocks(spec: str) -> list[list[Term]]:
+    """`parse` of each word that the blocks of a model follow in turn, `rope/rope/none`; most have one."""
+    return [parse(word) for word in split_blocks(spec)]
 
 
 def parse(spec: str) -> list[Term]:
@@ -166,41 +179,3 @@ def arguments_of(encoding: type, dims: Dims, given: Collection[str] = ()) -> dic
                 f"lambda dims: {encoding.__name__}(...); known are {', '.join(known)}"
             )
     return {name: known[name] for name in parameters if name in known and name not in given}
-
-
-def split_shared_and_per_block(
-    position: str | PositionEncoding, dims: Dims, block_position: str | PositionEncoding | None = None
-) -> tuple[PositionEncoding, list[PositionEncoding | None]]:
-    """Split an encoding between a model and its blocks: (shared, one per block).
-
-    Terms that are `per_block` are built afresh for every block, the others once for all. `block_position` is an
-    encoding that every block owns, whatever it is. An instance is copied, so that models made from one share nothing;
-    what a block owns has its parameters drawn anew.
-    """
-    makers = _makers(position)
-    built = [make(dims) for make in makers]
-    shared = [term for term in built if not term.per_block]
-    own = [make for make, term in zip(makers, built, strict=True) if term.per_block]
-    own += [] if block_position is None else _makers(block_position)
-    blocks: list[PositionEncoding | None] = []
-    for index in range(dims.depth):
-        at_block = replace(dims, block=index)
-        blocks.append(reduce(add, (make(at_block) for make in own)) if own else None)
-    return reduce(add, shared) if shared else NoPosition(), blocks
-
-
-def _makers(position: str | PositionEncoding) -> list[Callable[[Dims], PositionEncoding]]:
-    """For each term of a specification or an instance, a function that builds it for a model or a block."""
-    if isinstance(position, str):
-        return [partial(ENCODINGS[name], **options) for name, options in parse(position)]
-    if isinstance(position, PositionEncoding):
-        return [partial(_copy, term) for term in terms(position)]
-    raise ConfigError(f"position must be a word or a PositionEncoding, got {type(position).__name__}; 'none' is a word")
-
-
-def _copy(term: PositionEncoding, dims: Dims) -> PositionEncoding:
-    mine = copy.deepcopy(term)
-    if dims.block is not None:
-        mine.reset_parameters()
-        mine.set_block(dims.block, dims.depth)
-    return mine

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 
 from torch import nn
 
 from ..encodings import Sum, named_encodings
-from ..encodings.registry import parse
+from ..encodings.registry import parse_blocks
 from ..models.mae_names import State
 from ..spec import Term
 
 
 def with_own_options(position: str, own: str) -> str:
     """`position` with the options of the terms of `own` that it names, where it does not say otherwise."""
-    options = dict(parse(own))
-    return "+".join(str(Term(name, {**options.get(name, {}), **given})) for name, given in parse(position))
+    theirs, words = [dict(word) for word in parse_blocks(own)], list[str]()
+    for i, word in enumerate(parse_blocks(position)):
+        options = dict(ChainMap(theirs[i % len(theirs)], *theirs))  # of the same word by block first
+        words.append("+".join(str(Term(name, {**options.get(name, {}), **given})) for name, given in word))
+    return "/".join(words)
 
 
-def names_of(spec: str) -> list[str]:
-    """The words of a sum, without options."""
-    return [name for name, _ in parse(spec)]
+def names_of(spec: str) -> list[list[str]]:
+    """The names of a sum, without options; of words by block those of each."""
+    return [[name for name, _ in word] for word in parse_blocks(spec)]
 
 
 def own_weights(own: nn.Module, new: nn.Module, state: State) -> State:

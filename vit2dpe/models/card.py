@@ -17,6 +17,7 @@ from torch import nn
 
 from ..encodings import encodings_of
 from ..errors import ConfigError
+from ..spec import join_blocks
 from .timm_api import TimmModel, pretrained_cfg_of, recorded_policies
 
 UNKNOWN = "not stated"
@@ -176,7 +177,7 @@ def other_sizes(model: TimmModel) -> str:
 
 def encoding_of(model: nn.Module) -> str:
     """The spec that the model was built with; where it was built by hand, the classes of its encodings."""
-    spec = get_model_args(model).get("position")
+    spec = join_blocks(get_model_args(model).get("position"))
     classes = list(dict.fromkeys(f"`{type(encoding).__name__}`" for encoding in encodings_of(model))) or ["none"]
     return f"`{spec}` ({', '.join(classes)})" if isinstance(spec, str) else ", ".join(classes)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encodings import PositionEncoding
+from ..encodings import Position
 from ..errors import ConfigError
 from .vit import ViT
 
@@ -25,7 +25,7 @@ class DistilledViT(ViT):
     With `distilled_training` set, a training forward returns both logits, (class, distillation); else their mean.
     """
 
-    def __init__(self, position: str | PositionEncoding = "learned", **kwargs: Any) -> None:
+    def __init__(self, position: Position = "learned", **kwargs: Any) -> None:
         super().__init__(position, **kwargs)
         if self.global_pool != "token" or self.reg_token is not None:
             raise ConfigError(

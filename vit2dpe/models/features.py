@@ -116,7 +116,7 @@ class Features(nn.Module):
         signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = run_block(block, x, signal, at, *given(mask), recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *given(mask), index=i, recompute=self.grad_checkpointing)
             if i in take:
                 outputs.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]

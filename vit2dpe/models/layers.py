@@ -348,13 +348,16 @@ def run_block(
     signal: Signal,
     at: Positions,
     *args: Any,
+    index: int = 0,
     recompute: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """The output of a block; with `recompute` it keeps its inputs alone, and the backward runs it again.
+    """The output of block `index`; with `recompute` it keeps its inputs alone, and the backward runs it again.
 
     The second run is under the policy of the first, whichever thread runs the backward (on CUDA one of autograd's).
     """
+    if signal.blocks:
+        signal = signal.of_block(index)
     if not (recompute and torch.is_grad_enabled()):
         return block(x, signal, at, *args, **kwargs)
     again = block if torch.compiler.is_compiling() else partial(copy_context().run, block)
@@ -368,7 +371,7 @@ def block_inputs(x: Tensor, signal: Signal) -> tuple[Tensor, Signal]:
     Returns:
         x + signal.token; the signal, with matrices that each block would look up looked up once.
     """
-    return add_token(x, signal), materialize_shared_bias(signal, x) if signal.bias else signal
+    return add_token(x, signal), materialize_shared_bias(signal, x) if signal.bias or signal.blocks else signal
 
 
 def add_token(x: Tensor, signal: Signal) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..encodings import Dims, PositionEncoding, modules_outside_encodings, split_shared_and_per_block
+from ..encodings import Dims, Position, PositionEncoding, modules_outside_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
 from .arguments import check_arguments
@@ -61,8 +61,8 @@ class MAE(MaskedModel):
         self,
         encoder: ViT,
         *,
-        decoder_position: str | PositionEncoding = "sincos",
-        decoder_block_position: str | PositionEncoding | None = None,
+        decoder_position: Position = "sincos",
+        decoder_block_position: Position | None = None,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
@@ -144,8 +144,8 @@ class MAE(MaskedModel):
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device).with_prefix(prefix)
         x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
-        for block in self.decoder_blocks:
-            x = run_block(block, x, signal, at, recompute=self.grad_checkpointing)
+        for i, block in enumerate(self.decoder_blocks):
+            x = run_block(block, x, signal, at, index=i, recompute=self.grad_checkpointing)
         pixels: Tensor = self.decoder_pred(self.decoder_norm(x))  # (B, P + N, p q C)
         return pixels[:, prefix:]
 

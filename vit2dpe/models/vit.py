@@ -15,7 +15,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..encodings import Dims, PositionEncoding, split_shared_and_per_block
+from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -42,7 +42,8 @@ class ViT(TimmViT):
     """Vision transformer.
 
     Args:
-        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance.
+        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance; of each block in turn:
+            "rope/rope/rope/none", or a list.
         block_position: a further encoding that every block owns; its token term is added before every block.
         img_size: the training size in pixels, H or (H, W): tables are learned on its grid, and policies measure
             other sizes against it. Images of any other size run too.
@@ -74,9 +75,9 @@ class ViT(TimmViT):
 
     def __init__(
         self,
-        position: str | PositionEncoding = "learned",
+        position: Position = "learned",
         *,
-        block_position: str | PositionEncoding | None = None,
+        block_position: Position | None = None,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
@@ -210,8 +211,8 @@ class ViT(TimmViT):
         if attn_mask is not None or is_causal:
             signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
             mask = () if allowed is None else (allowed,)
-        for block in self.blocks:
-            x = run_block(block, x, signal, at, *mask, recompute=self.grad_checkpointing)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, signal, at, *mask, index=i, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return out
 

@@ -27,6 +27,7 @@ from ..encodings import ENCODINGS, Dims, PositionEncoding, parse
 from ..errors import ConfigError
 from ..positions import Positions
 from ..signal import Dense, Rotation, Signal
+from ..spec import split_blocks
 from .figures import HEADS, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def draw(
     """A figure with a row for each encoding and for each term of a sum: images, or curves on a line.
 
     Args:
-        specs: encodings as `build` reads them; "all": every name, with the reason where one refuses the grid.
+        specs: encodings as models read them, of words by block each; "all": every name, with the reason where one
+            refuses the grid.
         grid: two sizes (an image, rows before columns) or one (a text).
         width, heads, seed: of the model that the encodings are built for; learned ones are drawn as initialised.
 
@@ -65,7 +67,7 @@ def draw(
     dims = Dims(width, heads, tuple(grid))
     rows: list[tuple[str, list[Panel]]] = []
     for spec in [specs] if isinstance(specs, str) else specs:
-        for name in ENCODINGS if spec == "all" else [spec]:
+        for name in ENCODINGS if spec == "all" else dict.fromkeys(split_blocks(spec)):
             try:
                 rows += _rows(name, dims, seed)
             except ConfigError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from ..encodings import ENCODINGS, Builder, PositionEncoding, named_encodings, terms
+from ..encodings import ENCODINGS, Builder, Cycle, PositionEncoding, named_encodings, terms
 from ..errors import ConfigError, unknown
 from ..models.layers import PatchEmbed
 from ..models.swin.stage import SwinStage
@@ -163,6 +163,10 @@ def _rows(one: Placed, policy: str) -> Iterator[tuple[str, list[Panel]]]:
     at = f"{one.kind} {show(one.drawn)}"
     if one.drawn != one.trained or policy != "default":
         at = f"{one.kind} trained at {show(one.trained)}, drawn at {show(one.drawn)}, policy {policy}"
+    if isinstance(one.encoding, Cycle):  # of different blocks, whose sum is nobody's
+        for term in terms(one.encoding):
+            yield from _rows(one._replace(encoding=term), policy)
+        return
     each = [(f"{one.name}: {word_of(term)}, {at}", term) for term in terms(one.encoding) if term.gives]
     summed = "+".join(word_of(term) for _, term in each)
     yield from panels_of(each, one.drawn, f"{one.name}: {summed}, summed, {at}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..encodings import NoPosition, PositionEncoding, split_shared_and_per_block, terms
+from ..encodings import Cycle, NoPosition, PositionEncoding, split_shared_and_per_block, terms
 from ..errors import ConfigError
 from ..signal import Signal
 from .masks import as_stock, attention_mask, by_head, check_padding, floats
@@ -128,6 +128,11 @@ def attach(
             split_shared_and_per_block("none", dims, encoding)
             if every_layer
             else split_shared_and_per_block(encoding, dims)
+        )
+    if isinstance(shared, Cycle):
+        raise ConfigError(
+            f"{encoding!r} names an encoding for each layer in turn, and a stock stack hands one mask to all of its "
+            "layers: every_layer=True gives each layer its own"
         )
     for part in (shared, *own):
         does = "turns" if part and "rotation" in part.gives else "multiplies"

@@ -26,7 +26,7 @@ from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
 from ..models.timm_api import every_policy
 from ..resolution.sweep import MODES, sweep, train_size_of
-from ..spec import Size
+from ..spec import Size, join_blocks
 from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
 from ..training.checkpoint import Meta, load_run, read_meta
 from ..training.devices import pick_device
@@ -115,7 +115,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
                 f"{folder} holds a {about['model']}, which is no classifier: train one from it, "
                 f"vit2dpe train --init {folder}, or measure its features with vit2dpe probe"
             )
-        label, trained = str(about["arguments"].get("position", about["model"])), about.get("trained")
+        label, trained = str(join_blocks(about["arguments"].get("position", about["model"]))), about.get("trained")
         seed = trained.get("seed") if isinstance(trained, dict) else None
         return Subject(run, label, seed, tuple(about["classes"]), True, about["mean"], about["std"], 1.0)
     name, model = _timm_model(config)

@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from ..data.datasets import Images, check_data, load_fitted, write_unreadable
 from ..data.settings import AugmentConfig
 from ..data.sources import FILES
-from ..encodings import parse
+from ..encodings import parse_blocks
 from ..errors import CheckpointError, ConfigError, DataError
 from ..interop.exchange import move_weights
 from ..interop.timm.record import is_rate
@@ -43,7 +43,7 @@ from ..training.objectives.base import Prepared, run
 from ..training.session import TrainSession
 from ..training.settings import check_numbers, drop_last, image_smoke
 from ..training.start import describe
-from ..training.starting_model import Start, on_meta
+from ..training.starting_model import Start, on_meta, position_of
 from ..training.swap_settings import SwapConfig
 from ..training.tasks.classification import ImageTask
 from ..training.tasks.distill import DistillTask
@@ -84,7 +84,7 @@ def check(config: SwapConfig) -> tuple[SwapConfig, Source, ModelSpec]:
     init = config.init
     if not init or not config.to:
         raise ConfigError("swap needs --init, the trained model, and --to, the other encoding, such as rope")
-    parse(config.to)
+    parse_blocks(config.to)
     if not config.data.root and not config.data.name:
         raise ConfigError("swap needs images, with labels or without: --root photos")
     check_data(config.data)
@@ -126,7 +126,7 @@ def with_encoding(start: Start, to: str) -> ModelSpec:
     rates = {name: 0.0 for name in start.spec.arguments if is_rate(name)}
     kind, arguments = start.changed(to)
     spec = ModelSpec(kind, arguments | rates)
-    if parse(spec.arguments["position"]) == parse(str(start.position)):
+    if parse_blocks(str(position_of(spec))) == parse_blocks(str(start.position)):
         raise ConfigError(f"the encoding of {start.source} is {start.position} already: give another one, --to rope")
     on_meta(spec)
     return spec

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 
 from ..data.settings import LADDER
-from ..encodings import ENCODINGS, parse
+from ..encodings import ENCODINGS
 from ..errors import CheckpointError, ConfigError
-from ..interop.own_encoding import with_own_options
+from ..interop.own_encoding import names_of, with_own_options
 from ..spec import Size, Words, filled
 from ..training.checkpoint import read_meta
 from ..training.settings import MASKED
@@ -77,7 +77,7 @@ def _word(word: str, start: Start) -> str:
 
 
 def _same_names(word: str, own: str) -> bool:
-    return [name for name, _ in parse(word)] == [name for name, _ in parse(own)]
+    return names_of(word) == names_of(own)
 
 
 def changed_word(encoding: str, start: Start) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..data.datasets import check_data
-from ..encodings import ENCODINGS, parse
+from ..encodings import ENCODINGS, parse_blocks
 from ..errors import ConfigError, unknown
 from ..models import Swin, ViT
 from ..models.spec import ModelSpec
@@ -147,7 +147,7 @@ def check(config: StudyConfig, start: Start | None = None) -> Plan:
         if KEEP in encodings:
             raise ConfigError("keep is the encoding of weights to start from: name them, --init RUN")
     for encoding in encodings if start is None or start.position is not None else ():
-        parse(encoding)
+        parse_blocks(encoding)
     known("mode", config.modes, MODES)
     known("training", config.training, TRAININGS)
     if not images and (strange := [way for way in config.training if way not in TRAININGS[:2]]):

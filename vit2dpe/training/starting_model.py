@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..interop.own_encoding import carried, names_of, with_own_options
 from ..models.spec import Arguments, ModelSpec, takes_size
-from ..spec import Plain, Size, show_size
+from ..spec import Plain, Size, join_blocks, show_size
 from .checkpoint import Chosen
 from .initial_weights import Loaded, take
 
@@ -191,7 +191,7 @@ def _arguments(spec: ModelSpec) -> Arguments:
 def position_of(spec: ModelSpec) -> str | None:
     """The encoding's word, where it is given."""
     word = spec.arguments.get("position", (spec.arguments.get("record") or {}).get("position"))
-    return word if isinstance(word, str) else None
+    return spelled if isinstance(spelled := join_blocks(word), str) else None
 
 
 def _head(model: nn.Module) -> set[str]:

@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -149,6 +151,20 @@ def test_llama_3s_frequencies_are_an_option_of_rope():
     del older["rope_scaling"]["factor"]
     with pytest.raises(ConfigError, match="its config lacks factor"):
         convert(older, reference.state_dict())
+
+
+@torch.no_grad()
+def test_smollm3_turns_in_three_layers_of_four():
+    config = SmolLM3Config(**(LLAMA | dict(num_hidden_layers=6)), num_key_value_heads=2, pad_token_id=0,
+                           rope_parameters={"rope_type": "default", "rope_theta": 500.0})  # fmt: skip
+    reference = theirs(SmolLM3ForCausalLM, config)
+    ours = from_transformers(reference)
+    assert ours.position.order == [(0,), (0,), (0,), ()]
+    close(ours(ids(2, 11)), reference(ids(2, 11)).logits)
+    expected = reference.generate(ids(2, 5), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(generate(ours, ids(2, 5), 6, temperature=0), expected)  # cached
+    with pytest.raises(ConfigError, match="a smollm3 with use_sliding_window=True is not covered"):
+        from_transformers(theirs(SmolLM3ForCausalLM, SmolLM3Config(**LLAMA, use_sliding_window=True, pad_token_id=0)))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from ...encodings import PositionEncoding
+from ...encodings import Position
 from ...errors import CheckpointError, ConfigError
 from ...models.mae_names import State
 from ...models.spec import Arguments
@@ -26,6 +27,7 @@ from ...models.timm_api import TimmModel, pair, pretrained_cfg_of
 from ...models.unwrap import unwrapped_module
 from ...models.vit import ViT
 from ...resolution.apply import set_policy
+from ...spec import join_blocks
 from ..own_encoding import names_of, own_weights, with_own_options
 from .names import create
 from .read import Recipe, read, refusal
@@ -38,7 +40,7 @@ from .write import native_steps
 
 def from_timm(
     model: str | nn.Module,
-    position: str | PositionEncoding | None = None,
+    position: Position | None = None,
     policy: str | None = None,
     pretrained: bool = False,
     img_size: int | tuple[int, int] | None = None,
@@ -53,10 +55,11 @@ def from_timm(
     Args:
         model: a timm name, or a timm model, built by a name or by its class; what torch.compile, DDP and averages of
             weights put around it is taken off.
-        position: another encoding; default: its own, so that logits are equal. The weights that are not position are
-            kept either way, and the rows that a table adds to leading tokens stay with them. A word that names the
-            model's own encoding, alone or in a sum, keeps its weights and options too, but for the options that
-            it names: "learned(resize=dino)" is the trained table, "learned+rope" the same and a rotation.
+        position: another encoding, or one for each block in turn; default: its own, so that logits are equal. The
+            weights that are not position are kept either way, and the rows that a table adds to leading tokens stay
+            with them. A word that names the model's own encoding, alone or in a sum, keeps its weights and options
+            too, but for the options that it names: "learned(resize=dino)" is the trained table, "learned+rope" the same
+            and a rotation.
         policy: of sizes it was not trained at, from now on (`set_policy`), measured from the size the weights come
             with; for a Swin also of its windows, "scale" or "keep+resize". Default: its family's: EVA-02 interpolates,
             tables are resized, rope-vit extrapolates, windows are kept.
@@ -84,6 +87,7 @@ def from_timm(
         raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
     if temperature is not None and policy is None:
         raise ConfigError(f"temperature {temperature!r} goes with a policy: give policy= too")
+    position = join_blocks(position)
     sizes = {n: pair(size) for n, size in dict(img_size=img_size, patch_size=patch_size).items() if size is not None}
     if not isinstance(model, str):
         theirs = unwrapped_module(model)
@@ -137,7 +141,7 @@ def _check_size(theirs: nn.Module, arguments: Arguments) -> None:
         )
 
 
-def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | PositionEncoding | None) -> bool:
+def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: Position | None) -> bool:
     """Load their weights into ours; whether all of ours are theirs."""
     state: State = dict(theirs.state_dict())
     for step in recipe.steps:
@@ -146,7 +150,7 @@ def _load(ours: ViT, theirs: nn.Module, recipe: Recipe, position: str | Position
     if state[kernel].shape[-2:] != ours.patch_embed.patch_size:
         state[kernel] = resample_patch_embed(state[kernel], list(ours.patch_embed.patch_size))
     kept = {name: value for name, value in state.items() if position is None or "position." not in name}
-    if isinstance(position, str) and set(names_of(position)) & set(names_of(recipe.position)):
+    if isinstance(position, str) and {*chain(*names_of(position))} & {*chain(*names_of(recipe.position))}:
         kept |= _own_weights(recipe, position, state)
     missing, unexpected = ours.load_state_dict(kept, strict=False)
     lost = [name for name in missing if position is None or "position." not in name] + list(unexpected)

@@ -7,9 +7,9 @@ timm has vectors added to tokens (`VisionTransformer`), rotations beside them (`
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...encodings import AxialRoPE, CentredRoPE, LogCPB, MixedRoPE, PositionEncoding, RelativeBias, Sum, terms
+from ...encodings import AxialRoPE, CentredRoPE, Cycle, LogCPB, MixedRoPE, PositionEncoding, RelativeBias, Sum, terms
 from ...errors import ConfigError
 from ...models.layers import Block
 from ...models.timm_api import Step
@@ -27,6 +27,11 @@ def native_steps(model: ViT) -> tuple[Step, ...]:
     """
     shared = [part for part in terms(model.position) if part.gives]
     block = _first_block(model)
+    kinds_of_blocks = {_kinds(one.attn.position) for one in model.blocks if isinstance(one, Block)}
+    if isinstance(model.position, Cycle) or len(kinds_of_blocks) > 1:
+        raise ConfigError(
+            "timm has no ViT whose blocks have different encodings: keep it in its own names (state_dict)"
+        )
     position = block.attn.position
     own = [part for part in terms(position) if part.gives] if isinstance(position, PositionEncoding) else []
     tokens, rest = [part for part in shared if part.gives == {"token"}], [p for p in shared if p.gives != {"token"}]
@@ -50,6 +55,10 @@ def native_steps(model: ViT) -> tuple[Step, ...]:
         f"timm has no ViT with {' + '.join(kinds)}; it has vectors added to tokens, rotary encodings with or without "
         "them, and relative biases without them: keep such a model in its own names (state_dict), which vit2dpe loads"
     )
+
+
+def _kinds(position: nn.Module | None) -> tuple[type[PositionEncoding], ...]:
+    return tuple(type(part) for part in terms(position)) if isinstance(position, PositionEncoding) else ()
 
 
 def _first_block(model: ViT) -> Block:

@@ -1,4 +1,5 @@
-"""Models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, T5, DINOv3.
+"""Models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, SmolLM3,
+T5, DINOv3.
 
 A converter, one file for each family, turns a config and a state dict into one of our models, its arguments and its
 weights. Parts that ours lacks are refused by name, and so is a weight that would be left over. Nothing of
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Callable[[Config, Weights], Converted]] = {
     "gpt2": gpt2,
     "bloom": bloom,
     "llama": llama,
+    "smollm3": llama,
     "t5": t5,
 }
 
@@ -109,7 +111,7 @@ def convert(config: Config, state: State, *, plain_rope: bool = False) -> Conver
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise unknown("family", str(family), FAMILIES)
-    if family == "llama":
+    if FAMILIES[family] is llama:
         config = config | {"plain_rope": plain_rope}
     return FAMILIES[family](config, Weights(state))
 

@@ -1,4 +1,7 @@
-"""Llama: rotary, in pairs (i, i + Dh/2) where ours are (2i, 2i+1), so the rows of q and k change places."""
+"""Llama: rotary, in pairs (i, i + Dh/2) where ours are (2i, 2i+1), so the rows of q and k change places.
+
+SmolLM3 is a Llama whose every fourth layer does not turn (`no_rope_layers` has 0 there): words by block.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def llama(config: Config, w: Weights) -> Converted:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     kv_heads, bias = config.get("num_key_value_heads") or heads, bool(config.get("attention_bias"))
-    demand(config, hidden_act="silu", mlp_bias=bias, head_dim=width // heads)
+    demand(config, hidden_act="silu", mlp_bias=bias, head_dim=width // heads, use_sliding_window=False)
     older = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}  # transformers 4
     rope = config.get("rope_parameters") or older
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -34,8 +37,8 @@ def llama(config: Config, w: Weights) -> Converted:
         scaled, position = False, f"rope(base={float(rope['rope_theta'])}, llama3={numbers})"
     if scaled and not config["plain_rope"]:
         raise ConfigError(
-            f"this Llama scales its frequencies ({kind}); load it with plain_rope=True and run it under use_policy, "
-            "which scales them at evaluation"
+            f"this {config['model_type']} scales its frequencies ({kind}); load it with plain_rope=True and run it "
+            "under use_policy, which scales them at evaluation"
         )
     w.without("model.").drop("rotary_emb.inv_freq")
     embedding = w.take("embed_tokens.weight")
@@ -53,7 +56,7 @@ def llama(config: Config, w: Weights) -> Converted:
     return Converted(
         TextDecoder,
         dict(
-            position=position,
+            position=_words(position, config.get("no_rope_layers") or [1]),
             vocab_size=config["vocab_size"],
             context=before or config["max_position_embeddings"],
             embed_dim=width,
@@ -69,3 +72,10 @@ def llama(config: Config, w: Weights) -> Converted:
         ),
         with_head(state, head),
     )
+
+
+def _words(word: str, turns: list[int]) -> str:
+    """`rope/rope/rope/none` of [1, 1, 1, 0, 1, 1, 1, 0]: the shortest cycle of words that blocks follow."""
+    words = [word if turn else "none" for turn in turns]
+    period = next(n for n in range(1, len(words) + 1) if words == (words[:n] * len(words))[: len(words)])
+    return "/".join(words[:period])

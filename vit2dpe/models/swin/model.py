@@ -41,8 +41,9 @@ class Swin(TimmSwin):
     """Hierarchical transformer of shifted windows.
 
     Args:
-        position: the encoding, a spec such as "relative", "logcpb" or "sincos+rope_mixed", or a function from Dims
-            (width, heads and window of a stage, number of the block) to an encoding. Terms that give tokens are added
+        position: the encoding, a spec such as "relative", "logcpb" or "sincos+rope_mixed", of each block in turn
+            "relative/none" or a list, or a function from Dims (width, heads and window of a stage, number of the block)
+            to an encoding. Terms that give tokens are added
             after the patch embedding; the others are made for each stage, or each block where they are `per_block`,
             get the places within a window, and must be `relative`, because every window has the same places.
         window_policy: the window at another size than the training size. "keep": it keeps its side, the grid

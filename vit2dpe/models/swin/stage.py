@@ -8,8 +8,7 @@ Legend: B images, H, W tokens along each axis, D width, N tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import add
+from itertools import chain
 from typing import TypedDict, Unpack
 
 import torch
@@ -18,15 +17,18 @@ from torch import Tensor, nn
 from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
 from ...contextual import Contextual
-from ...encodings import Dims, NoPosition, PositionEncoding, build, terms
+from ...encodings import Dims, Position, PositionEncoding, build, terms
 from ...encodings.base import overrides
+from ...encodings.cycle import over_blocks
+from ...encodings.split import build_once, words_of
 from ...errors import ConfigError
 from ...positions import Positions, is_tracing
 from ...signal import Dense, LowRank, Signal
+from ...spec import join_blocks
 from ..layers import BlockParts, run_block
 from .windows import Size, Windows, cut
 
-Spec = str | Callable[[Dims], PositionEncoding]
+Spec = Position | Callable[[Dims], PositionEncoding]
 WindowPositions = dict[tuple[Size, torch.device], Positions]
 
 
@@ -60,7 +62,7 @@ class SwinStage(nn.Module):
         **block_arguments: Unpack[SwinBlockArguments],
     ) -> None:
         super().__init__()
-        self.train_grid = grid
+        self.train_grid, self.first = grid, blocks[0] if blocks else 0
         self.window = _within(window, grid)
         self.trained_window: Size = trained if all(trained) else self.window
         self.own_window_policy, self.padding, self.grad_checkpointing = "keep", "mask", False
@@ -134,7 +136,7 @@ class SwinStage(nn.Module):
             for shifted in (False, True)[: len(self.blocks)]
         ]
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal, at, ways[i % 2], recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, ways[i % 2], index=self.first + i, recompute=self.grad_checkpointing)
         return x
 
     def extra_repr(self) -> str:
@@ -235,18 +237,18 @@ def _within(window: Size, grid: Size) -> Size:
 def in_full(signal: Signal) -> Signal:
     """Materializes bias tables once for all windows."""
     bias = tuple(term if isinstance(term, LowRank | Contextual) else Dense(term.dense()) for term in signal.bias)
-    return signal.with_bias(bias)
+    return signal.with_bias(bias).with_blocks(tuple([in_full(block) for block in signal.blocks]), signal.order)
 
 
 def tokens_of(position: Spec, dims: Dims) -> PositionEncoding:
     """The terms that are added to tokens."""
-    return _sum([term for term in _terms(position, dims) if term.gives == {"token"}])
+    return over_blocks([[term for term in word if term.gives == {"token"}] for word in _words(position, dims)])
 
 
 def in_windows(position: Spec, dims: Dims) -> PositionEncoding:
     """The terms that act within windows: those of a block, or where `dims` names none, those that blocks share."""
-    inside = [term for term in _terms(position, dims) if term.gives != {"token"}]
-    for term in inside:
+    inside = [[term for term in word if term.gives != {"token"}] for word in _words(position, dims)]
+    for term in chain(*inside):
         name = type(term).__name__
         if "token" in term.gives:
             raise ConfigError(
@@ -259,17 +261,17 @@ def in_windows(position: Spec, dims: Dims) -> PositionEncoding:
                 "same places; relative encodings serve there (relative, logcpb, rope, rope_mixed, alibi, ...), and "
                 "token encodings before the first stage (sincos, learned, ...)"
             )
-    return _sum([term for term in inside if term.per_block == (dims.block is not None)])
+    return over_blocks([[term for term in word if term.per_block == (dims.block is not None)] for word in inside])
 
 
-def _terms(position: Spec, dims: Dims) -> list[PositionEncoding]:
+def _words(position: Spec, dims: Dims) -> list[list[PositionEncoding]]:
+    """The terms of each word that blocks follow in turn; of a block those of its own."""
+    position = join_blocks(position)
     if isinstance(position, PositionEncoding) or not (isinstance(position, str) or callable(position)):
         raise ConfigError(
             "a Swin builds its encodings for each stage and block, whose heads and windows differ: position must be a "
             f"spec or a function from Dims to an encoding, got {type(position).__name__}"
         )
-    return terms(build(position, dims) if isinstance(position, str) else position(dims))
-
-
-def _sum(parts: list[PositionEncoding]) -> PositionEncoding:
-    return reduce(add, parts) if parts else NoPosition()
+    if isinstance(position, str) and dims.block is None:
+        return [list(word.values()) for word in build_once(words_of(position, dims.depth), dims)]
+    return [terms(build(position, dims) if isinstance(position, str) else position(dims))]

@@ -113,5 +113,9 @@ def signal_of(position: nn.Module, at: Positions, keys: Positions | None) -> Sig
     signal: Signal = position(at)
     if keys is None or keys is at or not isinstance(position, PositionEncoding) or "bias" not in position.gives:
         return signal
-    among: Signal = position(at, keys)
-    return signal.with_bias(among.bias)
+    return _with_bias_of(signal, position(at, keys))
+
+
+def _with_bias_of(signal: Signal, among: Signal) -> Signal:
+    blocks = tuple([_with_bias_of(*pair) for pair in zip(signal.blocks, among.blocks, strict=True)])
+    return signal.with_bias(among.bias).with_blocks(blocks, signal.order)

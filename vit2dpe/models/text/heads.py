@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...data.prepare import Prediction, ranked
 from ...data.tokenizers import from_json
-from ...encodings import PositionEncoding
+from ...encodings import Position
 from ...errors import ConfigError, DataError, unknown
 from ...modes import evaluating
 from ..arguments import check_arguments
@@ -41,7 +41,7 @@ class TextEncoder(TextModel):
 
     def __init__(
         self,
-        position: str | PositionEncoding = "rope",
+        position: Position = "rope",
         *,
         pool: str = "mean",
         num_classes: int = 0,
@@ -139,7 +139,7 @@ class TextDecoder(TextModel):
 
     def __init__(
         self,
-        position: str | PositionEncoding = "rope",
+        position: Position = "rope",
         *,
         tied: bool = True,
         logit_scale: float = 1.0,

@@ -21,6 +21,7 @@ from ...attention.cache import KVCache
 from ...attention.functional import Causal, FullMask, Mask, materialize_shared_bias
 from ...encodings import (
     Dims,
+    Position,
     PositionEncoding,
     build,
     encoding_parameters,
@@ -67,7 +68,8 @@ class TextModel(nn.Module):
     """Base class of the text models: embedding, encoding, blocks, norm.
 
     Args:
-        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance.
+        position: the encoding, a spec such as "rope" or "sincos+alibi", or an instance; of each block in turn:
+            "rope/rope/rope/none", or a list.
         vocab_size: V.
         context: tokens the model is trained on; tables have this length, and policies measure other lengths against
             it.
@@ -92,7 +94,7 @@ class TextModel(nn.Module):
 
     def __init__(
         self,
-        position: str | PositionEncoding = "rope",
+        position: Position = "rope",
         *,
         vocab_size: int,
         context: int,
@@ -102,7 +104,7 @@ class TextModel(nn.Module):
         kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
         hidden: int | None = None,
-        block_position: str | PositionEncoding | None = None,
+        block_position: Position | None = None,
         cross: bool = False,
         cross_position: str | None = None,
         norm: str = "layer",
@@ -215,7 +217,8 @@ class TextModel(nn.Module):
         for i, block in enumerate(self.blocks):
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             layer = None if cache is None or recompute else cache.layer(i)
-            x = run_block(block, x, signal, at, mask, recompute=recompute, keys=keys, cache=layer, memory=read)
+            read_on = dict(keys=keys, cache=layer, memory=read)
+            x = run_block(block, x, signal, at, mask, index=i, recompute=recompute, **read_on)
         out: Tensor = self.norm(x)
         return out
 

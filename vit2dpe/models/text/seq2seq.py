@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...encodings import PositionEncoding
+from ...encodings import Position
 from ...errors import ConfigError
 from ..unwrap import unwrap_names
 from .heads import TextDecoder, TextEncoder
@@ -32,9 +32,9 @@ class Seq2Seq(nn.Module):
 
     def __init__(
         self,
-        position: str | PositionEncoding = "sincos",
+        position: Position = "sincos",
         *,
-        decoder_position: str | PositionEncoding | None = None,
+        decoder_position: Position | None = None,
         cross_position: str | None = None,
         source_vocab: int,
         target_vocab: int,

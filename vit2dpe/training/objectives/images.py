@@ -18,7 +18,7 @@ from ...data.photos import Survey, train_size
 from ...data.rand_augment import AUGMENTATIONS
 from ...data.settings import AugmentConfig
 from ...data.sources import FILES
-from ...encodings import parse
+from ...encodings import parse_blocks
 from ...errors import ConfigError, unknown
 from ...models.spec import ModelSpec, takes_size
 from ...models.timm_api import TimmViT
@@ -141,7 +141,7 @@ def check(config: TrainConfig) -> TrainConfig:
     config = resolve(config, None if start is None else come_with(start))
     check_run(config)
     if config.model.position is not None:
-        parse(config.model.position)
+        parse_blocks(config.model.position)
     if config.model.init not in INITS:
         raise unknown("init", config.model.init, INITS)
     check_augment(config.augment)

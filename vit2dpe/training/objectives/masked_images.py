@@ -14,7 +14,7 @@ from ...data.datasets import Images, check_data, normalize
 from ...data.identity import FILES
 from ...data.settings import AugmentConfig
 from ...data.splits import resize
-from ...encodings import parse
+from ...encodings import parse_blocks
 from ...errors import ConfigError, unknown
 from ...models.mae import MAE, keep_count
 from ...models.simmim import SimMIM
@@ -91,7 +91,7 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise ConfigError("masked pretraining sees no classes: leave data.balanced out")
     for position in (config.model.position, config.decoder.position):
         if position is not None:
-            parse(position)
+            parse_blocks(position)
     if config.model.pool == "map":
         raise ConfigError("masking trains no attention pooling: --model.pool avg or token")
     size = likely_size(config)

@@ -16,7 +16,7 @@ from ...data.labelled_text import load_lines
 from ...data.pairs import Pairs, load_pairs
 from ...data.text import load_text
 from ...data.tokenizers import Tokenizer, from_json
-from ...encodings import parse
+from ...encodings import parse_blocks
 from ...errors import CheckpointError, ConfigError, unknown
 from ...files import write_atomically
 from ...models.spec import ModelSpec
@@ -84,7 +84,7 @@ def check(config: TextTrainConfig) -> TextTrainConfig:
     if config.smoke:
         config = smoke(config)
     check_run(config)
-    parse(config.model.position)
+    parse_blocks(config.model.position)
     with torch.device("meta"):
         model_spec(config, 2).build()
     return config
