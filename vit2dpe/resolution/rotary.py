@@ -15,7 +15,7 @@ from torch import Tensor
 from ..encodings.sections import slowed
 from ..errors import ConfigError
 from ..positions import numbers
-from .scaled import Extent, Scaled, growth_of, is_one, powers_of
+from .scaled import Scaled, growth_of, is_one, powers_of
 
 
 @dataclass(frozen=True)
