@@ -81,7 +81,7 @@ class SectionAngles(NamedTuple):
         return of_pairs * self.w[:, None]
 
 
-def _rescaled(policy: Policy, rows: Tensor, extent: tuple[int, ...]) -> Tensor:
+def _rescaled(policy: Policy, rows: Tensor, extent: tuple[float, ...]) -> Tensor:
     """(1|H, Dh/2) frequencies under a policy, of (d, 1|H, Dh/2) that have one axis each.
 
     An axis is given as if it were a head, so that its fastest and slowest pairs are its own.
