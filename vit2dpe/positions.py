@@ -50,6 +50,8 @@ class Positions:
         on_grid: that all places are known to be whole numbers inside the extent, by how they were made. Others are
             looked at where a table is about to be read at them, once; on a GPU the host waits for that. In a graph,
             which looks at nothing, others are taken to be fractional.
+        spacing: how far apart neighbours on this grid are, one number for each axis; () where it is 1. Coordinates
+            stay in patches of the training grid, the extent counts places of this one: it covers `span`.
 
     Raises:
         ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
@@ -59,6 +61,7 @@ class Positions:
     extent: tuple[int, ...]
     prefix: int = 0
     on_grid: bool = False
+    spacing: tuple[float, ...] = ()
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
     # Of scaled places: those that were scaled, and the ratio (d,) float64 of their offsets.
     source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)
@@ -81,12 +84,29 @@ class Positions:
             )
 
     @classmethod
-    def grid(cls, extent: Sequence[int], device: torch.device | str | None = None) -> Positions:
+    def grid(
+        cls,
+        extent: Sequence[int],
+        device: torch.device | str | None = None,
+        *,
+        spacing: float | Sequence[float] | None = None,
+        origin: float | Sequence[float] | None = None,
+    ) -> Positions:
         """All places of a grid in row-major order: `grid((2, 3))` is (0,0) (0,1) (0,2) (1,0) (1,1) (1,2).
 
+        Args:
+            extent: how many places there are along each axis.
+            spacing: the size of a patch in the world (metres, microns, seconds) over that of training, one number or
+                one of each axis: 0.5 where pixels are half as large. Default 1.
+            origin: the coordinate of the first place, in patches of training; default (spacing - 1) / 2, with which
+                the outer edge of the grid is where that of training is, at -1/2.
+
         Raises:
-            ValueError: for an axis without a place. Not while compiling, where a size may not be known.
+            ValueError: for an axis without a place (not while compiling, where a size may not be known), and a spacing
+                that is not above 0.
         """
+        if spacing is not None or origin is not None:
+            return cls._spaced(extent, device, spacing, origin)
         if not torch.compiler.is_compiling() and any(size < 1 for size in extent):
             raise ValueError(f"a grid needs at least one place along each axis, got {tuple(extent)}")
         axes: list[Tensor] = []
@@ -97,6 +117,25 @@ class Positions:
         made = cls(coords[None], tuple(extent), on_grid=True)  # (1, N, d)
         object.__setattr__(made, "whole", True)
         return made
+
+    @classmethod
+    def _spaced(
+        cls,
+        extent: Sequence[int],
+        device: torch.device | str | None,
+        spacing: float | Sequence[float] | None,
+        origin: float | Sequence[float] | None,
+    ) -> Positions:
+        at = cls.grid(extent, device)
+        steps = _each("spacing", 1.0 if spacing is None else spacing, at.axes)
+        if not all(step > 0 for step in steps):
+            raise ValueError(f"spacing must be above 0, got {spacing}")
+        first = [(step - 1) / 2 for step in steps] if origin is None else _each("origin", origin, at.axes)
+        if all(step == 1 for step in steps) and not any(first):
+            return at
+        scale, shift = (numbers(x, at.coords.device) for x in (steps, first))
+        coords = (exact(at.coords) * scale + shift).to(at.coords.device, at.coords.dtype)
+        return cls(coords, at.extent, spacing=tuple(steps))
 
     @classmethod
     def sequence(
@@ -130,24 +169,31 @@ class Positions:
         """d, the number of axes."""
         return len(self.extent)
 
+    @property
+    def span(self) -> tuple[float, ...]:
+        """The d lengths that the grid covers, in patches of training: the extent times the spacing."""
+        if not self.spacing:
+            return self.extent
+        return tuple(size * step for size, step in zip(self.extent, self.spacing, strict=True))
+
     def take(self, index: Tensor) -> Positions:
         """Keep the places at `index`: (K,) the same for all samples, or (B, K) for each sample its own.
 
         `index` counts tokens that have a place, prefix tokens not among them. The extent stays.
         """
         if index.ndim == 1:
-            return Positions(self.coords[:, index], self.extent, self.prefix, self.on_grid)
+            return Positions(self.coords[:, index], self.extent, self.prefix, self.on_grid, self.spacing)
         if index.ndim != 2:
             raise ValueError(f"index must be (K,) or (B, K), got {tuple(index.shape)}")
         if self.coords.shape[0] not in (1, index.shape[0]):
             raise ValueError(f"index is for {index.shape[0]} samples, coords for {self.coords.shape[0]}")
         coords = self.coords.expand(index.shape[0], -1, -1)
         where = index[..., None].expand(-1, -1, self.axes)  # (B, K, d)
-        return Positions(coords.gather(1, where), self.extent, self.prefix, self.on_grid)
+        return Positions(coords.gather(1, where), self.extent, self.prefix, self.on_grid, self.spacing)
 
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
-        made = Positions(self.coords, self.extent, prefix, self.on_grid)
+        made = Positions(self.coords, self.extent, prefix, self.on_grid, self.spacing)
         object.__setattr__(made, "whole", self.whole)
         return made
 
@@ -173,6 +219,11 @@ class Positions:
         """
         if self.on_grid:
             return self.coords.long()
+        if self.spacing:
+            raise ValueError(
+                f"this encoding looks up whole places in a table, and those of a grid of spacing {self.spacing} lie "
+                "between them; use a continuous encoding (sincos, rope, alibi, ...)"
+            )
         bounds = self.bounds()
         if bounds is not None and not bounds.whole:
             raise ValueError(
@@ -189,6 +240,8 @@ class Positions:
         """
         if self.on_grid:
             return True
+        if self.spacing:  # between those that a table has, or farther apart
+            return False
         bounds = self.bounds()
         if bounds is not None and not all(map(math.isfinite, (*bounds.least, *bounds.most))):
             raise ValueError(f"places must be finite, got places from {bounds.least} to {bounds.most}")
@@ -212,6 +265,13 @@ class Positions:
         whole = (places - places.round() == 0).all().to(places.dtype)  # infinite ones are not
         *ends, whole = torch.cat([least, most, whole[None]]).tolist()
         return Bounds(ends[: self.axes], ends[self.axes :], bool(whole))
+
+
+def _each(name: str, value: float | Sequence[float], axes: int) -> list[float]:
+    found = [value] * axes if isinstance(value, int | float) else list(value)
+    if len(found) != axes or not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
+        raise ValueError(f"{name} must be one finite number or {axes}, one of each axis, got {value!r}")
+    return [float(x) for x in found]
 
 
 def checkable(tensor: Tensor) -> bool:

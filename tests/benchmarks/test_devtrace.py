@@ -66,6 +66,8 @@ OPTIONS = (
     "alibi(distance=squared)",
     "logcpb(form=cr)",
     "relative(resize=geometric)",
+    "rope(sections=(4, 3), order=interleaved, start=(0.5, 1.0))",
+    "rope(order=head)",
     "rope_dinov3(jitter=1.5, shift=0.1)",
     "sincos+rope",
 )

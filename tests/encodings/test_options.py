@@ -74,6 +74,9 @@ SHARED = ["relative", "logcpb", "fire", "kerple"]
 SAMPLED = ["learned", "windowed", "factorized", "relative"]  # in test_between.py
 IN_TRAINING = {"rescale": (2.0, 1.0), "jitter": (1.0, 1.5), "shift": (0.0, 0.5)}  # of rope_dinov3
 ELSEWHERE = {("fire", "reach"), ("relative", "prefix")}  # below, on a line; test_timm_tables.py
+SECTIONS = ("sections", "partial", "zeros", "order", "bank")  # test_sections.py, and these
+ELSEWHERE |= {(name, key) for name in ("rope", "rope_mixed", "rope_dinov3") for key in SECTIONS}
+ELSEWHERE |= {("rope", "llama3"), ("rope_mixed", "step"), ("rope_mixed", "start"), ("rope_dinov3", "step")}
 
 
 @pytest.mark.parametrize(("option", "values"), TURNS.items(), ids=[f"{name}-{option}" for name, option in TURNS])
@@ -254,9 +257,9 @@ def test_a_step_of_each_axis():
 SIZELESS = [
     (lambda: build("sincos", Dims(6, 1, (3, 5))), "multiple of 2 x axes: got dim=6, axes=2"),
     (lambda: build("sincos(layout=big_vision)", Dims(4, 1, (3, 5))), "two frequencies an axis: got dim=4, axes=2"),
-    (lambda: build("rope", Dims(12, 2, (3, 5))), "multiple of 4: got 6"),
-    (lambda: build("rope_mixed", Dims(12, 2, (3, 5))), "multiple of 4: got 6"),
-    (lambda: build("rope_dinov3", Dims(12, 2, (3, 5))), "multiple of 4: got 6"),
+    (lambda: build("rope", Dims(10, 2, (3, 5))), "even head width, got 5"),
+    (lambda: build("rope_mixed", Dims(10, 2, (3, 5))), "even head width, got 5"),
+    (lambda: build("rope_dinov3", Dims(10, 2, (3, 5))), "even head width, got 5"),
     (lambda: build("rope_golden", Dims(6, 2, (3, 5))), "even head width, got 3"),
     (lambda: build("rope", Dims(13, 2, (3, 5))), "multiple of the heads: got 13 and 2"),
     (lambda: build("lookhere", Dims(12, 2, (2, 3, 4))), "1 or 2 axes, got axes=3"),

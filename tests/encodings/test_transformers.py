@@ -20,7 +20,7 @@ from tests.encodings.originals import exchanged, halves, same, turned
 from tests.helpers import randn
 from vit2dpe import Positions
 from vit2dpe.encodings import Alibi, AxialRoPE, CentredRoPE, LearnedTable, LogCPB, T5Bias
-from vit2dpe.resolution.policies import NTK, Interpolate, YaRN, YaRNTemperature
+from vit2dpe.resolution.policies import NTK, Interpolate, Llama3, LogTemperature, LongRoPE, YaRN, YaRNTemperature
 
 HEADS, WIDTH, ATOL = 2, 16, 5e-6
 
@@ -196,6 +196,39 @@ def test_an_image_is_scaled_by_axis(kind):
         policy = policies[kind]
         got.append(ours.angle(policy.place(place)).resolve(policy, place.extent, 0)[0, 0])
     same(got[0], theirs, got[1], 2e-5)  # angles up to 47
+
+
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+@pytest.mark.parametrize(("length", "low", "high"), [(8192, 1.0, 4.0), (48, 0.5, 3.0)])
+def test_llama3_is_llama3(factor, length, low, high):
+    """As a policy beyond a length, and as an option of `rope` at every length."""
+    named = dict(low_freq_factor=low, high_freq_factor=high)
+    numbers = dict(factor=factor, **named, original_max_position_embeddings=length)
+    frequencies, heat = scaled(rope("llama3", width=64, base=500_000.0, **numbers))
+    assert heat == 1.0
+    encoding = AxialRoPE(64, axes=1, base=500_000.0)
+    w, device = encoding.frequencies(torch.device("cpu")), torch.device("cpu")
+    for policy in [Llama3((length,), **named)] + [Llama3((length,))] * ((low, high) == (1.0, 4.0)):
+        found = policy.rescale(w, (round(factor * length),))
+        torch.testing.assert_close(found[0, 0], frequencies.double(), rtol=3e-6, atol=0)
+    assert (w / found).max() > factor - 1e-9
+    option = AxialRoPE(64, axes=1, base=500_000.0, llama3=(factor, low, high, length))
+    torch.testing.assert_close(option.frequencies(device)[0, 0], frequencies.double(), rtol=3e-6, atol=0)
+
+
+def test_longrope_is_longrope():
+    """Their factor on queries and keys, squared, is the temperature "log" at the length of the factors."""
+    length, longer, width = 24, 96, 16
+    long, short = tuple(1 + 0.5 * i for i in range(8)), tuple(1 + 0.1 * i for i in range(8))
+    config = rope(
+        "longrope", width=width, length=longer, long_factor=list(long), short_factor=list(short),
+        original_max_position_embeddings=length,
+    )  # fmt: skip
+    policy = LongRoPE((length,), long_factor=long, short_factor=short)
+    for extent in (longer, length):
+        frequencies, heat = scaled(config, extent)
+        check(ours_under(policy, extent, width), frequencies, ours_under(None, extent, width))
+    assert heat**2 == pytest.approx(LogTemperature((length,))((longer,)))
 
 
 @pytest.mark.parametrize("factor", [2.0, 8.0])

@@ -41,7 +41,7 @@ def test_names_that_do_not_exist(args, near, capsys):
     [
         ("none", dict(embed_dim=20, num_heads=3), "multiple of num_heads: got 20 and 3"),
         ("sincos", dict(embed_dim=18, num_heads=2), "multiple of 2 x axes: got dim=18, axes=2"),
-        ("rope", dict(embed_dim=36, num_heads=6), "multiple of 4: got 6"),
+        ("rope", dict(embed_dim=30, num_heads=6), "even head width, got 5"),
     ],
 )
 def test_channels_that_do_not_divide(word, sizes, message):
@@ -50,9 +50,9 @@ def test_channels_that_do_not_divide(word, sizes, message):
 
 
 @fault("F26")
-def test_rope_of_three_axes_needs_six():
-    with pytest.raises(ConfigError, match="multiple of 6: got 8"):
-        build("rope", Dims(width=16, heads=2, grid=(2, 3, 4)))
+def test_rope_of_three_axes_needs_a_pair_for_each():
+    with pytest.raises(ConfigError, match="of 3 axes needs a head width of at least 6: got 4"):
+        build("rope", Dims(width=8, heads=2, grid=(2, 3, 4)))
 
 
 @fault("F27", "F28")

@@ -141,7 +141,7 @@ def test_a_picture_is_there_while_the_first_trial_still_trains(tmp_path, monkeyp
     [
         (["--encodings", "none,roep"], "unknown encoding 'roep'; did you mean 'rope'"),
         (["--encodings", "rope(bsae=3)"], "did you mean 'base'"),
-        (["--encodings", "rope", "--width", "36", "--heads", "6"], "multiple of 4: got 6"),
+        (["--encodings", "rope", "--width", "30", "--heads", "6"], "even head width, got 5"),
         (["--sizes", "16,18"], "multiple of the patch 4x4: got 18x18"),
         (["--sizes", "16,x"], "32 or 32x48"),
         (["--train-size", "15"], "got 15x15"),

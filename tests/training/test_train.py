@@ -102,7 +102,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_is_refused(finished, tmp_path):
         (["--model.position", "roep"], "did you mean 'rope'"),
         (["--model.name", "vit2dpe_tiny_patch4_23"], "did you mean 'vit2dpe_tiny_patch4_32'"),
         (["--model.width", "20", "--model.heads", "3"], "embed_dim must be a multiple of num_heads: got 20 and 3"),
-        (["--model.width", "36", "--model.heads", "6"], "multiple of 4: got 6"),
+        (["--model.width", "30", "--model.heads", "6"], "even head width, got 5"),
         (["--data.size", "15"], "multiple of the patch 4x4: got 15x15"),
         (["--data.size", "2"], "multiple of the patch"),
         (["--data.name", "digit"], "did you mean 'digits'"),

@@ -86,7 +86,7 @@ class Alibi(PositionEncoding):
 
     def _channels(self, q: Positions, k: Positions) -> LowRank:
         """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""
-        middle = numbers([(size - 1) / 2 for size in q.extent], q.coords.device)
+        middle = numbers([(size - 1) / 2 for size in q.span], q.coords.device)
         p, o = (coords - middle.to(coords.device) for coords in (exact(q.coords), exact(k.coords)))  # (B|1, N, d)
         fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
         fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)

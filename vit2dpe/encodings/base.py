@@ -37,8 +37,8 @@ class Policy(Protocol):
         """The places that the encoding is evaluated at instead of `at`."""
         ...
 
-    def rescale(self, frequencies: Tensor, extent: tuple[int, ...]) -> Tensor:
-        """The rotary frequencies (d, 1|H, Dh/2) that serve a grid of this extent."""
+    def rescale(self, frequencies: Tensor, span: tuple[float, ...]) -> Tensor:
+        """The rotary frequencies (d, 1|H, Dh/2) that serve a grid that covers this span."""
         ...
 
     def resize(self, table: Tensor, sizes: tuple[int, ...], own: str, axis: int) -> Tensor:
@@ -61,8 +61,8 @@ class Cache(Protocol):
 class Angles(Protocol):
     """Angles that are not given as a tensor: `rope.LinearAngles` and `rope.AxialAngles`."""
 
-    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
-        """Under a policy on a grid of this extent, behind `prefix` tokens that do not turn.
+    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
+        """Under a policy on a grid that covers this span, behind `prefix` tokens that do not turn.
 
         Returns:
             angles (B|1, 1|H, P + N, Dh/2), or their rotation where an operation with its own backward makes it.
@@ -261,7 +261,7 @@ class PositionEncoding(nn.Module):
         if isinstance(angle, Tensor):
             resolved: Tensor | Rotation = F.pad(angle, (0, 0, at.prefix, 0))
         else:
-            resolved = angle.resolve(policy, at.extent, at.prefix)
+            resolved = angle.resolve(policy, at.span if at.spacing else at.extent, at.prefix)
         return rotation_of(resolved, self.dtype, at.coords.device)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:

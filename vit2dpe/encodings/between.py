@@ -90,6 +90,7 @@ def check_inside(at: Positions) -> None:
 
     Not those that a policy scaled: a power below 1 repeats the ends of a table, as `resize` does.
     """
+    refuse_spacing(at)
     bounds = at.bounds()
     if bounds is None or at.source is not None:
         return
@@ -98,6 +99,15 @@ def check_inside(at: Positions) -> None:
         raise ValueError(
             f"places from ({') to ('.join(ends)}) leave the grid of {at.extent}, which this table covers, by more than "
             "half a patch"
+        )
+
+
+def refuse_spacing(at: Positions) -> None:
+    """Tables meet another extent by being resized to it, which says nothing about how large a patch is."""
+    if at.spacing:
+        raise ValueError(
+            f"a table lies on the grid of training, and a grid of spacing {at.spacing} between its places: choose the "
+            "policy interpolate, which reads it there, or an encoding by formula (sincos, rope, alibi, ...)"
         )
 
 

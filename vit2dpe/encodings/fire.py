@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
-from ..positions import Positions, exact
+from ..positions import Positions, exact, numbers
 from ..signal import Table
 from .base import PositionEncoding
 from .mlp import PositionLinear, lifted, lifted_mlp, redraw
@@ -104,7 +104,8 @@ class Fire(PositionEncoding):
             reach = far.max()
         else:  # the norm has a gradient at 0, the root has none
             far = torch.linalg.vector_norm(offsets, dim=-1)
-            reach = offset_grid(q, k, len(self.grid)).square().sum(-1).sqrt().max()
+            whole = offset_grid(q, k, len(self.grid))
+            reach = (whole * numbers(q.spacing, whole.device) if q.spacing else whole).square().sum(-1).sqrt().max()
         return far.to(like.dtype).to(like.device), reach.to(like.dtype).to(like.device)
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:

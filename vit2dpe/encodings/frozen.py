@@ -160,7 +160,13 @@ def _same(a: Positions, b: Positions) -> bool:
     """Whether places are the same; those that share their coordinates are not compared."""
     x, y = a.coords, b.coords
     one_kind = x.device == y.device and x.dtype == y.dtype and x.shape == y.shape
-    return a.extent == b.extent and a.prefix == b.prefix and one_kind and (x is y or torch.equal(x, y))
+    return (
+        a.extent == b.extent
+        and a.span == b.span
+        and a.prefix == b.prefix
+        and one_kind
+        and (x is y or torch.equal(x, y))
+    )
 
 
 def _settle(term: Bias) -> Bias:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..positions import Positions, float64_device, numbers, offsets
 from ..signal import Dense, Table
-from .between import Taps, read, read_along, taps
+from .between import Taps, read, read_along, refuse_spacing, taps
 from .tables import axis_offsets, check_extents
 
 T = TypeVar("T")
@@ -91,6 +91,8 @@ def read_at_offsets(table: Tensor, q: Positions, k: Positions, prefix: Tensor | 
 
 def _check_reach(q: Positions, k: Positions) -> None:
     """Refuse offsets more than a patch beyond the table: both places may be half a patch outside."""
+    refuse_spacing(q)
+    refuse_spacing(k)
     here, there = q.bounds(), k.bounds()
     if here is None or there is None:
         return

@@ -101,10 +101,10 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "kerple": Builder(Kerple, lambda d: {"heads": d.heads}),
     "lookhere": Builder(LookHere, lambda d: {"heads": d.heads, "axes": d.axes, "block": d.block, "depth": d.depth}),
     "fire": Builder(Fire, lambda d: {"heads": d.heads, "grid": d.grid}),
-    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
+    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}),
     "rope_mixed": Builder(MixedRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
     "rope_golden": Builder(GoldenRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
-    "rope_dinov3": Builder(CentredRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes}),
+    "rope_dinov3": Builder(CentredRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}),
 }
 
 

@@ -4,10 +4,22 @@
 
 A rotary encoding is its frequency vectors w, (d, 1|H, Dh/2) radians per patch:
 
-    rope         one axis each: pairs [a K, (a + 1) K) turn with coordinate a at base^(-k/K), K = Dh / (2 d)
+    rope         one axis each: pairs [a K, (a + 1) K) turn with coordinate a at base^(-k/K), K = ⌊Dh/2d⌋
     rope_mixed   learned, per head and block; drawn as `rope` with base 10 along axes turned at random per head
     rope_golden  fixed, each pair of each head along a direction of its own     (rope_golden.py)
     rope_dinov3  one axis each, on coordinates centred and scaled to the grid   (rope_dinov3.py)
+
+Any even head width serves any number of axes; pairs left over stand still, w = 0, behind the others. Options of `rope`,
+`rope_mixed` and `rope_dinov3` say which pairs turn with which axis, and how fast (sections.py; DINOv3's has no start):
+
+    sections=(8, 28, 28)       pairs of each axis, time before rows before columns (Flux, Wan, Qwen2-VL, V-JEPA 2)
+    partial=0.5                the share of the pairs that turns (`partial_rotary_factor`; Qwen3.5)
+    zeros=K                    the last K pairs of each bank have frequency 0, the others are as they were (Gemma)
+    order=interleaved, head    every d-th pair an axis's (Qwen3-VL); whole heads, `sections` of heads (MHRoPE)
+    bank=whole                 base^(-i/n) for pair i of the n that turn, whatever its axis (Qwen2-VL, Qwen3-VL)
+    base, step, start          one number, or one of each axis: base=(10000, 100, 100)
+
+An exponent over another count K' is a base: base^(K/K') ^ (-k/K) = base^(-k/K'); modded-nanogpt has K' = K - 1.
 
 Sources: RoFormer, arXiv 2104.09864; RoPE for ViT, arXiv 2403.13298, `models/vit_rope.py`; timm, `pos_embed_sincos.py`.
 
@@ -25,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from ..errors import ConfigError
-from ..positions import Positions, float64_device, is_tracing
+from ..positions import Positions, float64_device, numbers
 from ..signal import Rotation
+from .angles import AxialAngles, SectionAngles
 from .base import Policy, PositionEncoding, can_interleave
+from .sections import Sections, of_each
 
 
 class LinearAngles(NamedTuple):
@@ -42,9 +55,9 @@ class LinearAngles(NamedTuple):
     coords: Tensor
     w: Tensor
 
-    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
-        w = self.w if policy is None else policy.rescale(self.w, extent)
+        w = self.w if policy is None else policy.rescale(self.w, span)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords  # nothing turns at 0
         learned = w.requires_grad and torch.is_grad_enabled() and not coords.requires_grad
         if learned and can_interleave(w):
@@ -59,29 +72,6 @@ class LinearAngles(NamedTuple):
         for place, frequency in zip(places[1:], w[1:], strict=True):
             angle.add_(place * frequency)  # not addcmul, whose one rounding would tell the axes apart
         return angle
-
-
-class AxialAngles(NamedTuple):
-    """Angles of pairs that each turn along one axis, angle_(a, k)(p) = w[a, k] p_a: one product, and no zeros added.
-
-    Args:
-        coords: (B|1, N, d), of any precision.
-        w: (d, K) radians per patch, K = Dh / (2 d).
-    """
-
-    coords: Tensor
-    w: Tensor
-
-    def resolve(self, policy: Policy | None, extent: tuple[int, ...], prefix: int) -> Tensor | Rotation:
-        """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
-        if policy is not None:  # which reads, and may mix, the frequencies of all axes
-            return LinearAngles(self.coords.to(self.w.dtype), along_axes(self.w)).resolve(policy, extent, prefix)
-        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
-        return AxialAngles(coords, self.w).dense()
-
-    def dense(self) -> Tensor:
-        """(B|1, 1, N, Dh/2)"""
-        return (self.coords[:, None, :, :, None] * self.w).flatten(-2)
 
 
 class _CosSin(torch.autograd.Function):
@@ -137,40 +127,56 @@ class DirectionalRoPE(PositionEncoding):
         """(d, 1|H, Dh/2) radians per patch."""
         raise TypeError(f"{type(self).__name__} must name its frequencies")
 
-    def angle(self, at: Positions) -> LinearAngles | AxialAngles:
+    def angle(self, at: Positions) -> LinearAngles | AxialAngles | SectionAngles:
         w = self.frequencies(at.coords.device)
-        _check_axes(at, w)
+        _check_axes(at, len(w))
         # The device first: where it has no float64, formulas have their frequencies on the CPU.
         return LinearAngles(at.coords.to(w.device).to(w.dtype), w)
 
 
 class AlongAxes(DirectionalRoPE):
-    """Fixed frequencies, each along one axis: pairs [a K, (a + 1) K) turn with coordinate a."""
+    """Fixed frequencies, each along one axis."""
 
-    def banks(self, device: torch.device) -> Tensor:
-        """(d, K) radians per patch."""
-        raise TypeError(f"{type(self).__name__} must name its frequencies")
+    sections: Sections
 
     def frequencies(self, device: torch.device) -> Tensor:
-        return along_axes(self.banks(device))
+        return self.sections.frequencies(device)
 
-    def angle(self, at: Positions) -> AxialAngles:
-        w = self.banks(at.coords.device)
-        _check_axes(at, w)
-        return AxialAngles(at.coords.to(w.device), w)
+    def angle(self, at: Positions) -> AxialAngles | SectionAngles:
+        _check_axes(at, self.sections.axes)
+        return self.sections.angles(at.coords)
 
 
 class AxialRoPE(AlongAxes):
     """Fixed frequencies, each along one axis; nothing learned, nothing stored.
 
     Args:
-        head_dim: Dh, a multiple of 2 * axes.
+        head_dim: Dh, even.
         axes: d.
-        base: ratio of the longest to the shortest wavelength; default 100 for images, 10,000 for text (d = 1).
+        heads: H, for `order="head"`.
+        base: ratio of the longest to the shortest wavelength, one number or one of each axis; default 100 for images,
+            10,000 for text (d = 1).
         step: radians that the fastest pair turns from one patch to the next, one number or one of each axis. EVA-02's
             weights of a 32x32 grid, trained further from a 16x16 one, have 1/2.
-        start: the coordinate of the first patch. Between patches it changes nothing; a prefix token stands at 0, and
-            Meta's Perception Encoder counts from 1.
+        start: the coordinate of the first patch, one number or one of each axis. Between patches it changes nothing; a
+            prefix token stands at 0, and Meta's Perception Encoder counts from 1.
+        sections: pairs of channels of each axis, time before rows before columns; what is left over stands still,
+            behind the others. Default: floor(n / d) each, n the pairs that turn.
+        partial: the share of the pairs that turns, n = partial Dh / 2; the banks are those of a head so much narrower
+            (`partial_rotary_factor` of transformers).
+        zeros: the last pairs of each bank, which have frequency 0, while the others stay what they are (transformers'
+            `proportional`, Gemma).
+        order: "axis", pairs of an axis behind each other; "interleaved", every d-th pair an axis's, as in Qwen3-VL and
+            timm's `RotaryEmbeddingMRope`; "head", whole heads for an axis with all pairs (MHRoPE), where `sections`
+            are heads.
+        bank: "own", base^(-k/K) for the k-th of an axis's K pairs; "whole", base^(-i/n) for pair i of n, whichever axis
+            it turns with, as in Qwen2-VL and Qwen3-VL.
+        llama3: (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), by which Llama 3.1's
+            frequencies are slowed at every length, as its training left them; the policy `llama3` does so beyond a
+            length.
+
+    Raises:
+        ConfigError: for sections that a head has no room for, and numbers out of their ranges.
     """
 
     def __init__(
@@ -178,94 +184,116 @@ class AxialRoPE(AlongAxes):
         head_dim: int,
         *,
         axes: int = 2,
-        base: float | None = None,
+        heads: int | None = None,
+        base: float | tuple[float, ...] | None = None,
         step: float | tuple[float, ...] = 1.0,
-        start: float = 0.0,
+        start: float | tuple[float, ...] = 0.0,
+        sections: tuple[int, ...] | None = None,
+        partial: float = 1.0,
+        zeros: int = 0,
+        order: str = "axis",
+        bank: str = "own",
+        llama3: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        base = (10_000.0 if axes == 1 else 100.0) if base is None else base
-        check_widths(head_dim, axes, base)
-        steps = step if isinstance(step, tuple) else (step,) * axes
-        if len(steps) != axes or not all(s > 0 for s in steps):
-            raise ConfigError(f"rope needs step > 0, one number or {axes}, one of each axis; got {step}")
-        self.head_dim, self.axes, self.base, self.steps, self.start = head_dim, axes, base, steps, start
+        self.base = (10_000.0 if axes == 1 else 100.0) if base is None else base
+        self.sections = Sections(head_dim, axes, self.base, step, heads, sections, partial, zeros, order, bank, llama3)
+        self.start = of_each(start, axes, "a finite start", math.isfinite)
 
-    def banks(self, device: torch.device) -> Tensor:
-        bank = magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        if all(step == 1 for step in self.steps):
-            return bank.expand(self.axes, -1)
-        return torch.stack([bank * step for step in self.steps])
+    @property
+    def even(self) -> bool:
+        """Whether it is that of timm: no option but `base`."""
+        return self.sections.even and set(self.sections.steps) == {1.0} and not any(self.start)
 
-    def angle(self, at: Positions) -> AxialAngles:
-        return super().angle(at if self.start == 0 else Positions(at.coords + self.start, at.extent))
+    def angle(self, at: Positions) -> AxialAngles | SectionAngles:
+        return super().angle(started(at, self.start))
 
     def extra_repr(self) -> str:
-        return (
-            f"head_dim={self.head_dim}, axes={self.axes}, base={self.base:g}, step={self.steps}, start={self.start:g}"
-        )
+        return f"{self.sections}, start={self.start}"
 
 
 class MixedRoPE(DirectionalRoPE):
     """Learned frequencies, one set for each head and block.
 
+    Options say what it starts from, those of `rope` along axes turned at random per head, but for pairs that are left
+    over: these stand still and have no parameters.
+
     Args:
-        head_dim: Dh, a multiple of 2 * axes.
+        head_dim: Dh, even.
         heads: H.
         axes: d.
-        base: of the magnitudes it starts from.
+        base, step: of the magnitudes it starts from, one number or one of each (turned) axis.
+        start: the coordinate of the first patch; see `AxialRoPE`.
+        sections, partial, zeros, order, bank: see `AxialRoPE`. Those of `zeros` start at 0, and learn.
+
+    Raises:
+        ConfigError: for sections that a head has no room for, and numbers out of their ranges.
     """
 
     per_block = True
 
-    def __init__(self, head_dim: int, heads: int, *, axes: int = 2, base: float = 10.0) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        heads: int,
+        *,
+        axes: int = 2,
+        base: float | tuple[float, ...] = 10.0,
+        step: float | tuple[float, ...] = 1.0,
+        start: float | tuple[float, ...] = 0.0,
+        sections: tuple[int, ...] | None = None,
+        partial: float = 1.0,
+        zeros: int = 0,
+        order: str = "axis",
+        bank: str = "own",
+    ) -> None:
         super().__init__()
-        check_widths(head_dim, axes, base)
-        self.base = base
-        self.freqs = nn.Parameter(torch.empty(axes, heads, head_dim // 2))
+        self.sections = Sections(head_dim, axes, base, step, heads, sections, partial, zeros, order, bank)
+        self.start, count = of_each(start, axes, "a finite start", math.isfinite), sum(self.sections.shares)
+        shape = (count, self.sections.turning) if order == "head" else (heads, count)
+        self.freqs = nn.Parameter(torch.empty(axes, *shape))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         axes, heads, pairs = self.freqs.shape
         device = float64_device(self.freqs.device)
-        bank = magnitudes(pairs // axes, self.base, device)
+        along = self.sections.frequencies(device)[:, :heads, :pairs]  # (d, 1|H, n)
         turned = torch.stack([_random_axes(axes, device) for _ in range(heads)])  # (H, d, d)
-        # Pair (j, k) of head h turns along the j-th turned axis with magnitude k.
-        self.freqs.copy_((turned[..., None] * bank).permute(2, 0, 1, 3).flatten(2))
+        # A pair of axis a of head h turns along the a-th turned axis; one product is not 0.
+        self.freqs.copy_((turned.permute(1, 2, 0)[..., None] * along[:, None]).sum(0))
 
     def frequencies(self, device: torch.device) -> Tensor:
-        return self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
+        w = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
+        heads, pairs = (self.sections.heads or 0) - w.shape[1], self.sections.pairs - w.shape[2]
+        return F.pad(w, (0, pairs, 0, heads)) if heads or pairs else w
+
+    @property
+    def even(self) -> bool:
+        """Whether it is that of timm, whose frequencies are all learned."""
+        return self.freqs.shape[1:] == (self.sections.heads, self.sections.pairs) and not any(self.start)
+
+    def angle(self, at: Positions) -> LinearAngles | AxialAngles | SectionAngles:
+        return super().angle(started(at, self.start))
 
     def extra_repr(self) -> str:
-        axes, heads, pairs = self.freqs.shape
-        return f"head_dim={2 * pairs}, heads={heads}, axes={axes}, base={self.base:g}"
+        return f"{self.sections}, start={self.start}"
 
 
-def _check_axes(at: Positions, w: Tensor) -> None:
-    if len(at.extent) != w.shape[0]:
-        raise ValueError(f"the frequencies have {w.shape[0]} axes, the positions {at.axes}")
+def _check_axes(at: Positions, axes: int) -> None:
+    if len(at.extent) != axes:
+        raise ValueError(f"the frequencies have {axes} axes, the positions {at.axes}")
 
 
-def along_axes(banks: Tensor) -> Tensor:
-    """(d, 1, d K) of d banks (d, K), each along an axis of its own: a block-diagonal matrix.
-
-    A graph pads and adds: converters of traced ones lack `block_diag`, of which a compiler makes six kernels. Elsewhere
-    that is one.
-    """
-    if not is_tracing() and not torch.compiler.is_compiling():
-        w: Tensor = torch.block_diag(*banks.unbind(0))
-        return w[:, None]
-    count, last = len(banks[0]), len(banks) - 1
-    rows = [
-        F.pad(bank[None], (i * count, (last - i) * count, i, last - i)) for i, bank in enumerate(banks.unbind(0))
-    ]  # each (d, d K)
-    return sum(rows[1:], rows[0])[:, None]
-
-
-def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
-    """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
-    k = torch.arange(count, dtype=torch.float64, device=float64_device(device))
-    return base ** (k / -count)
+def started(at: Positions, start: tuple[float, ...]) -> Positions:
+    """The places counted from another coordinate of the first patch."""
+    if not any(start):
+        return at
+    if len(set(start)) == 1:
+        return Positions(at.coords + start[0], at.extent)
+    _check_axes(at, len(start))
+    first = numbers(start, at.coords.device)
+    return Positions(at.coords + first.to(at.coords.device, at.coords.dtype), at.extent)
 
 
 def _random_axes(axes: int, device: torch.device) -> Tensor:
@@ -278,12 +306,3 @@ def _random_axes(axes: int, device: torch.device) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(axes, axes, dtype=torch.float64, device=device))
     rows: Tensor = q * r.diagonal().sign()
     return rows
-
-
-def check_widths(head_dim: int, axes: int, base: float) -> None:
-    if head_dim % (2 * axes):
-        raise ConfigError(
-            f"a rotary encoding of {axes} axes needs a head width that is a multiple of {2 * axes}: got {head_dim}"
-        )
-    if not base > 1:
-        raise ConfigError(f"a rotary encoding needs base > 1, got {base}")

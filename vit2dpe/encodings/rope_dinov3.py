@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact, float64_device, numbers
-from .rope import AlongAxes, AxialAngles, check_widths, magnitudes
+from .angles import AxialAngles, SectionAngles
+from .rope import AlongAxes
+from .sections import Sections, of_each
 
 
 class CentredRoPE(AlongAxes):
@@ -31,9 +34,12 @@ class CentredRoPE(AlongAxes):
     ±shift.
 
     Args:
-        head_dim: Dh, a multiple of 2 * axes.
+        head_dim: Dh, even.
         axes: d.
-        base: ratio of the longest to the shortest period.
+        heads: H, for `order="head"`.
+        base: ratio of the longest to the shortest period, one number or one of each axis.
+        step: turns of the fastest pair in a unit of c, one number or one of each axis.
+        sections, partial, zeros, order, bank: see `AxialRoPE`.
         rescale, jitter: at least 1; 1 is off. DINOv3's released models were trained with rescale 2 alone.
         shift: in units of c; 0 is off.
     """
@@ -45,29 +51,38 @@ class CentredRoPE(AlongAxes):
         head_dim: int,
         *,
         axes: int = 2,
-        base: float = 100.0,
+        heads: int | None = None,
+        base: float | tuple[float, ...] = 100.0,
+        step: float | tuple[float, ...] = 1.0,
         rescale: float = 2.0,
         jitter: float = 1.0,
         shift: float = 0.0,
+        sections: tuple[int, ...] | None = None,
+        partial: float = 1.0,
+        zeros: int = 0,
+        order: str = "axis",
+        bank: str = "own",
     ) -> None:
         super().__init__()
-        check_widths(head_dim, axes, base)
+        turns = of_each(step, axes, "step > 0", lambda step: step > 0)
+        per_unit = tuple(2 * math.pi * turn for turn in turns)  # radians
+        self.sections = Sections(head_dim, axes, base, per_unit, heads, sections, partial, zeros, order, bank)
         if rescale < 1 or jitter < 1 or shift < 0:
             raise ConfigError(
                 f"rope_dinov3 needs rescale >= 1, jitter >= 1 and shift >= 0, got {rescale}, {jitter} and {shift}"
             )
-        self.head_dim, self.axes, self.base = head_dim, axes, base
+        self.axes, self.turns = axes, turns
         self.rescale, self.jitter, self.shift = rescale, jitter, shift
 
     def measures_extent(self) -> bool:
         return True
 
-    def banks(self, device: torch.device) -> Tensor:
-        """(d, K) radians per unit of c."""
-        bank = 2 * math.pi * magnitudes(self.head_dim // (2 * self.axes), self.base, device)
-        return bank.expand(self.axes, -1)
+    @property
+    def even(self) -> bool:
+        """Whether it is that of timm: no option of the frequencies but `base`."""
+        return self.sections.even and set(self.turns) == {1.0}
 
-    def angle(self, at: Positions) -> AxialAngles:
+    def angle(self, at: Positions) -> AxialAngles | SectionAngles:
         if at.axes != self.axes:
             raise ValueError(f"this rope was built for {self.axes} axes, the positions have {at.axes}")
         return super().angle(Positions(_centred(at), at.extent))
@@ -81,23 +96,23 @@ class CentredRoPE(AlongAxes):
         factor = self.jitter ** draw[self.axes : -1] * self.rescale ** draw[-1]
 
         def moved(where: Positions) -> Positions:
-            half = numbers(where.extent, where.coords.device) / 2
+            half = numbers(where.span, where.coords.device) / 2
             scale, offset = (
                 t.to(where.coords.device, where.coords.dtype) for t in (factor, (factor * shift + 1) * half)
             )
             middle = half.to(where.coords.device, where.coords.dtype)
             # c' = factor (c + shift), written in patches: p + 1/2 = (c + 1) S / 2
-            return Positions((where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix)
+            return Positions(
+                (where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix, spacing=where.spacing
+            )
 
         return moved
 
     def extra_repr(self) -> str:
-        return (
-            f"head_dim={self.head_dim}, axes={self.axes}, base={self.base:g}, rescale={self.rescale:g}, "
-            f"jitter={self.jitter:g}, shift={self.shift:g}"
-        )
+        shown = replace(self.sections, step=self.turns)
+        return f"{shown}, rescale={self.rescale:g}, jitter={self.jitter:g}, shift={self.shift:g}"
 
 
 def _centred(at: Positions) -> Tensor:
     coords = exact(at.coords)
-    return 2 * (coords + 0.5) / numbers(at.extent, coords.device) - 1
+    return 2 * (coords + 0.5) / numbers(at.span, coords.device) - 1

@@ -35,7 +35,7 @@ from .mae_names import State
 from .mae_weights import from_original
 from .masked import MaskedModel, keep_count
 from .unwrap import Rest
-from .vit import ViT
+from .vit import Spacing, ViT
 from .weights import resize_tables
 
 __all__ = ["MAE", "keep_count"]
@@ -112,6 +112,7 @@ class MAE(MaskedModel):
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        spacing: Spacing = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of predicting hidden patches.
 
@@ -120,6 +121,7 @@ class MAE(MaskedModel):
             mask_ratio: the part that is hidden, above 0 and below 1; at least one patch is kept and one hidden.
             noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`.
             generator: on any device, so that one on the CPU gives the same masks everywhere.
+            spacing: as in `ViT`, for both halves.
 
         Returns:
             loss: a float32 scalar, over the hidden patches.
@@ -127,8 +129,9 @@ class MAE(MaskedModel):
             mask: (B, N), 0 kept, 1 hidden.
         """
         keep, mask = self.choose(images, mask_ratio, noise, generator)
-        latent = self.encoder.forward_features(images, token_filter=partial(keep_tokens, index=keep))
-        prediction = self.decode(latent, keep, images)
+        kept = partial(keep_tokens, index=keep)
+        latent = self.encoder.forward_features(images, token_filter=kept, spacing=spacing)
+        prediction = self.decode(latent, keep, images, spacing)
         loss = (prediction.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum(), prediction, mask
 
@@ -136,13 +139,13 @@ class MAE(MaskedModel):
         """Patches along both axes of an image."""
         return self.encoder.patch_embed.grid(height, width)
 
-    def decode(self, latent: Tensor, keep: Tensor, images: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, keep: Tensor, images: Tensor, spacing: Spacing = None) -> Tensor:
         """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
         prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
         x = self.decoder_embed(latent).to(self.mask_token.dtype)  # (B, P + K, D)
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)  # (B, N, D)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
-        at = Positions.grid(extent, images.device).with_prefix(prefix)
+        at = Positions.grid(extent, images.device, spacing=spacing).with_prefix(prefix)
         x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
         for i, block in enumerate(self.decoder_blocks):
             x = run_block(block, x, signal, at, index=i, recompute=self.grad_checkpointing)

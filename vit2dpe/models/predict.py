@@ -24,8 +24,9 @@ def predict(
     prepare: Preparation,
     classes: Sequence[str] | None,
     batch_size: int = 64,
+    spacing: float | None = None,
 ) -> Prediction | list[Prediction]:
-    """`TimmModel.predict` of any module from images (B, C, H, W) to logits (B, classes)."""
+    """`TimmModel.predict` of any module from images (B, C, H, W) to logits (B, classes); a spacing is given to it."""
     if not getattr(model, "num_classes", 1):
         raise ConfigError(f"this {type(model).__name__} has no classes: it is no classifier")
     if batch_size < 1:
@@ -35,7 +36,8 @@ def predict(
     found: list[Prediction] = []
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(several), batch_size):
-            logits = model(prepare(several[start : start + batch_size]).to(device)).float()
+            given = prepare(several[start : start + batch_size]).to(device)
+            logits = (model(given) if spacing is None else model(given, spacing=spacing)).float()
             found += ranked(logits, classes, k)
     return found if isinstance(images, list | tuple) else found[0]
 

@@ -81,7 +81,13 @@ class TimmModel(nn.Module):
     default_cfg: PretrainedCfg  # the same, under timm's older name
 
     def predict(
-        self, images: Picture | Sequence[Picture], k: int = 5, *, size: Size | None = None, batch_size: int = 64
+        self,
+        images: Picture | Sequence[Picture],
+        k: int = 5,
+        *,
+        size: Size | None = None,
+        batch_size: int = 64,
+        spacing: float | None = None,
     ) -> Prediction | list[Prediction]:
         """The k likeliest classes of an image, by name, and their probabilities; of several images a list of them.
 
@@ -92,12 +98,13 @@ class TimmModel(nn.Module):
             images: a path, an image of Pillow's, a uint8 array or tensor (height, width, 3), or a list of them.
             size: (H, W) that the model gets; default its own. What encodings do at another one is `use_policy`'s.
             batch_size: images at a time.
+            spacing: the size of a pixel in the world over that of training, of images at `size`; of a ViT.
 
         Raises:
             DataError: for a file that cannot be read.
             ConfigError: for what is no image, and for a model without classes.
         """
-        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size)
+        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size, spacing)
 
     def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
         """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""

@@ -37,6 +37,8 @@ from .layers import (
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool, pair
 from .weights import convert_state_dict
 
+Spacing = float | tuple[float, float] | None
+
 
 class ViT(TimmViT):
     """Vision transformer.
@@ -196,6 +198,7 @@ class ViT(TimmViT):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         token_filter: TokenFilter | None = None,
+        spacing: Spacing = None,
     ) -> Tensor:
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`.
 
@@ -206,7 +209,7 @@ class ViT(TimmViT):
             is_causal: tokens attend to those before them, leading tokens first, then row by row; together with a mask,
                 where both allow it (timm takes one of them).
         """
-        x, signal, at = self.embed(images, token_filter)
+        x, signal, at = self.embed(images, token_filter, spacing)
         mask: tuple[Tensor, ...] = ()  # no argument where there is none: blocks of other people need not take one
         if attn_mask is not None or is_causal:
             signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
@@ -216,12 +219,16 @@ class ViT(TimmViT):
         out: Tensor = self.norm(x)
         return out
 
-    def embed(self, images: Tensor, token_filter: TokenFilter | None = None) -> tuple[Tensor, Signal, Positions]:
+    def embed(
+        self, images: Tensor, token_filter: TokenFilter | None = None, spacing: Spacing = None
+    ) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are.
 
         `token_filter` is applied to patches and their places first (masked pretraining), instead of `patch_drop`.
+        `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
         x, at = self.patch_embed(images)  # (B, N, D)
+        at = at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once
@@ -232,9 +239,24 @@ class ViT(TimmViT):
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, classes); masks as in `forward_features`."""
-        return self.forward_head(self.forward_features(images, attn_mask, is_causal))
+    def forward(
+        self,
+        images: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        spacing: Spacing = None,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, classes); masks as in `forward_features`.
+
+        Args:
+            spacing: the size of a pixel in the world over that of training, one number or (rows, columns): 0.5 for
+                images of 0.5 m a pixel where the model was trained at 1 m. Tokens then stand where they are in the
+                world of training. Default 1.
+
+        Raises:
+            ValueError: for a spacing other than 1 where an encoding takes whole places alone.
+        """
+        return self.forward_head(self.forward_features(images, attn_mask, is_causal, spacing=spacing))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """(B, prefix + N, D) -> (B, D), or as it is with ""; `pool_type` is another pooling without parameters."""

@@ -15,7 +15,8 @@ from ..encodings import PositionEncoding, encodings_of, named_encodings
 from ..encodings.base import Overrides, Policy, Temperature, common_policies, overriding
 from ..errors import ConfigError, not_ours, unknown
 from ..spec import check_option, parse_terms
-from .policies import POLICIES, TEMPERATURES, WHY_NOT, Extent, Keep
+from .policies import POLICIES, TEMPERATURES, WHY_NOT
+from .scaled import Extent, Keep
 
 WINDOW_POLICIES = ("keep", "scale")
 KeepChoice = Callable[[str, str | None, list[Extent], bool, bool], None]  # `TimmModel.record_policy`
@@ -198,14 +199,14 @@ def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
     """The first of several policies that an encoding can take; a table is resized where that is among them."""
     # A part of a table is no policy for every other size, and so none of its `policies`.
     policies = (*encoding.policies, "subtable") if encoding.resizes else encoding.policies
-    able = [p for p in chosen if p.name in policies and getattr(p, "mode", None) in (None, *encoding.resizes)]
+    able = [p for p in chosen if p.kind in policies and getattr(p, "mode", None) in (None, *encoding.resizes)]
     last = "interpolate" if encoding.resizes else ""
     return next((p for p in able if p.name != last), able[0] if able else None)
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:
     policy = chosen[0]
-    if policy.name in policies:
+    if policy.kind in policies:
         return f"{who} has no table that is resized by {getattr(policy, 'mode', '')}; its ways are {', '.join(resizes)}"
     return f"{who} cannot {policy.name}: {WHY_NOT[policy.name]}; it can {' or '.join(policies)}"
 

@@ -1,18 +1,23 @@
 """Resolution policies: what an encoding does at an extent it was not trained at.
 
-A policy scales each axis on its own; s = (extent / training extent) ^ power of an axis, and power is 1 by default:
+A policy scales each axis on its own; s = (span / training extent) ^ power of an axis, and power is 1 by default. The
+span is the extent, times the spacing where a grid has one (`Positions.span`):
 
     extrapolate   coordinates as they are                        formulas
     interpolate   coordinates divided by s, where a table is     all      (arXiv 2306.15595)
                   read between its entries
     ntk           rotary frequencies w_i -> w_i s^(-t_i)         rotary   ("NTK-aware" base change)
-    yarn          between extrapolate and interpolate by         rotary   (arXiv 2309.00071)
-                  how often a frequency turns over the training extent
+    yarn          between extrapolate and interpolate by         rotary   (arXiv 2309.00071; "NTK by parts" is yarn
+                  how often a frequency turns over the                    without a temperature)
+                  training extent, linear in the logarithm
+    llama3        likewise, linear in the turns                  rotary   (transformers, `modeling_rope_utils.py`)
+    longrope      frequencies divided by a factor for each pair  rotary   (arXiv 2402.13753)
     resize        the table is resized to the extent             tables
     subtable      the middle of the table, at scale 1            tables, up to their size
 
-t_i runs from 0 at the highest frequency to 1 at the lowest. Between extrapolate (power 0) and the policy itself (power
-1), and beyond, lie the powers: interpolate(power=0.5), or one of each axis, rows first: interpolate(power=(0.5, 1)).
+t_i runs from 0 at the highest frequency of an axis to 1 at the lowest, and a frequency of 0 stays 0. Between
+extrapolate (power 0) and the policy itself (power 1), and beyond, lie the powers: interpolate(power=0.5), or one of
+each axis, rows first: interpolate(power=(0.5, 1)). What can take yarn can take llama3 and longrope.
 
 With a length temperature, logits are multiplied by (ln N / ln N_train) ^ power (arXiv 2202.12172), so that attention
 keeps its peak among more keys; N is the product of the extent, prefix tokens not counted. At scale 1 no policy changes
@@ -30,55 +35,8 @@ from torch import Tensor
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError, unknown
 from ..positions import Positions, numbers
-
-Extent = tuple[int, ...]
-Power = float | tuple[float, ...]  # one for all axes, or one of each
-MOST = 8.0  # a power beyond it leaves nothing of the places
-
-
-@dataclass(frozen=True)
-class Keep:
-    """`extrapolate`: what a formula does by itself.
-
-    Args:
-        train: the training extent.
-        name: as it is specified.
-    """
-
-    train: Extent
-    name: str = "extrapolate"
-
-    def place(self, at: Positions) -> Positions:
-        return at
-
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        return frequencies
-
-    def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
-        return RESIZES[own](table, sizes)
-
-
-@dataclass(frozen=True)
-class Scaled(Keep):
-    """What scales by s = (extent / training extent) ^ power.
-
-    Args:
-        power: of every axis, or one of each.
-    """
-
-    power: Power = 1.0
-
-    def __post_init__(self) -> None:
-        powers = _powers(self.power, len(self.train))
-        if len(powers) != len(self.train) or not all(_is_power(power) for power in powers):
-            raise ConfigError(
-                f"power of {self.name} must be one number or {len(self.train)}, one of each axis, within {MOST:g} of "
-                f"0; got {self.power!r}"
-            )
-
-    def growth(self, extent: Extent) -> list[float | Tensor]:
-        """s of each axis, that of one that shrank 1."""
-        return [s**p for s, p in zip(_growth(self.train, extent), _powers(self.power, len(extent)), strict=True)]
+from .rotary import NTK, Llama3, LongRoPE, YaRN
+from .scaled import MOST, Extent, Keep, Scaled, is_power, powers_of, traced
 
 
 @dataclass(frozen=True)
@@ -100,7 +58,7 @@ class Resize(Scaled):
 
     def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
         how = RESIZES[self.mode or own]
-        powers = _powers(self.power, len(self.train))[axis : axis + len(sizes)]
+        powers = powers_of(self.power, len(self.train))[axis : axis + len(sizes)]
         if all(power == 1 for power in powers):
             return how(table, sizes)
         # The size nearest to T s that leaves as much on both sides; so a table over offsets keeps its middle.
@@ -136,13 +94,13 @@ class Interpolate(Scaled):
             raise unknown("align of interpolate", self.align, _SHIFT)
 
     def place(self, at: Positions) -> Positions:
-        if not torch.compiler.is_compiling() and at.extent == self.train:
+        if not torch.compiler.is_compiling() and not at.spacing and at.extent == self.train:
             return at
         return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
-        powers = _powers(self.power, len(self.train))
-        scales = [(t / e) ** p for t, e, p in zip(self.train, at.extent, powers, strict=True)]
+        powers = powers_of(self.power, len(self.train))
+        scales = [(t / e) ** p for t, e, p in zip(self.train, at.span, powers, strict=True)]
         exact, shift = numbers(scales, at.coords.device), _SHIFT[self.align]
         ratio = exact.to(at.coords.device, at.coords.dtype)
         made = Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
@@ -176,69 +134,14 @@ class Subtable(Keep):
                 "`interpolate`, or train on a larger table"
             )
         first = numbers(middle(at.extent, self.train), at.coords.device)
-        return Positions(at.coords + first.to(at.coords.device, at.coords.dtype), self.train, at.prefix, at.on_grid)
+        return Positions(
+            at.coords + first.to(at.coords.device, at.coords.dtype), self.train, at.prefix, at.on_grid, at.spacing
+        )
 
 
 def middle(extent: Extent, table: Extent) -> list[int]:
     """Where along each axis the middle part of a larger table begins."""
     return [(most - size) // 2 for size, most in zip(extent, table, strict=True)]
-
-
-@dataclass(frozen=True)
-class NTK(Scaled):
-    """Low frequencies slowed by the scale, the highest kept; an axis that shrank keeps all.
-
-    For a geometric bank it is base -> base · s^(c / (c - 2)) with c channels on that axis.
-    """
-
-    name: str = "ntk"
-
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = self.growth(extent)
-        if all(_is_one(s) for s in grown):
-            return frequencies
-        size = frequencies.norm(dim=0)  # (1|H, Dh/2)
-        top = size.amax(-1, keepdim=True)
-        low = torch.where(size > 0, size, top).amin(-1, keepdim=True)
-        span = (top / low).log()
-        depth = torch.where(span > 0, (top / size.clamp(min=low)).log() / span.clamp(min=1e-12), 0.0)
-        return torch.stack([w * s ** (-depth) for w, s in zip(frequencies, grown, strict=True)])
-
-
-@dataclass(frozen=True)
-class YaRN(Scaled):
-    """Frequencies that turn often over the training extent kept, those that turn seldom interpolated.
-
-    Args:
-        beta_fast, beta_slow: turns over the training extent above which a frequency is kept and below which it is
-            divided by s; in between, linear in the logarithm. Default on a line: 32 and 1, the paper's, tuned for
-            text of thousands of tokens. On images no frequency turns 32 times, and those values would only
-            interpolate; there the default is 1 and 1/4.
-    """
-
-    name: str = "yarn"
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fast, slow = self.betas
-        if not fast > slow > 0:
-            raise ConfigError(f"yarn needs beta_fast > beta_slow > 0, got {fast} and {slow}")
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        fast, slow = (32.0, 1.0) if len(self.train) == 1 else (1.0, 0.25)
-        return self.beta_fast or fast, self.beta_slow or slow
-
-    def rescale(self, frequencies: Tensor, extent: Extent) -> Tensor:
-        grown = self.growth(extent)
-        rows, (fast, slow) = [], self.betas
-        for w, s, length in zip(frequencies, grown, self.train, strict=True):
-            turns = (w.abs() * length / (2 * math.pi)).clamp(min=1e-30)
-            keep = (turns / slow).log() / math.log(fast / slow)
-            rows.append(w if _is_one(s) else w * (1 / s + (1 - 1 / s) * keep.clamp(0, 1)))
-        return torch.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -253,7 +156,7 @@ class LogTemperature:
 
     def __call__(self, extent: Extent) -> float | Tensor:
         if torch.compiler.is_compiling():
-            return (_traced(math.prod(extent)).log() / math.log(math.prod(self.train))) ** self.power
+            return (traced(math.prod(extent)).log() / math.log(math.prod(self.train))) ** self.power
         factor: float = (math.log(math.prod(extent)) / math.log(math.prod(self.train))) ** self.power
         return factor
 
@@ -270,7 +173,7 @@ class YaRNTemperature:
 
     def __call__(self, extent: Extent) -> float | Tensor:
         if torch.compiler.is_compiling():
-            growth = _traced(math.prod(extent)) / math.prod(self.train)
+            growth = traced(math.prod(extent)) / math.prod(self.train)
             return (0.1 / len(extent) * growth.clamp(min=1).log() + 1) ** (2 * self.power)
         s = (math.prod(extent) / math.prod(self.train)) ** (1 / len(extent))
         factor: float = (0.1 * math.log(s) + 1) ** (2 * self.power) if s > 1 else 1.0
@@ -278,43 +181,19 @@ class YaRNTemperature:
 
 
 def _check_power(name: str, power: float) -> None:
-    if not _is_power(power):
+    if not is_power(power):
         raise ConfigError(f"power of the temperature {name} must be a number within {MOST:g} of 0, got {power!r}")
 
 
-def _is_power(power: object) -> bool:
-    return isinstance(power, int | float) and not isinstance(power, bool) and abs(power) <= MOST
-
-
-def _powers(power: Power, axes: int) -> tuple[float, ...]:
-    if isinstance(power, (tuple, list)):  # torch before 2.11 compiles no `tuple | list`
-        return tuple(power)
-    return (power,) * axes
-
-
-def _traced(number: int) -> Tensor:
-    """While tracing, a size as a 0-d tensor: a Python float made of it would be a constant, and every size a graph."""
-    return torch.full((), number, dtype=torch.float64)
-
-
-def _growth(train: Extent, extent: Extent) -> list[float | Tensor]:
-    if torch.compiler.is_compiling():
-        return [(_traced(e) / t).clamp(min=1) for t, e in zip(train, extent, strict=True)]
-    return [max(1.0, e / t) for t, e in zip(train, extent, strict=True)]
-
-
-def _is_one(growth: float | Tensor) -> bool:
-    """Known to be 1; a traced one is not known, and the formulas give the same then."""
-    return not isinstance(growth, Tensor) and growth == 1
-
-
-POLICIES = {
+POLICIES: dict[str, type[Keep]] = {
     "extrapolate": Keep,
     "resize": Resize,
     "subtable": Subtable,
     "interpolate": Interpolate,
     "ntk": NTK,
     "yarn": YaRN,
+    "llama3": Llama3,
+    "longrope": LongRoPE,
 }
 TEMPERATURES: dict[str, type[LogTemperature] | type[YaRNTemperature]] = {"log": LogTemperature, "yarn": YaRNTemperature}
 WHY_NOT = {
@@ -324,4 +203,11 @@ WHY_NOT = {
     "subtable": "it is a formula and has no table to take a part of",
     "ntk": "it has no rotary frequencies",
     "yarn": "it has no rotary frequencies",
+    "llama3": "it has no rotary frequencies",
+    "longrope": "it has no rotary frequencies",
 }
+
+
+def kind_of(name: str) -> str:
+    """The policy that an encoding declares which can take this one: "yarn" of "llama3"."""
+    return POLICIES[name].like or name if name in POLICIES else name

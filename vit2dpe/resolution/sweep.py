@@ -5,6 +5,7 @@ How a policy is put on a model is in `apply.py`, the policies themselves are in 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
@@ -50,6 +51,7 @@ def sweep(
     crop: float = 1.0,
     right: list[Tensor] | None = None,
     by_class: list[Tensor] | None = None,
+    spacing: float | None = None,
 ) -> list[SweepRow]:
     """Accuracy of a classifier at other sizes: one row for each size, mode, policy and temperature.
 
@@ -65,6 +67,7 @@ def sweep(
         crop: the centre share of each side that is kept, the same for all sizes.
         right: a list that collects, for each row, which images the model has right: (n,) booleans on the CPU.
         by_class: a list that collects, for each row, the counts of each class: see `evaluate`.
+        spacing: given to the model: the size of a pixel in the world over that of training, at every size.
 
     Returns:
         rows with mode, policy, temperature, train_height, train_width, height, width, top1 (percent), loss (nats), n.
@@ -74,6 +77,7 @@ def sweep(
             raise unknown("mode", mode, MODES)
     train_size = train_size or train_size_of(model)
     ours = bool(named_encodings(model))
+    spacing_of(model, spacing)  # or refused, before anything is measured
     rows: list[SweepRow] = []
     for mode in modes:
         for policy in policies or policies_of(model):
@@ -82,9 +86,9 @@ def sweep(
                     batches = ((fit_size(x, size, mode, train_size, crop), y) for x, y in data)
                     if ours:
                         with use_policy(model, policy, temperature=temperature):
-                            score = evaluate(model, batches, right=right, by_class=by_class)
+                            score = evaluate(model, batches, right=right, by_class=by_class, spacing=spacing)
                     elif policy == "default" and temperature == "none":
-                        score = evaluate(model, batches, right=right, by_class=by_class)
+                        score = evaluate(model, batches, right=right, by_class=by_class, spacing=spacing)
                     else:
                         raise ConfigError(
                             f"policy {policy!r} with temperature {temperature!r} needs a model of ours; "
@@ -115,6 +119,7 @@ def evaluate(
     right: list[Tensor] | None = None,
     least: int = 1,
     by_class: list[Tensor] | None = None,
+    spacing: float | None = None,
 ) -> dict[str, float]:
     """{"top1": percent, "loss": nats, "n": images} of a classifier in evaluation mode; its mode is put back.
 
@@ -124,15 +129,17 @@ def evaluate(
         top: for each k how often the label is among the k likeliest classes, as "topk".
         right: a list that gains (n,) booleans on the CPU: whether the likeliest class is the label.
         by_class: a list that gains (3, C) int64 on the CPU: images of each class, right ones, images named so.
+        spacing: given to the model, which must take it.
         least: images there must be; 0 for a process whose share of them may be empty: its numbers are then 0.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    more = spacing_of(model, spacing)
     numbers, named, wanted = list[list[Tensor]](), list[Tensor](), list[Tensor]()
     n = classes = 0
     with evaluating(model):
         for images, labels in batches:
             n += len(labels)
-            logits, labels = model(onto(images, device)).float(), onto(labels, device)
+            logits, labels = model(onto(images, device), **more).float(), onto(labels, device)
             found = [F.cross_entropy(logits, labels, reduction="sum")]
             for k in top:
                 likeliest = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
@@ -154,6 +161,19 @@ def evaluate(
             by_class.append(torch.stack([part.bincount(minlength=classes) for part in parts]))
     shares = {f"top{k}": 100 * count / max(1, n) for k, count in zip(top, hits, strict=True)}
     return shares | {"loss": loss / max(1, n), "n": n}
+
+
+def spacing_of(model: nn.Module, spacing: float | None) -> dict[str, float]:
+    """The argument `spacing` for a model, where there is one.
+
+    Raises:
+        ConfigError: for a model that does not take it.
+    """
+    if spacing is None:
+        return {}
+    if "spacing" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"{type(model).__name__} takes no spacing: a vit2dpe.ViT does, with any encoding by formula")
+    return {"spacing": spacing}
 
 
 def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: float = 1.0) -> Tensor:

@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
 from ..models.timm_api import every_policy
-from ..resolution.sweep import MODES, sweep, train_size_of
+from ..resolution.sweep import MODES, spacing_of, sweep, train_size_of
 from ..spec import Size, join_blocks
 from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
 from ..training.checkpoint import Meta, load_run, read_meta
@@ -58,7 +58,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     modes = known("mode", config.modes, MODES)
     policies = every_policy(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
-    check_sizes(model, len(subject.mean), sizes)
+    check_sizes(model, len(subject.mean), sizes, config.spacing)
 
     height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
     data, total = load_test_images(config, subject, (height, width))
@@ -75,8 +75,12 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
         train_size=train_size,
         crop=crop,
         by_class=counts if config.per_class else None,
+        spacing=config.spacing,
     )
-    rows = [Row(encoding=subject.label, seed=subject.seed, value=row["top1"], **row) for row in measured]
+    rows = [
+        Row(encoding=subject.label, seed=subject.seed, value=row["top1"], spacing=config.spacing, **row)
+        for row in measured
+    ]
     out = Path(config.out)
     about = about_study(command, config, device, config.data, data.digest)
     write_atomically(out / "env.json", json.dumps(about, indent=1).encode())
@@ -166,12 +170,13 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
     return name, model
 
 
-def check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size]) -> None:
+def check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size], spacing: float | None = None) -> None:
     """Every size once, on one blank image, before hours are spent on the first of them."""
+    more = spacing_of(model, spacing)
     device = next(model.parameters()).device
     for height, width in sizes:
         try:
             with torch.inference_mode():
-                model(torch.zeros(1, channels, height, width, device=device))
+                model(torch.zeros(1, channels, height, width, device=device), **more)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error

@@ -167,10 +167,10 @@ def _of_images(config: PredictConfig, name: str) -> Answer:
     own = train_size_of(model)
     size, about = config.size or own, vars(model).get("about") or {}
     prepare = prepared(about, size, own, subject.mean, subject.std, subject.crop, fit)
-    check_sizes(model, len(subject.mean), [size])
+    check_sizes(model, len(subject.mean), [size], config.spacing)
     _set_policy(model, config.policy)
     classes = subject.classes if subject.strict else class_names(model)
-    return lambda files: _list(predict(model, files, config.top, prepare, classes, config.batch_size))
+    return lambda files: _list(predict(model, files, config.top, prepare, classes, config.batch_size, config.spacing))
 
 
 def _set_policy(model: nn.Module, policy: str) -> None:
@@ -189,7 +189,7 @@ def _is_of_text(folder: Path) -> bool:
 
 
 def _of_text(config: PredictConfig, name: str) -> Answer:
-    for setting in ("size", "fit", "checkpoint"):
+    for setting in ("size", "fit", "checkpoint", "spacing"):
         if getattr(config, setting) is not None:
             raise ConfigError(f"{name} is a run of text, which has no use for {setting}: leave it out")
     model = load_run(name, pick_device(config.device))

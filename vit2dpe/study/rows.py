@@ -34,6 +34,7 @@ class Row:
         depth: number of blocks, where a study has several.
         start: of a study from weights: "weights" of what was trained on from them, "scratch" of the control.
         training: what varied in training, a word of `training.varied.TRAININGS`.
+        spacing: the size of a pixel in the world over that of training, where it was given.
     """
 
     encoding: str
@@ -53,6 +54,7 @@ class Row:
     depth: float | None = None
     start: str = ""
     training: str = PLAIN
+    spacing: float | None = None
 
     @property
     def subject(self) -> str:
@@ -93,7 +95,7 @@ SCRATCH, WEIGHTS = "scratch", "weights"  # Row.start
 _DEPTH = re.compile(r"(?:, |^)depth (\d+)$")
 COLUMNS = tuple(field.name for field in fields(Row))
 # Columns that stand in a table where one of its rows has another value.
-_WHERE_USED = {"depth": None, "start": "", "training": PLAIN}
+_WHERE_USED = {"depth": None, "start": "", "training": PLAIN, "spacing": None}
 _TEXT = tuple(field.name for field in fields(Row) if field.type == "str")
 
 

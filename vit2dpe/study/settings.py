@@ -225,6 +225,8 @@ class EvaluateConfig(Settings):
         untrained: take a timm name without weights, to see that everything runs.
         train_size: the size it was trained at, where the model does not say it.
         crop: centre share of each side that is kept; default the model's own (1 for a run, digits and cifar10).
+        spacing: the size of a pixel in the world (metres, microns) over that of training, of images as the model gets
+            them: 0.5 for 0.5 m a pixel where it was trained at 1 m. Of a ViT of ours; default 1.
         limit: use only so many images, balanced over classes.
         per_class: also number, accuracy and precision of each class, into out/classes.csv.
         unreadable: of a folder: error, or skip: files that cannot be read are left out, counted and listed in
@@ -246,6 +248,7 @@ class EvaluateConfig(Settings):
     untrained: bool = False
     train_size: Size | None = None
     crop: Share | None = None
+    spacing: Positive | None = None
     limit: Count | None = None
     per_class: bool = False
     unreadable: str = "error"
@@ -266,6 +269,7 @@ class PredictConfig(Settings):
         top: classes for each image, the likeliest first.
         size: that images are brought to, 48 or 48x64 (height x width); default the model's own.
         policy: what encodings do at another size: interpolate, ntk, ...
+        spacing: the size of a pixel in the world over that of training, of images at `size`; default 1.
         fit: how images are brought to one size: crop, pad or squash; default that of a run, or crop.
         checkpoint: weights for a timm name, instead of its pretrained ones.
         unreadable: error, or skip: what cannot be read is left out, counted and named.
@@ -278,6 +282,7 @@ class PredictConfig(Settings):
     top: Count = 5
     size: Size | None = None
     policy: str = "default"
+    spacing: Positive | None = None
     fit: str | None = None
     checkpoint: str | None = None
     unreadable: str = "error"

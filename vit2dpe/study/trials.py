@@ -26,6 +26,7 @@ from ..files import write_atomically
 from ..models.spec import ModelSpec
 from ..models.timm_api import every_policy
 from ..resolution.apply import policies_of
+from ..resolution.policies import kind_of
 from ..seeding import derive_seed
 from ..spec import Plain, flat
 from ..training.checkpoint import load_run, read_meta, write_checkpoint
@@ -281,7 +282,7 @@ def policies_for(plan: Plan, model: nn.Module) -> Sequence[str]:
     if "all" in plan.config.policies:
         chosen = plan.start is not None and plan.start.policy is not None  # by `tune`, for the encoding of the weights
         return every_policy(model) if chosen else able
-    return [p for p in plan.config.policies if p.split("(")[0] in (*able, "default")] or able[:1]
+    return [p for p in plan.config.policies if kind_of(p.split("(")[0]) in (*able, "default")] or able[:1]
 
 
 def _finished(folder: Path, trained: Mapping[str, Plain]) -> bool:

@@ -28,7 +28,7 @@ from transformers import (
 from tests.helpers import within
 from vit2dpe import CheckpointError, ConfigError, use_policy
 from vit2dpe.encodings import AxialRoPE
-from vit2dpe.interop.transformers.convert import from_transformers, interleaved
+from vit2dpe.interop.transformers.convert import convert, from_transformers, interleaved
 from vit2dpe.models.text.generate import beam_search, generate
 from vit2dpe.models.text.model import pad
 
@@ -122,6 +122,35 @@ def test_llama(more):
     close(ours(ids(2, 11)), reference(ids(2, 11)).logits)
     expected = reference(PADDED, attention_mask=VALID.long(), position_ids=(VALID.cumsum(1) - 1).clamp(min=0)).logits
     close(ours(PADDED, VALID)[VALID], expected[VALID])
+
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=20)
+
+
+@torch.no_grad()
+def test_llama_3s_frequencies_are_an_option_of_rope():
+    """The same at every length, from a model and from a config as transformers 4 wrote it; nothing else is scaled."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}
+    reference = theirs(
+        LlamaForCausalLM, LlamaConfig(**(LLAMA | dict(max_position_embeddings=160)), rope_parameters=rope)
+    )
+    ours = from_transformers(reference)
+    for n, tolerance in ((9, 1e-5), (20, 1e-5), (50, 5e-5)):  # their angles are float32
+        close(ours(ids(2, n)), reference(ids(2, n)).logits, tolerance)
+    assert (from_transformers(reference, plain_rope=True)(ids(2, 50)) - ours(ids(2, 50))).abs().max() > 0.05
+    assert ours.position.sections.llama3 == (8.0, 1.0, 4.0, 20.0)
+    assert from_transformers(reference, "rope+alibi").position.terms[0].sections == ours.position.sections
+
+    config = reference.config.to_dict()
+    del config["rope_parameters"]
+    older = config | dict(rope_theta=500.0, rope_scaling={"rope_type": "llama3", **LLAMA3})
+    assert (
+        convert(older, reference.state_dict()).arguments["position"]
+        == convert(reference.config.to_dict(), reference.state_dict()).arguments["position"]
+    )
+    del older["rope_scaling"]["factor"]
+    with pytest.raises(ConfigError, match="its config lacks factor"):
+        convert(older, reference.state_dict())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...encodings import AxialRoPE, Cycle, LogCPB, PositionEncoding, RelativeBias, Sum, terms
+from ...encodings import AxialRoPE, CentredRoPE, Cycle, LogCPB, MixedRoPE, PositionEncoding, RelativeBias, Sum, terms
 from ...errors import ConfigError
 from ...models.layers import Block
 from ...models.timm_api import Step
@@ -44,12 +44,12 @@ def native_steps(model: ViT) -> tuple[Step, ...]:
     if len(kinds) == 1 and kinds[0] in ("RelativeBias", "LogCPB"):
         return _relpos(model, (*rest, *own)[0], bool(tokens))
     steps = [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma"), *steps]
-    plain = all(set(part.steps) == {1.0} and part.start == 0 for part in rest if isinstance(part, AxialRoPE))
+    plain = all(part.even for part in (*rest, *own) if isinstance(part, AxialRoPE | CentredRoPE | MixedRoPE))
     if kinds == ["AxialRoPE"] and plain:
         return tuple(steps)
-    if kinds == ["CentredRoPE"]:
+    if kinds == ["CentredRoPE"] and plain:
         return (*steps, Reorder(block.attn.heads, halves(model.embed_dim // block.attn.heads)))
-    if kinds == ["MixedRoPE"]:
+    if kinds == ["MixedRoPE"] and plain:
         return (*steps, Frequencies())
     raise ConfigError(
         f"timm has no ViT with {' + '.join(kinds)}; it has vectors added to tokens, rotary encodings with or without "

@@ -66,7 +66,8 @@ def from_transformers(
             names the model's own encoding, alone or in a sum, keeps its weights and options too, but for the options
             that it names: "rope" has a Llama's own base, "learned+rope" a GPT-2's table and a rotation.
         plain_rope: load a Llama whose config scales its frequencies at the length before scaling; run it under
-            `use_policy(model, "yarn", temperature="yarn")` or whichever policy it was scaled by.
+            `use_policy(model, "yarn", temperature="yarn")` or whichever policy it was scaled by. Not needed for
+            llama3, which is an option of `rope`, and the same at every length.
 
     Returns:
         a `TextEncoder` (BERT, without its pooler; with pool="" and the masked head where it has one), a `TextDecoder`,

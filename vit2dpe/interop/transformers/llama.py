@@ -19,18 +19,26 @@ MAPS = {
     "mlp.fc2": "mlp.down_proj",
 }
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def llama(config: Config, w: Weights) -> Converted:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     kv_heads, bias = config.get("num_key_value_heads") or heads, bool(config.get("attention_bias"))
     demand(config, hidden_act="silu", mlp_bias=bias, head_dim=width // heads, use_sliding_window=False)
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
-    scaled = rope.get("rope_type", "default") != "default"
+    older = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}  # transformers 4
+    rope = config.get("rope_parameters") or older
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled, position = kind != "default", f"rope(base={float(rope['rope_theta'])})"
+    if kind == "llama3" and not config["plain_rope"]:
+        if missing := [name for name in LLAMA3 if rope.get(name) is None]:
+            raise ConfigError(f"this Llama scales its frequencies by llama3, and its config lacks {', '.join(missing)}")
+        numbers = tuple(float(rope[name]) for name in LLAMA3)
+        scaled, position = False, f"rope(base={float(rope['rope_theta'])}, llama3={numbers})"
     if scaled and not config["plain_rope"]:
         raise ConfigError(
-            f"this {config['model_type']} scales its frequencies ({rope['rope_type']}); load it with plain_rope=True "
-            "and run it under use_policy, which scales them at evaluation"
+            f"this {config['model_type']} scales its frequencies ({kind}); load it with plain_rope=True and run it "
+            "under use_policy, which scales them at evaluation"
         )
     w.without("model.").drop("rotary_emb.inv_freq")
     embedding = w.take("embed_tokens.weight")
@@ -48,7 +56,7 @@ def llama(config: Config, w: Weights) -> Converted:
     return Converted(
         TextDecoder,
         dict(
-            position=_words(f"rope(base={float(rope['rope_theta'])})", config.get("no_rope_layers") or [1]),
+            position=_words(position, config.get("no_rope_layers") or [1]),
             vocab_size=config["vocab_size"],
             context=before or config["max_position_embeddings"],
             embed_dim=width,

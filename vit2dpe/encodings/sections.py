@@ -1,0 +1,218 @@
+"""Sections: which pairs of a head turn with which axis, how fast, and which stand still.
+
+    angle_i(p) = w_i p_(axis of i),    w_i = step_a base_a^(-k/K_a)  for the k-th of the K_a pairs of axis a
+
+    order="axis"         pairs [K_0 + .. + K_(a-1), K_0 + .. + K_a) turn with axis a           (Flux, Wan, V-JEPA 2)
+    order="interleaved"  pair i turns with axis i mod d; past d K_a, those of axis a > 0 with axis 0 (Qwen3-VL, timm)
+    order="head"         whole heads turn with one axis, over all pairs; `sections` counts heads        (MHRoPE)
+    bank="whole"         w_i = step_a base_a^(-i/n) for pair i of n, whichever axis it turns with (Qwen2-VL, Qwen3-VL)
+
+Sources: diffusers `transformer_flux.py`; transformers `modeling_qwen2_vl.py`, `modeling_qwen3_vl.py`; MHRoPE, arXiv
+2510.23095. How ours differs: one rule for any number of axes; pairs are (2i, 2i+1); still pairs are behind the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, unknown
+from ..positions import float64_device
+from .angles import AxialAngles, SectionAngles
+
+ORDERS, BANKS = ("axis", "interleaved", "head"), ("own", "whole")
+Each = float | tuple[float, ...]  # one number, or one of each axis
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The pairs of a rotary encoding; options are those of `AxialRoPE`, `axes` and `heads` those of the model.
+
+    Raises:
+        ConfigError: for sections that a head has no room for, and numbers out of their ranges.
+    """
+
+    head_dim: int
+    axes: int
+    base: Each
+    step: Each = 1.0
+    heads: int | None = None
+    sections: tuple[int, ...] | None = None
+    partial: float = 1.0
+    zeros: int = 0
+    order: str = "axis"
+    bank: str = "own"
+    llama3: tuple[float, ...] | None = None
+    pairs: int = field(init=False, repr=False)  # of a head
+    turning: int = field(init=False, repr=False)  # of these, what `partial` leaves
+    shares: tuple[int, ...] = field(init=False, repr=False)  # of each axis: pairs, or heads
+    bases: tuple[float, ...] = field(init=False, repr=False)
+    steps: tuple[float, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise unknown("order of pairs", self.order, ORDERS)
+        if self.bank not in BANKS:
+            raise unknown("bank of frequencies", self.bank, BANKS)
+        found = dict(
+            pairs=self.head_dim // 2,
+            turning=int(self.head_dim * self.partial) // 2 if 0 < self.partial <= 1 else 0,
+            bases=of_each(self.base, self.axes, "base > 1", lambda base: base > 1),
+            steps=of_each(self.step, self.axes, "step > 0", lambda step: step > 0),
+        )
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "shares", _shares(self))
+        longest = min(k for k in self.shares if k) if self.bank == "own" and self.order != "head" else self.turning
+        if not 0 <= self.zeros < longest:
+            raise ConfigError(f"zeros are pairs of a bank of {longest}, from 0 to {longest - 1}; got {self.zeros}")
+        if self.llama3 is not None and not _scales(self.llama3):
+            raise ConfigError(
+                "llama3 is (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), all above 0, "
+                f"the low factor below the high one; got {self.llama3}"
+            )
+
+    def __str__(self) -> str:
+        """The sizes, the base, and the options that are not the default."""
+        own = [f for f in fields(self) if f.init and (f.default is MISSING or getattr(self, f.name) != f.default)]
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in own if f.name != "heads")
+
+    @property
+    def even(self) -> bool:
+        """Whether every axis has one bank of as many pairs, one behind the other, and none stands still."""
+        plain = self.order == "axis" and self.bank == "own" and not self.zeros and not self.llama3
+        alike = len(set(self.shares)) == len(set(self.bases)) == len(set(self.steps)) == 1
+        return plain and alike and sum(self.shares) == self.pairs
+
+    def angles(self, coords: Tensor) -> AxialAngles | SectionAngles:
+        """At coords (B|1, N, d); frequencies are float64 where their device has it, else on the CPU."""
+        if self.order != "head" and len(set(self.shares)) == 1:
+            w = self._banks(coords.device)
+            rest = self.pairs - sum(self.shares)
+            return AxialAngles(coords.to(w.device), w, self.order == "interleaved", rest)
+        w = self._spread(coords.device)
+        return SectionAngles(coords.to(w.device), self._axis(w.device), w)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """(d, 1|H, Dh/2): the angles at the unit vectors."""
+        unit = torch.eye(self.axes, dtype=torch.float64, device=float64_device(device))
+        return self.angles(unit[None]).dense()[0].transpose(0, 1)
+
+    def _banks(self, device: torch.device) -> Tensor:
+        """(d, K), for axes of as many pairs each."""
+        if self.bank == "own" and len(set(self.bases)) == len(set(self.steps)) == 1:
+            return self._bank(0, device).expand(self.axes, -1)
+        banks = [self._bank(axis, device) for axis in range(self.axes)]
+        return torch.stack(banks if self.bank == "own" else [b[self._slot(a)] for a, b in enumerate(banks)])
+
+    def _bank(self, axis: int, device: torch.device) -> Tensor:
+        """(K_a,), or (n,) where a bank is that of all pairs."""
+        count = self.shares[axis] if self.bank == "own" and self.order != "head" else self.turning
+        bank = magnitudes(count, self.bases[axis], device)
+        if self.zeros:
+            bank = F.pad(bank[: count - self.zeros], (0, self.zeros))
+        if self.steps[axis] != 1:
+            bank = bank * self.steps[axis]
+        if self.llama3 is not None:
+            factor, low, high, length = self.llama3
+            bank = slowed(bank, factor, (bank * (length / (2 * math.pi)) - low) / (high - low))
+        return bank
+
+    def _slot(self, axis: int) -> slice:
+        """Where the pairs, or heads, of an axis are; of axis 0 of unequal interleaved sections, the first ones."""
+        if self.order == "interleaved":
+            return slice(axis, self.shares[axis] * self.axes, self.axes)
+        start = sum(self.shares[:axis])
+        return slice(start, start + self.shares[axis])
+
+    def _axis(self, device: torch.device) -> Tensor:
+        """(1, Dh/2), or (H, 1), int64: the axis of each pair, or head. Filled there: nothing is copied from a host."""
+        head = self.order == "head"
+        axis = torch.zeros((self.heads or 1) if head else self.pairs, dtype=torch.long, device=device)
+        for index in range(1, self.axes):
+            axis[self._slot(index)] = index
+        return axis[:, None] if head else axis[None]
+
+    def _spread(self, device: torch.device) -> Tensor:
+        """(1|H, Dh/2) radians, for sections of any size."""
+        banks = [self._bank(axis, device) for axis in range(self.axes)]
+        if self.order == "head":
+            rows = torch.cat([bank.expand(heads, -1) for bank, heads in zip(banks, self.shares, strict=True)])
+            return F.pad(rows, (0, self.pairs - self.turning, 0, (self.heads or 0) - len(rows)))
+        count = sum(self.shares)
+        if self.order == "axis":
+            w = torch.cat(banks if self.bank == "own" else [b[self._slot(a)] for a, b in enumerate(banks)])
+        else:
+            w, axes = banks[0].new_zeros(count), self._axis(banks[0].device)[0, :count]
+            for axis, bank in enumerate(banks):
+                mine = axes == axis
+                w = w.masked_scatter(mine, bank) if self.bank == "own" else torch.where(mine, bank[:count], w)
+        return F.pad(w, (0, self.pairs - count))[None]
+
+
+def _shares(of: Sections) -> tuple[int, ...]:
+    """Pairs, or heads, of each axis."""
+    if of.head_dim % 2 or of.head_dim < 2:
+        raise ConfigError(f"a rotary encoding turns pairs of channels and needs an even head width, got {of.head_dim}")
+    if not of.turning:
+        raise ConfigError(
+            f"partial is the share of the {of.pairs} pairs of a head that turn, above 0, at most 1, and at least one "
+            f"pair; got {of.partial}"
+        )
+    if of.order == "head" and of.heads is None:
+        raise ConfigError("order='head' gives whole heads to an axis: say how many there are, heads=")
+    room, what = (of.heads or 0, "heads") if of.order == "head" else (of.turning, "pairs of channels")
+    if of.sections is None and room < of.axes:
+        wider = f"a head width of at least {2 * of.axes}" if of.order != "head" else f"at least {of.axes} heads"
+        raise ConfigError(
+            f"a rotary encoding of {of.axes} axes needs {wider}: got {of.head_dim if of.order != 'head' else room}"
+            + ("" if of.partial == 1 else f", of which partial={of.partial} turns")
+        )
+    shares = (room // of.axes,) * of.axes if of.sections is None else of.sections
+    whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in shares)
+    if len(shares) != of.axes or not whole or not 0 < sum(shares) <= room:
+        raise ConfigError(
+            f"sections are {what} of each axis, {of.axes} whole numbers whose sum is at most {room}; got {shares}"
+        )
+    count = sum(shares)
+    taken = [len(range(axis, min(count, k * of.axes), of.axes)) for axis, k in enumerate(shares)]
+    taken[0] = count - sum(taken[1:])
+    if of.order == "interleaved" and tuple(taken) != shares:
+        raise ConfigError(
+            f"interleaved, sections {shares} would be {tuple(taken)}: every {of.axes}th pair is an axis's, and what "
+            "these leave is the first one's. Write these, or order='axis'"
+        )
+    return tuple(shares)
+
+
+def of_each(given: Each, axes: int, what: str, fits: Callable[[float], bool]) -> tuple[float, ...]:
+    """One number of each axis."""
+    each = given if isinstance(given, tuple) else (given,) * axes
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in each)
+    if len(each) != axes or not numbers or not all(map(fits, each)):
+        raise ConfigError(f"a rotary encoding needs {what}, one number or {axes}, one of each axis; got {given}")
+    return each
+
+
+def _scales(llama3: tuple[float, ...]) -> bool:
+    if len(llama3) != 4 or not all(isinstance(x, int | float) and x > 0 for x in llama3):
+        return False
+    return llama3[1] < llama3[2]
+
+
+def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
+    """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
+    k = torch.arange(count, dtype=torch.float64, device=float64_device(device))
+    return base ** (k / -count)
+
+
+def slowed(w: Tensor, by: float | Tensor, keep: Tensor) -> Tensor:
+    """Frequencies divided by a factor where `keep` is 0 or less, as they are where it is 1 or more, between them else.
+
+    A frequency of 0 stays 0."""
+    return w * (1 / by + (1 - 1 / by) * keep.clamp(0, 1))

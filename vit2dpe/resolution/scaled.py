@@ -1,0 +1,94 @@
+"""What every resolution policy has: the training extent, and the growth of each axis; see `policies.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..encodings.tables import RESIZES
+from ..errors import ConfigError
+from ..positions import Positions
+
+Extent = tuple[int, ...]
+Power = float | tuple[float, ...]  # one for all axes, or one of each
+MOST = 8.0  # a power beyond it leaves nothing of the places
+
+
+@dataclass(frozen=True)
+class Keep:
+    """`extrapolate`: what a formula does by itself.
+
+    Args:
+        train: the training extent.
+        name: as it is specified.
+    """
+
+    like: ClassVar[str] = ""  # the policy of which this is a kind: what can take that one can take this
+    train: Extent
+    name: str = "extrapolate"
+
+    @property
+    def kind(self) -> str:
+        """What an encoding declares that can take it."""
+        return self.like or self.name
+
+    def place(self, at: Positions) -> Positions:
+        return at
+
+    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+        return frequencies
+
+    def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
+        return RESIZES[own](table, sizes)
+
+
+@dataclass(frozen=True)
+class Scaled(Keep):
+    """What scales by s = (extent / training extent) ^ power.
+
+    Args:
+        power: of every axis, or one of each.
+    """
+
+    power: float | tuple[float, ...] = 1.0
+
+    def __post_init__(self) -> None:
+        powers = powers_of(self.power, len(self.train))
+        if len(powers) != len(self.train) or not all(is_power(power) for power in powers):
+            raise ConfigError(
+                f"power of {self.name} must be one number or {len(self.train)}, one of each axis, within {MOST:g} of "
+                f"0; got {self.power!r}"
+            )
+
+    def growth(self, extent: tuple[float, ...]) -> list[float | Tensor]:
+        """s of each axis, that of one that shrank 1."""
+        return [s**p for s, p in zip(growth_of(self.train, extent), powers_of(self.power, len(extent)), strict=True)]
+
+
+def is_power(power: object) -> bool:
+    return isinstance(power, int | float) and not isinstance(power, bool) and abs(power) <= MOST
+
+
+def powers_of(power: Power, axes: int) -> tuple[float, ...]:
+    if isinstance(power, (tuple, list)):  # torch before 2.11 compiles no `tuple | list`
+        return tuple(power)
+    return (power,) * axes
+
+
+def traced(number: float) -> Tensor:
+    """While tracing, a size as a 0-d tensor: a Python float made of it would be a constant, and every size a graph."""
+    return torch.full((), number, dtype=torch.float64)
+
+
+def growth_of(train: Extent, extent: tuple[float, ...]) -> list[float | Tensor]:
+    if torch.compiler.is_compiling():
+        return [(traced(e) / t).clamp(min=1) for t, e in zip(train, extent, strict=True)]
+    return [max(1.0, e / t) for t, e in zip(train, extent, strict=True)]
+
+
+def is_one(growth: float | Tensor) -> bool:
+    """Known to be 1; a traced one is not known, and the formulas give the same then."""
+    return not isinstance(growth, Tensor) and growth == 1
