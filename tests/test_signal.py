@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers import randn
 from vit2dpe import Positions, Rotation, Signal, attend, rotate
 from vit2dpe.encodings.base import rotation_of
-from vit2dpe.encodings.rope import LinearAngles
+from vit2dpe.encodings.linear import LinearAngles
 from vit2dpe.signal import Dense, LowRank, Table
 
 N, WIDTH, HEADS = 3, 4, 2

@@ -16,9 +16,10 @@ from .logcpb import LogCPB
 from .lookhere import LookHere
 from .registry import ENCODINGS, Builder, Dims, build, parse, parse_blocks
 from .relative import RelativeBias
-from .rope import AxialRoPE, MixedRoPE
+from .rope import AxialRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
+from .rope_mixed import MixedRoPE
 from .shaw import Shaw
 from .sincos import SinCos
 from .split import Position, split_shared_and_per_block

@@ -59,7 +59,7 @@ class Cache(Protocol):
 
 
 class Angles(Protocol):
-    """Angles that are not given as a tensor: `rope.LinearAngles` and `rope.AxialAngles`."""
+    """Angles that are not given as a tensor: `linear.LinearAngles`, `rope.AxialAngles`, `rope.SectionAngles`."""
 
     def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
         """Under a policy on a grid that covers this span, behind `prefix` tokens that do not turn.

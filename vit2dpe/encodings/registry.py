@@ -28,9 +28,10 @@ from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
 from .relative import RelativeBias
-from .rope import AxialRoPE, MixedRoPE
+from .rope import AxialRoPE
 from .rope_dinov3 import CentredRoPE
 from .rope_golden import GoldenRoPE
+from .rope_mixed import MixedRoPE
 from .shaw import Shaw
 from .sincos import SinCos
 from .t5 import T5Bias

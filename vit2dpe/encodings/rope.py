@@ -5,7 +5,7 @@
 A rotary encoding is its frequency vectors w, (d, 1|H, Dh/2) radians per patch:
 
     rope         one axis each: pairs [a K, (a + 1) K) turn with coordinate a at base^(-k/K), K = ⌊Dh/2d⌋
-    rope_mixed   learned, per head and block; drawn as `rope` with base 10 along axes turned at random per head
+    rope_mixed   learned, per head and block; drawn as `rope` with base 10 along turned axes    (rope_mixed.py)
     rope_golden  fixed, each pair of each head along a direction of its own     (rope_golden.py)
     rope_dinov3  one axis each, on coordinates centred and scaled to the grid   (rope_dinov3.py)
 
@@ -30,108 +30,168 @@ the fixed ones. Pairs are (2i, 2i+1), as in rope-vit and timm; half-split checkp
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch import Tensor
 
 from ..positions import Positions, float64_device, numbers
-from ..signal import Rotation
-from .angles import AxialAngles, SectionAngles
-from .base import Policy, PositionEncoding, can_interleave
+from .base import Policy
+from .linear import DirectionalRoPE, other_axes
 from .sections import Sections, of_each
 
 
-class LinearAngles(NamedTuple):
-    """Angles that are linear in the places, angle_i(p) = Σ_a w[a, i] p_a; `.dense()` is the reference.
+class AxialAngles(NamedTuple):
+    """Of axes with as many pairs each, angle_(a, k)(p) = w[a, k] p_a: one product, and no zeros added.
 
     Args:
-        coords: (B|1, N, d).
-        w: (d, 1|H, Dh/2) radians per patch, in the dtype of `coords`.
+        coords: (B|1, N, d), of any precision.
+        w: (d, K) radians per patch.
+        interleaved: the pairs of a frequency beside each other, an axis after the other; else those of an axis.
+        rest: pairs behind them that stand still.
     """
 
     coords: Tensor
     w: Tensor
+    interleaved: bool = False
+    rest: int = 0
 
-    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, extent: tuple[float, ...], prefix: int) -> Tensor:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
-        w = self.w if policy is None else policy.rescale(self.w, span)
-        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords  # nothing turns at 0
-        learned = w.requires_grad and torch.is_grad_enabled() and not coords.requires_grad
-        if learned and can_interleave(w):
-            return Rotation(*_CosSin.apply(coords, w))
-        return LinearAngles(coords, w).dense()
+        w = self.w
+        if policy is not None:
+            unit = torch.eye(len(w), dtype=w.dtype, device=w.device)[None]
+            rows = AxialAngles(unit, w, self.interleaved, self.rest).dense()[0].transpose(0, 1)  # (d, 1, Dh/2)
+            flat = _rescaled(policy, rows, extent)[0, : w.numel()]
+            w = flat.unflatten(0, w.mT.shape).mT if self.interleaved else flat.unflatten(0, w.shape)
+        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
+        return AxialAngles(coords, w, self.interleaved, self.rest).dense()
+
+    def dense(self) -> Tensor:
+        """(B|1, 1, N, Dh/2)"""
+        if self.interleaved:
+            angle = (self.coords[:, None, :, None] * self.w.mT.contiguous()).flatten(-2)
+        else:
+            angle = (self.coords[:, None, :, :, None] * self.w).flatten(-2)
+        return F.pad(angle, (0, self.rest)) if self.rest else angle
+
+
+class SectionAngles(NamedTuple):
+    """Of any pairs: one gather of coordinates and one product.
+
+    Args:
+        coords: (B|1, N, d), of any precision.
+        axis: (1, Dh/2) of each pair, or (H, 1) of each head, int64.
+        w: (1|H, Dh/2) radians per patch, 0 of pairs that stand still.
+    """
+
+    coords: Tensor
+    axis: Tensor
+    w: Tensor
+
+    def resolve(self, policy: Policy | None, extent: tuple[float, ...], prefix: int) -> Tensor:
+        """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
+        w = self.w
+        if policy is not None:
+            axes = torch.arange(self.coords.shape[-1], device=w.device)
+            w = _rescaled(policy, (self.axis == axes[:, None, None]) * w, extent)
+        coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
+        return SectionAngles(coords, self.axis, w).dense()
 
     def dense(self) -> Tensor:
         """(B|1, 1|H, N, Dh/2)"""
-        places = self.coords[:, None, :, :, None].unbind(-2)  # of each axis (B|1, 1, N, 1)
-        w = self.w[:, :, None].unbind(0)  # of each axis (1|H, 1, Dh/2)
-        angle = places[0] * w[0]  # a matmul could be autocast, or rounded to TF32
-        for place, frequency in zip(places[1:], w[1:], strict=True):
-            angle.add_(place * frequency)  # not addcmul, whose one rounding would tell the axes apart
-        return angle
+        places = self.coords.index_select(-1, self.axis.flatten())  # (B|1, N, Dh/2), or (B|1, N, H)
+        of_pairs = places[:, None] if len(self.axis) == 1 else places.mT[..., None]
+        return of_pairs * self.w[:, None]
 
 
-class _CosSin(torch.autograd.Function):
-    """Cosine and sine of learned linear angles, interleaved.
+def _rescaled(policy: Policy, rows: Tensor, extent: tuple[float, ...]) -> Tensor:
+    """(1|H, Dh/2) frequencies under a policy, of (d, 1|H, Dh/2) that have one axis each.
 
-    The backward takes the gradients of both at once, computes neither again, and sums over tokens in one product.
+    An axis is given as if it were a head, so that its fastest and slowest pairs are its own.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(coords: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        angle = LinearAngles(coords, w).dense()
-        cos, sin = torch.view_as_real(torch.complex(angle.cos(), angle.sin_())).unbind(-1)
-        return cos, sin
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], *output)
-        ctx.save_for_forward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: _Saved, dcos: Tensor, dsin: Tensor) -> tuple[None, Tensor]:
-        coords, cos, sin = ctx.saved_tensors
-        dangle = torch.addcmul(dsin * cos, dcos, sin, value=-1)  # (B|1, 1|H, N, Dh/2)
-        with torch.autocast(dangle.device.type, enabled=False):  # as precise as any product of this device
-            dw = coords.mT.unsqueeze(1) @ dangle  # (B|1, 1|H, d, Dh/2)
-        return None, (dw.sum(0) if len(dw) > 1 else dw[0]).transpose(0, 1)
-
-    @staticmethod
-    def jvp(ctx: _Saved, coords_t: Tensor | None, w_t: Tensor | None) -> tuple[Tensor, Tensor]:
-        coords, w, cos, sin = ctx.saved_tensors
-        along = torch.zeros_like(cos)  # the change of the angle
-        if w_t is not None:
-            along = along + LinearAngles(coords, w_t).dense()
-        if coords_t is not None:
-            along = along + LinearAngles(coords_t, w).dense()
-        return -sin * along, cos * along
+    if rows.shape[1] > 1:
+        return policy.rescale(rows, extent).sum(0)
+    each = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)[..., None] * rows  # (d, d, Dh/2)
+    return policy.rescale(each, extent).sum((0, 1))[None]
 
 
-class _Saved(Protocol):
-    saved_tensors: tuple[Tensor, ...]
+def angles_of(of: Sections, coords: Tensor) -> AxialAngles | SectionAngles:
+    """At coords (B|1, N, d); frequencies are float64 where their device has it, else on the CPU."""
+    if of.order != "head" and len(set(of.shares)) == 1:
+        w = _banks(of, coords.device)
+        rest = of.pairs - sum(of.shares)
+        return AxialAngles(coords.to(w.device), w, of.order == "interleaved", rest)
+    w = _spread(of, coords.device)
+    return SectionAngles(coords.to(w.device), _axis_of(of, w.device), w)
 
 
-class DirectionalRoPE(PositionEncoding):
-    """The common core: angle_i(p) = Σ_a w[a, i] p_a for the frequencies a subclass names."""
+def frequencies_of(of: Sections, device: torch.device) -> Tensor:
+    """(d, 1|H, Dh/2): the angles at the unit vectors."""
+    unit = torch.eye(of.axes, dtype=torch.float64, device=float64_device(device))
+    return angles_of(of, unit[None]).dense()[0].transpose(0, 1)
 
-    relative = True
-    gives = frozenset({"rotation"})
-    policies: tuple[str, ...] = ("extrapolate", "interpolate", "ntk", "yarn")
 
-    def frequencies(self, device: torch.device) -> Tensor:
-        """(d, 1|H, Dh/2) radians per patch."""
-        raise TypeError(f"{type(self).__name__} must name its frequencies")
+def _banks(of: Sections, device: torch.device) -> Tensor:
+    """(d, K), for axes of as many pairs each."""
+    if of.bank == "own" and len(set(of.bases)) == len(set(of.steps)) == 1:
+        return _bank(of, 0, device).expand(of.axes, -1)
+    banks = [_bank(of, axis, device) for axis in range(of.axes)]
+    return torch.stack(banks if of.bank == "own" else [b[of.slot(a)] for a, b in enumerate(banks)])
 
-    def angle(self, at: Positions) -> LinearAngles | AxialAngles | SectionAngles:
-        w = self.frequencies(at.coords.device)
-        _check_axes(at, len(w))
-        # The device first: where it has no float64, formulas have their frequencies on the CPU.
-        return LinearAngles(at.coords.to(w.device).to(w.dtype), w)
+
+def _bank(of: Sections, axis: int, device: torch.device) -> Tensor:
+    """(K_a,), or (n,) where a bank is that of all pairs."""
+    count = of.shares[axis] if of.bank == "own" and of.order != "head" else of.turning
+    bank = magnitudes(count, of.bases[axis], device)
+    if of.zeros:
+        bank = F.pad(bank[: count - of.zeros], (0, of.zeros))
+    if of.steps[axis] != 1:
+        bank = bank * of.steps[axis]
+    if of.llama3 is not None:
+        factor, low, high, length = of.llama3
+        bank = slowed(bank, factor, (bank * (length / (2 * math.pi)) - low) / (high - low))
+    return bank
+
+
+def _axis_of(of: Sections, device: torch.device) -> Tensor:
+    """(1, Dh/2), or (H, 1), int64: the axis of each pair, or head. Filled there: nothing is copied from a host."""
+    head = of.order == "head"
+    axis = torch.zeros((of.heads or 1) if head else of.pairs, dtype=torch.long, device=device)
+    for index in range(1, of.axes):
+        axis[of.slot(index)] = index
+    return axis[:, None] if head else axis[None]
+
+
+def _spread(of: Sections, device: torch.device) -> Tensor:
+    """(1|H, Dh/2) radians, for sections of any size."""
+    banks = [_bank(of, axis, device) for axis in range(of.axes)]
+    if of.order == "head":
+        rows = torch.cat([bank.expand(heads, -1) for bank, heads in zip(banks, of.shares, strict=True)])
+        return F.pad(rows, (0, of.pairs - of.turning, 0, (of.heads or 0) - len(rows)))
+    count = sum(of.shares)
+    if of.order == "axis":
+        w = torch.cat(banks if of.bank == "own" else [b[of.slot(a)] for a, b in enumerate(banks)])
+    else:
+        w, axes = banks[0].new_zeros(count), _axis_of(of, banks[0].device)[0, :count]
+        for axis, bank in enumerate(banks):
+            mine = axes == axis
+            w = w.masked_scatter(mine, bank) if of.bank == "own" else torch.where(mine, bank[:count], w)
+    return F.pad(w, (0, of.pairs - count))[None]
+
+
+def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
+    """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
+    k = torch.arange(count, dtype=torch.float64, device=float64_device(device))
+    return base ** (k / -count)
+
+
+def slowed(w: Tensor, by: float | Tensor, keep: Tensor) -> Tensor:
+    """Frequencies divided by a factor where `keep` is 0 or less, as they are where it is 1 or more, between them else.
+
+    A frequency of 0 stays 0."""
+    return w * (1 / by + (1 - 1 / by) * keep.clamp(0, 1))
 
 
 class AlongAxes(DirectionalRoPE):
@@ -140,11 +200,12 @@ class AlongAxes(DirectionalRoPE):
     sections: Sections
 
     def frequencies(self, device: torch.device) -> Tensor:
-        return self.sections.frequencies(device)
+        return frequencies_of(self.sections, device)
 
     def angle(self, at: Positions) -> AxialAngles | SectionAngles:
-        _check_axes(at, self.sections.axes)
-        return self.sections.angles(at.coords)
+        if len(at.extent) != self.sections.axes:
+            raise other_axes(at, self.sections.axes)
+        return angles_of(self.sections, at.coords)
 
 
 class AxialRoPE(AlongAxes):
@@ -212,97 +273,13 @@ class AxialRoPE(AlongAxes):
         return f"{self.sections}, start={self.start}"
 
 
-class MixedRoPE(DirectionalRoPE):
-    """Learned frequencies, one set for each head and block.
-
-    Options say what it starts from, those of `rope` along axes turned at random per head, but for pairs that are left
-    over: these stand still and have no parameters.
-
-    Args:
-        head_dim: Dh, even.
-        heads: H.
-        axes: d.
-        base, step: of the magnitudes it starts from, one number or one of each (turned) axis.
-        start: the coordinate of the first patch; see `AxialRoPE`.
-        sections, partial, zeros, order, bank: see `AxialRoPE`. Those of `zeros` start at 0, and learn.
-
-    Raises:
-        ConfigError: for sections that a head has no room for, and numbers out of their ranges.
-    """
-
-    per_block = True
-
-    def __init__(
-        self,
-        head_dim: int,
-        heads: int,
-        *,
-        axes: int = 2,
-        base: float | tuple[float, ...] = 10.0,
-        step: float | tuple[float, ...] = 1.0,
-        start: float | tuple[float, ...] = 0.0,
-        sections: tuple[int, ...] | None = None,
-        partial: float = 1.0,
-        zeros: int = 0,
-        order: str = "axis",
-        bank: str = "own",
-    ) -> None:
-        super().__init__()
-        self.sections = Sections(head_dim, axes, base, step, heads, sections, partial, zeros, order, bank)
-        self.start, count = of_each(start, axes, "a finite start", math.isfinite), sum(self.sections.shares)
-        shape = (count, self.sections.turning) if order == "head" else (heads, count)
-        self.freqs = nn.Parameter(torch.empty(axes, *shape))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        axes, heads, pairs = self.freqs.shape
-        device = float64_device(self.freqs.device)
-        along = self.sections.frequencies(device)[:, :heads, :pairs]  # (d, 1|H, n)
-        turned = torch.stack([_random_axes(axes, device) for _ in range(heads)])  # (H, d, d)
-        # A pair of axis a of head h turns along the a-th turned axis; one product is not 0.
-        self.freqs.copy_((turned.permute(1, 2, 0)[..., None] * along[:, None]).sum(0))
-
-    def frequencies(self, device: torch.device) -> Tensor:
-        w = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
-        heads, pairs = (self.sections.heads or 0) - w.shape[1], self.sections.pairs - w.shape[2]
-        return F.pad(w, (0, pairs, 0, heads)) if heads or pairs else w
-
-    @property
-    def even(self) -> bool:
-        """Whether it is that of timm, whose frequencies are all learned."""
-        return self.freqs.shape[1:] == (self.sections.heads, self.sections.pairs) and not any(self.start)
-
-    def angle(self, at: Positions) -> LinearAngles | AxialAngles | SectionAngles:
-        return super().angle(started(at, self.start))
-
-    def extra_repr(self) -> str:
-        return f"{self.sections}, start={self.start}"
-
-
-def _check_axes(at: Positions, axes: int) -> None:
-    if len(at.extent) != axes:
-        raise ValueError(f"the frequencies have {axes} axes, the positions {at.axes}")
-
-
 def started(at: Positions, start: tuple[float, ...]) -> Positions:
     """The places counted from another coordinate of the first patch."""
     if not any(start):
         return at
     if len(set(start)) == 1:
         return Positions(at.coords + start[0], at.extent)
-    _check_axes(at, len(start))
+    if len(at.extent) != len(start):
+        raise other_axes(at, len(start))
     first = numbers(start, at.coords.device)
     return Positions(at.coords + first.to(at.coords.device, at.coords.dtype), at.extent)
-
-
-def _random_axes(axes: int, device: torch.device) -> Tensor:
-    """(d, d) orthonormal rows, uniformly turned; the mirror images among them give the same kernel."""
-    if axes == 1:
-        return torch.ones(1, 1, dtype=torch.float64, device=device)
-    if axes == 2:
-        phi = torch.rand((), dtype=torch.float64, device=device) * (2 * math.pi)
-        return torch.stack([phi.sin(), phi.cos(), phi.cos(), -phi.sin()]).view(2, 2)
-    q, r = torch.linalg.qr(torch.randn(axes, axes, dtype=torch.float64, device=device))
-    rows: Tensor = q * r.diagonal().sign()
-    return rows

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import Positions, exact, float64_device, numbers
-from .angles import AxialAngles, SectionAngles
-from .rope import AlongAxes
+from .rope import AlongAxes, AxialAngles, SectionAngles
 from .sections import Sections, of_each
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..positions import float64_device, numbers
 from .base import OnGrid
-from .rope import DirectionalRoPE
+from .linear import DirectionalRoPE
 
 
 class GoldenRoPE(OnGrid, DirectionalRoPE):

@@ -17,13 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from ..errors import ConfigError, unknown
-from ..positions import float64_device
-from .angles import AxialAngles, SectionAngles
 
 ORDERS, BANKS = ("axis", "interleaved", "head"), ("own", "whole")
 Each = float | tuple[float, ...]  # one number, or one of each axis
@@ -89,70 +83,12 @@ class Sections:
         alike = len(set(self.shares)) == len(set(self.bases)) == len(set(self.steps)) == 1
         return plain and alike and sum(self.shares) == self.pairs
 
-    def angles(self, coords: Tensor) -> AxialAngles | SectionAngles:
-        """At coords (B|1, N, d); frequencies are float64 where their device has it, else on the CPU."""
-        if self.order != "head" and len(set(self.shares)) == 1:
-            w = self._banks(coords.device)
-            rest = self.pairs - sum(self.shares)
-            return AxialAngles(coords.to(w.device), w, self.order == "interleaved", rest)
-        w = self._spread(coords.device)
-        return SectionAngles(coords.to(w.device), self._axis(w.device), w)
-
-    def frequencies(self, device: torch.device) -> Tensor:
-        """(d, 1|H, Dh/2): the angles at the unit vectors."""
-        unit = torch.eye(self.axes, dtype=torch.float64, device=float64_device(device))
-        return self.angles(unit[None]).dense()[0].transpose(0, 1)
-
-    def _banks(self, device: torch.device) -> Tensor:
-        """(d, K), for axes of as many pairs each."""
-        if self.bank == "own" and len(set(self.bases)) == len(set(self.steps)) == 1:
-            return self._bank(0, device).expand(self.axes, -1)
-        banks = [self._bank(axis, device) for axis in range(self.axes)]
-        return torch.stack(banks if self.bank == "own" else [b[self._slot(a)] for a, b in enumerate(banks)])
-
-    def _bank(self, axis: int, device: torch.device) -> Tensor:
-        """(K_a,), or (n,) where a bank is that of all pairs."""
-        count = self.shares[axis] if self.bank == "own" and self.order != "head" else self.turning
-        bank = magnitudes(count, self.bases[axis], device)
-        if self.zeros:
-            bank = F.pad(bank[: count - self.zeros], (0, self.zeros))
-        if self.steps[axis] != 1:
-            bank = bank * self.steps[axis]
-        if self.llama3 is not None:
-            factor, low, high, length = self.llama3
-            bank = slowed(bank, factor, (bank * (length / (2 * math.pi)) - low) / (high - low))
-        return bank
-
-    def _slot(self, axis: int) -> slice:
+    def slot(self, axis: int) -> slice:
         """Where the pairs, or heads, of an axis are; of axis 0 of unequal interleaved sections, the first ones."""
         if self.order == "interleaved":
             return slice(axis, self.shares[axis] * self.axes, self.axes)
         start = sum(self.shares[:axis])
         return slice(start, start + self.shares[axis])
-
-    def _axis(self, device: torch.device) -> Tensor:
-        """(1, Dh/2), or (H, 1), int64: the axis of each pair, or head. Filled there: nothing is copied from a host."""
-        head = self.order == "head"
-        axis = torch.zeros((self.heads or 1) if head else self.pairs, dtype=torch.long, device=device)
-        for index in range(1, self.axes):
-            axis[self._slot(index)] = index
-        return axis[:, None] if head else axis[None]
-
-    def _spread(self, device: torch.device) -> Tensor:
-        """(1|H, Dh/2) radians, for sections of any size."""
-        banks = [self._bank(axis, device) for axis in range(self.axes)]
-        if self.order == "head":
-            rows = torch.cat([bank.expand(heads, -1) for bank, heads in zip(banks, self.shares, strict=True)])
-            return F.pad(rows, (0, self.pairs - self.turning, 0, (self.heads or 0) - len(rows)))
-        count = sum(self.shares)
-        if self.order == "axis":
-            w = torch.cat(banks if self.bank == "own" else [b[self._slot(a)] for a, b in enumerate(banks)])
-        else:
-            w, axes = banks[0].new_zeros(count), self._axis(banks[0].device)[0, :count]
-            for axis, bank in enumerate(banks):
-                mine = axes == axis
-                w = w.masked_scatter(mine, bank) if self.bank == "own" else torch.where(mine, bank[:count], w)
-        return F.pad(w, (0, self.pairs - count))[None]
 
 
 def _shares(of: Sections) -> tuple[int, ...]:
@@ -203,16 +139,3 @@ def _scales(llama3: tuple[float, ...]) -> bool:
     if len(llama3) != 4 or not all(isinstance(x, int | float) and x > 0 for x in llama3):
         return False
     return llama3[1] < llama3[2]
-
-
-def magnitudes(count: int, base: float, device: torch.device) -> Tensor:
-    """base^(-k/K) for k < K, float64: one radian per patch first, 1/base never quite reached."""
-    k = torch.arange(count, dtype=torch.float64, device=float64_device(device))
-    return base ** (k / -count)
-
-
-def slowed(w: Tensor, by: float | Tensor, keep: Tensor) -> Tensor:
-    """Frequencies divided by a factor where `keep` is 0 or less, as they are where it is 1 or more, between them else.
-
-    A frequency of 0 stays 0."""
-    return w * (1 / by + (1 - 1 / by) * keep.clamp(0, 1))

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..encodings.sections import slowed
+from ..encodings.rope import slowed
 from ..errors import ConfigError
 from ..positions import numbers
 from .scaled import Scaled, growth_of, is_one, powers_of
