@@ -22,6 +22,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 from vit2dpe import ENCODINGS, Dims, PositionEncoding, Positions, ViT, build, rotate
+from vit2dpe.attention.contract import contract
 from vit2dpe.plots.encodings import draw
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -239,6 +240,7 @@ def attention(encoding, at):
     if signal.token is not None:
         x = x + signal.token[0]
     q, k = ((x @ to).unflatten(-1, (3, 64)).transpose(0, 1)[None] for to in (to_q, to_k))  # (1, H, N, Dh)
+    signal = contract(signal, q, k)  # a contextual bias is a product with them
     if signal.q_rotation is not None:
         q, k = rotate(q, signal.q_rotation), rotate(k, signal.k_rotation)
     scores = q @ k.transpose(-1, -2) / 8 + sum(term.dense() for term in signal.bias)

@@ -327,7 +327,7 @@ def test_only_without_places_may_patches_be_permuted(name):
         (dict(global_pool="median"), "unknown global_pool 'median'"),
         (dict(embed_dim=30, num_heads=4), "got 30 and 4"),
         (dict(position="rop"), "unknown encoding 'rop'; did you mean 'rope'"),
-        (dict(position=3), "a word or a PositionEncoding, got int"),
+        (dict(position=3), "a word, a PositionEncoding or a list"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):

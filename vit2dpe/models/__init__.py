@@ -6,8 +6,8 @@ from ..attention.functional import attend, rotate_qk, split_heads
 from ..encodings import PositionEncoding
 from . import registry
 from .deit import DistilledViT
-from .features import allow
-from .layers import PatchDrop, PatchEmbed, add_token, block_inputs
+from .features import allow, spaced
+from .layers import PatchDrop, PatchEmbed, add_token, block_inputs, signal_of_block
 from .mae import MAE
 from .swin.model import Swin, to_grid
 from .swin.stage import SwinStage
@@ -16,7 +16,17 @@ from .vit import ViT
 # Leaves for torch.fx: their operations depend on sizes, and they pass Positions and Signals.
 for _module in (PatchEmbed, PatchDrop, PositionEncoding, SwinStage):
     register_notrace_module(_module)
-for _function in (attend, rotate_qk, split_heads, allow, add_token, block_inputs, to_grid):
+for _function in (
+    attend,
+    rotate_qk,
+    split_heads,
+    allow,
+    spaced,
+    add_token,
+    signal_of_block,
+    block_inputs,
+    to_grid,
+):
     register_notrace_function(_function)
 
 __all__ = ["MAE", "DistilledViT", "Swin", "ViT", "registry"]

@@ -38,6 +38,11 @@ def allow(
     return signal.plus(added), allowed
 
 
+def spaced(at: Positions, spacing: float | tuple[float, float] | None) -> Positions:
+    """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
+    return at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
+
+
 def given(mask: Tensor | None) -> tuple[Tensor, ...]:
     """The further argument of a block, if any: blocks of other people need not take a mask."""
     return () if mask is None else (mask,)

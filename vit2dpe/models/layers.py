@@ -356,13 +356,17 @@ def run_block(
 
     The second run is under the policy of the first, whichever thread runs the backward (on CUDA one of autograd's).
     """
-    if signal.blocks:
-        signal = signal.of_block(index)
+    signal = signal_of_block(signal, index)
     if not (recompute and torch.is_grad_enabled()):
         return block(x, signal, at, *args, **kwargs)
     again = block if torch.compiler.is_compiling() else partial(copy_context().run, block)
     out: Tensor = checkpoint(again, x, signal, at, *args, use_reentrant=False, **kwargs)
     return out
+
+
+def signal_of_block(signal: Signal, index: int) -> Signal:
+    """What a block is given of the shared Signal."""
+    return signal.of_block(index) if signal.blocks else signal
 
 
 def block_inputs(x: Tensor, signal: Signal) -> tuple[Tensor, Signal]:

@@ -21,7 +21,7 @@ from ..positions import Positions
 from ..signal import Signal
 from .arguments import check_arguments
 from .card import save_card
-from .features import allow
+from .features import allow, spaced
 from .layers import (
     ACTS,
     Block,
@@ -228,7 +228,7 @@ class ViT(TimmViT):
         `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
         x, at = self.patch_embed(images)  # (B, N, D)
-        at = at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
+        at = spaced(at, spacing)
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once

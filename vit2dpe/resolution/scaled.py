@@ -27,7 +27,7 @@ class Keep:
     """
 
     like: ClassVar[str] = ""  # the policy of which this is a kind: what can take that one can take this
-    train: Extent
+    train: tuple[int, ...]  # spelled out: settings are checked by the names of the class that inherits it
     name: str = "extrapolate"
 
     @property

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -144,15 +145,18 @@ class DistillTask(Task[Batch]):
     unit: str = "images"
     best: tuple[str, str] | None = None  # the last weights: held-out images choose nothing
     steps_per_epoch: int = field(init=False)
-    spreads: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        task = self.images
-        self.steps_per_epoch, count = task.steps_per_epoch, len(task.train)
-        some = torch.linspace(0, count - 1, min(count, SPREAD_IMAGES)).long()  # of all folders, on every rank the same
+        self.steps_per_epoch = self.images.steps_per_epoch
+
+    @cached_property
+    def spreads(self) -> list[Tensor]:
+        """(D,) behind each block of the teacher, of images of all folders, on every rank the same."""
+        task, count = self.images, len(self.images.train)
+        some = torch.linspace(0, count - 1, min(count, SPREAD_IMAGES)).long()
         images = normalize(onto(task.train.pixels(some), task.device).float() / 255, task.data.mean, task.data.std)
-        with torch.no_grad():
-            self.spreads = spreads(look(self.teacher, scaled(images, self.own)))
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return spreads(look(self.teacher, scaled(images, self.own)))
 
     def batch(self, epoch: int, step: int) -> Batch:
         task = self.images
