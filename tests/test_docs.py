@@ -129,7 +129,7 @@ def test_commands_on_the_pages_are_understood(line, monkeypatch):
 
 def test_the_evaluation_on_the_page_of_sizes_runs(tmp_path, capsys):
     """Understood is not enough: a model and data have to fit each other."""
-    line, _ = (line for line in BY_PAGE[DOCS / "resize.md"] if line.startswith("vit2dpe evaluate"))
+    line = next(line for line in BY_PAGE[DOCS / "resize.md"] if line.startswith("vit2dpe evaluate"))
     few = ["--limit", "10", "--policies", "default", "--out", str(tmp_path)]
     assert cli.main([*shlex.split(line)[1:], *few]) == 0, capsys.readouterr().err
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 2  # sizes and modes
