@@ -96,8 +96,8 @@ makes its own.
 circled place. `vit2dpe show --run RUN` draws those of a trained model.*
 
 Sums are written `sincos+rope`, options `rope(base=10)`, words by block `rope/rope/rope/none`
-([concepts](concepts.md#signal-what-attention-does-about-it)). A new one:
-[adding-an-encoding.md](adding-an-encoding.md).
+([concepts](concepts.md#signal-what-attention-does-about-it)), released conventions of rotary `rope(preset=flux)`
+([who rotates how](presets.md)). A new one: [adding-an-encoding.md](adding-an-encoding.md).
 
 {sources()}"""
 
