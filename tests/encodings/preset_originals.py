@@ -331,6 +331,6 @@ ORIGINALS = {
         glm4v.Glm4vTextConfig(rope_parameters=rope(1e4, mrope_section=[8, 12, 12], partial_rotary_factor=0.5)),
     ),
     "llama": text(LlamaRotaryEmbedding, LlamaConfig(**LLAMA)),
-    "llama3": text(LlamaRotaryEmbedding, LlamaConfig(**LLAMA, rope_parameters=LLAMA3)),
+    "llama3": text(LlamaRotaryEmbedding, LlamaConfig(**LLAMA, max_position_embeddings=131072, rope_parameters=LLAMA3)),
     "gemma4": text(gemma4.Gemma4TextRotaryEmbedding, gemma4.Gemma4TextConfig(), "full_attention"),
 }
