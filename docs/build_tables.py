@@ -1,7 +1,7 @@
 """Writes the generated pages from what the code declares and does: `python docs/build_tables.py`.
 
-docs/encodings.md, models.md, faults.md and needs.md are made here, matrix.md in build_matrix.py. Names of pages after
-the command build these alone.
+docs/encodings.md, presets.md, models.md, faults.md and needs.md are made here, matrix.md in build_matrix.py. Names of
+pages after the command build these alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit2dpe import MAE, TextDecoder
 from vit2dpe.encodings import ENCODINGS, Dims, NoPosition, split_shared_and_per_block
+from vit2dpe.encodings.presets import PRESETS, REFUSED, Preset
 from vit2dpe.positions import Positions
+from vit2dpe.spec import Term
 from vit2dpe.testing import tensors
 
 # ViT-S/16 at 224 pixels: what the numbers of the table are for.
@@ -94,10 +96,60 @@ makes its own.
 circled place. `vit2dpe show --run RUN` draws those of a trained model.*
 
 Sums are written `sincos+rope`, options `rope(base=10)`, words by block `rope/rope/rope/none`
-([concepts](concepts.md#signal-what-attention-does-about-it)). A new one:
-[adding-an-encoding.md](adding-an-encoding.md).
+([concepts](concepts.md#signal-what-attention-does-about-it)), released conventions of rotary `rope(preset=flux)`
+([who rotates how](presets.md)). A new one: [adding-an-encoding.md](adding-an-encoding.md).
 
 {sources()}"""
+
+
+def presets() -> str:
+    """docs/presets.md, from the rows of presets.py."""
+    lines = [
+        "| preset | stands for | axes of the original | head width | its pairs | places | equal to | off |",
+        "|---|---|---|---:|---|---|---|---:|",
+        *(_preset(name, row) for name, row in PRESETS.items()),
+    ]
+    refused = "\n".join(f"| `{name}` | {reason} |" for name, reason in REFUSED.items())
+    return f"""# Who rotates how
+
+Built by `python docs/build_tables.py` from `vit2dpe/encodings/presets.py`, which
+`tests/encodings/test_presets.py` compares with each original, channel by channel.
+
+{len(PRESETS)} released conventions of rotary encodings, as `rope(preset=NAME)`. A preset is the options beside it and
+nothing more, and an option that is given too wins: `rope(preset=flux, sections=(4, 14, 14))` at head width 64.
+
+```python
+from vit2dpe import Dims, build
+from vit2dpe.encodings.conventions import channels_of
+
+build("rope(preset=wan)", Dims(width=1536, heads=12, grid=(5, 8, 12)))  # frames, rows, columns
+assert channels_of("cosmos", 128)[:4] == [0, 64, 1, 65]  # of our channels, those of the original
+```
+
+- **stands for**: options of axes in the order index, time, rows, columns, length. On a grid of rows and columns, those
+  of the others are left out: of one image their places are 0, and their pairs stand still, behind the others.
+- **axes of the original**: in the order of its pairs; ours are rows before columns, a permutation of channels.
+- **its pairs**: `pairs` are (2i, 2i+1), as all of ours; `halves` (i, i + n) of n pairs that turn, `by axis` within each
+  axis. The frequencies are the same in another order of channels, `q_ours = q[..., channels_of(name, head width)]`.
+- **places**: where they are not 0, 1, 2, ... along each axis. `Positions.grid(extent, spacing=, origin=)` makes scaled
+  and moved ones; attention within the grid depends on differences alone.
+- **off**: the largest distance of the original's cosines, as released, from its own formula in float64: float32 tables
+  at places below 60 (of text 2,000), bfloat16 where they are cast. Ours are those of float64.
+
+{chr(10).join(lines)}
+
+## What no options say
+
+| | why |
+|---|---|
+{refused}
+"""
+
+
+def _preset(name: str, row: Preset) -> str:
+    word = f"`{Term(row.word, row.options)}`"
+    cells = [f"`{name}`", word, row.axes.replace(" ", ", "), str(row.head_dim or "any"), row.channels, row.places]
+    return "| " + " | ".join([*cells, f"`{row.source}`", f"{row.off:.0e}"]) + " |"
 
 
 def models() -> str:
@@ -213,7 +265,14 @@ stands on [Limits](limits.md).
 
 
 matrix = runpy.run_path(str(Path(__file__).with_name("build_matrix.py")))["matrix"]
-PAGES = {"encodings.md": page, "models.md": models, "matrix.md": matrix, "faults.md": faults, "needs.md": needs}
+PAGES = {
+    "encodings.md": page,
+    "presets.md": presets,
+    "models.md": models,
+    "matrix.md": matrix,
+    "faults.md": faults,
+    "needs.md": needs,
+}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

@@ -18,6 +18,7 @@ from ..errors import ConfigError, unknown
 from ..spec import Plain, Term, check_option, parse_terms, read_terms, split_blocks
 from .alibi import Alibi
 from .base import NoPosition, PositionEncoding
+from .conventions import filled
 from .decomposed import Decomposed
 from .factorized import Factorized
 from .fire import Fire
@@ -70,14 +71,22 @@ class Dims:
 
 @dataclass(frozen=True)
 class Builder:
-    """An encoding's class and the arguments that come from the model; options come from its specification."""
+    """An encoding's class and the arguments that come from the model; options come from its specification.
+
+    With `presets` there is an option more, `preset`: the options of a released convention (presets.py).
+    """
 
     encoding: type[PositionEncoding]
     arguments: Callable[[Dims], dict[str, Any]]
+    presets: bool = False
 
     def __call__(self, dims: Dims, **options: Any) -> PositionEncoding:
+        if self.presets and "preset" in options:
+            word, options = filled(options.pop("preset"), options, dims.axes, dims.head_dim)
+            return ENCODINGS[word](dims, **options)
         given = self.arguments(dims)
         known = [name for name in inspect.signature(self.encoding).parameters if name not in given]
+        known += ["preset"] if self.presets else []
         for name in options:
             if name not in known:
                 raise unknown(f"option of {self.encoding.__name__}", name, known or ["(it takes none)"])
@@ -102,7 +111,7 @@ ENCODINGS: dict[str, Callable[..., PositionEncoding]] = {
     "kerple": Builder(Kerple, lambda d: {"heads": d.heads}),
     "lookhere": Builder(LookHere, lambda d: {"heads": d.heads, "axes": d.axes, "block": d.block, "depth": d.depth}),
     "fire": Builder(Fire, lambda d: {"heads": d.heads, "grid": d.grid}),
-    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}),
+    "rope": Builder(AxialRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}, True),
     "rope_mixed": Builder(MixedRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "axes": d.axes}),
     "rope_golden": Builder(GoldenRoPE, lambda d: {"head_dim": d.head_dim, "heads": d.heads, "grid": d.grid}),
     "rope_dinov3": Builder(CentredRoPE, lambda d: {"head_dim": d.head_dim, "axes": d.axes, "heads": d.heads}),

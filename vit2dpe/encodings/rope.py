@@ -18,6 +18,7 @@ Any even head width serves any number of axes; pairs left over stand still, w = 
     order=interleaved, head    every d-th pair an axis's (Qwen3-VL); whole heads, `sections` of heads (MHRoPE)
     bank=whole                 base^(-i/n) for pair i of the n that turn, whatever its axis (Qwen2-VL, Qwen3-VL)
     base, step, start          one number, or one of each axis: base=(10000, 100, 100)
+    preset=flux                of `rope`: the options of a released convention (presets.py); those beside it win
 
 An exponent over another count K' is a base: base^(K/K') ^ (-k/K) = base^(-k/K'); modded-nanogpt has K' = K - 1.
 
