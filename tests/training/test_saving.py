@@ -98,7 +98,8 @@ def test_a_full_disk_ends_the_training_and_keeps_what_was_there(filled, kept, da
         actions = {n: lambda trainer: reached.append(trainer.state.step) or trainer.save() for n in (2, 3)}
         actions = {1: saved_whole, 5: lambda trainer: reached.append(5)} | (actions if filled == 1 else {})
         before = actions.get(filled, reached.append)
-        actions[filled] = lambda trainer: (before(trainer), fill_disk(patch))
+        # What is still being written, on a slow machine, ends before the disk is full.
+        actions[filled] = lambda trainer: (before(trainer), trainer.snapshots.writer.wait(), fill_disk(patch))
         with pytest.raises(TrainingError, match=r"bytes.*No space left on device; what was there before still is"):
             train(data, tmp_path, actions)
     assert (reached == [2, 3]) == (filled == 1)
