@@ -90,6 +90,21 @@ def test_features_are_those_before_pooling(pool):
     close(model.norm(whole), tokens)
 
 
+@pytest.mark.parametrize("kind", [ViT, Swin])
+def test_features_of_blocks_that_are_computed_again_have_the_same_gradients(kind):
+    sizes = dict(num_heads=2, depth=3) if kind is ViT else dict(num_heads=(2, 2), depths=(2, 1), window_size=4)
+    model = shaken(kind(img_size=(16, 24), patch_size=4 if kind is ViT else 2, embed_dim=16, num_classes=3, **sizes))
+    images, found = randn(2, 3, 16, 24), []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        model.zero_grad()
+        sum(part.square().mean() for part in tensors_of(look(model.train(), images).blocks)).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0]
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
 def test_features_of_a_swin_and_none_of_others():
     swin = Swin(img_size=(16, 24), patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4).eval()
     images = randn(1, 3, 16, 24)
