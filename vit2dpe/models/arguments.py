@@ -22,7 +22,7 @@ RANGES: dict[str, object] = {
     "drop_path_rate": Probability,
     "patch_drop_rate": Rate,
 }
-AXES = ("patch_size", "img_size", "mask_unit")  # one number, or (rows, columns)
+AXES = ("patch_size", "img_size", "mask_unit", "window")  # one number, or (rows, columns)
 STAGES = ("depths", "num_heads", "mlp_ratio")  # one for each stage, of a Swin
 
 

@@ -115,6 +115,8 @@ def card(
         },
         usage=USAGE.format(height=size[0], width=size[1], elsewhere=elsewhere),
     )
+    if getattr(model, "windowing", None) is not None:
+        made["details"]["Windows"] = str(model.windowing)
     if exchange := _exchange(model):
         made["details"][EXCHANGED] = exchange
     if base is not None:
