@@ -37,7 +37,7 @@ from .layers import (
 )
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool, pair
 from .weights import convert_state_dict
-from .windowed import Windowing
+from .windowed import View, Windowing
 
 Spacing = float | tuple[float, float] | None
 
@@ -228,9 +228,14 @@ class ViT(TimmViT):
                 where both allow it (timm takes one of them).
         """
         x, signal, at = self.embed(images, token_filter, spacing)
-        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
-        for i, (block, view) in enumerate(zip(self.blocks, self.views(x, signal, at, mask), strict=True)):
-            x = run_block(block, x, signal, at, *view, index=i, recompute=self.grad_checkpointing)
+        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
+        if attn_mask is not None or is_causal or self.windowing is not None:
+            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+            views = self.views(x, signal, at, mask)
+        for i, block in enumerate(self.blocks):
+            x = run_block(
+                block, x, signal, at, *(views[i] if views else ()), index=i, recompute=self.grad_checkpointing
+            )
         out: Tensor = self.norm(x)
         return out
 
