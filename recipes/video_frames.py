@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/video_frames"))
     parser.add_argument("--encodings", default=ENCODINGS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--n", type=int, default=2000, help="test videos")
     options = parser.parse_args(argv)
     path = options.out / "frames.csv"
