@@ -230,7 +230,7 @@ class ViT(TimmViT):
         `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
         x, at = self.patch_embed(images)  # (B, N, D)
-        at = spaced(at, spacing)
+        at = at if spacing is None else spaced(at, spacing)  # a leaf of torch.fx, whose graphs have a spacing
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once
