@@ -112,6 +112,15 @@ def test_masks_of_a_user_and_patches_that_are_left_out_go_together_with_windows(
     exact(model.forward_features(images, token_filter=drop), model.norm(x))
 
 
+@torch.no_grad()
+def test_a_video_has_windows_too():
+    sizes = dict(img_size=(4, 24, 40), patch_size=(2, 8, 8), window=(1, 2, 3), global_blocks=())
+    model, video = vit("rope+relative", **sizes).double(), randn(1, 3, 4, 24, 40).double()
+    exact(model.forward_features(video), under_masks(model, video))
+    with pytest.raises(ConfigError, match="for rows and columns, got 3 axes"):
+        vit("relative", **sizes, window_tables=True)
+
+
 @pytest.mark.parametrize("spacing", [0.5, (2.0, 0.25)])
 @torch.no_grad()
 def test_pixels_of_another_size_in_the_world(spacing):
@@ -273,7 +282,7 @@ def test_weights_of_a_plain_vit_go_into_windows(tmp_path):
         (dict(global_blocks=(3,)), "0 to 2"),
         (dict(window_kind="tile"), "did you mean 'tiles'"),
         (dict(window_kind="around"), "odd side, got 3x4"),
-        (dict(window=(3, 4, 5)), "two"),
+        (dict(window=(3, 4, 5)), "one side or 2"),
         (dict(window=-1), "at least 0"),
         (dict(window_kind="zeros"), "AxialRoPE needs one"),
         (dict(window_tables=True, block_position="sincos"), "SinCos is not relative"),

@@ -41,13 +41,13 @@ class Windowing(NamedTuple):
     """Which blocks attend within windows.
 
     Args:
-        side: (rows, columns) of a window in tokens.
+        side: (rows, columns) of a window in tokens, or along all axes.
         blocks: the numbers of these blocks.
         kind: a word of `KINDS`.
         tables: whether the encodings that these blocks own are measured by the window instead of the grid.
     """
 
-    side: Size
+    side: tuple[int, ...]
     blocks: frozenset[int]
     kind: str
     tables: bool
@@ -58,7 +58,13 @@ class Windowing(NamedTuple):
 
     @classmethod
     def of(
-        cls, window: int | Sequence[int] | None, global_blocks: Sequence[int], kind: str, tables: bool, depth: int
+        cls,
+        window: int | Sequence[int] | None,
+        global_blocks: Sequence[int],
+        kind: str,
+        tables: bool,
+        depth: int,
+        axes: int = 2,
     ) -> Windowing | None:
         """Of the arguments of a ViT; None without windows.
 
@@ -71,9 +77,13 @@ class Windowing(NamedTuple):
             return None
         if kind not in KINDS:
             raise unknown("window_kind", kind, KINDS)
-        rows, columns = (window, window) if isinstance(window, int) else window
-        if kind == "around" and not (rows % 2 and columns % 2):
-            raise ConfigError(f"a window around each token has an odd side, got {_spell((rows, columns))}")
+        side = (window,) * axes if isinstance(window, int) else tuple(window)
+        if len(side) != axes or min(side) < 1:
+            raise ConfigError(f"window must be one side or {axes}, one of each axis, at least 1, got {window!r}")
+        if axes != 2 and (kind == "zeros" or tables):
+            raise ConfigError(f"window_kind='zeros' and window_tables are for rows and columns, got {axes} axes")
+        if kind == "around" and not all(one % 2 for one in side):
+            raise ConfigError(f"a window around each token has an odd side, got {_spell(side)}")
         if kind == "around" and tables:
             raise ConfigError(
                 "window_tables goes with windows that the grid is cut into, not with window_kind 'around'"
@@ -84,7 +94,7 @@ class Windowing(NamedTuple):
                 f"got {tuple(global_blocks)}"
             )
         inside = frozenset(range(depth)) - {i % depth for i in global_blocks}
-        return cls((rows, columns), inside, kind, tables)
+        return cls(side, inside, kind, tables)
 
     def owned(self, blocks: nn.ModuleList) -> list[tuple[PositionEncoding, nn.Module]]:
         """Encodings that are measured by the window, each that leads a block with its attention."""
@@ -101,7 +111,7 @@ class Windowing(NamedTuple):
         if self.tables or self.kind == "zeros":
             return at.extent == self.side
         reach = [(side + 1) // 2 if self.kind == "around" else side for side in self.side]
-        return at.axes == 2 and all(side >= size for side, size in zip(reach, at.extent, strict=True))
+        return all(side >= size for side, size in zip(reach, at.extent, strict=True))
 
     def grids(self, grid: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
         """The extent that each block's own encoding is measured by, where all others have this grid."""
@@ -171,8 +181,8 @@ def views(
     return [inside if i in windowing.blocks else _given(mask) for i in range(blocks)]
 
 
-def _spell(side: Size) -> str:
-    return f"{side[0]}x{side[1]}"
+def _spell(side: tuple[int, ...]) -> str:
+    return "x".join(map(str, side))
 
 
 def _given(mask: Mask | None) -> View:
@@ -190,7 +200,7 @@ def _tiles(windowing: Windowing, images: int, at: Positions) -> Tiles:
     """The windows of a complete grid, without what encodings do there."""
     filled = windowing.kind == "zeros"
     grid: Size = (int(at.extent[0]), int(at.extent[1])) if is_tracing() else (at.extent[0], at.extent[1])
-    side = windowing.side
+    side = windowing.side[0], windowing.side[1]
     if not filled and not torch.compiler.is_compiling():  # there a comparison may not shape the graph
         side = min(side[0], grid[0]), min(side[1], grid[1])
     windows = cut(grid, side, images, shifted=False, masked=not filled, device=at.coords.device)
