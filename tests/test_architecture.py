@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A room may import rooms on lower floors. The ground floor's files may import each other, without circles.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_version", "contextual", "errors", "files", "modes", "positions", "ranges", "seeding", "signal", "spec"),
+    ("_version", "contextual", "errors", "files", "grids", "modes", "positions", "ranges", "seeding", "signal", "spec"),
     ("encodings", "attention", "data"),
     ("resolution", "stock", "testing"),
     ("models",),
