@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,17 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from .grids import Bounds, Extent, Places, between_places, check, each_axis, is_tracing, of_prefix, readable, taken
+from .segments import Segments
 
 __all__ = ["DISTANCES", "Positions", "distance", "exact", "float64_device", "is_tracing", "numbers", "offsets"]
 T = TypeVar("T")
+
+
+class Row(NamedTuple):
+    """The segments of a packed row, and where the tokens of each kind of them are; see `packed.in_segments`."""
+
+    segments: Segments
+    places: tuple[Positions, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,7 @@ class Positions:
         segment: (1, N) int64, for images in a row: of which one, a row of the extent, each place is.
         box: of extents by sample the largest size along each axis, where it is known; a table of all offsets is as
             large.
+        row: of a packed row, where the tokens of its segments are; encodings are evaluated there.
 
     Raises:
         ValueError: if `coords` is not (B, N, d) in at least float32, `extent` does not name d sizes, or what is of each
@@ -59,6 +68,7 @@ class Positions:
     valid: Tensor | None = None
     segment: Tensor | None = None
     box: tuple[int, ...] = ()
+    row: Row | None = None
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
     # Of scaled places: those that were scaled, and the ratio of their offsets, (d,) or (B|1, N|1, d) float64.
     source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)
@@ -149,13 +159,9 @@ class Positions:
     def packed(
         cls, extents: Sequence[Sequence[int]], length: int | None = None, device: torch.device | str | None = None
     ) -> Positions:
-        """One row (1, N, d) in which images stand behind each other, each at the places of its own grid.
+        """As `grids`, but one row (1, N, d) in which they stand behind each other, and then padding up to the length.
 
         Which tokens may attend to which is `attention.masks.together`.
-
-        Args:
-            extents: of each image how many places there are along each axis.
-            length: how many places the row has, padding among them; default: those of all grids.
         """
         made = Places.packed(extents, length, device)
         return cls(made.coords, made.extent, 0, True, (), made.valid, made.segment, made.box)
@@ -297,11 +303,8 @@ class Positions:
         return found
 
     def places(self) -> Tensor:
-        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
-
-        Raises:
-            ValueError: for fractional coordinates, wherever they can be looked at.
-        """
+        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table; a ValueError for fractional
+        ones, wherever they can be looked at."""
         if self.on_grid:
             return self.coords.long()
         if self.spacing:
@@ -313,10 +316,7 @@ class Positions:
 
     def on_integers(self) -> bool:
         """Whether all places are known to be whole numbers; not in a graph, which looks at none, nor where they learn.
-
-        Raises:
-            ValueError: for infinite places, wherever they can be looked at.
-        """
+        A ValueError for infinite ones, wherever they can be looked at."""
         if self.on_grid:
             return True
         if self.spacing or self.by_sample():  # between those that a table has, or farther apart
