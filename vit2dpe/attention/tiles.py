@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..contextual import Contextual
 from ..positions import Positions
+from ..segments import Segments
 from ..signal import Bias, Dense, Signal
 from .contract import contract
 from .functional import OBSERVER, FullMask, Observer, attend, merge_heads, rotate_qk
@@ -174,7 +175,9 @@ class Parts(NamedTuple):
 
     observer: Observer
 
-    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None:
+    def attended(
+        self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | Segments | None, scale: float | None
+    ) -> None:
         return
 
     def selected(self, what: str, selection: Selection) -> None:

@@ -106,7 +106,7 @@ class Windowing(NamedTuple):
 
     def covers(self, at: Positions) -> bool:
         """Whether every window is the whole grid, and blocks are plain. Not in a graph, which sizes may not shape."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or isinstance(at.extent, Tensor):
             return False
         if self.tables or self.kind == "zeros":
             return at.extent == self.side
@@ -165,7 +165,8 @@ def views(
     """
     if windowing is None or not windowing.blocks or windowing.covers(at):
         return [_given(mask)] * blocks
-    complete = at.whole or (bool(at.spacing) and at.coords.shape[:2] == (1, math.prod(at.extent)))
+    of_all = bool(at.spacing) and not at.by_sample() and at.valid is None
+    complete = at.whole or (of_all and at.coords.shape[:2] == (1, math.prod(at.one_extent)))
     if complete and mask is None and at.axes == 2 and windowing.kind != "around":
         tiles = with_encoding(_tiles(windowing, x.shape[0], at), position, signal)
         return [(tiles.of_block(i),) if i in windowing.blocks else () for i in range(blocks)]
@@ -176,7 +177,8 @@ def views(
         )
     if at.spacing and not complete:
         raise ConfigError("windows of a grid that has a spacing, and of which patches were left out, are not known")
-    near = _mask(windowing, Positions.grid(at.extent, at.coords.device).with_prefix(at.prefix) if at.spacing else at)
+    on = Positions.grid(at.one_extent, at.coords.device).with_prefix(at.prefix) if at.spacing else at
+    near = _mask(windowing, on)
     inside = _given(FullMask(near) if mask is None else masks.both(near, mask))
     return [inside if i in windowing.blocks else _given(mask) for i in range(blocks)]
 
@@ -199,7 +201,8 @@ def _mask(windowing: Windowing, at: Positions) -> Tensor:
 def _tiles(windowing: Windowing, images: int, at: Positions) -> Tiles:
     """The windows of a complete grid, without what encodings do there."""
     filled = windowing.kind == "zeros"
-    grid: Size = (int(at.extent[0]), int(at.extent[1])) if is_tracing() else (at.extent[0], at.extent[1])
+    rows, columns = at.one_extent
+    grid: Size = (int(rows), int(columns)) if is_tracing() else (rows, columns)
     side = windowing.side[0], windowing.side[1]
     if not filled and not torch.compiler.is_compiling():  # there a comparison may not shape the graph
         side = min(side[0], grid[0]), min(side[1], grid[1])
