@@ -26,6 +26,7 @@ from .bloom import bloom
 from .dinov3 import dinov3
 from .gpt2 import gpt2
 from .llama import llama
+from .swin import swin
 from .t5 import t5
 from .vit import FAMILIES as VIT_FAMILIES
 from .vit import tower, vit
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Callable[[Config, Weights], Converted]] = {
     "smollm3": llama,
     "t5": t5,
     **dict.fromkeys(VIT_FAMILIES, vit),
+    **dict.fromkeys(("swin", "swinv2"), swin),
     **dict.fromkeys(("clip", "siglip"), tower),
 }
 
