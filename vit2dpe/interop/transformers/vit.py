@@ -83,7 +83,9 @@ def vit(config: Config, w: Weights) -> Converted:
     if "dist_token" in w.left and "head_dist.weight" not in w.left:  # a leading token that nothing reads
         w.left["reg_token"] = w.left.pop("dist_token")
     grid = [side // p for side, p in zip(size, patch, strict=True)]
-    tokens = [name for name in ("cls_token", "dist_token" if "dist_token" in w.left else "reg_token") if name in w.left]
+    tokens: list[str] = [
+        name for name in ("cls_token", "dist_token" if "dist_token" in w.left else "reg_token") if name in w.left
+    ]
     if "table" in w.left:
         tokens = tokens[: len(w.left["table"].reshape(-1, width)) - math.prod(grid)]  # DINOv2's registers have no row
     pooled = "attn_pool.latent" in w.left

@@ -108,8 +108,8 @@ def to_transformers(model: ViT, family: str) -> State:
     heads = _TWO if isinstance(model, DistilledViT) else names.heads
     block = names.block | (_GATED if "blocks.0.mlp.fc1_g.weight" in ours else {})
     for name, value in ours.items():
-        for theirs, part in _renamed(name, value, block, names.rest | heads):
-            state[theirs] = part.flatten() if theirs == "embeddings.class_embedding" else part
+        for theirs, own in _renamed(name, value, block, names.rest | heads):
+            state[theirs] = own.flatten() if theirs == "embeddings.class_embedding" else own
     projection = state.get("visual_projection.bias")
     if projection is not None and not projection.any():
         del state["visual_projection.bias"]
