@@ -45,7 +45,8 @@ def _parts(model: nn.Module) -> str:
     size = f"{count / 1e6:.2f} M parameters"
     if not isinstance(model, TimmModel) or not hasattr(model, "blocks"):
         return size
-    return f"{len(list(model.get_submodule('blocks').children()))} blocks of {model.embed_dim} channels, {model.num_heads} heads; {size}"
+    depth = len(list(model.get_submodule("blocks").children()))
+    return f"{depth} blocks of {model.embed_dim} channels, {model.num_heads} heads; {size}"
 
 
 def _grid(model: nn.Module) -> str:
