@@ -101,8 +101,9 @@ def matrix() -> str:
 
 Built by `python docs/build_tables.py`: for each cell a micro model is built, run forward and backward at its own
 size, then forward at another one under each of its resolution policies (images of 16x24 and 24x32 pixels, lines of 8
-and 12 tokens; 3-D: a ViT of videos, of 2 and 4 frames). "yes": all of it ran, and what came out, gradients included, is finite. Otherwise it is refused, and the
-reason stands below in the words of the error, "it" being the encoding. The last rows are sums; there are many more.
+and 12 tokens; 3-D: a ViT of videos of 2 and of 4 frames). "yes": all of it ran, and what came out, gradients included,
+is finite. Otherwise it is refused, and the reason stands below in the words of the error, "it" being the encoding. The
+last rows are sums; there are many more.
 
 {chr(10).join(lines)}
 

@@ -5,8 +5,8 @@
 A video shows one handwritten digit of scikit-learn (8x8 pixels) and then another one, as long as it lasts; the class is
 the first of them. What has no order in time sees both, and is right half of the time. With more frames both digits are
 shown for longer, so that a time counted in frames, and not in parts of the video, leaves what was trained. They change
-after a quarter, a half or three quarters, between two tubelets: one that held both would show which comes first. Digits of
-training and of test are different ones; noise is drawn for every frame.
+after a quarter, a half or three quarters, between two tubelets: one that held both would show which comes first.
+Digits of training and of test are different ones; noise is drawn for every frame.
 
 Each encoding trains a micro ViT of 2x4x4-pixel tubelets (16 tokens) with each seed, and is measured under each policy
 that it can take. Written is `out/frames.csv`, a line for each policy and number of frames; what is there is not run

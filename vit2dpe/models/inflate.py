@@ -3,7 +3,7 @@
     proj(v) = Σ_t K_t v_t,    K_t = K / T for all t ("mean"),    K for the middle frame and 0 for the others ("centre")
 
 Sources: I3D, arXiv 1705.07750 (mean); ViViT, arXiv 2103.15691 ("central frame initialisation"); the learned part of
-time that begins at zero is TimeSformer's, arXiv 2102.05095. How ours differs: every encoding goes over as it is, because it
+time that begins at zero is TimeSformer's, arXiv 2102.05095. How ours differs: every encoding goes over as it is, for it
 goes on reading rows and columns alone (`axes=(1, 2)`), whatever it is, tables, rotations and biases alike.
 
 What is exact: a video that stands still ("mean"), or of which only the middle frames of tubelets are looked at
