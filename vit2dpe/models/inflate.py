@@ -20,6 +20,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from ..encodings import (
     Cycle,
@@ -153,5 +154,5 @@ def _add(video: ViT, time: str) -> None:
             block.attn.position = _sum(block.attn.position, mine).to(like.device, like.dtype).train(video.training)
 
 
-def _sum(old: PositionEncoding | None, new: PositionEncoding) -> PositionEncoding:
-    return new if old is None or not old.gives else old + new
+def _sum(old: nn.Module | None, new: PositionEncoding) -> PositionEncoding:
+    return old + new if isinstance(old, PositionEncoding) and old.gives else new
