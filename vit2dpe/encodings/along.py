@@ -35,7 +35,8 @@ class Along:
     def _places(self, at: Positions) -> Positions:
         coords = torch.stack([at.coords[..., axis] for axis in self.axes], dim=-1)
         if isinstance(at.extent, Tensor):
-            return replace(at, coords=coords, extent=torch.stack([at.extent[..., axis] for axis in self.axes], dim=-1))
+            extent = torch.stack([at.extent[..., axis] for axis in self.axes], dim=-1)
+            return replace(at, coords=coords, extent=extent, box=at.box and self.of(at.box))
         return replace(at, coords=coords, extent=self.of(at.extent), spacing=at.spacing and self.of(at.spacing))
 
     def of(self, sizes: tuple[T, ...]) -> tuple[T, ...]:
