@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..ranges import Count, Depth, Natural, NotNegative, Positive, Probability, Rate, check_numbers
 
 RANGES: dict[str, object] = {
-    **dict.fromkeys(("patch_size", "img_size", "mask_unit"), Count),
+    **dict.fromkeys(("patch_size", "patch_stride", "img_size", "mask_unit"), Count),
     **dict.fromkeys(("in_chans", "embed_dim", "decoder_embed_dim", "vocab_size", "context"), Count),
     **dict.fromkeys(("num_heads", "decoder_num_heads", "kv_heads", "attn_pool_num_heads"), Count),
     **dict.fromkeys(("depth", "depths", "decoder_depth"), Depth),
@@ -23,7 +23,13 @@ RANGES: dict[str, object] = {
     "drop_path_rate": Probability,
     "patch_drop_rate": Rate,
 }
-AXES = ("patch_size", "img_size", "mask_unit", "window")  # one number, or (rows, columns); of a ViT one of each axis
+AXES = (
+    "patch_size",
+    "patch_stride",
+    "img_size",
+    "mask_unit",
+    "window",
+)  # one number, or (rows, columns); of a ViT one of each axis
 MOST_AXES = 3  # torch has convolutions of lines, images and volumes
 STAGES = ("depths", "num_heads", "mlp_ratio")  # one for each stage, of a Swin
 

@@ -13,6 +13,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .layers import PatchEmbed, run_block
+from .strided import read_between
 from .windowed import View, Windowing, views
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
@@ -42,7 +43,14 @@ def allow(
 
 def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
     """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
-    return at if spacing is None else Positions.grid(at.one_extent, at.coords.device, spacing=spacing)
+    if spacing is None:
+        return at
+    made = Positions.grid(at.one_extent, at.coords.device, spacing=spacing)
+    if not at.spacing:
+        return made
+    scale = made.coords.new_tensor(made.spacing or (1.0,) * at.axes)  # of patches that overlap
+    both = tuple(one * other for one, other in zip(at.spacing, made.spacing or (1.0,) * at.axes, strict=True))
+    return Positions((at.coords + 0.5) * scale - 0.5, at.one_extent, spacing=both)
 
 
 class Features(nn.Module):
@@ -74,6 +82,11 @@ class Features(nn.Module):
         """For the model, and for each block whose encoding is measured by its window: what leads, where, the extent."""
         owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
         return [(self.position, self, self.train_grid), *((p, part, self.train_extent(p)) for p, part in owned)]
+
+    def read_between(self) -> None:
+        """With a stride below the patch, tables are read at the centres of patches instead of being resized."""
+        if self.patch_embed.stride is not None:
+            read_between(self, self.train_grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""

@@ -28,6 +28,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .kernels import CONVS, resampled
+from .strided import check_stride, strided_grid, strided_places
 from .windowed import own_in_tiles
 
 # Leaves patches out, or puts another token in their place: masked pretraining.
@@ -47,6 +48,7 @@ class PatchEmbed(nn.Module):
         norm: factory `width -> norm layer` of a norm after the map.
         any_size: whether images of other sizes are taken.
         pad: fill images up to a multiple of the patch with zeros, below and on the right.
+        stride: from patch to patch; default: the patch (`strided.py`).
     """
 
     def __init__(
@@ -60,10 +62,14 @@ class PatchEmbed(nn.Module):
         norm: Callable[[int], nn.Module] | None = None,
         any_size: bool = True,
         pad: bool = False,
+        stride: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
-        self.proj = CONVS[len(patch)](in_chans, dim, kernel_size=patch, stride=patch, bias=bias)
+        self.stride = stride  # None: the patch, also where that changes
+        if stride is not None:
+            check_stride(stride, patch)
+        self.proj = CONVS[len(patch)](in_chans, dim, kernel_size=patch, stride=stride or patch, bias=bias)
         self.norm = nn.Identity() if norm is None else norm(dim)
 
     def grid(self, *size: int) -> tuple[int, ...]:
@@ -74,6 +80,12 @@ class PatchEmbed(nn.Module):
         """
         if len(size) != len(self.patch_size):
             raise ConfigError(f"an input has the {len(self.patch_size)} axes of a patch, got sides {size}")
+        if self.stride is not None:
+            return strided_grid(size, self.patch_size, self.stride, self.pad)
+        return self.patches(*size)
+
+    def patches(self, *size: int) -> tuple[int, ...]:
+        """`grid` without a stride: the grid of training, in which places are measured."""
         each = list(zip(size, self.patch_size, strict=True))
         if self.pad:
             return tuple((side + p - 1) // p for side, p in each)  # no negative number, which ONNX divides otherwise
@@ -116,14 +128,24 @@ class PatchEmbed(nn.Module):
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, ...]:
         """Pixels a token covers along the axes, or the larger of both."""
-        return max(self.patch_size) if as_scalar else self.patch_size
+        step = self.stride or self.patch_size
+        return max(step) if as_scalar else step
+
+    def places(self, extent: tuple[int, ...], device: torch.device | str | None = None) -> Positions:
+        """Where the patches of a grid are."""
+        if self.stride is None:
+            return Positions.grid(extent, device)
+        return strided_places(extent, self.patch_size, self.stride, device)
 
     def resample(self, patch: tuple[int, ...]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
         with torch.no_grad():
             kernel = resampled(self.proj.weight, patch)
         replace(self.proj.weight, kernel)
-        self.proj.kernel_size = self.proj.stride = self.patch_size = patch
+        if self.stride is not None:
+            check_stride(self.stride, patch)
+        self.proj.kernel_size = self.patch_size = patch
+        self.proj.stride = self.stride or patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width), or all sides, -> tokens (B, N, D) in the weights' dtype, and where they are."""
@@ -135,11 +157,13 @@ class PatchEmbed(nn.Module):
             )
         extent = self.grid(*size)
         if self.pad:
-            lacking = [n * p - side for n, p, side in zip(extent, self.patch_size, size, strict=True)]
+            steps = self.stride or self.patch_size
+            each = zip(extent, steps, self.patch_size, size, strict=True)
+            lacking = [(n - 1) * step + p - side for n, step, p, side in each]
             images = F.pad(images, [x for side in reversed(lacking) for x in (0, side)])
         tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
         # The residual stream keeps the precision of the weights under autocast, with any encoding.
-        return tokens.to(self.proj.weight.dtype), Positions.grid(extent, images.device)
+        return tokens.to(self.proj.weight.dtype), self.places(extent, images.device)
 
 
 class PatchDrop(nn.Module):

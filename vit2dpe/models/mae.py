@@ -255,6 +255,8 @@ def _refuse(encoder: ViT, norm_pix: bool) -> None:
         "attention pooling gets no gradient (global_pool='map')": encoder.attn_pool is not None,
         "the decoder reads normalised tokens (build it with fc_norm=False)": isinstance(encoder.norm, nn.Identity),
         "masking already leaves patches out (patch_drop_rate must be 0)": encoder.patch_drop.rate > 0,
+        "patches that overlap show what is hidden (patch_stride must be the patch)": encoder.patch_embed.stride
+        is not None,
         "filled pixels would count in the loss (dynamic_img_pad must be off)": encoder.patch_embed.pad,
         "norm_pix needs more than one value in a patch": norm_pix
         and math.prod(encoder.patch_embed.patch_size) * encoder.in_chans < 2,

@@ -53,6 +53,8 @@ class SimMIM(MaskedModel):
             raise ConfigError("a classifier gets no gradient here: build the encoder with num_classes=0")
         if len(encoder.train_grid) != 2:
             raise ConfigError(f"SimMIM is of images, and this encoder has {len(encoder.train_grid)} axes: use MAE")
+        if encoder.patch_embed.stride is not None:
+            raise ConfigError("patches that overlap show what is hidden: patch_stride must be the patch")
         self.encoder, self.mask_unit = encoder, pair(mask_unit)
         p, q = encoder.patch_embed.patch_size
         if self.mask_unit[0] % p or self.mask_unit[1] % q or min(self.mask_unit) < 1:

@@ -117,7 +117,7 @@ class TimmModel(nn.Module):
         """
         size = height if width is None else (height, width)
         extent = self.patch_embed.grid(*sides(size, len(self.train_grid)))  # type: ignore[arg-type]
-        return Positions.grid(extent, device).with_prefix(self.num_prefix_tokens)
+        return self.patch_embed.places(extent, device).with_prefix(self.num_prefix_tokens)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
@@ -150,13 +150,14 @@ class TimmModel(nn.Module):
         embed, before = self.patch_embed, self.patch_embed.patch_size
         embed.patch_size = before if patch_size is None else sides(patch_size, len(size))
         try:
-            grid = embed.grid(*size)
+            grid = embed.patches(*size)
         finally:
             patch, embed.patch_size = embed.patch_size, before
         if patch != before:
             embed.resample(patch)
             for level in self.feature_info:
-                level["reduction"] = level["reduction"] * max(patch) // max(before)
+                if embed.stride is None:
+                    level["reduction"] = level["reduction"] * max(patch) // max(before)
         return grid
 
     def resize_encodings(self) -> None:

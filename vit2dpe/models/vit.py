@@ -53,6 +53,9 @@ class ViT(TimmViT):
             other sizes against it. Images of any other size run too. (T, H, W) of videos and volumes (B, C, T, H, W),
             (L,) of lines (B, C, L): then `patch_size` names each axis too. See docs/video.md.
         patch_size: P or (rows, columns), or (frames, rows, columns).
+        patch_stride: from patch to patch, at most `patch_size`, its default: smaller, patches overlap, and there are
+            more features of the same weights. Places stay in patches of training, whose grid is `img_size` over
+            `patch_size`; tables are read between their entries. See docs/dense.md.
         window, global_blocks: all blocks but these attend within windows of so many tokens, a side or one of each
             axis, and `global_blocks` to everything; numbers from 0, or negative from the end. Default: no windows. See
             docs/windows.md.
@@ -93,6 +96,7 @@ class ViT(TimmViT):
         block_position: Position | None = None,
         img_size: int | tuple[int, ...] = 224,
         patch_size: int | tuple[int, ...] = 16,
+        patch_stride: int | tuple[int, ...] | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -150,6 +154,7 @@ class ViT(TimmViT):
         after = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         make_block = PostNormBlock if post_norm else Block
         axes = axes_of(img_size, patch_size)
+        stride = sides(patch_size if patch_stride is None else patch_stride, axes)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
         with torch.device(device) if device is not None else nullcontext():
             self.patch_embed = PatchEmbed(
@@ -161,8 +166,9 @@ class ViT(TimmViT):
                 norm=norm if embed_norm else None,
                 any_size=dynamic_img_size,
                 pad=dynamic_img_pad,
+                stride=None if stride == sides(patch_size, axes) else stride,
             )
-            self.train_grid = self.patch_embed.grid_size
+            self.train_grid = self.patch_embed.patches(*self.patch_embed.img_size)
             self.patch_drop = PatchDrop(patch_drop_rate)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
@@ -204,7 +210,11 @@ class ViT(TimmViT):
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
-            FeatureInfo(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(self.patch_embed.patch_size))
+            FeatureInfo(
+                module=f"blocks.{i}",
+                num_chs=embed_dim,
+                reduction=max(self.patch_embed.stride or self.patch_embed.patch_size),
+            )
             for i in range(depth)
         ]
         self.init_weights(needs_reset=False)
@@ -213,6 +223,14 @@ class ViT(TimmViT):
         nn.Module.register_load_state_dict_pre_hook(self, convert_state_dict)
 
     save_card = save_card
+
+    def take_policy(self, policy: str | None, temperature: str | None) -> None:
+        super().take_policy(policy, temperature)
+        self.read_between()
+
+    def measure_policy(self) -> None:
+        super().measure_policy()
+        self.read_between()
 
     def forward_features(
         self,

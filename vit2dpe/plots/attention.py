@@ -74,7 +74,9 @@ def draw(model: ViT, image: Tensor, *, mean: Channels = 0.0, std: Channels = 1.0
         ax.imshow(values.numpy(), vmin=0.0, cmap="viridis", extent=(0, image.shape[-1], image.shape[-2], 0))
         ax.set_title(f"{title}, to {float(values.max()):.2g}", fontsize=9)
         if model.cls_token is None:
-            y, x = ((i + 0.5) * p for i, p in zip(place, model.patch_embed.patch_size, strict=True))
+            embed = model.patch_embed
+            each = zip(place, embed.stride or embed.patch_size, embed.patch_size, strict=True)
+            y, x = (i * step + p / 2 for i, step, p in each)
             ax.plot(x, y, "o", markersize=6, markerfacecolor="none", markeredgecolor="white")
     query_is = "the class token" if model.cls_token is not None else f"the patch in row {place[0]}, column {place[1]}"
     figure.suptitle(f"attention of {query_is}", fontsize=10)

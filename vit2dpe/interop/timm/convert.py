@@ -37,7 +37,13 @@ from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .weights import create_with
 from .write import native_steps
 
-OWN_ARGUMENTS = ("window", "global_blocks", "window_kind", "window_tables")  # of ours, which timm's models lack
+OWN_ARGUMENTS = (
+    "window",
+    "global_blocks",
+    "window_kind",
+    "window_tables",
+    "patch_stride",
+)  # of ours, which timm's models lack
 
 
 def from_timm(
@@ -74,9 +80,9 @@ def from_timm(
             files that timm reads for that name (DINOv2, DINOv3, EVA, BEiT, BEiT-3, DeiT, CLIP, SigLIP, AIMv2, I-JEPA,
             RADIO, Perception Encoder, Swin, MAE's encoder, Google's .npz), or of rope-vit's. A file is read without
             running anything in it.
-        kwargs: window, global_blocks, window_kind and window_tables are those of a `ViT`. Of a name, others are passed
-            to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel of the patches is adapted
-            as timm does; with `num_classes` a head for other classes is drawn anew. Both are logged.
+        kwargs: window, global_blocks, window_kind, window_tables and patch_stride are those of a `ViT`. Of a name,
+            others are passed to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel of the
+            patches is adapted as timm does; with `num_classes` a head for other classes is drawn anew. Both are logged.
 
     Raises:
         ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
@@ -130,6 +136,7 @@ def from_timm(
     chosen = policy or (recipe.policy if same else None)
     if chosen is not None:
         set_policy(ours, chosen, temperature=temperature, train=recipe.grid)
+    ours.read_between()
     keep_training(ours, theirs, recipe.steps)
     return ours.to(like.device, like.dtype)
 
