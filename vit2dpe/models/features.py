@@ -12,7 +12,8 @@ from ..encodings import PositionEncoding, terms
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import PatchEmbed, run_block
+from .layers import run_block
+from .patches import PatchEmbed
 from .strided import read_between
 from .windowed import View, Windowing, views
 

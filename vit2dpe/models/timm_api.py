@@ -27,7 +27,7 @@ from ..resolution.apply import policies_of, set_policy
 from ..spec import Size
 from .arguments import sides
 from .features import Features, take_indices
-from .layers import PatchEmbed
+from .patches import PatchEmbed
 from .predict import class_names, predict, preparation_of
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")

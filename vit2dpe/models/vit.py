@@ -28,13 +28,13 @@ from .layers import (
     Block,
     BlockArguments,
     PatchDrop,
-    PatchEmbed,
     PostNormBlock,
     TokenFilter,
     block_inputs,
     norm_factory,
     run_block,
 )
+from .patches import PatchEmbed
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
 from .windowed import View, Windowing
