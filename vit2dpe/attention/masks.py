@@ -7,6 +7,7 @@ queries attend to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,34 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..positions import Positions, offsets
 from ..signal import Dense, Signal
+
+
+class FullMask(NamedTuple):
+    """A boolean mask under which every query may attend to at least one key; `attend` need not check."""
+
+    mask: Tensor
+
+
+class Causal(NamedTuple):
+    """A token attends to itself and to those before it, in their order: torch's `is_causal`, no matrix and no padding.
+
+    Args:
+        at: where the N tokens are, leading ones included, which are queries and keys.
+    """
+
+    at: Positions
+
+    def tokens(self) -> int:
+        """N. No property: torch before 2.11 compiles none of a named tuple."""
+        return self.at.prefix + self.at.coords.shape[1]
+
+    def matrix(self) -> Tensor:
+        """(1, 1, N, N), True may attend: for a kernel that takes it together with biases, once for all blocks."""
+        return self.at.memoize("causal", self._matrix)
+
+    def _matrix(self) -> Tensor:
+        step = torch.arange(self.tokens(), device=self.at.coords.device)
+        return (step[:, None] >= step)[None, None]
 
 
 def causal(q: Positions, k: Positions) -> Tensor:
@@ -111,6 +140,18 @@ def _check_shape(mask: Tensor, batch: int, count: int, heads: int) -> None:
         f"attn_mask must be (N, N) or (B|1, H|1, N|1, N) with B = {batch} samples, H = {heads} heads and N = {count} "
         f"tokens, leading ones included; got {tuple(mask.shape)}{hints.get(mask.ndim, '')}"
     )
+
+
+def together(at: Positions) -> Tensor | None:
+    """Of places that do not all hold a token, or of images in a row: keys that hold one, of the query's own image.
+
+    Queries that are padding attend to tokens too: where each sample or image has one, a `FullMask` can be made of it.
+
+    Returns:
+        (B|1, 1, 1|N, N), prefix tokens included, or None where every query may attend to every key.
+    """
+    held, segments = at.held(), at.segments()
+    return both(None if held is None else present(held), None if segments is None else same(segments, segments))
 
 
 def both(*masks: Tensor | None) -> Tensor | None:
