@@ -12,6 +12,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from ...encodings import PositionEncoding
+from ...encodings.along import extent_of
 from ...errors import ConfigError, unknown
 from ..features import take_indices
 from ..timm_api import Groups, ImageSize, TimmModel, pair
@@ -83,7 +84,7 @@ class TimmSwin(TimmModel):
         """The extent that an encoding of this model was trained on."""
         for _, part, extent in self.position_groups():
             if any(module is encoding for module in part.modules()):
-                return extent
+                return extent_of(encoding, extent)
         raise ValueError(f"{type(encoding).__name__} is no encoding of this model")
 
     def set_input_size(
