@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from ...attention.windows import Size
 from ...encodings import PositionEncoding
 from ...encodings.along import extent_of
 from ...errors import ConfigError, unknown
 from ..features import take_indices
 from ..timm_api import Groups, ImageSize, TimmModel, pair
 from .stage import SwinStage, WindowPositions
-from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 PADDINGS = ("mask", "attend", "timm")
