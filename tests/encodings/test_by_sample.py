@@ -30,7 +30,6 @@ OPTIONS = [
     *("logcpb(form=cr)", "t5(buckets=8)", "sincos(layout=timm)", "sincos+rope+alibi", "lookhere+rope_mixed"),
 ]
 MORE = ("interpolate(power=0.5)", "interpolate(align=corner)", "ntk(power=(0.5,1))", "llama3", "longrope(long_factor=")
-RESIZED = ("learned", "windowed", "factorized", "relative", "decomposed")  # by default, to one extent for all
 
 
 def encoding_of(word, policy=None, temperature=None, grid=GRID, dtype=torch.float64):
@@ -104,26 +103,12 @@ def compare(encoding, sizes, dtype=torch.float64, tolerance=1e-10):
             torch.testing.assert_close(ours, theirs, atol=tolerance * scale, rtol=0)
 
 
-def is_resized(encoding, policy):
-    return any(part.resizes for part in encoding.modules() if hasattr(part, "resizes")) and policy in (None, "resize")
-
-
-def refuses(encoding):
-    try:
-        encoding(Positions.grids(SIZES))
-    except ValueError as error:
-        return "one extent for all, and these places have 3" in str(error)
-    return False
-
-
 @pytest.mark.parametrize("word", [*ENCODINGS, *OPTIONS])
 def test_an_image_among_others_is_what_it_is_alone(word):
     for policy in policies_for(encoding_of(word)):
         encoding = encoding_of(word, policy, "log" if policy in (None, "ntk") else "yarn(power=0.5)")
-        if not (is_resized(encoding, policy) and refuses(encoding)):
-            compare(encoding, SIZES)
-    if word not in RESIZED:
-        compare(encoding_of(word, dtype=torch.float32), SIZES, torch.float32, 1e-5)
+        compare(encoding, SIZES)
+    compare(encoding_of(word, dtype=torch.float32), SIZES, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("word", ["rope", "rope_mixed", "fire", "alibi", "sincos", "t5", "rope_dinov3"])
@@ -209,8 +194,6 @@ def test_no_forward_reads_an_extent(word):
     policies = policies_for(encoding_of(word))
     for policy in policies if word == "rope" else {None, policies[-1]}:
         encoding = encoding_of(word, policy, "log", dtype=torch.float32)
-        if is_resized(encoding, policy):
-            continue
         with devtrace.fake_cuda() as recorder:
             devtrace.on_fake_cuda(encoding)
             places = [make(SIZES, device="cuda").with_prefix(3) for make in (Positions.grids, Positions.packed)]
@@ -229,7 +212,7 @@ def test_the_recorder_of_reads_records_one():
     assert recorded.traffic.reads
 
 
-@pytest.mark.parametrize("word", [word for word in ENCODINGS if word not in RESIZED])
+@pytest.mark.parametrize("word", ENCODINGS)
 def test_a_device_without_float64(word):
     encoding = encoding_of(word, encoding_of(word).policies[-1], "log", dtype=torch.float32)
     expected = tensors(encoding(Positions.grids(SIZES)))
@@ -249,8 +232,6 @@ def test_places_that_are_not_known_to_be_whole_are_not_looked_at():
             encoding = encoding_of(word)
             for name, tensor in tensors(encoding(at)).items():
                 torch.testing.assert_close(tensor, tensors(encoding(whole))[name], atol=1e-10, rtol=0)
-    with pytest.raises(ValueError, match="give Positions a box"):
-        encoding_of("shaw")(at)
 
 
 @pytest.mark.parametrize("word", ["rope", "learned", "relative", "t5", "rope_dinov3", "sincos+alibi"])
