@@ -48,6 +48,7 @@ class MaskedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
+        only_one_size(images)
         batch, n = images.shape[0], math.prod(self.mask_grid(images.shape[-2], images.shape[-1]))
         if noise is None:
             device = images.device if generator is None else generator.device
@@ -81,6 +82,7 @@ class MaskedModel(nn.Module):
         With `norm_pix` it is brought back with the mean and variance of the very patch that was hidden: such a picture
         contains more than the model predicts, and must be labelled so.
         """
+        only_one_size(images)
         _, prediction, mask = self(images, self.mask_ratio if mask_ratio is None else mask_ratio, noise, generator)
         painted, hidden = self.picture(prediction.float(), mask, images)
         return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
@@ -108,6 +110,15 @@ class MaskedModel(nn.Module):
         """Full names of tokens, tables and frequencies."""
         encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return {"mask_token"} | encoding_parameters(self) | encoder
+
+
+def only_one_size(images: Tensor) -> None:
+    """Refuse what is no tensor (B, C, H, W), whatever its annotation promises."""
+    if not isinstance(images, Tensor):
+        raise ConfigError(
+            "images of different sizes in one batch are for ViT, and for MAE but its pictures: give one tensor "
+            f"(B, C, H, W) here, got {type(images).__name__}"
+        )
 
 
 def keep_count(n: int, ratio: float) -> int:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data.naflex_dataset import NaFlexMapDatasetWrapper
+from timm.data.transforms_factory import transforms_imagenet_eval
+from torch.utils.data import DataLoader, Dataset
 
 from vit2dpe import ConfigError, from_timm, to_timm
+from vit2dpe.models.mixed import pad
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3, patch_size=4, num_classes=5, pos_embed_grid_size=(4, 6))
 NAMES = timm.list_models(module="naflexvit")
@@ -21,7 +28,7 @@ OPTIONS = [
     dict(rope_type="mixed", pos_embed="none", rope_grid_indexing="xy"),
     dict(rope_type="dinov3", rope_rotate_half=True),
     dict(embed_proj_type="conv", pos_embed_interp_mode="bilinear", pos_embed_antialias=False),
-    dict(patchify_channels_last=False, pre_norm=True, act_layer="quick_gelu"),
+    dict(pre_norm=True, act_layer="quick_gelu"),
     dict(pos_embed_use_grid_sample=True, pos_embed_antialias=False),
     dict(pos_embed_use_grid_sample=True, pos_embed="factorized", pos_embed_ar_preserving=True),
     EVA,
@@ -56,6 +63,12 @@ def test_logits_are_timms_and_the_way_back_too(name, options):
     for size in SIZES:
         x = torch.randn(2, 3, *size)
         same(ours(x), theirs(x))
+    if theirs.embeds.is_linear:  # else it takes images alone
+        batch = [torch.randn(3, *size) for size in SIZES]
+        naflex = pad(batch, 4, 30)
+        logits = theirs(naflex)
+        same(ours(naflex), logits)
+        same(ours(batch), logits)
     state, before = to_timm(ours), theirs.state_dict()
     assert state.keys() == before.keys()
     assert [key for key in before if not torch.equal(state[key], before[key])] == []
@@ -67,6 +80,7 @@ def test_logits_are_timms_and_the_way_back_too(name, options):
         (dict(pos_embed_use_grid_sample=True), "sampled for NaFlex batches and resized with antialias for images"),
         (dict(pos_embed_interp_mode="nearest", pos_embed_antialias=False), "a table resized by nearest"),
         (dict(rope_type="mrope", rope_mrope_section=(0, 4, 4)), "a rotary encoding of another kind"),
+        (dict(patchify_channels_last=False), "patches whose channels come first"),
         (dict(attn_gated=True), "a gate on the output of attention"),
     ],
 )
@@ -83,6 +97,37 @@ def test_it_is_saved_as_a_model_of_timms(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(x), ours(x))
     assert to_timm(again).keys() == theirs.state_dict().keys()
+
+
+class Pictures(Dataset):
+    """Of several sizes, as files are."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(0, 256, (20 + 8 * index, 40, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), index
+
+
+@torch.no_grad()
+def test_batches_of_timms_loader():
+    theirs = create(GAP)
+    make = partial(transforms_imagenet_eval, naflex=True)
+    data = NaFlexMapDatasetWrapper(
+        Pictures(),
+        patch_size=4,
+        seq_lens=(20, 30),
+        max_tokens_per_batch=90,
+        batch_divisor=1,
+        transform_factory=lambda max_seq_len, patch_size: make(max_seq_len=max_seq_len, patch_size=patch_size),
+    )
+    labels = []
+    for batch, target in DataLoader(data, batch_size=None):
+        assert not batch["patch_valid"].all()
+        same(from_timm(theirs)(batch), theirs(batch))
+        labels += target.tolist()
+    assert sorted(labels) == [0, 1, 2, 3, 4]
 
 
 @torch.no_grad()

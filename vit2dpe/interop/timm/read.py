@@ -92,6 +92,8 @@ def eva(theirs: Eva) -> Recipe:
 def naflexvit(theirs: NaFlexVit) -> Recipe:
     """`NaFlexVit`: timm's own, SigLIP 2's, RADIO's, and what `use_naflex=True` makes of ViT and Eva."""
     embeds = theirs.embeds
+    if not embeds.channels_last:
+        raise ConfigError("patches whose channels come first are not covered")
     patch, grid = tuple(embeds.patch_size), embeds.pos_embed_grid_size
     if grid is None:  # without a table no size is its own
         size = pretrained_cfg_of(theirs).get("input_size", (3, 224, 224))[1:]
@@ -118,7 +120,7 @@ def naflexvit(theirs: NaFlexVit) -> Recipe:
         steps.append(Reorder(arguments["num_heads"], order))
     shared = spec != "none" and not isinstance(theirs.rope, RotaryEmbeddingMixed)
     linear = patch if embeds.is_linear else ()
-    steps.append(Embeds(linear, "position.terms.0" if shared else "position", embeds.channels_last))
+    steps.append(Embeds(linear, "position.terms.0" if shared else "position"))
     if embeds.pos_embed_type != "none":
         table = _table(embeds)
         spec = table if spec == "none" else f"{table}+{spec}"

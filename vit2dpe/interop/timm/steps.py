@@ -148,17 +148,15 @@ class FlatTable:
 class Embeds:
     """NaFlexViT's `embeds.*` <-> `patch_embed.*`, leading tokens, and the tables of `owner`.
 
-    Its linear map of flat patches (D, p q C), or (D, C p q) without `channels_last`, is the convolution (D, C, p, q).
+    Its linear map of flat patches (D, p q C) is the convolution (D, C, p, q).
 
     Args:
         patch: (p, q); () where it is a convolution there too.
         owner: "position", or "position.terms.0" beside a rotation.
-        channels_last: the order of the values of a patch.
     """
 
     patch: tuple[int, ...]
     owner: str
-    channels_last: bool = True
 
     def _names(self) -> dict[str, str]:
         tables = {"pos_embed": "pos_embed", "pos_embed_y": "tables.0", "pos_embed_x": "tables.1"}
@@ -175,15 +173,12 @@ class Embeds:
                 value = state.pop(theirs)
                 state[ours] = value[0] if ".tables." in ours else value
         if self.patch:
-            flat = state["patch_embed.proj.weight"]
-            sizes = (*self.patch, -1) if self.channels_last else (-1, *self.patch)
-            kernel = flat.unflatten(1, sizes)
-            state["patch_embed.proj.weight"] = kernel.movedim(-1, 1).contiguous() if self.channels_last else kernel
+            kernel = state["patch_embed.proj.weight"].unflatten(1, (*self.patch, -1))
+            state["patch_embed.proj.weight"] = kernel.movedim(-1, 1).contiguous()
 
     def back(self, state: State) -> None:
         if self.patch:
-            kernel = state["patch_embed.proj.weight"]
-            state["patch_embed.proj.weight"] = (kernel.movedim(1, -1) if self.channels_last else kernel).flatten(1)
+            state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].movedim(1, -1).flatten(1)
         for theirs, ours in self._names().items():
             if ours in state:
                 value = state.pop(ours)
