@@ -79,7 +79,9 @@ def test_each_image_is_what_it_is_alone(word):
                     torch.testing.assert_close(model(came), expected, rtol=0, atol=1e-10, msg=lambda m, s=said: s + m)
     single, batch = model.float(), [image.float() for image in batch]
     for form, came in forms(batch).items():
-        torch.testing.assert_close(single(came), alone(single, batch), rtol=1e-5, atol=1e-5, msg=lambda m, s=form: s + m)
+        torch.testing.assert_close(
+            single(came), alone(single, batch), rtol=1e-5, atol=1e-5, msg=lambda m, s=form: s + m
+        )
 
 
 POOLS = ["token", "avg", "max", "avgmax", "map"]

@@ -8,12 +8,23 @@ of the longer side and cut. On the grid that a table over all places was learned
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
 from ..positions import Positions
 
 
 def squared(at: Positions, own: tuple[int, ...] = ()) -> Positions:
     """The same places on the square that holds their grid; a grid of the sizes `own` stays."""
+    if isinstance(at.extent, Tensor):
+        side = at.extent.amax(-1, keepdim=True).expand_as(at.extent)  # (B, d)
+        if own:
+            kept = reduce(torch.logical_and, (at.extent[:, axis] == size for axis, size in enumerate(own)))
+            side = torch.where(kept[:, None], at.extent, side)
+        return replace(at, extent=side, box=(max(at.box),) * at.axes if at.box else ())
     if at.extent == own:
         return at
-    side = max(at.extent)
-    return Positions(at.coords, (side,) * at.axes, at.prefix, at.on_grid, at.spacing)
+    return replace(at, extent=(max(at.extent),) * at.axes)

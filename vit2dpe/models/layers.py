@@ -123,7 +123,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""
         if not isinstance(images, Tensor):  # whatever its annotation promises
-            raise ConfigError(f"images are one tensor (B, C, H, W) here, got {type(images).__name__}; a ViT takes lists")
+            raise ConfigError(
+                f"images are one tensor (B, C, H, W) here, got {type(images).__name__}; a ViT takes lists"
+            )
         height, width = images.shape[-2:]
         if not self.any_size and (height, width) != self.img_size:
             raise ConfigError(
