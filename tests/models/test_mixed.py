@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torchvision.models.detection.image_list import ImageList
 
-from vit2dpe import MAE, ENCODINGS, ConfigError, Swin, ViT, use_policy
+from vit2dpe import ENCODINGS, MAE, ConfigError, Swin, ViT, use_policy
 from vit2dpe.models.deit import DistilledViT
 from vit2dpe.models.mixed import pack, pad
 from vit2dpe.models.simmim import SimMIM
@@ -155,7 +155,9 @@ def test_masks_of_timms_beside_a_batch():
     mask = torch.rand(4, 1, 41, 41) < 0.5
     mask[..., 0] = True
     counts = [(x.shape[1] * x.shape[2]) // 16 + 1 for x in batch]
-    expected = torch.cat([model(x[None], attn_mask=m[None, :, :n, :n]) for x, m, n in zip(batch, mask, counts)])
+    expected = torch.cat(
+        [model(x[None], attn_mask=m[None, :, :n, :n]) for x, m, n in zip(batch, mask, counts, strict=True)]
+    )
     torch.testing.assert_close(model(given["naflex"], attn_mask=mask), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(model(given["naflex"] | dict(attn_mask=mask)), expected, rtol=0, atol=1e-10)
     with pytest.raises(ConfigError, match="a list of images has several"):
@@ -279,14 +281,15 @@ def test_what_is_no_batch_is_refused(given, why):
 
 def test_where_one_size_is_needed_others_are_refused():
     batch = images(torch.float32)
-    for model in (vit(dynamic_img_size=False), vit(dynamic_img_size=False)):
-        with pytest.raises(ConfigError, match="this model takes .16, 24. images only|takes .16, 24. only"):
-            model(forms(batch)["naflex"])
+    fixed = vit(dynamic_img_size=False)
+    for form, why in (("naflex", r"it takes \(16, 24\) only"), ("list", r"takes \(16, 24\) images only")):
+        with pytest.raises(ConfigError, match=why):
+            fixed(forms(batch)[form])
     swin = Swin("relative", **SWIN)
     simmim = SimMIM(vit(num_classes=0), mask_unit=8)
     mae = MAE(vit(num_classes=0), decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3)
     for call in (swin, simmim, mae.reconstruct):
-        with pytest.raises(ConfigError, match="one tensor .B, C, H, W."):
+        with pytest.raises(ConfigError, match=r"one tensor \(B, C, H, W\)"):
             call(batch)
     cut = forms(batch)["naflex"]
     cut["patch_valid"][0, 3] = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..encodings import Position
 from ..errors import ConfigError
-from .mixed import Features, leading
+from .mixed import Tokens, leading
 from .vit import ViT
 
 
@@ -43,7 +43,7 @@ class DistilledViT(ViT):
         return super().prefix_tokens() | {"dist_token": self.dist_token}
 
     def forward_head(  # type: ignore[override]  # as in timm: both logits in distilled training
-        self, x: Features, pre_logits: bool = False
+        self, x: Tokens, pre_logits: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 2 + N, D) -> (B, classes); the mean of both tokens with `pre_logits`."""
         tokens = leading(x, 2)

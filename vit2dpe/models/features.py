@@ -13,7 +13,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .layers import PatchEmbed, run_block
-from .mixed import Features, Images, Packed, Padded, by_size, given_back, in_order, mapped, read
+from .mixed import Images, Packed, Padded, Tokens, by_size, given_back, in_order, mapped, read
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
 OfImages = list[list[Tensor]] | list[tuple[list[Tensor], list[Tensor]]]  # the same, of each image of a list
@@ -92,8 +92,8 @@ class Features(nn.Module):
     ) -> (
         Intermediates
         | OfImages
-        | tuple[Features, Intermediates | OfImages]
-        | dict[str, Features | list[Tensor] | list[list[Tensor]]]
+        | tuple[Tokens, Intermediates | OfImages]
+        | dict[str, Tokens | list[Tensor] | list[list[Tensor]]]
     ):
         """Outputs of chosen blocks beside the final features.
 
@@ -117,7 +117,7 @@ class Features(nn.Module):
         last, patches, prefix = self._outputs(x, indices, norm, stop_early, output_fmt == "NCHW", attn_mask, is_causal)
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            result: dict[str, Features | list[Tensor] | list[list[Tensor]]] = {"image_intermediates": patches}
+            result: dict[str, Tokens | list[Tensor] | list[list[Tensor]]] = {"image_intermediates": patches}
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             if isinstance(last, dict):
@@ -135,7 +135,7 @@ class Features(nn.Module):
         reshape: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
-    ) -> tuple[Features, Outputs, Outputs]:
+    ) -> tuple[Tokens, Outputs, Outputs]:
         """The output of the last block that ran; patches and leading tokens of the chosen ones."""
         take, last = take_indices(len(self.blocks), indices)
         batch = read(images, self.patch_embed)

@@ -6,8 +6,8 @@ What comes decides how it runs, and each image gets what it gets alone:
                              padded, and no matrix over the row is made
     dict(patches, patch_coord, patch_valid)     padded: (B, N, ...), and what is not valid is attended to by nothing
                              (timm's `NaFlexCollator` and its loader)
-    dict(pixel_values, pixel_mask), torchvision's `ImageList`     images filled up on the right and below, as transformers
-                             and torchvision have them: padded likewise
+    dict(pixel_values, pixel_mask), torchvision's `ImageList`     padded likewise: images filled up on the right and
+                             below, as transformers and torchvision have them
 
 `pack` and `pad` make one of the other. Sources: NaViT, arXiv 2307.06304; SigLIP 2, arXiv 2502.14786; timm,
 `data/naflex_dataset.py` and `models/naflexvit.py`.
@@ -73,7 +73,7 @@ class Packed(NamedTuple):
 
 Mixed = Sequence[Tensor] | Mapping[str, Tensor] | Sized | Padded | Packed
 Images = Tensor | Mixed
-Features = Tensor | list[Tensor] | dict[str, Tensor]  # of one size; of each image; patches and patch_valid, padded
+Tokens = Tensor | list[Tensor] | dict[str, Tensor]  # of one size; of each image; patches and patch_valid, padded
 
 
 def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
@@ -271,8 +271,8 @@ def given_back(images: Padded | Packed, x: Tensor, at: Positions) -> list[Tensor
     return dict(patches=x, patch_valid=images.valid if at.valid is None else at.valid)
 
 
-def mapped(change: Callable[[Tensor], Tensor], features: Features) -> Features:
-    """Features of which each tensor of tokens is changed."""
+def mapped(change: Callable[[Tensor], Tensor], features: Tokens) -> Tokens:
+    """Tokens of which each tensor of tokens is changed."""
     if isinstance(features, dict):
         return features | dict(patches=change(features["patches"]))
     return [change(x) for x in features] if isinstance(features, list) else change(features)
@@ -291,15 +291,12 @@ def pooled(x: Tensor, kind: str, valid: Tensor | None) -> Tensor:
 
 def attention_pooled(pool: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
     """(B, N, D) -> (B, D) by timm's attention pooling, over valid tokens."""
-    if valid is None:
-        out: Tensor = pool(x)
-        return out
-    mask = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, float("-inf"))[:, None, None]
-    out = pool(x, attn_mask=mask)
+    mask = () if valid is None else (torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, float("-inf")),)
+    out: Tensor = pool(x, *(each[:, None, None] for each in mask))
     return out
 
 
-def leading(features: Features, count: int) -> Tensor:
+def leading(features: Tokens, count: int) -> Tensor:
     """(B, count, D): the first leading tokens of each image."""
     if isinstance(features, dict):
         return features["patches"][:, :count]

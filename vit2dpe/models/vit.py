@@ -36,10 +36,10 @@ from .layers import (
     run_block,
 )
 from .mixed import (
-    Features,
     Images,
     Packed,
     Padded,
+    Tokens,
     attention_pooled,
     drop_patches,
     embed_patches,
@@ -223,7 +223,7 @@ class ViT(TimmViT):
         is_causal: bool = False,
         token_filter: TokenFilter | None = None,
         spacing: Spacing = None,
-    ) -> Features: ...
+    ) -> Tokens: ...
     def forward_features(
         self,
         images: Images,
@@ -231,7 +231,7 @@ class ViT(TimmViT):
         is_causal: bool = False,
         token_filter: TokenFilter | None = None,
         spacing: Spacing = None,
-    ) -> Features:
+    ) -> Tokens:
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`.
 
         Of images of different sizes, see `mixed.py`: a list of them gives a list of (prefix + N_i, D); a padded batch
@@ -282,7 +282,7 @@ class ViT(TimmViT):
         x, at = token_filter(x, at) if token_filter is not None else drop_patches(self.patch_drop, x, at)
         return self._prepend(x), at.with_prefix(self.num_prefix_tokens)
 
-    def forward_head(self, x: Features, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives -> (B, classes); the features before the classifier with `pre_logits`."""
         if isinstance(x, dict):
             found = self.pool(x["patches"], valid=x["patch_valid"])
