@@ -328,7 +328,7 @@ class _SelectionReport(Report):
             self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel"), mask))
 
 
-def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training: bool = False) -> list[Explanation]:
+def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, ...], training: bool = False) -> list[Explanation]:
     """Which implementation each attention of a model uses, and why, as selected in one forward pass.
 
         for line in explain(model, (1024, 1024)):
@@ -336,7 +336,8 @@ def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training:
 
     Args:
         model: a model, or an `Attention` alone.
-        inputs: what it is called with; or one size in pixels, a side or (height, width), for one black image.
+        inputs: what it is called with; or one size in pixels, a side or (height, width), for one black image, or
+            (frames, height, width) for a black video.
         training: in training mode with gradients, instead of evaluation without. The mode is put back, and no random
             number is drawn from the global generator.
 
@@ -344,9 +345,9 @@ def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training:
         ConfigError: for a model without an attention of ours, and while this thread or task observes a model already.
     """
     if len(inputs) == 1 and isinstance(inputs[0], int | tuple):
-        height, width = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], inputs[0])
+        size = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], inputs[0])
         like = next(model.parameters())
-        inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), height, width),)
+        inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), *size),)
     parts = {
         name or type(part).__name__: part for name, part in model.named_modules() if getattr(part, "attends", False)
     }

@@ -52,7 +52,7 @@ def allow(
     return signal.plus(added), both(allowed, held)
 
 
-def spaced(at: Positions, spacing: float | tuple[float, float] | None) -> Positions:
+def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
     """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
     return at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
 
@@ -98,13 +98,13 @@ class Features(nn.Module):
         """Outputs of chosen blocks beside the final features.
 
         Args:
-            x: images (B, C, H, W), or of different sizes, see `mixed.py`: a list gives of each block a list of what
+            x: images (B, C, H, W), or videos (B, C, T, H, W); or of different sizes, see `mixed.py`: a list gives of each block a list of what
                 each image gives; a padded batch "NLC" alone, and `patch_valid` in the dict.
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.
             stop_early: run no block after the last chosen one.
-            output_fmt: "NCHW", (B, D, rows, columns), or "NLC", (B, N, D).
+            output_fmt: "NCHW", (B, D, rows, columns), of videos (B, D, frames, rows, columns), or "NLC", (B, N, D).
             intermediates_only: leave the final features out.
             output_dict: a dict `image_intermediates`, `image_intermediates_prefix`, `image_features`.
             attn_mask, is_causal: as in `ViT.forward_features`.
@@ -144,7 +144,7 @@ class Features(nn.Module):
                 "a padded batch has no one grid: output_fmt='NLC' (reshape=False) gives (B, N, D) and patch_valid; a "
                 "list of images gives (D, rows, columns) of each"
             )
-        grid = self.patch_embed.grid(batch.shape[-2], batch.shape[-1]) if isinstance(batch, Tensor) else (0, 0)
+        grid = () if isinstance(batch, Padded | Packed) else self.patch_embed.grid(*batch.shape[2:])
         x, signal, at = self.embed(batch)
         signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
         outputs: list[Tensor] = []
@@ -157,8 +157,8 @@ class Features(nn.Module):
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if reshape:
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, rows, columns)
-        return x if isinstance(batch, Tensor) else given_back(batch, x, at), patches, prefix
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, *grid)
+        return given_back(batch, x, at) if isinstance(batch, Padded) else x, patches, prefix
 
     def _of_images(
         self, outputs: list[Tensor], batch: Packed, at: Positions, reshape: bool
@@ -170,7 +170,7 @@ class Features(nn.Module):
             prefix.append(in_order([y[:, :p] for y in parts], batch.order))
             rest = [y[:, p:] for y in parts]
             if reshape:
-                grids = [self.patch_embed.grid(x.shape[-2], x.shape[-1]) for x in batch.images]
+                grids = [self.patch_embed.grid(*x.shape[2:]) for x in batch.images]
                 rest = [y.transpose(1, 2).unflatten(2, g).contiguous() for y, g in zip(rest, grids, strict=True)]
             patches.append(in_order(rest, batch.order))
         return patches, prefix

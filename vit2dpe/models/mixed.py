@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..errors import ConfigError
 from ..packed import in_segments
@@ -82,7 +83,7 @@ def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
     Raises:
         ConfigError: for what is none, and patches that are not this model's.
     """
-    if isinstance(images, Tensor | Padded | Packed):
+    if isinstance(images, Tensor | Padded | Packed | Proxy):  # of torch.fx, in place of a tensor
         return images
     if isinstance(images, Mapping):
         return _of_pixels(images, embed) if "pixel_values" in images else _of_patches(images, embed)
@@ -152,6 +153,8 @@ def _of_patches(images: Mapping[str, Tensor], embed: PatchEmbed) -> Padded:
             f"pixel_mask (transformers'); got {', '.join(images) or 'none'}"
         )
     patches, coord = images["patches"], images["patch_coord"]
+    if len(embed.patch_size) != 2:
+        raise ConfigError("a padded batch is one of images; of videos of different sizes give a list")
     if patches.ndim == 5:  # of patches of several sizes, one in each batch
         if tuple(patches.shape[2:4]) != embed.patch_size:
             raise ConfigError(

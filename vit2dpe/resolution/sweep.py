@@ -191,8 +191,14 @@ def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: floa
 def train_size_of(model: nn.Module) -> Size:
     """The size in pixels a model was trained at: ours remember it, timm's say it in their config."""
     if hasattr(model, "train_grid") and hasattr(model, "patch_embed"):
-        (rows, cols), (high, wide) = model.train_grid, model.patch_embed.patch_size  # type: ignore[misc, union-attr]
-        return rows * high, cols * wide
+        grid: tuple[int, ...] = model.train_grid  # type: ignore[assignment]
+        patch: tuple[int, ...] = model.patch_embed.patch_size  # type: ignore[union-attr, assignment]
+        if len(grid) != 2:
+            raise ConfigError(
+                f"sizes are those of images, and this {type(model).__name__} has {len(grid)} axes: call it at another "
+                "size within use_policy"
+            )
+        return grid[0] * patch[0], grid[1] * patch[1]
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg and cfg.get("input_size"):
         return cfg["input_size"][-2], cfg["input_size"][-1]
