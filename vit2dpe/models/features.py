@@ -98,8 +98,8 @@ class Features(nn.Module):
         """Outputs of chosen blocks beside the final features.
 
         Args:
-            x: images (B, C, H, W), or videos (B, C, T, H, W); or of different sizes, see `mixed.py`: a list gives of each block a list of what
-                each image gives; a padded batch "NLC" alone, and `patch_valid` in the dict.
+            x: images (B, C, H, W), or videos (B, C, T, H, W); or of different sizes, see `mixed.py`: a list gives of
+                each block a list of what each image gives; a padded batch "NLC" alone, and `patch_valid` in the dict.
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.

@@ -145,8 +145,8 @@ class MAE(MaskedModel):
         """The loss of predicting hidden patches.
 
         Args:
-            images: (B, C, H, W), or (B, C, T, H, W), sides multiples of the patch; or of different sizes, see `mixed.py`: noise,
-                prediction and mask are then lists, of each image (N_i,), (N_i, p q C) and (N_i,).
+            images: (B, C, H, W), or (B, C, T, H, W), sides multiples of the patch; or of different sizes, see
+                `mixed.py`: noise, prediction and mask are then lists, of each (N_i,), (N_i, p q C) and (N_i,).
             mask_ratio: the part that is hidden, above 0 and below 1; at least one patch is kept and one hidden.
             noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`. Of tubes
                 (B, rows x columns).

@@ -306,7 +306,7 @@ def leading(features: Tokens, count: int) -> Tensor:
     return torch.stack([x[:count] for x in features]) if isinstance(features, list) else features[:, :count]
 
 
-def whole(batch: Tensor | Padded | Packed, patch: tuple[int, int]) -> Packed:
+def whole(batch: Tensor | Padded | Packed, patch: tuple[int, ...]) -> Packed:
     """A batch of any kind as images by size.
 
     Raises:

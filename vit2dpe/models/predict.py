@@ -67,9 +67,9 @@ def native_preparation(model: nn.Module, max_tokens: int | None = None) -> Nativ
     if not isinstance(model, Features):
         raise ConfigError(f"images of different sizes in one batch are for a ViT of ours, got {type(model).__name__}")
     mean_std = preparation_of(model)
-    rows, columns = model.patch_embed.grid_size
-    tokens = rows * columns if max_tokens is None else max_tokens
-    return NativePreparation(model.patch_embed.patch_size, tokens, mean_std.mean, mean_std.std)
+    p, q = model.patch_embed.patch_size
+    tokens = model.patch_embed.num_patches if max_tokens is None else max_tokens
+    return NativePreparation((p, q), tokens, mean_std.mean, mean_std.std)
 
 
 def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:
