@@ -83,7 +83,9 @@ def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
     Raises:
         ConfigError: for what is none, and patches that are not this model's.
     """
-    if isinstance(images, Tensor | Padded | Packed | Proxy):  # of torch.fx, in place of a tensor
+    if isinstance(images, Padded | Packed):
+        return images
+    if isinstance(images, Tensor | Proxy):  # of torch.fx, in place of a tensor
         return images
     if isinstance(images, Mapping):
         return _of_pixels(images, embed) if "pixel_values" in images else _of_patches(images, embed)
@@ -227,7 +229,8 @@ def embed_patches(embed: PatchEmbed, batch: Padded) -> tuple[Tensor, Positions]:
 def drop_patches(drop: PatchDrop, x: Tensor, at: Positions) -> tuple[Tensor, Positions]:
     """`PatchDrop`, of each image of a padded batch its own share of its own patches."""
     if at.valid is None or not drop.training or drop.rate == 0:
-        return drop(x, at)
+        dropped: tuple[Tensor, Positions] = drop(x, at)
+        return dropped
     noise = torch.rand(x.shape[:2], device=x.device).masked_fill(~at.valid, 2.0)  # padding last
     keep = max(1, int(x.shape[1] * (1 - drop.rate)))
     x, at = keep_tokens(x, at, noise.argsort(dim=1)[:, :keep])
