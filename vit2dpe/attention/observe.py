@@ -27,12 +27,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, not_ours
+from ..segments import Segments
 from ..signal import Signal
 from .dispatch import select_kernel, select_mask
 from .functional import OBSERVER, rotate_qk
 from .kernels import Selection
+from .masks import Causal
+from .segments import kinds
 
 Maps = dict[str, Tensor]
+Given = Tensor | Segments | None  # the mask of an attention
 
 
 class Report:
@@ -40,9 +44,7 @@ class Report:
 
     active = True
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         """The arguments of `attend` within the module of this name."""
 
     def selected(self, name: str, what: str, selection: Selection) -> None:
@@ -75,7 +77,7 @@ class Running(NamedTuple):
     def name(self) -> str | None:
         return self.names[-1] if self.names and self.report.active else None
 
-    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None:
+    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         if self.name is not None:
             self.report.attended(self.name, q, k, signal, mask, scale)
 
@@ -182,9 +184,7 @@ class _MapReport(Report):
         self.ran = True
         self.begun.discard(name)
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         found = weights(q, k, signal, mask, scale)
         self.maps[name] = torch.cat([self.maps[name], found]) if name in self.begun else found
         if name in self.in_parts:
@@ -233,8 +233,16 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
 
 
 @torch.no_grad()
-def weights(q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def weights(q: Tensor, k: Tensor, signal: Signal, mask: Given = None, scale: float | None = None) -> Tensor:
     """(B, H, Lq, Lk) float32: the weights that `attend` gives to the values, for its arguments."""
+    if isinstance(mask, Segments):
+        segments = mask.of_rows(q.shape[0])
+        row = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.float32)
+        for (numbers, at), kind in zip(segments.places(), kinds(q, k, k, signal, segments), strict=True):
+            own = kind.mask.matrix() if isinstance(kind.mask, Causal) else kind.mask
+            found = weights(kind.q, kind.k, kind.signal, own, scale).permute(0, 2, 3, 1)  # (G, L, L, H)
+            row[numbers[..., None], :, at[:, :, None], at[:, None, :]] = found
+        return row
     q, k = q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
     q, k, signal = rotate_qk(q, k, signal)
     with torch.autocast(q.device.type, enabled=False):
@@ -298,9 +306,7 @@ class _SelectionReport(Report):
         self.selections: dict[str, Selection] = {}  # of the attention that is running
         self.ran = False
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         self.ran = True
 
     def selected(self, name: str, what: str, selection: Selection) -> None:
