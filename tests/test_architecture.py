@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A room may import rooms on lower floors. The ground floor's files may import each other, without circles.
 GROUND = ("packed", "positions", "ranges", "seeding", "segments", "signal", "spec")
 FLOORS: tuple[tuple[str, ...], ...] = (
-    (*("_version", "contextual", "errors", "files", "modes"), *GROUND),
+    (*("_version", "contextual", "errors", "files", "grids", "modes"), *GROUND),
     ("encodings", "attention", "data"),
     ("resolution", "stock", "testing"),
     ("models",),

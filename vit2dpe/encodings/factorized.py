@@ -61,7 +61,9 @@ class Factorized(PositionEncoding):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
         if self.keep_aspect:
             at = squared(at)
-        lines = [fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.extent)]  # (D, S)
+        lines = [
+            fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.one_extent)
+        ]  # (D, S)
         if at.on_integers():
             places = check_places(at)
             rows = [line.t()[places[..., axis]] for axis, line in enumerate(lines)]

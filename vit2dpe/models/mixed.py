@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..errors import ConfigError
+from ..grids import readable
 from ..packed import in_segments
-from ..positions import Positions, exact, readable
+from ..positions import Positions, exact
 from ..segments import Segments
 from .layers import PatchDrop, PatchEmbed, keep_tokens
 
