@@ -160,7 +160,10 @@ class MAE(MaskedModel):
         """
         if not isinstance(images, Tensor):
             batch = whole(read(images, self.encoder.patch_embed), self.encoder.patch_embed.patch_size)
-            return mixed_mae.forward(self._halves(mask_ratio, generator, spacing), batch, noise)
+            own = None if noise is None else [*noise]
+            return mixed_mae.forward(self._halves(mask_ratio, generator, spacing), batch, own)
+        if not isinstance(noise, Tensor | None):
+            raise ConfigError(f"noise of images of one size is one tensor (B, N), got {type(noise).__name__}")
         keep, mask = self.choose(images, mask_ratio, noise, generator)
         kept = partial(keep_tokens, index=keep)
         latent = self.encoder.forward_features(images, token_filter=kept, spacing=spacing)

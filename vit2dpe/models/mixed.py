@@ -18,7 +18,7 @@ Legend: B images, G images of one size, C channels, (p, q) patch, N patches, P l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class Packed(NamedTuple):
         return Packed(tuple([x.to(device, non_blocking=non_blocking) for x in self.images]), self.order)
 
 
-Mixed = Sequence[Tensor] | Mapping[str, Tensor] | Sized | Padded | Packed
+Mixed = list[Tensor] | tuple[Tensor, ...] | Mapping[str, Tensor] | Sized | Padded | Packed
 Images = Tensor | Mixed
 Tokens = Tensor | list[Tensor] | dict[str, Tensor]  # of one size; of each image; patches and patch_valid, padded
 
@@ -84,13 +84,13 @@ def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
     Raises:
         ConfigError: for what is none, and patches that are not this model's.
     """
-    if isinstance(images, Padded | Packed):
+    if isinstance(images, Tensor | Padded | Packed):
         return images
-    if isinstance(images, Tensor | Proxy):  # of torch.fx, in place of a tensor
-        return images
+    if isinstance(images, Proxy):  # of torch.fx, in place of a tensor
+        return cast(Tensor, images)
     if isinstance(images, Mapping):
         return _of_pixels(images, embed) if "pixel_values" in images else _of_patches(images, embed)
-    if isinstance(images, Sequence):
+    if isinstance(images, list | tuple):
         return pack(images)
     if isinstance(getattr(images, "tensors", None), Tensor):
         sizes = torch.tensor(images.image_sizes, dtype=torch.int64)
