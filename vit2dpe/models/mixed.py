@@ -91,7 +91,7 @@ def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
     if isinstance(images, Mapping):
         return _of_pixels(images, embed) if "pixel_values" in images else _of_patches(images, embed)
     if isinstance(images, list | tuple):
-        return pack(images)
+        return pack(cast("list[Tensor]", images))
     if isinstance(getattr(images, "tensors", None), Tensor):
         sizes = torch.tensor(images.image_sizes, dtype=torch.int64)
         _check_sizes(sizes, images.tensors, embed)
