@@ -185,30 +185,3 @@ def between_places(spacing: tuple[float, ...]) -> ValueError:
         "this encoding looks places up in a table and takes whole coordinates only; "
         "for fractional ones use a continuous encoding (learned, rope, alibi, ...)"
     )
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where float64 is computed for tensors of a device: there, or on the CPU where it has none.
-
-    Apple's MPS, NPUs and some of Intel's GPUs have none. What is made there has to be moved to its tensors.
-    """
-    lacks = device.type in ("mps", "npu", "hpu")
-    if device.type == "xpu":
-        lacks = not torch.xpu.get_device_properties(device).has_fp64
-    return torch.device("cpu") if lacks else device
-
-
-def numbers(values: Sequence[float], device: torch.device) -> Tensor:
-    """(n,) float64 on the `float64_device`, made there: the host would wait for a copy, and no CUDA graph takes one.
-
-    A graph for converters keeps them as one constant. An ONNX file would hold single numbers in float32.
-    """
-    device = float64_device(device)
-    if device.type in ("cpu", "meta") or is_tracing() or torch.compiler.is_exporting():
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
-
-
-def exact(coords: Tensor) -> Tensor:
-    """Coordinates in float64, on their `float64_device`."""
-    return coords.to(float64_device(coords.device)).double()  # the device first

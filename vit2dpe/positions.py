@@ -20,9 +20,6 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from .grids import Bounds, Extent, Places, between_places, check, each_axis, is_tracing, of_prefix, readable, taken
-from .grids import exact as exact
-from .grids import float64_device as float64_device
-from .grids import numbers as numbers
 from .segments import Segments
 
 __all__ = ["DISTANCES", "Positions", "distance", "exact", "float64_device", "is_tracing", "numbers", "offsets"]
@@ -162,13 +159,9 @@ class Positions:
     def packed(
         cls, extents: Sequence[Sequence[int]], length: int | None = None, device: torch.device | str | None = None
     ) -> Positions:
-        """One row (1, N, d) in which images stand behind each other, each at the places of its own grid.
+        """As `grids`, but one row (1, N, d) in which they stand behind each other, and then padding up to the length.
 
         Which tokens may attend to which is `attention.masks.together`.
-
-        Args:
-            extents: of each image how many places there are along each axis.
-            length: how many places the row has, padding among them; default: those of all grids.
         """
         made = Places.packed(extents, length, device)
         return cls(made.coords, made.extent, 0, True, (), made.valid, made.segment, made.box)
@@ -310,11 +303,8 @@ class Positions:
         return found
 
     def places(self) -> Tensor:
-        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
-
-        Raises:
-            ValueError: for fractional coordinates, wherever they can be looked at.
-        """
+        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table; a ValueError for fractional
+        ones, wherever they can be looked at."""
         if self.on_grid:
             return self.coords.long()
         if self.spacing:
@@ -326,10 +316,7 @@ class Positions:
 
     def on_integers(self) -> bool:
         """Whether all places are known to be whole numbers; not in a graph, which looks at none, nor where they learn.
-
-        Raises:
-            ValueError: for infinite places, wherever they can be looked at.
-        """
+        A ValueError for infinite ones, wherever they can be looked at."""
         if self.on_grid:
             return True
         if self.spacing or self.by_sample():  # between those that a table has, or farther apart
@@ -354,6 +341,33 @@ class Positions:
         if not self.coords.numel() or not readable(self.coords) or self.by_sample():
             return None
         return self.memoize("bounds", lambda: Bounds.of(self.coords))
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for tensors of a device: there, or on the CPU where it has none.
+
+    Apple's MPS, NPUs and some of Intel's GPUs have none. What is made there has to be moved to its tensors.
+    """
+    lacks = device.type in ("mps", "npu", "hpu")
+    if device.type == "xpu":
+        lacks = not torch.xpu.get_device_properties(device).has_fp64
+    return torch.device("cpu") if lacks else device
+
+
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """(n,) float64 on the `float64_device`, made there: the host would wait for a copy, and no CUDA graph takes one.
+
+    A graph for converters keeps them as one constant. An ONNX file would hold single numbers in float32.
+    """
+    device = float64_device(device)
+    if device.type in ("cpu", "meta") or is_tracing() or torch.compiler.is_exporting():
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+
+
+def exact(coords: Tensor) -> Tensor:
+    """Coordinates in float64, on their `float64_device`."""
+    return coords.to(float64_device(coords.device)).double()  # the device first
 
 
 def offsets(q: Positions, k: Positions, axis: int) -> Tensor:
