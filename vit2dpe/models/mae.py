@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from ..encodings import Dims, Position, PositionEncoding, modules_outside_encodings, split_shared_and_per_block
 from ..errors import ConfigError
 from ..positions import Positions
-from . import mixed_mae
 from .arguments import check_arguments
 from .layers import Block, TokenFilter, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
 from .masked import MaskedModel, keep_count
 from .mixed import Images, Mixed, Packed, read, whole
+from .mixed_mae import Halves, of_sizes
 from .unwrap import Rest
 from .vit import Spacing, ViT
 from .weights import resize_tables
@@ -161,7 +161,7 @@ class MAE(MaskedModel):
         if not isinstance(images, Tensor):
             batch = whole(read(images, self.encoder.patch_embed), self.encoder.patch_embed.patch_size)
             own = None if noise is None else [*noise]
-            return mixed_mae.forward(self._halves(mask_ratio, generator, spacing), batch, own)
+            return of_sizes(self._halves(mask_ratio, generator, spacing), batch, own)
         if not isinstance(noise, Tensor | None):
             raise ConfigError(f"noise of images of one size is one tensor (B, N), got {type(noise).__name__}")
         keep, mask = self.choose(images, mask_ratio, noise, generator)
@@ -212,14 +212,14 @@ class MAE(MaskedModel):
         pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
         return pixels
 
-    def _halves(self, ratio: float, generator: torch.Generator | None, spacing: Spacing) -> mixed_mae.Halves:
-        """What `mixed_mae.forward` runs."""
+    def _halves(self, ratio: float, generator: torch.Generator | None, spacing: Spacing) -> Halves:
+        """What `of_sizes` runs."""
 
         def encode(images: Packed, kept: TokenFilter) -> list[Tensor]:
             latent = self.encoder.forward_features(images, token_filter=kept, spacing=spacing)
             return latent if isinstance(latent, list) else [*latent]
 
-        return mixed_mae.Halves(
+        return Halves(
             choose=lambda images, noise: self.choose(images, ratio, noise, generator),
             encode=encode,
             fill=partial(self._filled, spacing=spacing),

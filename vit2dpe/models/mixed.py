@@ -285,21 +285,19 @@ def mapped(change: Callable[[Tensor], Tensor], features: Tokens) -> Tokens:
     return [change(x) for x in features] if isinstance(features, list) else change(features)
 
 
-def pooled(x: Tensor, kind: str, valid: Tensor | None) -> Tensor:
+def pooled(x: Tensor, kind: str, valid: Tensor) -> Tensor:
     """(B, N, D) -> (B, D) by "avg", "max" or "avgmax", over valid tokens."""
-    if valid is None:
-        most, mean = x.amax(dim=1) if kind != "avg" else x, x.mean(dim=1) if kind != "max" else x
-    else:
-        own = valid[..., None]
-        most = x.masked_fill(~own, float("-inf")).amax(dim=1) if kind != "avg" else x
-        mean = x.masked_fill(~own, 0.0).sum(dim=1) / own.sum(dim=1).clamp(min=1) if kind != "max" else x
-    return most if kind == "max" else mean if kind == "avg" else (most + mean) / 2
+    own = valid[..., None]
+    if kind == "max":
+        return x.masked_fill(~own, float("-inf")).amax(dim=1)
+    mean = x.masked_fill(~own, 0.0).sum(dim=1) / own.sum(dim=1).clamp(min=1)
+    return mean if kind == "avg" else (x.masked_fill(~own, float("-inf")).amax(dim=1) + mean) / 2
 
 
-def attention_pooled(pool: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+def attention_pooled(pool: nn.Module, x: Tensor, valid: Tensor) -> Tensor:
     """(B, N, D) -> (B, D) by timm's attention pooling, over valid tokens."""
-    mask = () if valid is None else (torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, float("-inf")),)
-    out: Tensor = pool(x, *(each[:, None, None] for each in mask))
+    mask = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, float("-inf"))
+    out: Tensor = pool(x, mask[:, None, None])
     return out
 
 

@@ -40,7 +40,9 @@ class Halves(NamedTuple):
     prefix: int
 
 
-def forward(parts: Halves, images: Packed, noise: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def of_sizes(
+    parts: Halves, images: Packed, noise: Sequence[Tensor] | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The loss, and of each image the prediction (N_i, p q C) and the mask (N_i,), see `MAE.forward`.
 
     Args:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from ..attention.functional import Mask
 from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .arguments import axes_of, check_arguments, sides
 from .card import save_card
-from .features import allow, given, spaced
+from .features import allow, spaced
 from .layers import (
     ACTS,
     Block,
@@ -246,13 +247,16 @@ class ViT(TimmViT):
             is_causal: tokens attend to those before them, leading tokens first, then row by row; together with a mask,
                 where both allow it (timm takes one of them).
         """
-        batch = read(images, self.patch_embed)
+        batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
         if isinstance(batch, Padded) and batch.attn_mask is not None:
             attn_mask = batch.attn_mask
         x, signal, at = self.embed(batch, token_filter, spacing)
-        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+        mask: Mask | None = None
+        if attn_mask is not None or is_causal or not isinstance(batch, Tensor):
+            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+        view = () if mask is None else (mask,)  # no argument where there is none: blocks of others need not take one
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal, at, *given(mask), index=i, recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *view, index=i, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
 
@@ -264,7 +268,7 @@ class ViT(TimmViT):
         `token_filter` is applied to patches and their places first (masked pretraining), instead of `patch_drop`.
         `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
-        batch = read(images, self.patch_embed)
+        batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
         if isinstance(batch, Packed):  # (1, all tokens of all images, D)
             x, at = laid_out([self._tokens(one, token_filter, spacing) for one in batch.images])
         else:
@@ -281,8 +285,12 @@ class ViT(TimmViT):
         else:
             x, at = self.patch_embed(images)  # (B, N, D)
         at = at if spacing is None else spaced(at, spacing)  # a leaf of torch.fx, whose graphs have a spacing
-        x, at = token_filter(x, at) if token_filter is not None else drop_patches(self.patch_drop, x, at)
-        return self._prepend(x), at.with_prefix(self.num_prefix_tokens)
+        if token_filter is not None or not isinstance(images, Padded):
+            x, at = (token_filter or self.patch_drop)(x, at)
+        else:
+            x, at = drop_patches(self.patch_drop, x, at)
+        at = at.with_prefix(self.num_prefix_tokens)
+        return self._prepend(x), at
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives -> (B, classes); the features before the classifier with `pre_logits`."""
@@ -335,11 +343,15 @@ class ViT(TimmViT):
         if kind == "":
             return x
         prefix = self.num_prefix_tokens
-        if not self.pool_include_prefix:
-            x = x[:, prefix:]
-        elif valid is not None:
-            valid = F.pad(valid, (prefix, 0), value=True)
-        return pooled(x, kind, valid) if self.attn_pool is None else attention_pooled(self.attn_pool, x, valid)
+        x = x if self.pool_include_prefix else x[:, prefix:]
+        if valid is not None:
+            own = F.pad(valid, (prefix, 0), value=True) if self.pool_include_prefix else valid
+            return pooled(x, kind, own) if self.attn_pool is None else attention_pooled(self.attn_pool, x, own)
+        if kind == "max":
+            return x.amax(dim=1)
+        if kind == "avgmax":
+            return (x.amax(dim=1) + x.mean(dim=1)) / 2
+        return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
 
     def prefix_tokens(self) -> dict[str, nn.Parameter]:
         """The leading tokens by name, in their order."""
