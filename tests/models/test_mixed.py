@@ -294,6 +294,10 @@ def test_where_one_size_is_needed_others_are_refused():
     for form, why in (("naflex", r"it takes \(16, 24\) only"), ("list", r"takes \(16, 24\) images only")):
         with pytest.raises(ConfigError, match=why):
             fixed(forms(batch)[form])
+    windows = vit(window=2, global_blocks=(1,))
+    for form in ("naflex", "list"):
+        with pytest.raises(ConfigError, match="blocks in windows take images of one size"):
+            windows(forms(batch)[form])
     swin = Swin("relative", **SWIN)
     simmim = SimMIM(vit(num_classes=0), mask_unit=8)
     mae = MAE(vit(num_classes=0), decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3)

@@ -8,6 +8,7 @@ and width that the patch divides is taken at run time, and the class token owns 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Unpack, overload
 
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..attention.functional import Mask
 from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
@@ -51,6 +51,7 @@ from .mixed import (
 )
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
+from .windowed import View, Windowing
 
 Spacing = float | tuple[float, ...] | None
 
@@ -66,6 +67,14 @@ class ViT(TimmViT):
             other sizes against it. Images of any other size run too. (T, H, W) of videos and volumes (B, C, T, H, W),
             (L,) of lines (B, C, L): then `patch_size` names each axis too. See docs/video.md.
         patch_size: P or (rows, columns), or (frames, rows, columns).
+        window, global_blocks: all blocks but these attend within windows of so many tokens, a side or one of each
+            axis, and `global_blocks` to everything; numbers from 0, or negative from the end. Default: no windows. See
+            docs/windows.md.
+        window_kind: "tiles": the grid is cut into windows, and those at the edges hold the tokens that are there.
+            "zeros": they are filled up with tokens of zeros that are attended to, as in ViTDet and SAM. "around": each
+            token attends to the window around it.
+        window_tables: whether encodings that blocks in windows own are measured by the window, as tables of ViTDet and
+            SAM are, instead of the grid.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of both), "map"
@@ -122,6 +131,10 @@ class ViT(TimmViT):
         attn_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        window: int | tuple[int, ...] | None = None,
+        global_blocks: Sequence[int] = (),
+        window_kind: str = "tiles",
+        window_tables: bool = False,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = False,
         policy: str | None = None,
@@ -167,8 +180,14 @@ class ViT(TimmViT):
             self.patch_drop = PatchDrop(patch_drop_rate)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+            self.windowing = Windowing.of(
+                window, global_blocks, window_kind, window_tables, depth, len(self.train_grid)
+            )
             dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-            self.position, own = split_shared_and_per_block(position, dims, block_position)
+            grids = None if self.windowing is None else self.windowing.grids(self.train_grid, depth)
+            self.position, own = split_shared_and_per_block(position, dims, block_position, grids)
+            if self.windowing is not None:
+                self.windowing.check(self.position, own)
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.norm_pre = norm(embed_dim) if pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
@@ -251,12 +270,14 @@ class ViT(TimmViT):
         if isinstance(batch, Padded) and batch.attn_mask is not None:
             attn_mask = batch.attn_mask
         x, signal, at = self.embed(batch, token_filter, spacing)
-        mask: Mask | None = None
-        if attn_mask is not None or is_causal or not isinstance(batch, Tensor):
+        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
+        if attn_mask is not None or is_causal or self.windowing is not None or not isinstance(batch, Tensor):
             signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
-        view = () if mask is None else (mask,)  # no argument where there is none: blocks of others need not take one
+            views = self.views(x, signal, at, mask)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal, at, *view, index=i, recompute=self.grad_checkpointing)
+            x = run_block(
+                block, x, signal, at, *(views[i] if views else ()), index=i, recompute=self.grad_checkpointing
+            )
         out: Tensor = self.norm(x)
         return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
 
