@@ -14,7 +14,6 @@ from vit2dpe.models.simmim import SimMIM
 from vit2dpe.resolution.apply import policies_of
 
 SIZES = [(16, 24), (24, 12), (8, 20), (24, 12)]  # that of training, rows above columns, far from square, one again
-TABLES = ("learned", "windowed", "factorized", "relative", "decomposed")  # of one extent in a padded batch so far
 WORDS = [*ENCODINGS, "learned(keep_aspect=true)", "learned(resize=smooth)", "sincos+alibi", "rope/none"]
 
 
@@ -62,12 +61,6 @@ def forms(batch):
     )
 
 
-def forms_of(word, batch):
-    """Those that an encoding takes."""
-    kinds = ("list", "packed") if word.startswith(TABLES) else None
-    return {form: came for form, came in forms(batch).items() if kinds is None or form in kinds}
-
-
 def alone(model, batch):
     return torch.cat([model(image[None]) for image in batch])
 
@@ -76,18 +69,18 @@ def alone(model, batch):
 @torch.no_grad()
 def test_each_image_is_what_it_is_alone(word):
     model, batch = vit(word, reg_tokens=1).double(), images()
-    given = forms_of(word, batch)
+    given = forms(batch)
     for number, policy in enumerate(policies_of(model)):
         for temperature in [None, "log"][: 1 if number else 2]:
             with use_policy(model, policy, temperature=temperature):
                 expected = alone(model, batch)
-                for form in list(given) if number == 0 else [form for form in ("list", "naflex") if form in given]:
+                for form in list(given) if number == 0 else ["list", "naflex"]:
                     said = f"{word} {policy} {temperature} {form}"
                     torch.testing.assert_close(
                         model(given[form]), expected, rtol=0, atol=1e-10, msg=lambda m, s=said: s + m
                     )
     single, batch = model.float(), [image.float() for image in batch]
-    for form, came in forms_of(word, batch).items():
+    for form, came in forms(batch).items():
         torch.testing.assert_close(
             single(came), alone(single, batch), rtol=1e-5, atol=1e-5, msg=lambda m, s=form: s + m
         )
@@ -100,7 +93,7 @@ POOLS = ["token", "avg", "max", "avgmax", "map"]
 @pytest.mark.parametrize("pool", POOLS)
 @torch.no_grad()
 def test_pooling_counts_what_is_valid(pool, prefix):
-    model, batch = vit("fourier", global_pool=pool, pool_include_prefix=prefix, reg_tokens=2).double(), images()
+    model, batch = vit("learned", global_pool=pool, pool_include_prefix=prefix, reg_tokens=2).double(), images()
     given = forms(batch)
     for form in ("list", "naflex", "padded"):
         torch.testing.assert_close(model(given[form]), alone(model, batch), rtol=0, atol=1e-10)
@@ -175,7 +168,7 @@ def test_masks_of_timms_beside_a_batch():
 
 @pytest.mark.parametrize("form", ["list", "naflex"])
 def test_gradients_are_those_of_the_images_together(form):
-    model, batch = vit("sincos+t5", global_pool="avg").double(), images()
+    model, batch = vit("learned+relative", global_pool="avg").double(), images()
     model(forms(batch)[form]).square().sum().backward()
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -257,7 +250,7 @@ def test_what_is_built_on_a_vit_takes_them_too():
     model, batch = vit("rope", DistilledViT).double(), images()
     for came in forms(batch).values():
         torch.testing.assert_close(model(came), alone(model, batch), rtol=0, atol=1e-10)
-    model = vit("rope", dynamic_img_pad=True).double()
+    model = vit("learned", dynamic_img_pad=True).double()
     odd = [torch.randn(3, 15, 22, dtype=torch.float64), torch.randn(3, 21, 9, dtype=torch.float64)]
     pixels, mask = filled(odd)
     for came in (odd, dict(pixel_values=pixels, pixel_mask=mask)):

@@ -20,6 +20,7 @@ from ..positions import Positions, exact
 from .aspect import squared
 from .base import PositionEncoding
 from .between import check_inside, check_sample, read, taps
+from .mixed import tokens_by_sample
 from .mlp import lifted
 from .tables import check_places, fitted, replace
 
@@ -61,9 +62,11 @@ class Factorized(PositionEncoding):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
         if self.keep_aspect:
             at = squared(at)
-        lines = [
-            fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.one_extent)
-        ]  # (D, S)
+        if isinstance(at.extent, Tensor):
+            along = [(axis, table.t()) for axis, table in enumerate(self.tables)]
+            own = [tokens_by_sample(self.policy, t, at, "bilinear", self.sample, axis) for axis, t in along]
+            return torch.stack(own).sum(0)
+        lines = [fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.extent)]  # (D, S)
         if at.on_integers():
             places = check_places(at)
             rows = [line.t()[places[..., axis]] for axis, line in enumerate(lines)]

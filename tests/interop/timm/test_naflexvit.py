@@ -68,8 +68,7 @@ def test_logits_are_timms_and_the_way_back_too(name, options):
         naflex = pad(batch, 4, 30)
         logits = theirs(naflex)
         same(ours(batch), logits)
-        if theirs.embeds.pos_embed_type == "none":  # tables have one extent in a padded batch so far
-            same(ours(naflex), logits)
+        same(ours(naflex), logits)
     state, before = to_timm(ours), theirs.state_dict()
     assert state.keys() == before.keys()
     assert [key for key in before if not torch.equal(state[key], before[key])] == []
@@ -113,7 +112,7 @@ class Pictures(Dataset):
 
 @torch.no_grad()
 def test_batches_of_timms_loader():
-    theirs = create(GAP, rope_type="axial", pos_embed="none")
+    theirs = create(GAP)
     make = partial(transforms_imagenet_eval, naflex=True)
     data = NaFlexMapDatasetWrapper(
         Pictures(),
