@@ -36,6 +36,8 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
+    def __hash__(self) -> int: ...
+
     def place(self, at: Positions) -> Positions:
         """The places that the encoding is evaluated at instead of `at`."""
         ...
@@ -47,6 +49,10 @@ class Policy(Protocol):
 
     def resize(self, table: Tensor, sizes: tuple[int, ...], own: str, axis: int) -> Tensor:
         """A table (C, *old) at other sizes; see `tables.fitted`."""
+        ...
+
+    def resized_to(self, grid: Tensor, old: tuple[int, ...], own: str, axis: int) -> tuple[str, Tensor]:
+        """How, and to what sizes, it would be resized for grids of sizes (..., d); see `mixed.fit_of`."""
         ...
 
 
@@ -275,7 +281,7 @@ class PositionEncoding(nn.Module):
         if isinstance(angle, Tensor):
             resolved: Tensor | Rotation = F.pad(angle, (0, 0, at.prefix, 0))
         else:
-            one = at.span if at.spacing else at.extent
+            one = at.span if at.spacing and not at.by_sample() else at.extent
             span = at.spans(prefix=True) if isinstance(one, Tensor) else one
             resolved = angle.resolve(policy, span, at.prefix)
         return rotation_of(resolved, self.dtype, at.coords.device)

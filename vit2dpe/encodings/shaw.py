@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
+from .mixed_pairs import entries_of_pairs
 from .tables import axis_offsets, flat_entries, viewed
 
 
@@ -59,10 +60,16 @@ class Shaw(PositionEncoding):
 
     def bias(self, q: Positions, k: Positions) -> Contextual:
         sizes, width = self.relative_key.shape[:-1], self.relative_key.shape[-1]
-        offsets = axis_offsets(q, k, len(sizes), q.coords.device)
-        along = [(-offset).clamp(-self.clip, self.clip) + self.clip for offset in offsets]
         vectors = viewed(self.relative_key.to(self.dtype).flatten(0, -2)[None])  # (1, E, Dh)
-        return Contextual((vectors,), (flat_entries(along, sizes),), q, k, self.heads, 1 / math.sqrt(width))
+        scale = 1 / math.sqrt(width)
+        if isinstance(q.extent, Tensor):
+            read = entries_of_pairs(("shaw", self.clip), self._clipped, sizes)
+            return Contextual((vectors,), (), q, k, self.heads, scale, read=read)
+        along = [self._clipped(offset) for offset in axis_offsets(q, k, len(sizes), q.coords.device)]
+        return Contextual((vectors,), (flat_entries(along, sizes),), q, k, self.heads, scale)
+
+    def _clipped(self, offset: Tensor) -> Tensor:
+        return (-offset).clamp(-self.clip, self.clip) + self.clip
 
     def extra_repr(self) -> str:
         axes, width = self.relative_key.ndim - 1, self.relative_key.shape[-1]
