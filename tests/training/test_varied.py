@@ -108,8 +108,22 @@ def test_a_study_of_trainings_has_a_column_and_a_line_for_each(tmp_path):
     cells = sorted(path.name.partition("-seed")[0] for path in (tmp_path / "s" / "cells").iterdir())
     expected = ["learned", "learned-jitter", "learned-multisize", "learned-subtable", "relative", "relative-jitter"]
     assert cells == expected
-    assert "learned, multisize" in (tmp_path / "s" / "summary.md").read_text()
+    summary = (tmp_path / "s" / "summary.md").read_text()
+    assert "| scale | learned, multisize |" in summary
+    (line,) = (line for line in summary.splitlines() if "| learned, subtable | subtable |" in line)
+    assert line.endswith("| - |"), "40 is above its table"
     plain = [row for row in rows if row.training == "plain"]
     assert "training" not in to_csv(plain).splitlines()[0], "absent means plain"
     (tmp_path / "old.csv").write_text(to_csv(plain))
     assert [row.training for row in read_rows(tmp_path / "old.csv")] == ["plain"] * len(plain)
+
+
+def test_a_study_leaves_out_what_only_some_encodings_can_be_trained_with(tmp_path, capsys):
+    micro = dict(sizes="16", modes="scale", policies="default", width=16, depth=1, heads=2, smoke=True, device="cpu")
+    study(StudyConfig.of(**micro, encodings="learned,rope", training="plain,subtable", out=str(tmp_path)))
+    labels = [row.label for row in read_rows(tmp_path / "results.csv")]
+    assert labels == ["learned", "learned, subtable", "rope"]
+    said = capsys.readouterr().out
+    assert "note: left out: rope, subtable: AxialRoPE cannot subtable" in said
+    look = said.partition("look     vit2dpe show ")[2].split()[:2]
+    assert sorted(look) == ["learned", "rope"], "encodings, each once"
