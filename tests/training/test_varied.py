@@ -11,12 +11,16 @@ from tests.training.test_train import MICRO, at
 from vit2dpe import ConfigError, Positions, load_run
 from vit2dpe.encodings import encodings_of
 from vit2dpe.models.spec import ModelSpec
+from vit2dpe.models.predict import preparation_of
+from vit2dpe.resolution.sweep import table_size_of, train_size_of
 from vit2dpe.study import study
+from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.plan import check as check_study
 from vit2dpe.study.rows import read_rows, to_csv
-from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study.settings import EvaluateConfig, StudyConfig
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.objectives.images import check, train
+from vit2dpe.training.start import describe
 from vit2dpe.training.varied import augmented, varied_spec, vary
 
 TINY = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
@@ -39,6 +43,20 @@ def test_a_training_goes_on_to_the_same_bits(position, training, tmp_path):
     assert weights[0] == weights[1], "draws are keyed"
     model = load_run(whole)
     assert model.train_grid == ((4, 6) if training == "subtable" else (2, 3))
+
+
+def test_a_run_of_parts_has_the_size_it_was_trained_at(tmp_path):
+    """Tables are of 4x6 patches, images were of 2x3."""
+    run = train(at(check(trained("learned", "subtable")), tmp_path / "run"))
+    size = check(trained("learned", "plain")).data.size
+    model = load_run(run)
+    assert table_size_of(model) == (2 * size[0], 2 * size[1])
+    assert train_size_of(model) == preparation_of(model).size == describe(str(run)).size == size
+    out = evaluate_model(
+        EvaluateConfig(model=str(run), data="digits", limit=20, policies=("default",), out=str(tmp_path / "e"))
+    )
+    assert [(row.train_size, row.size) for row in out] == [(size, size)]
+    assert train_size_of(load_run(train(at(check(trained("learned", "plain")), tmp_path / "plain")))) == size
 
 
 def test_the_sizes_of_multisize_are_whole_patches():
@@ -105,6 +123,8 @@ def test_a_study_of_trainings_has_a_column_and_a_line_for_each(tmp_path):
     assert {row.label for row in rows} == {"learned", "learned, multisize", "learned, subtable"}
     found = {(row.policy, row.size) for row in rows if row.training == "subtable"}
     assert found == {("subtable", (16, 16)), ("resize", (16, 16)), ("resize", (40, 40))}, "40 is above twice 16"
+    (cell,) = (tmp_path / "s" / "cells").glob("learned-subtable-*")
+    assert train_size_of(load_run(cell)) == (16, 16)
     cells = sorted(path.name.partition("-seed")[0] for path in (tmp_path / "s" / "cells").iterdir())
     expected = ["learned", "learned-jitter", "learned-multisize", "learned-subtable", "relative", "relative-jitter"]
     assert cells == expected

@@ -12,6 +12,7 @@ from torch import nn
 from ..data.prepare import NATIVE, Picture, Prediction, Preparation, pictures, ranked
 from ..errors import ConfigError
 from ..modes import evaluating
+from ..resolution.sweep import part_size_of
 from ..spec import Size
 
 HALF = (0.5, 0.5, 0.5)
@@ -44,7 +45,7 @@ def predict(
 
 def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:
     """How images are prepared for a model: by a run's record (`about`), or by timm's (`pretrained_cfg`)."""
-    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    height, width = part_size_of(model) or model.patch_embed.img_size  # type: ignore[union-attr, misc]
     about: Mapping[str, Any] = vars(model).get("about") or {}
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     own, channels = (int(height), int(width)), int(getattr(model, "in_chans", 3))
