@@ -10,8 +10,8 @@ from tests.training.interrupted import Killed, after_updates, die
 from tests.training.test_train import MICRO, at
 from vit2dpe import ConfigError, Positions, load_run
 from vit2dpe.encodings import encodings_of
-from vit2dpe.models.spec import ModelSpec
 from vit2dpe.models.predict import preparation_of
+from vit2dpe.models.spec import ModelSpec
 from vit2dpe.resolution.sweep import table_size_of, train_size_of
 from vit2dpe.study import study
 from vit2dpe.study.evaluate import evaluate_model
