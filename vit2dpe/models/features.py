@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..attention.functional import Causal, Mask
 from ..attention.masks import as_torch_takes_it
 from ..errors import ConfigError, unknown
 from ..positions import Positions
@@ -18,8 +19,9 @@ Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patch
 
 def allow(
     x: Tensor, signal: Signal, at: Positions, attn_mask: Tensor | None, is_causal: bool, heads: int
-) -> tuple[Signal, Tensor | None]:
-    """The Signal of the blocks with what a mask adds, and where tokens may attend, boolean or None.
+) -> tuple[Signal, Mask | None]:
+    """The Signal of the blocks with what a mask adds, and where tokens may attend: boolean, `Causal` (no matrix, where
+    there is no other mask), or None.
 
     See `attention.masks.as_torch_takes_it`.
 
@@ -34,6 +36,8 @@ def allow(
             f"attn_mask and is_causal are about all {count} tokens, and {x.shape[1]} are left: patch_drop_rate "
             "(in training) and a token_filter that leaves patches out do not go with them"
         )
+    if attn_mask is None:
+        return signal, Causal(at)
     allowed, added = as_torch_takes_it(attn_mask, is_causal, x, heads)
     return signal.plus(added), allowed
 
@@ -43,7 +47,7 @@ def spaced(at: Positions, spacing: float | tuple[float, float] | None) -> Positi
     return at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
 
 
-def given(mask: Tensor | None) -> tuple[Tensor, ...]:
+def given(mask: Mask | None) -> tuple[Mask, ...]:
     """The further argument of a block, if any: blocks of other people need not take a mask."""
     return () if mask is None else (mask,)
 

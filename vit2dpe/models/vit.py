@@ -15,6 +15,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from ..attention.functional import Mask
 from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
@@ -210,7 +211,7 @@ class ViT(TimmViT):
                 where both allow it (timm takes one of them).
         """
         x, signal, at = self.embed(images, token_filter, spacing)
-        mask: tuple[Tensor, ...] = ()  # no argument where there is none: blocks of other people need not take one
+        mask: tuple[Mask, ...] = ()  # no argument where there is none: blocks of other people need not take one
         if attn_mask is not None or is_causal:
             signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
             mask = () if allowed is None else (allowed,)
