@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
+from .segments import Segments
+
 T = TypeVar("T")
 is_tracing: Callable[[], bool] = torch.jit.is_tracing
 
@@ -38,6 +40,13 @@ class Bounds(NamedTuple):
     whole: bool
 
 
+class Row(NamedTuple):
+    """The segments of a packed row, and where the tokens of each kind of them are; see `packed.in_segments`."""
+
+    segments: Segments
+    places: tuple[Positions, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Positions:
     """Places of N tokens on a d-dimensional grid.
@@ -52,6 +61,7 @@ class Positions:
             which looks at nothing, others are taken to be fractional.
         spacing: how far apart neighbours on this grid are, one number for each axis; () where it is 1. Coordinates
             stay in patches of the training grid, the extent counts places of this one: it covers `span`.
+        row: of a packed row, where the tokens of its segments are; encodings are evaluated there.
 
     Raises:
         ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
@@ -62,6 +72,7 @@ class Positions:
     prefix: int = 0
     on_grid: bool = False
     spacing: tuple[float, ...] = ()
+    row: Row | None = None
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
     # Of scaled places: those that were scaled, and the ratio (d,) float64 of their offsets.
     source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and has no other name
 
+from ..segments import Segments
 from ..signal import Bias, Dense, Table
 from .kernels import Selection, table, trains
 
@@ -66,6 +67,12 @@ def select_mask(causal: bool, mask: Tensor | None) -> Selection:
     if mask is None:
         return Selection("none", "every query may attend to every key")
     return Selection("matrix", "where queries may attend is given to the kernel as a tensor, with the bias if any")
+
+
+def select_segments(segments: Segments) -> Selection:
+    """ "segments": packed rows."""
+    count, kinds = sum(group.size for group in segments.groups), len(segments.groups)
+    return Selection("segments", f"{count} segments of packed rows, of {kinds} kinds, those of one as a batch")
 
 
 def select_kernel(

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..positions import Positions, is_tracing
+from ..packed import Grouped
+from ..positions import is_tracing
+from ..segments import Segments
 from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
 from .contract import contract
-from .dispatch import allowed_kernels, select_bias, select_mask
+from .dispatch import allowed_kernels, select_bias, select_mask, select_segments
 from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
+from .masks import Causal as Causal
+from .masks import FullMask as FullMask
+from .segments import attend as attend_segments
 
 
 class Observer(Protocol):
     """Receives what each attention of the thread or task is given, and which implementations are used."""
 
-    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None: ...
+    def attended(
+        self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | Segments | None, scale: float | None
+    ) -> None: ...
 
     def selected(self, what: str, selection: Selection) -> None:
         """`what` is "rotation", "bias" or "mask"; of several selections in one attention the first counts."""
@@ -113,35 +120,7 @@ def split_heads(
     return q, k, v, signal
 
 
-class FullMask(NamedTuple):
-    """A boolean mask under which every query may attend to at least one key; `attend` need not check."""
-
-    mask: Tensor
-
-
-class Causal(NamedTuple):
-    """A token attends to itself and to those before it, in their order: torch's `is_causal`, no matrix and no padding.
-
-    Args:
-        at: where the N tokens are, leading ones included, which are queries and keys.
-    """
-
-    at: Positions
-
-    def tokens(self) -> int:
-        """N. No property: torch before 2.11 compiles none of a named tuple."""
-        return self.at.prefix + self.at.coords.shape[1]
-
-    def matrix(self) -> Tensor:
-        """(1, 1, N, N), True may attend: for a kernel that takes it together with biases, once for all blocks."""
-        return self.at.memoize("causal", self._matrix)
-
-    def _matrix(self) -> Tensor:
-        step = torch.arange(self.tokens(), device=self.at.coords.device)
-        return (step[:, None] >= step)[None, None]
-
-
-Mask = Tensor | FullMask | Causal
+Mask = Tensor | FullMask | Causal | Segments
 
 
 def attend(
@@ -159,7 +138,8 @@ def attend(
         q, k, v: (B, H, Nq, Dh), (B, H, Nk, Dh), (B, H, Nk, Dv). Never altered.
         signal: rotations, bias terms and temperature; its `token` is the model's business.
         mask: boolean, (Nq, Nk) or (B|1, H|1, Nq, Nk); True may attend. A query that may attend to
-            nothing gives 0; under a `FullMask` there is none, and nothing is promised if there is. Or `Causal`.
+            nothing gives 0; under a `FullMask` there is none, and nothing is promised if there is. Or `Causal`; or
+            `Segments`, under which tokens attend within their own segment of a packed row, and no (N, N) is made.
         scale: factor on q·k; default 1/sqrt(Dh).
         dropout: probability, on the attention weights.
 
@@ -169,6 +149,29 @@ def attend(
     Raises:
         ValueError: for a mask of another kind or size, or rotations of other sizes than q and k.
     """
+    if signal.blocks:
+        raise ValueError("this Signal has parts of blocks: give each block `signal.of_block(i)`")
+    observer = _observer()
+    if observer is not None:
+        given = mask.mask if isinstance(mask, FullMask) else mask.matrix() if isinstance(mask, Causal) else mask
+        observer.attended(q, k, signal, given, scale)
+    if not isinstance(mask, Segments):
+        return _attend(q, k, v, signal, mask, scale, dropout)
+    if observer is not None:
+        observer.selected("mask", select_segments(mask))
+    return attend_segments(_attend, q, k, v, signal, mask, scale, dropout)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signal: Signal,
+    mask: Tensor | FullMask | Causal | None,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """`attend` in one row of each sample."""
     order, full = mask if isinstance(mask, Causal) else None, not isinstance(mask, Tensor)
     mask = mask.mask if isinstance(mask, FullMask) else None if isinstance(mask, Causal) else mask
     if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (2, 4)):
@@ -181,11 +184,7 @@ def attend(
             f"Causal is for {order.tokens()} tokens, queries and keys alike, got {q.shape[-2]} queries and "
             f"{k.shape[-2]} keys"
         )
-    if signal.blocks:
-        raise ValueError("this Signal has parts of blocks: give each block `signal.of_block(i)`")
     observer = _observer()
-    if observer is not None:
-        observer.attended(q, k, signal, mask if order is None else order.matrix(), scale)
     q, k, signal = rotate_qk(q, k, signal)
     temperature = 1.0 if signal.temperature is None else signal.temperature
     factor: float | Tensor = (q.shape[-1] ** -0.5 if scale is None else scale) * temperature
@@ -316,6 +315,9 @@ def materialize_shared_bias(signal: Signal, x: Tensor) -> Signal:
             terms.append(Dense(term.dense(), reason) if path == "matrix" else term)
         elif isinstance(term, Distance):
             terms.append(Dense(term.dense(), with_reason("a formula", beside) if beside.why else ""))
+        elif isinstance(term, Grouped):
+            each = tuple([materialize_shared_bias(one, x) for one in term.signals])
+            terms.append(Grouped(each, term.segments))
         else:
             terms.append(term)
     return signal.with_bias(tuple(terms))

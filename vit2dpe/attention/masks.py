@@ -7,6 +7,7 @@ queries attend to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,34 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..positions import Positions, offsets
 from ..signal import Dense, Signal
+
+
+class FullMask(NamedTuple):
+    """A boolean mask under which every query may attend to at least one key; `attend` need not check."""
+
+    mask: Tensor
+
+
+class Causal(NamedTuple):
+    """A token attends to itself and to those before it, in their order: torch's `is_causal`, no matrix and no padding.
+
+    Args:
+        at: where the N tokens are, leading ones included, which are queries and keys.
+    """
+
+    at: Positions
+
+    def tokens(self) -> int:
+        """N. No property: torch before 2.11 compiles none of a named tuple."""
+        return self.at.prefix + self.at.coords.shape[1]
+
+    def matrix(self) -> Tensor:
+        """(1, 1, N, N), True may attend: for a kernel that takes it together with biases, once for all blocks."""
+        return self.at.memoize("causal", self._matrix)
+
+    def _matrix(self) -> Tensor:
+        step = torch.arange(self.tokens(), device=self.at.coords.device)
+        return (step[:, None] >= step)[None, None]
 
 
 def causal(q: Positions, k: Positions) -> Tensor:

@@ -27,12 +27,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, not_ours
+from ..segments import Segments
 from ..signal import Signal
 from .dispatch import select_kernel, select_mask
 from .functional import OBSERVER, rotate_qk
 from .kernels import Selection
+from .masks import Causal
+from .segments import kinds
 
 Maps = dict[str, Tensor]
+Given = Tensor | Segments | None  # the mask of an attention
 
 
 class Report:
@@ -40,9 +44,7 @@ class Report:
 
     active = True
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         """The arguments of `attend` within the module of this name."""
 
     def selected(self, name: str, what: str, selection: Selection) -> None:
@@ -75,7 +77,7 @@ class Running(NamedTuple):
     def name(self) -> str | None:
         return self.names[-1] if self.names and self.report.active else None
 
-    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None) -> None:
+    def attended(self, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         if self.name is not None:
             self.report.attended(self.name, q, k, signal, mask, scale)
 
@@ -182,9 +184,7 @@ class _MapReport(Report):
         self.ran = True
         self.begun.discard(name)
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         found = weights(q, k, signal, mask, scale)
         self.maps[name] = torch.cat([self.maps[name], found]) if name in self.begun else found
         if name in self.in_parts:
@@ -233,8 +233,16 @@ def attention_maps(model: nn.Module) -> Iterator[Maps]:
 
 
 @torch.no_grad()
-def weights(q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def weights(q: Tensor, k: Tensor, signal: Signal, mask: Given = None, scale: float | None = None) -> Tensor:
     """(B, H, Lq, Lk) float32: the weights that `attend` gives to the values, for its arguments."""
+    if isinstance(mask, Segments):
+        segments = mask.of_rows(q.shape[0])
+        row = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.float32)
+        for (numbers, at), kind in zip(segments.places(), kinds(q, k, k, signal, segments), strict=True):
+            own = kind.mask.matrix() if isinstance(kind.mask, Causal) else kind.mask
+            found = weights(kind.q, kind.k, kind.signal, own, scale).permute(0, 2, 3, 1)  # (G, L, L, H)
+            row[numbers[..., None], :, at[:, :, None], at[:, None, :]] = found
+        return row
     q, k = q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
     q, k, signal = rotate_qk(q, k, signal)
     with torch.autocast(q.device.type, enabled=False):
@@ -298,9 +306,7 @@ class _SelectionReport(Report):
         self.selections: dict[str, Selection] = {}  # of the attention that is running
         self.ran = False
 
-    def attended(
-        self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Tensor | None, scale: float | None
-    ) -> None:
+    def attended(self, name: str, q: Tensor, k: Tensor, signal: Signal, mask: Given, scale: float | None) -> None:
         self.ran = True
 
     def selected(self, name: str, what: str, selection: Selection) -> None:
@@ -328,7 +334,7 @@ class _SelectionReport(Report):
             self.lines.append(Explanation(name, found["rotation"], found["bias"], found.get("kernel"), mask))
 
 
-def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training: bool = False) -> list[Explanation]:
+def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, ...], training: bool = False) -> list[Explanation]:
     """Which implementation each attention of a model uses, and why, as selected in one forward pass.
 
         for line in explain(model, (1024, 1024)):
@@ -336,7 +342,8 @@ def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training:
 
     Args:
         model: a model, or an `Attention` alone.
-        inputs: what it is called with; or one size in pixels, a side or (height, width), for one black image.
+        inputs: what it is called with; or one size in pixels, a side or (height, width), for one black image, or
+            (frames, height, width) for a black video.
         training: in training mode with gradients, instead of evaluation without. The mode is put back, and no random
             number is drawn from the global generator.
 
@@ -344,9 +351,9 @@ def explain(model: nn.Module, *inputs: Tensor | int | tuple[int, int], training:
         ConfigError: for a model without an attention of ours, and while this thread or task observes a model already.
     """
     if len(inputs) == 1 and isinstance(inputs[0], int | tuple):
-        height, width = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], inputs[0])
+        size = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], inputs[0])
         like = next(model.parameters())
-        inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), height, width),)
+        inputs = (like.new_zeros(1, getattr(model, "in_chans", 3), *size),)
     parts = {
         name or type(part).__name__: part for name, part in model.named_modules() if getattr(part, "attends", False)
     }

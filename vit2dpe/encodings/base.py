@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..packed import joined
 from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Rotation, Signal
 
@@ -221,6 +222,8 @@ class PositionEncoding(nn.Module):
     def forward(self, q: Positions, k: Positions | None = None) -> Signal:
         """The Signal for queries at q and keys at k (default: the same places)."""
         k = q if k is None else k
+        if q.row is not None and k is q:
+            return joined(q.row.segments, [self.forward(at) for at in q.row.places])
         with _full_precision(q.coords.device.type):
             if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return self._signal(q, k)

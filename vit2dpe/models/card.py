@@ -91,9 +91,11 @@ def card(
     license = license or (cfg.get("license") if weights else None) or "other"
     origin = "" if base is None else f", from timm's `{base}`"
     patch, grid = model.patch_embed.patch_size, model.train_grid
-    size = (grid[0] * patch[0], grid[1] * patch[1])
+    size = tuple(n * p for n, p in zip(grid, patch, strict=True))
     rows, free = _rows(results), model.patch_embed.any_size
-    elsewhere = ELSEWHERE.format(height=size[0], width=size[1]) if free else ""
+    usage, larger = (USAGE if len(size) == 2 else BY_CLASS), (*size[:-1], f"2 * {size[-1]}")
+    sides, other = (", ".join(map(str, one)) for one in (size, larger))
+    elsewhere = ELSEWHERE.format(sides=other) if free else ""
     made = Card(
         tags=["image-classification", "timm", "vit2dpe", "positional-encoding"],
         license=license,
@@ -101,7 +103,7 @@ def card(
         details={
             "Model type": f"image classification and features, {kind} (`{_name(model)}`)",
             "Positional encoding": encoding_of(model),
-            "Training size": f"{_spell(size)} pixels, {grid[0]}x{grid[1]} patches of {patch[0]}x{patch[1]}",
+            "Training size": f"{_spell(size)} pixels, {_spell(grid)} patches of {_spell(patch)}",
             "Other sizes": other_sizes(model),
             "Holds up at": _holds(rows, size),
             "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
@@ -113,7 +115,7 @@ def card(
             "Recipe": recipe,
             "Software": f"vit2dpe {version('vit2dpe')}",
         },
-        usage=USAGE.format(height=size[0], width=size[1], elsewhere=elsewhere),
+        usage=usage.format(sides=sides, elsewhere=elsewhere),
     )
     if exchange := _exchange(model):
         made["details"][EXCHANGED] = exchange
@@ -172,7 +174,8 @@ def other_sizes(model: TimmModel) -> str:
         f", `{policy}`" + (f" with temperature `{temperature}`" if temperature not in (None, "none") else "")
         for policy, temperature in recorded_policies(model)
     )
-    return f"any height and width that the patch divides{policies}"
+    sides = "height and width" if len(model.train_grid) == 2 else "sides"
+    return f"any {sides} that the patch divides{policies}"
 
 
 def encoding_of(model: nn.Module) -> str:
@@ -189,12 +192,21 @@ import torch
 import vit2dpe  # its names are known to timm from here on
 
 model = timm.create_model("hf-hub:<user>/<name>", pretrained=True).eval()  # or local-dir:<folder>
-logits = model(torch.randn(1, model.in_chans, {height}, {width}))
+logits = model(torch.randn(1, model.in_chans, {sides}))
+{elsewhere}```
+"""
+BY_CLASS = """
+```python
+import torch
+import vit2dpe
+
+model = vit2dpe.load_run("<folder>")  # what vit2dpe.training.save_model wrote: timm has no names of videos and lines
+logits = model(torch.randn(1, model.in_chans, {sides}))
 {elsewhere}```
 """
 ELSEWHERE = """\
 with vit2dpe.use_policy(model, "default"):  # or "interpolate", ...: what its encoding can take at another size
-    logits = model(torch.randn(1, model.in_chans, {height}, 2 * {width}))
+    logits = model(torch.randn(1, model.in_chans, {sides}))
 """
 
 
@@ -244,13 +256,13 @@ def _rows(results: Results | None) -> list[Measured]:
     return measured
 
 
-def _holds(rows: list[Measured], train: tuple[int, int]) -> str | list[str]:
+def _holds(rows: list[Measured], train: tuple[int, ...]) -> str | list[str]:
     """The sizes, mode by mode, at which its best policy loses at most `HOLDS` points."""
     if not rows:
         return "not measured; `vit2dpe evaluate` measures it"
     lines = []
     for mode in dict.fromkeys(row.mode for row in rows):
-        best: dict[tuple[int, int], Measured] = {}
+        best: dict[tuple[int, ...], Measured] = {}
         for row in (row for row in rows if row.mode == mode):
             best[row.size] = max(best.get(row.size, row), row, key=lambda r: r.top1)
         if train not in best:
@@ -272,5 +284,5 @@ def _table(rows: list[Measured]) -> str:
     return f"\nTop-1 in percent of {rows[0].n:,} images, over their size in pixels.\n\n{text}"
 
 
-def _spell(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def _spell(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

@@ -42,7 +42,7 @@ def allow(
     return signal.plus(added), allowed
 
 
-def spaced(at: Positions, spacing: float | tuple[float, float] | None) -> Positions:
+def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
     """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
     return at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
 
@@ -83,12 +83,12 @@ class Features(nn.Module):
         """Outputs of chosen blocks beside the final features.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W), or videos (B, C, T, H, W).
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.
             stop_early: run no block after the last chosen one.
-            output_fmt: "NCHW", (B, D, rows, columns), or "NLC", (B, N, D).
+            output_fmt: "NCHW", (B, D, rows, columns), of videos (B, D, frames, rows, columns), or "NLC", (B, N, D).
             intermediates_only: leave the final features out.
             output_dict: a dict `image_intermediates`, `image_intermediates_prefix`, `image_features`.
             attn_mask, is_causal: as in `ViT.forward_features`.
@@ -120,7 +120,7 @@ class Features(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The output of the last block that ran; patches and leading tokens of the chosen ones."""
         take, last = take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.grid(x.shape[-2], x.shape[-1])
+        grid = self.patch_embed.grid(*x.shape[2:])
         x, signal, at = self.embed(x)
         signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
         outputs: list[Tensor] = []
@@ -131,7 +131,7 @@ class Features(nn.Module):
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if reshape:
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, rows, columns)
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, *grid)
         return x, patches, prefix
 
     def get_intermediate_layers(

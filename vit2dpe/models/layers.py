@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, SwiGLU, SwiGLUPacked
 from timm.layers import LayerScale as ScaleOnly
 from timm.layers.activations import QuickGELU
-from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,19 +26,21 @@ from ..encodings.tables import replace
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
+from .kernels import CONVS, resampled
 
 # Leaves patches out, or puts another token in their place: masked pretraining.
 TokenFilter = Callable[[Tensor, Positions], tuple[Tensor, Positions]]
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map; timm's names (`proj`).
+    """Non-overlapping patches through one linear map; timm's names (`proj`). Of images, or of any axes (`CONVS`):
+    tubes of a video (frames before rows before columns: ViViT, arXiv 2103.15691), pieces of a line.
 
     Args:
-        patch: (rows, columns) of a patch in pixels.
+        patch: (rows, columns) of a patch in pixels, or its sides along all axes.
         in_chans: C.
         dim: D.
-        img_size: (height, width) that is expected where `any_size` is off.
+        img_size: (height, width) that is expected where `any_size` is off, or all sides.
         bias: whether the map has a bias.
         norm: factory `width -> norm layer` of a norm after the map.
         any_size: whether images of other sizes are taken.
@@ -48,11 +49,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(
         self,
-        patch: tuple[int, int],
+        patch: tuple[int, ...],
         in_chans: int,
         dim: int,
         *,
-        img_size: tuple[int, int],
+        img_size: tuple[int, ...],
         bias: bool = True,
         norm: Callable[[int], nn.Module] | None = None,
         any_size: bool = True,
@@ -60,30 +61,32 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch, bias=bias)
+        self.proj = CONVS[len(patch)](in_chans, dim, kernel_size=patch, stride=patch, bias=bias)
         self.norm = nn.Identity() if norm is None else norm(dim)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches along each axis of an image.
+    def grid(self, *size: int) -> tuple[int, ...]:
+        """Patches along each axis of an image of this height and width, or of these sides.
 
         Raises:
             ConfigError: if the size is not one this model takes.
         """
-        p_rows, p_cols = self.patch_size
+        if len(size) != len(self.patch_size):
+            raise ConfigError(f"an input has the {len(self.patch_size)} axes of a patch, got sides {size}")
+        each = list(zip(size, self.patch_size, strict=True))
         if self.pad:
-            # Rounded up without a negative number, which ONNX divides otherwise.
-            return (height + p_rows - 1) // p_rows, (width + p_cols - 1) // p_cols
-        if height < p_rows or width < p_cols or height % p_rows or width % p_cols:
-            near = f"{max(1, round(height / p_rows)) * p_rows}x{max(1, round(width / p_cols)) * p_cols}"
-            raise ConfigError(
-                f"the image must be a multiple of the patch {p_rows}x{p_cols}: got {height}x{width}; nearest: {near}"
+            return tuple((side + p - 1) // p for side, p in each)  # no negative number, which ONNX divides otherwise
+        if any(side < p or side % p for side, p in each):
+            patch, came, near = (
+                "x".join(map(str, sides))
+                for sides in (self.patch_size, size, (max(1, round(side / p)) * p for side, p in each))
             )
-        return height // p_rows, width // p_cols
+            raise ConfigError(f"the image must be a multiple of the patch {patch}: got {came}; nearest: {near}")
+        return tuple(side // p for side, p in each)
 
     # timm's names.
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self) -> tuple[int, ...]:
         """Patches along each axis at the model's own size."""
         return self.grid(*self.img_size)
 
@@ -105,33 +108,33 @@ class PatchEmbed(nn.Module):
         """Whether images are filled up to a multiple of the patch."""
         return self.pad
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: tuple[int, ...]) -> tuple[int, ...]:
         """`grid` of a size (height, width)."""
         return self.grid(*img_size)
 
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, ...]:
         """Pixels a token covers along the axes, or the larger of both."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def resample(self, patch: tuple[int, int]) -> None:
+    def resample(self, patch: tuple[int, ...]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
         with torch.no_grad():
-            kernel = resample_patch_embed(self.proj.weight, list(patch))
+            kernel = resampled(self.proj.weight, patch)
         replace(self.proj.weight, kernel)
         self.proj.kernel_size = self.proj.stride = self.patch_size = patch
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
-        """(B, C, height, width) -> tokens (B, N, D) in the weights' dtype, and where they are."""
-        height, width = images.shape[-2:]
-        if not self.any_size and (height, width) != self.img_size:
+        """(B, C, height, width), or all sides, -> tokens (B, N, D) in the weights' dtype, and where they are."""
+        size = tuple(images.shape[2:])
+        if not self.any_size and size != self.img_size:
             raise ConfigError(
-                f"this model takes {self.img_size} images only, got {(height, width)}; dynamic_img_size=True or "
+                f"this model takes {self.img_size} images only, got {size}; dynamic_img_size=True or "
                 "set_input_size change that"
             )
-        extent = self.grid(height, width)
+        extent = self.grid(*size)
         if self.pad:
-            below, right = (n * p - side for n, p, side in zip(extent, self.patch_size, (height, width), strict=True))
-            images = F.pad(images, (0, right, 0, below))
+            lacking = [n * p - side for n, p, side in zip(extent, self.patch_size, size, strict=True)]
+            images = F.pad(images, [x for side in reversed(lacking) for x in (0, side)])
         tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
         # The residual stream keeps the precision of the weights under autocast, with any encoding.
         return tokens.to(self.proj.weight.dtype), Positions.grid(extent, images.device)

@@ -6,7 +6,8 @@
     prediction    = decoder(tokens, on the whole grid)                      (B, N, p q C)
     loss          = mean over removed patches of mean over pixels of (prediction - target)²
 
-Source: He et al., arXiv 2111.06377. `norm_pix` makes the target (patch - mean) / sqrt(var + 1e-6), var unbiased. The
+Source: He et al., arXiv 2111.06377. `norm_pix` makes the target (patch - mean) / sqrt(var + 1e-6), var unbiased. With
+`tube` one place is hidden in all frames of a video (VideoMAE, arXiv 2203.12602). The
 decoder's parameters carry the names of the original (`decoder_embed`, `mask_token`, `decoder_blocks`, `decoder_norm`,
 `decoder_pred`), the encoder is a `ViT` under `encoder`.
 
@@ -14,7 +15,8 @@ How ours differs: masking is `Positions.take`, so every encoding serves in both 
 logits and those a block owns included; any height, width, patch and number of channels; the number of kept patches is
 the floor of N (1 - ratio) as written, where the original floors a float (at 20 patches and 0.9 it keeps 1, we keep 2).
 
-Legend: B batch, C channels, N patches, K kept, P prefix tokens, D widths, (p, q) patch rows and columns.
+Legend: B batch, C channels, N patches, K kept, P prefix tokens, D widths, (p, q) patch rows and columns; of a video
+(B, C, T, H, W) the frames of a patch stand before them, and time before rows wherever places are in order.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class MAE(MaskedModel):
         decoder_block_position: a further encoding that every block of the decoder owns.
         decoder_embed_dim, decoder_depth, decoder_num_heads, decoder_mlp_ratio: sizes of the decoder.
         norm_pix: predict each patch normalised by its own mean and variance.
+        tube: hide the same places in all frames of a video, so that none is seen a frame earlier.
 
     Raises:
         ConfigError: for an encoder with parts that masking leaves without use or gradient, or sizes that do not fit.
@@ -68,14 +71,17 @@ class MAE(MaskedModel):
         decoder_num_heads: int = 16,
         decoder_mlp_ratio: float = 4.0,
         norm_pix: bool = False,
+        tube: bool = False,
     ) -> None:
         check_arguments(locals())
         super().__init__()
         _refuse(encoder, norm_pix)
+        if tube and len(encoder.train_grid) != 3:
+            raise ConfigError(f"tubes are of videos, three axes, and this encoder has {len(encoder.train_grid)}")
         if decoder_embed_dim % decoder_num_heads:
             came = f"{decoder_embed_dim} and {decoder_num_heads}"
             raise ConfigError(f"decoder_embed_dim must be a multiple of decoder_num_heads: got {came}")
-        self.encoder, self.norm_pix = encoder, norm_pix
+        self.encoder, self.norm_pix, self.tube = encoder, norm_pix, tube
         self.grad_checkpointing = False
         like = encoder.patch_embed.proj.weight
         dims = Dims(decoder_embed_dim, decoder_num_heads, encoder.train_grid, depth=decoder_depth)
@@ -117,9 +123,10 @@ class MAE(MaskedModel):
         """The loss of predicting hidden patches.
 
         Args:
-            images: (B, C, H, W), H and W multiples of the patch.
+            images: (B, C, H, W), or (B, C, T, H, W), sides multiples of the patch.
             mask_ratio: the part that is hidden, above 0 and below 1; at least one patch is kept and one hidden.
-            noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`.
+            noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`. Of tubes
+                (B, rows x columns).
             generator: on any device, so that one on the CPU gives the same masks everywhere.
             spacing: as in `ViT`, for both halves.
 
@@ -135,13 +142,27 @@ class MAE(MaskedModel):
         loss = (prediction.float() - self.target(images)).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum(), prediction, mask
 
-    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches along both axes of an image."""
-        return self.encoder.patch_embed.grid(height, width)
+    def mask_grid(self, *size: int) -> tuple[int, ...]:
+        """Patches along the axes of an image; tubes of a video along rows and columns."""
+        return self.encoder.patch_embed.grid(*size)[self.tube :]
+
+    def choose(
+        self,
+        images: Tensor,
+        mask_ratio: float | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        keep, mask = super().choose(images, mask_ratio, noise, generator)
+        if not self.tube:
+            return keep, mask
+        frames = self.encoder.patch_embed.grid(*images.shape[2:])[0]
+        first = torch.arange(frames, device=keep.device)[:, None] * mask.shape[1]  # (t, 1)
+        return (keep[:, None] + first).flatten(1), mask.repeat(1, frames)
 
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor, spacing: Spacing = None) -> Tensor:
         """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
-        prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[-2:])
+        prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[2:])
         x = self.decoder_embed(latent).to(self.mask_token.dtype)  # (B, P + K, D)
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)  # (B, N, D)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
@@ -162,21 +183,24 @@ class MAE(MaskedModel):
 
     def patchify(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, p q C), channels fastest."""
-        p, q = self.encoder.patch_embed.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
+        image, patches, sides = _pattern(self.encoder.patch_embed.patch_size)
+        return rearrange(images, f"{image} -> {patches}", **sides)
 
-    def unpatchify(self, pixels: Tensor, height: int, width: int) -> Tensor:
+    def unpatchify(self, pixels: Tensor, *size: int) -> Tensor:
         """(B, N, p q C) -> (B, C, height, width)."""
-        (p, q), (h, w) = self.encoder.patch_embed.patch_size, self.encoder.patch_embed.grid(height, width)
-        return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
+        image, patches, sides = _pattern(self.encoder.patch_embed.patch_size)
+        grid = {f"n{axis}": n for axis, n in enumerate(self.encoder.patch_embed.grid(*size))}
+        return rearrange(pixels, f"{patches} -> {image}", **grid, **sides)
 
     def picture(self, prediction: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        size, (p, q) = images.shape[-2:], self.encoder.patch_embed.patch_size
+        size = images.shape[2:]
         if self.norm_pix:
             mean, std = _statistics(self.patchify(images.float()))
             prediction = prediction * std + mean
-        hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]  # (B, 1, rows, columns)
-        return self.unpatchify(prediction, *size), hidden.repeat_interleave(p, 2).repeat_interleave(q, 3)
+        hidden = mask.bool().unflatten(1, self.encoder.patch_embed.grid(*size))[:, None]  # (B, 1, *grid)
+        for axis, side in enumerate(self.encoder.patch_embed.patch_size, start=2):
+            hidden = hidden.repeat_interleave(side, axis)
+        return self.unpatchify(prediction, *size), hidden
 
     def init_weights(self, encoder: bool = True) -> None:
         """Draw as the original does: Xavier for linear maps and patches, zero biases, tokens from N(0, 0.02²).
@@ -204,6 +228,14 @@ def convert_state_dict(module: MAE, state_dict: State, prefix: str, *_: Rest) ->
     """Load pre-hook of MAE, in place: other people's files and names, and tables of another grid."""
     from_original(state_dict, prefix, module.decoder_position, module.train_grid)
     resize_tables(module, module.train_extent, state_dict, prefix)
+
+
+def _pattern(patch: tuple[int, ...]) -> tuple[str, str, dict[str, int]]:
+    """einops' patterns of images and of their patches, (n0 p0) pixels along the first axis, and the sides p0, ..."""
+    axes = range(len(patch))
+    n, p = (" ".join(f"{letter}{axis}" for axis in axes) for letter in "np")
+    image = "b c " + " ".join(f"(n{axis} p{axis})" for axis in axes)
+    return image, f"b ({n}) ({p} c)", {f"p{axis}": side for axis, side in enumerate(patch)}
 
 
 def _statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .weights import check_formula, is_formula
 _FLAT = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.)")
 
 
-def from_original(state_dict: State, prefix: str, decoder_position: PositionEncoding, grid: tuple[int, int]) -> None:
+def from_original(state_dict: State, prefix: str, decoder_position: PositionEncoding, grid: tuple[int, ...]) -> None:
     """Bring other people's files and names of a masked autoencoder to ours, in place.
 
     Args:
@@ -48,7 +48,7 @@ def from_original(state_dict: State, prefix: str, decoder_position: PositionEnco
             state_dict[prefix + key] = value
 
 
-def _decoder_table(flat: Tensor, position: PositionEncoding, grid: tuple[int, int]) -> State:
+def _decoder_table(flat: Tensor, position: PositionEncoding, grid: tuple[int, ...]) -> State:
     """The parameter of our encoding for a flat table (1, prefix + N, D); nothing for a formula that agrees with it."""
     if is_formula(position):
         check_formula(position, grid, flat, "decoder_pos_embed")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..encodings import encoding_parameters, named_encodings
 from ..errors import ConfigError
+from .arguments import sides
 from .swin.model import Swin
-from .timm_api import pair
 from .vit import ViT
 
 
 class Reconstruction(NamedTuple):
-    """Images (B, C, H, W) in the scale of the input, and which pixels were hidden, (B, 1, H, W) boolean."""
+    """Images (B, C, H, W) in the scale of the input, and which pixels were hidden, (B, 1, H, W) boolean; or videos."""
 
     original: Tensor
     painted: Tensor  # the prediction everywhere
@@ -36,8 +36,8 @@ class MaskedModel(nn.Module):
     masked = "(B, N)", "patch"  # the shape of a mask, and what one of its entries hides
     mask_ratio = 0.75  # by default
 
-    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """The units that are hidden one by one, along both axes of an image."""
+    def mask_grid(self, *size: int) -> tuple[int, ...]:
+        """The units that are hidden one by one, along the axes of an image."""
         raise TypeError(f"{type(self).__name__} must define mask_grid")
 
     def choose(
@@ -48,7 +48,7 @@ class MaskedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
-        batch, n = images.shape[0], math.prod(self.mask_grid(images.shape[-2], images.shape[-1]))
+        batch, n = images.shape[0], math.prod(self.mask_grid(*images.shape[2:]))
         if noise is None:
             device = images.device if generator is None else generator.device
             noise = torch.rand(batch, n, generator=generator, device=device)
@@ -86,16 +86,16 @@ class MaskedModel(nn.Module):
         return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
 
     @property
-    def train_grid(self) -> tuple[int, int]:
+    def train_grid(self) -> tuple[int, ...]:
         return self.encoder.train_grid
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, ...]) -> None:
         """Make another size the model's own: tables are resized for good, of a decoder too.
 
         Raises:
             ConfigError: for a size that patches or mask units do not fill; the model is then as it was.
         """
-        self.mask_grid(*pair(img_size))
+        self.mask_grid(*sides(img_size, len(self.train_grid)))
         self.encoder.set_input_size(img_size)
         for name, encoding in named_encodings(self).items():
             if not name.startswith("encoder."):

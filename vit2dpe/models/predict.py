@@ -45,7 +45,10 @@ def predict(
 
 def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:
     """How images are prepared for a model: by a run's record (`about`), or by timm's (`pretrained_cfg`)."""
-    height, width = part_size_of(model) or model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    own_size: tuple[int, ...] = part_size_of(model) or model.patch_embed.img_size  # type: ignore[union-attr, assignment]
+    if len(own_size) != 2:
+        raise ConfigError(f"pictures have two axes, and this model takes {'x'.join(map(str, own_size))}: call it")
+    height, width = own_size
     about: Mapping[str, Any] = vars(model).get("about") or {}
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     own, channels = (int(height), int(width)), int(getattr(model, "in_chans", 3))

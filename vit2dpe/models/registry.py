@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from ..errors import ConfigError
+from .arguments import axes_of
 from .swin import weights as swin_weights
 from .swin.model import Swin
 from .vit import ViT
@@ -97,6 +99,11 @@ def _default_cfg(entry: Entry) -> dict[str, Any]:
 def _entry_point(name: str, entry: Entry) -> Callable[..., ViT | Swin]:
     def create(pretrained: bool = False, **kwargs: Any) -> ViT | Swin:
         arguments = {**entry.sizes, **kwargs}
+        if axes_of(arguments["img_size"], arguments["patch_size"]) != 2:
+            raise ConfigError(
+                f"timm's names are of images, got img_size={arguments['img_size']!r}: make others by the class, "
+                f"vit2dpe.{entry.model.__name__}(...)"
+            )
         is_vit = entry.model is ViT
         model: ViT | Swin = build_model_with_cfg(
             entry.model,

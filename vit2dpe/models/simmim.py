@@ -51,6 +51,8 @@ class SimMIM(MaskedModel):
         nn.Module.register_load_state_dict_pre_hook(self, unwrap_names)
         if encoder.num_classes > 0:
             raise ConfigError("a classifier gets no gradient here: build the encoder with num_classes=0")
+        if len(encoder.train_grid) != 2:
+            raise ConfigError(f"SimMIM is of images, and this encoder has {len(encoder.train_grid)} axes: use MAE")
         self.encoder, self.mask_unit = encoder, pair(mask_unit)
         p, q = encoder.patch_embed.patch_size
         if self.mask_unit[0] % p or self.mask_unit[1] % q or min(self.mask_unit) < 1:
@@ -106,14 +108,14 @@ class SimMIM(MaskedModel):
         painted: Tensor = rearrange(pixels, "b (c r s) h w -> b c (h r) (w s)", r=r, s=s)
         return painted[..., : images.shape[-2], : images.shape[-1]]  # a grid of odd size was filled up in merging
 
-    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+    def mask_grid(self, *size: int) -> tuple[int, int]:
         """Mask units along both axes of an image."""
-        u, v = self.mask_unit
+        (height, width), (u, v) = size, self.mask_unit
         if height % u or width % v:
             raise ConfigError(f"the image must be a multiple of the mask unit {u}x{v}, got {height}x{width}")
         return height // u, width // v
 
-    def spread(self, mask: Tensor, images: Tensor, cell: tuple[int, int]) -> Tensor:
+    def spread(self, mask: Tensor, images: Tensor, cell: tuple[int, ...]) -> Tensor:
         """(B, U) -> (B, H / rows, W / columns) boolean, for cells of so many pixels."""
         units = mask.bool().unflatten(1, self.mask_grid(*images.shape[-2:]))
         (u, v), (rows, columns) = self.mask_unit, cell

@@ -8,8 +8,7 @@ Signatures are timm's (`timm/models/vision_transformer.py`); the forward passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import index
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -25,12 +24,13 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..resolution.apply import kept_policy, policies_of, set_policy
 from ..spec import Size
+from .arguments import sides
 from .features import Features, take_indices
 from .layers import PatchEmbed
 from .predict import class_names, predict, preparation_of
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
-ImageSize = int | Sequence[int]  # a side, or (height, width)
+ImageSize = int | Sequence[int]  # a side, or (height, width); of other axes one of each
 Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]  # of layer decay: regular expressions, and order
 
 
@@ -70,7 +70,7 @@ class TimmModel(nn.Module):
     norm: nn.Module
     head: nn.Module
     feature_info: list[FeatureInfo]
-    train_grid: tuple[int, int]
+    train_grid: tuple[int, ...]
     in_chans: int
     num_classes: int
     num_features: int
@@ -106,9 +106,17 @@ class TimmModel(nn.Module):
         """
         return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size, spacing)
 
-    def positions(self, height: int, width: int, device: torch.device | str | None = None) -> Positions:
-        """Positions of the tokens of an image of this size, prefix included; the argument of `position`."""
-        return Positions.grid(self.patch_embed.grid(height, width), device).with_prefix(self.num_prefix_tokens)
+    def positions(
+        self, height: ImageSize, width: int | None = None, device: torch.device | str | None = None
+    ) -> Positions:
+        """Positions of the tokens of an image of this size, prefix included; the argument of `position`.
+
+        Args:
+            height, width: of an image; or one sequence of all sides, (frames, rows, columns).
+        """
+        size = height if width is None else (height, width)
+        extent = self.patch_embed.grid(*sides(size, len(self.train_grid)))  # type: ignore[arg-type]
+        return Positions.grid(extent, device).with_prefix(self.num_prefix_tokens)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
@@ -132,14 +140,14 @@ class TimmModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def change_patch(self, size: tuple[int, int], patch_size: ImageSize | None) -> tuple[int, int]:
+    def change_patch(self, size: tuple[int, ...], patch_size: ImageSize | None) -> tuple[int, ...]:
         """The grid of an image of this size in these patches (None: the model's), which become the model's.
 
         Raises:
             ConfigError: if the patch does not divide the size; the model is then as it was.
         """
         embed, before = self.patch_embed, self.patch_embed.patch_size
-        embed.patch_size = before if patch_size is None else pair(patch_size)
+        embed.patch_size = before if patch_size is None else sides(patch_size, len(size))
         try:
             grid = embed.grid(*size)
         finally:
@@ -156,7 +164,12 @@ class TimmModel(nn.Module):
             encoding.set_grid(self.train_extent(encoding))
 
     def record_size(self, patch_size: ImageSize | None, window_size: Sequence[tuple[int, int]] | None = None) -> None:
-        """Bring timm's record of the model's size up to date, for its data config and for saving."""
+        """Bring timm's record of the model's size up to date, for its data config and for saving.
+
+        timm has records of images alone.
+        """
+        if len(self.train_grid) != 2:
+            return
         patch = None if patch_size is None else self.patch_embed.patch_size
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch, window_size=window_size)
 
@@ -290,13 +303,13 @@ class TimmViT(Features, TimmModel):
         on training them; where it has moments of the old shape, torch refuses its next step.
 
         Args:
-            img_size: pixels, H or (H, W); None keeps it.
-            patch_size: another patch, P or (rows, columns): its kernel is resampled as `from_timm` does, and the grid
-                is that of the size in such patches.
+            img_size: pixels, H or (H, W), or one of each axis, frames first; None keeps it.
+            patch_size: another patch, P or (rows, columns), or one of each axis: its kernel is resampled as
+                `from_timm` does, and the grid is that of the size in such patches.
         """
         if img_size is None and patch_size is None:
             return
-        size = self.patch_embed.img_size if img_size is None else pair(img_size)
+        size = self.patch_embed.img_size if img_size is None else sides(img_size, len(self.train_grid))
         self.train_grid = self.change_patch(size, patch_size)
         self.patch_embed.img_size = size
         self.resize_encodings()
@@ -364,8 +377,5 @@ def pair(size: ImageSize) -> tuple[int, int]:
     Raises:
         ConfigError: for anything else.
     """
-    try:
-        rows, columns = map(index, size if isinstance(size, Iterable) else (size, size))
-    except (TypeError, ValueError):
-        raise ConfigError(f"a size is a whole number or two of them (rows, columns), got {size!r}") from None
+    rows, columns = sides(size)
     return rows, columns

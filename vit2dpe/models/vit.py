@@ -20,7 +20,7 @@ from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .arguments import check_arguments
+from .arguments import axes_of, check_arguments, sides
 from .card import save_card
 from .features import allow, spaced
 from .layers import (
@@ -35,10 +35,10 @@ from .layers import (
     norm_factory,
     run_block,
 )
-from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool, pair
+from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
 
-Spacing = float | tuple[float, float] | None
+Spacing = float | tuple[float, ...] | None
 
 
 class ViT(TimmViT):
@@ -49,8 +49,9 @@ class ViT(TimmViT):
             "rope/rope/rope/none", or a list.
         block_position: a further encoding that every block owns; its token term is added before every block.
         img_size: the training size in pixels, H or (H, W): tables are learned on its grid, and policies measure
-            other sizes against it. Images of any other size run too.
-        patch_size: P or (rows, columns).
+            other sizes against it. Images of any other size run too. (T, H, W) of videos and volumes (B, C, T, H, W),
+            (L,) of lines (B, C, L): then `patch_size` names each axis too. See docs/video.md.
+        patch_size: P or (rows, columns), or (frames, rows, columns).
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of both), "map"
@@ -81,8 +82,8 @@ class ViT(TimmViT):
         position: Position = "learned",
         *,
         block_position: Position | None = None,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: int | tuple[int, ...] = 224,
+        patch_size: int | tuple[int, ...] = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -135,19 +136,20 @@ class ViT(TimmViT):
         norm = norm_factory(norm_layer, norm_eps)
         after = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         make_block = PostNormBlock if post_norm else Block
+        axes = axes_of(img_size, patch_size)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows linearly
         with torch.device(device) if device is not None else nullcontext():
             self.patch_embed = PatchEmbed(
-                pair(patch_size),
+                sides(patch_size, axes),
                 in_chans,
                 embed_dim,
-                img_size=pair(img_size),
+                img_size=sides(img_size, axes),
                 bias=not pre_norm,
                 norm=norm if embed_norm else None,
                 any_size=dynamic_img_size,
                 pad=dynamic_img_pad,
             )
-            self.train_grid = self.patch_embed.grid(*pair(img_size))
+            self.train_grid = self.patch_embed.grid_size
             self.patch_drop = PatchDrop(patch_drop_rate)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
@@ -229,7 +231,7 @@ class ViT(TimmViT):
         `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
         x, at = self.patch_embed(images)  # (B, N, D)
-        at = spaced(at, spacing)
+        at = at if spacing is None else spaced(at, spacing)  # a leaf of torch.fx, whose graphs have a spacing
         x, at = (token_filter or self.patch_drop)(x, at)
         x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once

@@ -102,19 +102,18 @@ def _fold_flat_table(module: TimmViT, state_dict: State, prefix: str) -> None:
         return
     allowed = {0, int(module.cls_token is not None), module.num_prefix_tokens}
     grids = [module.train_grid, *_configured_grid(module)]
-    fitting = [(h, w) for h, w in grids if flat.shape[1] - h * w in allowed]
+    fitting = [grid for grid in grids if flat.shape[1] - math.prod(grid) in allowed]
     if not fitting:
-        sizes = " or ".join(f"{h}x{w} = {h * w}" for h, w in dict.fromkeys(grids))
+        sizes = " or ".join(f"{'x'.join(map(str, grid))} = {math.prod(grid)}" for grid in dict.fromkeys(grids))
         raise CheckpointError(
             f"pos_embed has {flat.shape[1]} rows, the model needs {sizes} and at most {module.num_prefix_tokens} for "
             "its prefix; a flat table does not say which grid it was learned on, so build the model at the size of the "
             "checkpoint (img_size=...), and call set_input_size after loading"
         )
-    (h, w) = fitting[0]
-    rows = flat.shape[1] - h * w
+    rows = flat.shape[1] - math.prod(fitting[0])
     del state_dict[prefix + "pos_embed"]
     owner = ".".join(part for part in ("position", tables[0], "pos_embed") if part)
-    state_dict[prefix + owner] = flat[:, rows:].unflatten(1, (h, w))
+    state_dict[prefix + owner] = flat[:, rows:].unflatten(1, fitting[0])
     # timm adds the rows to its leading tokens in their order; a table of fewer rows has them for the first.
     start = 0
     for name, token in module.prefix_tokens().items():
@@ -139,7 +138,7 @@ def is_formula(position: PositionEncoding) -> bool:
     return "token" in position.gives and not any(True for _ in position.parameters())
 
 
-def check_formula(position: PositionEncoding, grid: tuple[int, int], flat: Tensor, name: str) -> None:
+def check_formula(position: PositionEncoding, grid: tuple[int, ...], flat: Tensor, name: str) -> None:
     """Refuse a flat table (1, prefix + N, D) that differs from the formula's on this grid, zeros for the prefix."""
     rows = max(0, flat.shape[1] - math.prod(grid))
     token = position(Positions.grid(grid).with_prefix(rows)).token

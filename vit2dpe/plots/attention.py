@@ -19,7 +19,7 @@ from ..data.decode import Unreadable, decode
 from ..errors import ConfigError, DataError
 from ..models import ViT
 from ..models.masked import MaskedModel
-from ..models.timm_api import PretrainedCfg, pretrained_cfg_of
+from ..models.timm_api import PretrainedCfg, pair, pretrained_cfg_of
 from .figures import HEADS, choose_blocks, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def save(model: nn.Module, file: str | Path, out: str | Path, size: tuple[int, i
         raise ConfigError(
             f"attention to an image is drawn of a ViT of this library, this is a {type(model).__name__}{inside}{hint}"
         )
-    size = size or vit.patch_embed.img_size
+    size = size or pair(vit.patch_embed.img_size)
     channels = vit.in_chans
     if channels not in (1, 3):
         raise ConfigError(

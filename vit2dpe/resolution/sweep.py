@@ -212,8 +212,14 @@ def part_size_of(model: nn.Module, about: Mapping[str, object] | None = None) ->
 def table_size_of(model: nn.Module) -> Size:
     """The size in pixels of the grid of a model, the one its tables have."""
     if hasattr(model, "train_grid") and hasattr(model, "patch_embed"):
-        (rows, cols), (high, wide) = model.train_grid, model.patch_embed.patch_size  # type: ignore[misc, union-attr]
-        return rows * high, cols * wide
+        grid: tuple[int, ...] = model.train_grid  # type: ignore[assignment]
+        patch: tuple[int, ...] = model.patch_embed.patch_size  # type: ignore[union-attr, assignment]
+        if len(grid) != 2:
+            raise ConfigError(
+                f"sizes are those of images, and this {type(model).__name__} has {len(grid)} axes: call it at another "
+                "size within use_policy"
+            )
+        return grid[0] * patch[0], grid[1] * patch[1]
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg and cfg.get("input_size"):
         return cfg["input_size"][-2], cfg["input_size"][-1]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from ...contextual import Contextual
+from ...packed import contextual
 from ...signal import Rotation, Signal
 from . import Selection
 
@@ -56,7 +56,7 @@ def select(qkv: Tensor, signal: Signal, private: bool, plain: str | None) -> Sel
         return Selection("functional", "queries and keys turn differently")
     if not private:
         return Selection("functional", "a hook, a norm, a cache or another map may need the output of qkv")
-    if any(isinstance(term, Contextual) for term in signal.bias):
+    if signal.bias and contextual(signal):
         return Selection("functional", "a bias is contracted with the output of qkv as it is")
     if plain is not None:
         return Selection("functional", plain)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...encodings import AxialRoPE, CentredRoPE, Cycle, LogCPB, MixedRoPE, PositionEncoding, RelativeBias, Sum, terms
 from ...errors import ConfigError
 from ...models.layers import Block
-from ...models.timm_api import Step
+from ...models.timm_api import Step, pair
 from ...models.vit import ViT
 from ...positions import Positions
 from ...signal import Signal
@@ -27,6 +27,8 @@ def native_steps(model: ViT) -> tuple[Step, ...]:
     """
     shared = [part for part in terms(model.position) if part.gives]
     block = _first_block(model)
+    if len(model.train_grid) != 2:
+        raise ConfigError("timm has no ViT of videos or lines: keep such a model in its own names (state_dict)")
     kinds_of_blocks = {_kinds(one.attn.position) for one in model.blocks if isinstance(one, Block)}
     if isinstance(model.position, Cycle) or len(kinds_of_blocks) > 1:
         raise ConfigError(
@@ -110,5 +112,5 @@ def _relpos(model: ViT, part: PositionEncoding, tokens: bool) -> tuple[Step, ...
     theirs, ours = ("attn.rel_pos", "attn.position") if part.per_block else ("shared_rel_pos", "position")
     if isinstance(part, RelativeBias):
         prefix = model.cls_token is not None
-        return (BiasTable(f"{theirs}.", f"{ours}.", model.train_grid, prefix),)
+        return (BiasTable(f"{theirs}.", f"{ours}.", pair(model.train_grid), prefix),)
     return Rename(f"{theirs}.mlp.fc1", f"{ours}.cpb_mlp.0"), Rename(f"{theirs}.mlp.fc2", f"{ours}.cpb_mlp.2")

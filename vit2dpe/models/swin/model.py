@@ -130,7 +130,7 @@ class Swin(TimmSwin):
             )
             self.train_grid = self.patch_embed.grid(*pair(img_size))
             self.position = tokens_of(position, Dims(embed_dim, num_heads[0], self.train_grid, depth=sum(depths)))
-            stages, grid = [], self.train_grid
+            stages, grid = [], pair(self.train_grid)
             for i, depth in enumerate(depths):
                 grid = grid if i == 0 else (-(-grid[0] // 2), -(-grid[1] // 2))
                 stages.append(

@@ -106,7 +106,7 @@ class TimmSwin(TimmModel):
         """
         count = len(self.layers)
         size = self.patch_embed.img_size if img_size is None else pair(img_size)
-        self.train_grid = grid = self.change_patch(size, patch_size)
+        self.train_grid = grid = pair(self.change_patch(size, patch_size))
         self.patch_embed.img_size = size
         windows = None if window_size is None else per_stage(window_size, count)
         if windows is None and window_ratio is not None:

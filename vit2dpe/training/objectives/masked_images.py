@@ -141,7 +141,7 @@ def _mask_ratio(config: PretrainConfig) -> float:
 
 
 def masked_task(
-    config: PretrainConfig, data: Images, size: Size, grid: tuple[int, int], device: torch.device, world: World
+    config: PretrainConfig, data: Images, size: Size, grid: tuple[int, ...], device: torch.device, world: World
 ) -> MaskedTask:
     images = image_task(config, view_augment(config), data, size, device, world)
     return MaskedTask(images, grid, _mask_ratio(config))

@@ -24,12 +24,12 @@ class MaskedTask(Task[Batch]):
 
     Args:
         images: batches, augmentation and test images; their labels are not used.
-        grid: patches of an image along both axes.
+        grid: patches of an image along its axes.
         mask_ratio: share of patches that is hidden.
     """
 
     images: ImageTask
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     mask_ratio: float = 0.75
     unit: str = "images"
     best: tuple[str, str] | None = field(init=False)
