@@ -16,7 +16,7 @@ ROOT = Path(vit2dpe.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # A room may import rooms on lower floors. The ground floor's files may import each other, without circles.
-GROUND = ("packed", "positions", "ranges", "seeding", "segments", "signal", "spec")
+GROUND = ("grids", "packed", "positions", "ranges", "seeding", "segments", "signal", "spec")
 FLOORS: tuple[tuple[str, ...], ...] = (
     (*("_version", "contextual", "errors", "files", "modes"), *GROUND),
     ("encodings", "attention", "data"),

@@ -112,7 +112,7 @@ def _placed(at: Positions, axis: int | None, line: bool) -> Positions:
         if axis is None:
             return at.with_prefix(0)
         if line:
-            return Positions.grid(at.extent[axis : axis + 1], at.coords.device)
-        return Positions(at.coords[..., axis : axis + 1], at.extent[axis : axis + 1], on_grid=at.on_grid)
+            return Positions.grid(at.one_extent[axis : axis + 1], at.coords.device)
+        return Positions(at.coords[..., axis : axis + 1], at.largest[axis : axis + 1], on_grid=at.on_grid)
 
     return at.memoize(("placed", axis, line), make)

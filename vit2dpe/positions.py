@@ -12,32 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import register_dataclass
 
+from .grids import Bounds, Extent, Places, between_places, check, each_axis, is_tracing, of_prefix, readable, taken
 from .segments import Segments
 
+__all__ = ["DISTANCES", "Positions", "distance", "exact", "float64_device", "is_tracing", "numbers", "offsets"]
 T = TypeVar("T")
-is_tracing: Callable[[], bool] = torch.jit.is_tracing
-
-
-def longer(length: int, other: int) -> int:
-    """The larger of two lengths; an exported program in which one is free keeps it free, a traced graph serves one."""
-    if is_tracing():  # lengths are tensors there
-        return max(int(length), int(other))
-    plain = isinstance(length, int) and isinstance(other, int)  # torch before 2.11 compiles sym_max of no plain numbers
-    return cast(int, (max if plain else torch.sym_max)(length, other))
-
-
-class Bounds(NamedTuple):
-    """The least and the largest coordinate along each axis, and whether all are whole numbers."""
-
-    least: list[float]
-    most: list[float]
-    whole: bool
 
 
 class Row(NamedTuple):
@@ -54,45 +40,50 @@ class Positions:
     Args:
         coords: (B|1, N, d) float32 or float64, patch units, rows first, patch centres at integers.
         extent: the d sizes of the grid the coordinates live on. Never inferred from N: after `take` a
-            few tokens still live on the whole grid.
-        prefix: leading tokens that have no place (class token, registers). They have no row in `coords`.
+            few tokens still live on the whole grid. Where samples have grids of their own, int64 (B, d) on the device
+            of coords, or (S, d) of S images in a row; its values are not looked at.
+        prefix: leading tokens that have no place (class token, registers). They have no row in `coords`. Of a row of
+            images those of all lead it, as many of each, in the order of the images.
         on_grid: that all places are known to be whole numbers inside the extent, by how they were made. Others are
             looked at where a table is about to be read at them, once; on a GPU the host waits for that. In a graph,
             which looks at nothing, others are taken to be fractional.
         spacing: how far apart neighbours on this grid are, one number for each axis; () where it is 1. Coordinates
             stay in patches of the training grid, the extent counts places of this one: it covers `span`.
+        valid: (B|1, N) bool, which places hold a token; None: all. Prefix tokens always are one.
+        segment: (1, N) int64, for images in a row: of which one, a row of the extent, each place is.
+        box: of extents by sample the largest size along each axis, where it is known; a table of all offsets is as
+            large.
         row: of a packed row, where the tokens of its segments are; encodings are evaluated there.
 
     Raises:
-        ValueError: if `coords` is not (B, N, d) in at least float32, or `extent` does not name d sizes.
+        ValueError: if `coords` is not (B, N, d) in at least float32, `extent` does not name d sizes, or what is of each
+            sample or place has another shape or type.
     """
 
     coords: Tensor
-    extent: tuple[int, ...]
+    extent: Extent
     prefix: int = 0
     on_grid: bool = False
     spacing: tuple[float, ...] = ()
+    valid: Tensor | None = None
+    segment: Tensor | None = None
+    box: tuple[int, ...] = ()
     row: Row | None = None
     whole: bool = field(default=False, init=False, repr=False)  # made by `grid`: all places, row by row
-    # Of scaled places: those that were scaled, and the ratio (d,) float64 of their offsets.
+    # Of scaled places: those that were scaled, and the ratio of their offsets, (d,) or (B|1, N|1, d) float64.
     source: tuple[Positions, Tensor] | None = field(default=None, init=False, repr=False)
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # see `memoize`
 
     def __post_init__(self) -> None:
         if not isinstance(self.coords, Tensor):
             return  # a tree of something else, while a pytree is mapped over
-        object.__setattr__(self, "extent", tuple(self.extent))
+        if not isinstance(self.extent, Tensor):
+            object.__setattr__(self, "extent", tuple(self.extent))
         # Half precision cannot tell place 257 from 258.
-        if self.coords.ndim != 3 or self.coords.dtype not in (torch.float32, torch.float64):
-            came = f"{self.coords.dtype} {tuple(self.coords.shape)}"
-            raise ValueError(
-                f"coords must be a float32 or float64 tensor (B, N, d), got {came}; "
-                "Positions.grid and Positions.sequence make one"
-            )
-        if self.coords.shape[-1] != len(self.extent):
-            raise ValueError(
-                f"extent must name one size per axis: coords have {self.coords.shape[-1]} axes, extent={self.extent}"
-            )
+        right = self.coords.ndim == 3 and self.coords.dtype in (torch.float32, torch.float64)
+        plain = not isinstance(self.extent, Tensor) and self.valid is None and self.segment is None
+        if not (right and plain and self.coords.shape[-1] == len(self.extent)):
+            check(self.coords, self.extent, self.valid, self.segment)
 
     @classmethod
     def grid(
@@ -138,15 +129,42 @@ class Positions:
         origin: float | Sequence[float] | None,
     ) -> Positions:
         at = cls.grid(extent, device)
-        steps = _each("spacing", 1.0 if spacing is None else spacing, at.axes)
+        steps = each_axis("spacing", 1.0 if spacing is None else spacing, at.axes)
         if not all(step > 0 for step in steps):
             raise ValueError(f"spacing must be above 0, got {spacing}")
-        first = [(step - 1) / 2 for step in steps] if origin is None else _each("origin", origin, at.axes)
+        first = [(step - 1) / 2 for step in steps] if origin is None else each_axis("origin", origin, at.axes)
         if all(step == 1 for step in steps) and not any(first):
             return at
         scale, shift = (numbers(x, at.coords.device) for x in (steps, first))
         coords = (exact(at.coords) * scale + shift).to(at.coords.device, at.coords.dtype)
         return cls(coords, at.extent, spacing=tuple(steps))
+
+    @classmethod
+    def grids(
+        cls, extents: Sequence[Sequence[int]], length: int | None = None, device: torch.device | str | None = None
+    ) -> Positions:
+        """A padded batch: of each sample all places of its own grid, row by row, then places that hold no token.
+
+        Args:
+            extents: of each sample how many places there are along each axis.
+            length: how many places a sample has, padding among them; default: those of the largest grid.
+
+        Raises:
+            ValueError: for grids that are none, and a length below the largest.
+        """
+        made = Places.padded(extents, length, device)
+        return cls(made.coords, made.extent, on_grid=True, valid=made.valid, box=made.box)
+
+    @classmethod
+    def packed(
+        cls, extents: Sequence[Sequence[int]], length: int | None = None, device: torch.device | str | None = None
+    ) -> Positions:
+        """As `grids`, but one row (1, N, d) in which they stand behind each other, and then padding up to the length.
+
+        Which tokens may attend to which is `attention.masks.together`.
+        """
+        made = Places.packed(extents, length, device)
+        return cls(made.coords, made.extent, 0, True, (), made.valid, made.segment, made.box)
 
     @classmethod
     def sequence(
@@ -178,14 +196,66 @@ class Positions:
     @property
     def axes(self) -> int:
         """d, the number of axes."""
-        return len(self.extent)
+        return self.extent.shape[-1] if isinstance(self.extent, Tensor) else len(self.extent)
+
+    @property
+    def one_extent(self) -> tuple[int, ...]:
+        """The extent, where it is one for all; a ValueError where each sample has its own."""
+        if isinstance(self.extent, Tensor):
+            raise ValueError(
+                f"what is asked for has one extent for all, and these places have {len(self.extent)}, one of each "
+                "sample: give images of one size at a time, or an encoding and a policy that follow those (formulas do)"
+            )
+        return self.extent
+
+    def is_on(self, extent: tuple[int, ...]) -> bool:
+        """Whether this is the one extent of all; extents by sample are not looked at."""
+        return not isinstance(self.extent, Tensor) and self.extent == extent
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """The extent, or the largest size of all samples along each axis; () where that is not known."""
+        return self.box if isinstance(self.extent, Tensor) else self.extent
 
     @property
     def span(self) -> tuple[float, ...]:
-        """The d lengths that the grid covers, in patches of training: the extent times the spacing."""
+        """The d lengths that a grid for all covers, in patches of training: the extent times the spacing."""
         if not self.spacing:
-            return self.extent
-        return tuple(size * step for size, step in zip(self.extent, self.spacing, strict=True))
+            return self.one_extent
+        return tuple(size * step for size, step in zip(self.one_extent, self.spacing, strict=True))
+
+    def spans(self, prefix: bool = False) -> Tensor:
+        """The `span` as float64 on the `float64_device`: (d,) of one grid for all, else (B|1, N|1, d), or with `prefix`
+        (B|1, P + N|1, d); it meets coordinates in either case."""
+        if not isinstance(self.extent, Tensor):
+            return numbers(self.span, self.coords.device)
+        sizes = self.sizes(prefix)
+        return sizes * numbers(self.spacing, sizes.device) if self.spacing else sizes
+
+    def middle(self) -> Tensor:
+        """The place in the middle of the grid, as `spans`."""
+        if isinstance(self.extent, Tensor):
+            return (self.spans() - 1) / 2
+        return numbers([(size - 1) / 2 for size in self.span], self.coords.device)
+
+    def sizes(self, prefix: bool = True) -> Tensor:
+        """(B|1, P + N|1, d) float64 on the `float64_device`: the extent of each token's grid."""
+        if not isinstance(self.extent, Tensor):
+            return numbers(self.extent, self.coords.device)[None, None]
+        sizes, segment = exact(self.extent), self.segments() if prefix else self.segment
+        return sizes[:, None] if segment is None else sizes[segment.to(sizes.device)]
+
+    def segments(self) -> Tensor | None:
+        """(1, P + N) int64, of images in a row which one each token belongs to, prefix tokens included."""
+        if self.segment is None or not self.prefix:
+            return self.segment
+        if not isinstance(self.extent, Tensor):
+            raise ValueError("of a row with one extent for all it is not known which document prefix tokens belong to")
+        return torch.cat([of_prefix(self.prefix, len(self.extent), self.segment.device), self.segment], dim=1)
+
+    def held(self) -> Tensor | None:
+        """(B|1, P + N) bool, which tokens are one, prefix tokens included; None: all."""
+        return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
 
     def take(self, index: Tensor) -> Positions:
         """Keep the places at `index`: (K,) the same for all samples, or (B, K) for each sample its own.
@@ -193,18 +263,28 @@ class Positions:
         `index` counts tokens that have a place, prefix tokens not among them. The extent stays.
         """
         if index.ndim == 1:
-            return Positions(self.coords[:, index], self.extent, self.prefix, self.on_grid, self.spacing)
+            return self._taken(self.coords[:, index], index)
         if index.ndim != 2:
             raise ValueError(f"index must be (K,) or (B, K), got {tuple(index.shape)}")
         if self.coords.shape[0] not in (1, index.shape[0]):
             raise ValueError(f"index is for {index.shape[0]} samples, coords for {self.coords.shape[0]}")
         coords = self.coords.expand(index.shape[0], -1, -1)
         where = index[..., None].expand(-1, -1, self.axes)  # (B, K, d)
-        return Positions(coords.gather(1, where), self.extent, self.prefix, self.on_grid, self.spacing)
+        return self._taken(coords.gather(1, where), index)
+
+    def _taken(self, coords: Tensor, index: Tensor) -> Positions:
+        valid, segment = taken(self.valid, index), taken(self.segment, index)
+        return Positions(coords, self.extent, self.prefix, self.on_grid, self.spacing, valid, segment, self.box)
+
+    def moved(self, coords: Tensor, on_grid: bool = False) -> Positions:
+        """The same tokens at other places (B|1, N, d) of the same grids."""
+        return Positions(coords, self.extent, self.prefix, on_grid, self.spacing, self.valid, self.segment, self.box)
 
     def with_prefix(self, prefix: int) -> Positions:
         """The same places behind `prefix` leading tokens that have none (a total, not an increment)."""
-        made = Positions(self.coords, self.extent, prefix, self.on_grid, self.spacing)
+        made = Positions(
+            self.coords, self.extent, prefix, self.on_grid, self.spacing, self.valid, self.segment, self.box
+        )
         object.__setattr__(made, "whole", self.whole)
         return made
 
@@ -223,40 +303,32 @@ class Positions:
         return found
 
     def places(self) -> Tensor:
-        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table.
-
-        Raises:
-            ValueError: for fractional coordinates, wherever they can be looked at.
-        """
+        """(B|1, N, d) int64 coordinates, for encodings that look places up in a table; a ValueError for fractional
+        ones, wherever they can be looked at."""
         if self.on_grid:
             return self.coords.long()
         if self.spacing:
-            raise ValueError(
-                f"this encoding looks up whole places in a table, and those of a grid of spacing {self.spacing} lie "
-                "between them; use a continuous encoding (sincos, rope, alibi, ...)"
-            )
+            raise between_places(self.spacing)
         bounds = self.bounds()
         if bounds is not None and not bounds.whole:
-            raise ValueError(
-                "this encoding looks places up in a table and takes whole coordinates only; "
-                "for fractional ones use a continuous encoding (learned, rope, alibi, ...)"
-            )
+            raise between_places(())
         return self.coords.round().long()
 
     def on_integers(self) -> bool:
         """Whether all places are known to be whole numbers; not in a graph, which looks at none, nor where they learn.
-
-        Raises:
-            ValueError: for infinite places, wherever they can be looked at.
-        """
+        A ValueError for infinite ones, wherever they can be looked at."""
         if self.on_grid:
             return True
-        if self.spacing:  # between those that a table has, or farther apart
+        if self.spacing or self.by_sample():  # between those that a table has, or farther apart
             return False
         bounds = self.bounds()
         if bounds is not None and not all(map(math.isfinite, (*bounds.least, *bounds.most))):
             raise ValueError(f"places must be finite, got places from {bounds.least} to {bounds.most}")
         return bounds is not None and bounds.whole and not self.coords.requires_grad
+
+    def by_sample(self) -> bool:
+        """Whether extents, or ratios by which places were scaled, differ by sample; nobody looks at such places."""
+        return isinstance(self.extent, Tensor) or (self.source is not None and self.source[1].ndim > 1)
 
     def assume(self, least: Sequence[float], most: Sequence[float]) -> Positions:
         """These places, known to be fractional and to lie between these bounds, which are then not read."""
@@ -266,36 +338,9 @@ class Positions:
 
     def bounds(self) -> Bounds | None:
         """Where the places lie, read once; None without any, and where they cannot be looked at (see `readable`)."""
-        if not self.coords.numel() or not readable(self.coords):
+        if not self.coords.numel() or not readable(self.coords) or self.by_sample():
             return None
-        return self.memoize("bounds", self._bounds)
-
-    def _bounds(self) -> Bounds:
-        places = self.coords.detach().flatten(0, 1)  # (B N, d)
-        least, most = places.aminmax(dim=0)
-        whole = (places - places.round() == 0).all().to(places.dtype)  # infinite ones are not
-        *ends, whole = torch.cat([least, most, whole[None]]).tolist()
-        return Bounds(ends[: self.axes], ends[self.axes :], bool(whole))
-
-
-def _each(name: str, value: float | Sequence[float], axes: int) -> list[float]:
-    found = [value] * axes if isinstance(value, int | float) else list(value)
-    if len(found) != axes or not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
-        raise ValueError(f"{name} must be one finite number or {axes}, one of each axis, got {value!r}")
-    return [float(x) for x in found]
-
-
-def checkable(tensor: Tensor) -> bool:
-    """Whether its values can be tested at no cost but the test: eager mode, on the CPU, a real tensor."""
-    return tensor.device.type == "cpu" and readable(tensor)
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: eager mode, a real tensor, and no CUDA graph that is being captured."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
-    if not plain or torch.compiler.is_compiling() or is_tracing():
-        return False
-    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        return self.memoize("bounds", lambda: Bounds.of(self.coords))
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -127,7 +127,8 @@ class Table(NamedTuple):
 
 def _within(at: Positions, reach: list[int]) -> bool:
     """Whether the places are known to be on a grid of which a table covers all offsets."""
-    return at.on_grid and all(size - 1 <= most for size, most in zip(at.extent, reach, strict=True))
+    sizes = at.largest
+    return at.on_grid and bool(sizes) and all(size - 1 <= most for size, most in zip(sizes, reach, strict=True))
 
 
 def _inner(places: Tensor, steps: list[int]) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vit2dpe import ConfigError, Dims, Positions, ViT, build, set_policy, use_policy
 from vit2dpe.encodings import ENCODINGS, Jitter, NoPosition, between
 from vit2dpe.encodings.base import common_policies
+from vit2dpe.grids import Bounds
 from vit2dpe.resolution.policies import Interpolate
 from vit2dpe.signal import Dense, Table
 from vit2dpe.testing import randomise, tensors
@@ -166,7 +167,7 @@ def test_jitter_serves_every_encoding(name):
     grid = Positions.grid(GRID)
     still = tensors(encoding(grid))
     jittered = Jitter(encoding, 2.0).train()
-    with mock.patch.object(Positions, "_bounds", side_effect=AssertionError("looked at")):
+    with mock.patch.object(Bounds, "of", side_effect=AssertionError("looked at")):
         one, two = tensors(jittered(grid)), tensors(jittered(grid))
     for field, tensor in one.items():
         assert tensor.shape == still[field].shape

@@ -7,9 +7,10 @@ import torch
 
 from benchmarks import devtrace
 from tests.devices import Device
-from vit2dpe import MAE, ConfigError, Dims, Positions, Swin, ViT, build, positions
+from vit2dpe import MAE, ConfigError, Dims, Positions, Swin, ViT, build, grids
 from vit2dpe.attention.cache import KVCache
 from vit2dpe.encodings import ENCODINGS
+from vit2dpe.grids import Bounds
 from vit2dpe.models.text.heads import TextDecoder
 from vit2dpe.models.text.model import Encoded
 from vit2dpe.models.text.seq2seq import Seq2Seq
@@ -76,7 +77,7 @@ def test_hand_made_places_are_read_once_and_never_in_a_graph(word):
     with Device("cuda"):
         encoding.to("cuda")
         at = Positions(Positions.grid(grid, "cuda").coords, grid)
-        with mock.patch.object(Positions, "_bounds", autospec=True, side_effect=Positions._bounds) as read:
+        with mock.patch.object(Bounds, "of", side_effect=Bounds.of) as read:
             for _ in range(3):
                 tensors(encoding(at))
             assert read.call_count == 1
@@ -91,20 +92,20 @@ def test_hand_made_places_are_read_once_and_never_in_a_graph(word):
 
 
 def test_what_can_be_looked_at():
-    assert positions.readable(torch.zeros(1))
-    assert not positions.readable(torch.zeros(1, device="meta"))
+    assert grids.readable(torch.zeros(1))
+    assert not grids.readable(torch.zeros(1, device="meta"))
     with Device("cuda"):
         here = torch.zeros(1, device="cuda")
-        assert positions.readable(here)
-        assert not positions.checkable(here)
+        assert grids.readable(here)
+        assert not grids.checkable(here)
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
-            assert not positions.readable(here)
-            assert positions.readable(torch.zeros(1))
+            assert not grids.readable(here)
+            assert grids.readable(torch.zeros(1))
     seen = []
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(x):
-        seen.append(positions.readable(x))
+        seen.append(grids.readable(x))
         return x + 1
 
     compiled(torch.zeros(1))
@@ -188,7 +189,7 @@ def test_a_model_reads_no_place(run):
         images = torch.empty(2, 3, 16, 24, device="cuda")
         with torch.device("cuda"), recorder() as recorded:
             run(images)
-    assert not [line for line in recorded.traffic.reads if "positions.py" in line], recorded.traffic.report("places")
+    assert not [line for line in recorded.traffic.reads if "grids.py" in line], recorded.traffic.report("places")
 
 
 def test_a_place_of_ones_own_is_read_there():
@@ -197,4 +198,4 @@ def test_a_place_of_ones_own_is_read_there():
         devtrace.on_fake_cuda(encoding)
         with recorder() as recorded:
             encoding(Positions(torch.empty(1, 2, 2, device="cuda"), (3, 4)))
-    assert [line.split(":")[0] for line in recorded.traffic.reads] == ["tolist positions.py"]
+    assert [line.split(":")[0] for line in recorded.traffic.reads] == ["tolist grids.py"]

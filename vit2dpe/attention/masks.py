@@ -142,6 +142,18 @@ def _check_shape(mask: Tensor, batch: int, count: int, heads: int) -> None:
     )
 
 
+def together(at: Positions) -> Tensor | None:
+    """Of places that do not all hold a token, or of images in a row: keys that hold one, of the query's own image.
+
+    Queries that are padding attend to tokens too: where each sample or image has one, a `FullMask` can be made of it.
+
+    Returns:
+        (B|1, 1, 1|N, N), prefix tokens included, or None where every query may attend to every key.
+    """
+    held, segments = at.held(), at.segments()
+    return both(None if held is None else present(held), None if segments is None else same(segments, segments))
+
+
 def both(*masks: Tensor | None) -> Tensor | None:
     """What all of them allow; None allows everything."""
     given = [mask for mask in masks if mask is not None]

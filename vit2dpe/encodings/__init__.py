@@ -1,7 +1,7 @@
 """Positional encodings, one idea a file: from places to a `Signal`. Imports the ground floor alone."""
 
 from .alibi import Alibi
-from .base import NoPosition, OnGrid, PositionEncoding, Sum, terms
+from .base import NoPosition, PositionEncoding, Sum, terms
 from .cycle import Cycle
 from .decomposed import Decomposed
 from .factorized import Factorized
@@ -14,6 +14,7 @@ from .kerple import Kerple
 from .learned import LearnedTable
 from .logcpb import LogCPB
 from .lookhere import LookHere
+from .on_grid import OnGrid
 from .registry import ENCODINGS, Builder, Dims, build, parse, parse_blocks
 from .relative import RelativeBias
 from .rope import AxialRoPE

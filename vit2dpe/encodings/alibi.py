@@ -86,8 +86,8 @@ class Alibi(PositionEncoding):
 
     def _channels(self, q: Positions, k: Positions) -> LowRank:
         """-m ‖q - k‖² as fq · fk, places measured from the middle of the grid, where squares are smallest."""
-        middle = numbers([(size - 1) / 2 for size in q.span], q.coords.device)
-        p, o = (coords - middle.to(coords.device) for coords in (exact(q.coords), exact(k.coords)))  # (B|1, N, d)
+        middle = q.middle()
+        p, o = (exact(at.coords) - middle for at in (q, k))  # (B|1, N, d)
         fq = torch.cat([p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1]), -2 * p], dim=-1)
         fk = torch.cat([torch.ones_like(o[..., :1]), o.square().sum(-1, keepdim=True), o], dim=-1)
         # Of squares of up to 14 bits times a slope of up to 10 no bit is lost in float32, so that they cancel exactly;

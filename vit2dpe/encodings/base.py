@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
+from ..grids import Extent, Span
 from ..packed import joined
 from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Rotation, Signal
@@ -38,8 +39,9 @@ class Policy(Protocol):
         """The places that the encoding is evaluated at instead of `at`."""
         ...
 
-    def rescale(self, frequencies: Tensor, span: tuple[float, ...]) -> Tensor:
-        """The rotary frequencies (d, 1|H, Dh/2) that serve a grid that covers this span."""
+    def rescale(self, frequencies: Tensor, span: Span) -> Tensor:
+        """The rotary frequencies (d, 1|H, Dh/2) that serve a grid that covers this span; (d, B|1, N|1, 1|H, Dh/2) of
+        grids by sample."""
         ...
 
     def resize(self, table: Tensor, sizes: tuple[int, ...], own: str, axis: int) -> Tensor:
@@ -48,9 +50,10 @@ class Policy(Protocol):
 
 
 class Temperature(Protocol):
-    """A factor on the logits that depends on how many keys there are; a 0-d tensor while a graph is traced."""
+    """A factor on the logits that depends on how many keys there are; a 0-d tensor while a graph is traced. Of sizes
+    (B|1, N|1, d) of each token it is (B|1, N|1)."""
 
-    def __call__(self, extent: tuple[int, ...]) -> float | Tensor: ...
+    def __call__(self, extent: Extent) -> float | Tensor: ...
 
 
 class Cache(Protocol):
@@ -62,7 +65,7 @@ class Cache(Protocol):
 class Angles(Protocol):
     """Angles that are not given as a tensor: `linear.LinearAngles`, `rope.AxialAngles`, `rope.SectionAngles`."""
 
-    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, span: Span, prefix: int) -> Tensor | Rotation:
         """Under a policy on a grid that covers this span, behind `prefix` tokens that do not turn.
 
         Returns:
@@ -248,8 +251,12 @@ class PositionEncoding(nn.Module):
         )
 
     def _temperature(self, k: Positions) -> float | Tensor | None:
-        temperature = self.temperature
-        return None if temperature is None else temperature(k.extent)
+        if (temperature := self.temperature) is None:
+            return None
+        factor = temperature(k.sizes() if isinstance(k.extent, Tensor) else k.extent)
+        if not isinstance(factor, Tensor) or factor.ndim == 0:
+            return factor
+        return factor.to(k.coords.device, self.dtype)[:, None, :, None]  # (B|1, 1, N|1, 1)
 
     def _token(self, at: Positions) -> Tensor | None:
         token = self.token(at)
@@ -264,7 +271,9 @@ class PositionEncoding(nn.Module):
         if isinstance(angle, Tensor):
             resolved: Tensor | Rotation = F.pad(angle, (0, 0, at.prefix, 0))
         else:
-            resolved = angle.resolve(policy, at.span if at.spacing else at.extent, at.prefix)
+            one = at.span if at.spacing else at.extent
+            span = at.spans(prefix=True) if isinstance(one, Tensor) else one
+            resolved = angle.resolve(policy, span, at.prefix)
         return rotation_of(resolved, self.dtype, at.coords.device)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:
@@ -317,31 +326,6 @@ class Sum(PositionEncoding):
         for part in self.terms:
             signal = signal.plus(part(q, k))
         return signal
-
-
-class OnGrid(PositionEncoding):
-    """An encoding whose formula has a constant of the grid it is trained on; `set_grid` leaves it alone.
-
-    The grid is in the state_dict (`_extra_state`, (d,) integers), as that of a table is in its shape: another size, or
-    a model built for another one, does not change the function that was trained. (docs/decisions/0007)
-    """
-
-    grid: tuple[int, ...]
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.grid, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if len(state) != len(self.grid):
-            raise CheckpointError(
-                f"{type(self).__name__} was trained on a grid of {len(state)} axes, this one is for {len(self.grid)}"
-            )
-        self.grid = tuple(int(size) for size in state)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # Other people's weights do not have it: then the grid that the model was built for is kept.
-        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NoPosition(PositionEncoding):

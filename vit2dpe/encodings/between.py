@@ -94,7 +94,9 @@ def check_inside(at: Positions) -> None:
     bounds = at.bounds()
     if bounds is None or at.source is not None:
         return
-    if not (min(bounds.least) >= -0.501 and all(m < s - 0.499 for m, s in zip(bounds.most, at.extent, strict=True))):
+    if not (
+        min(bounds.least) >= -0.501 and all(m < s - 0.499 for m, s in zip(bounds.most, at.one_extent, strict=True))
+    ):
         ends = (", ".join(f"{end:g}" for end in side) for side in (bounds.least, bounds.most))
         raise ValueError(
             f"places from ({') to ('.join(ends)}) leave the grid of {at.extent}, which this table covers, by more than "

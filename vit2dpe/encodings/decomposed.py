@@ -68,9 +68,9 @@ class Decomposed(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Contextual:
         offsets = axis_offsets(q, k, self.axes, q.coords.device)
         vectors = [
-            viewed(self._resized(axis, 2 * size - 1).to(self.dtype)[None]) for axis, size in enumerate(q.extent)
+            viewed(self._resized(axis, 2 * size - 1).to(self.dtype)[None]) for axis, size in enumerate(q.one_extent)
         ]  # (1, 2 S_a - 1, Dh)
-        entries = [offset + (size - 1) for offset, size in zip(offsets, q.extent, strict=True)]
+        entries = [offset + (size - 1) for offset, size in zip(offsets, q.one_extent, strict=True)]
         return Contextual(tuple(vectors), tuple(entries), q, k, self.heads)
 
     def _resized(self, axis: int, size: int) -> Tensor:

@@ -57,7 +57,9 @@ class Factorized(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
-        lines = [fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.extent)]  # (D, S)
+        lines = [
+            fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.one_extent)
+        ]  # (D, S)
         if at.on_integers():
             places = check_places(at)
             rows = [line.t()[places[..., axis]] for axis, line in enumerate(lines)]

@@ -85,7 +85,7 @@ class Fire(PositionEncoding):
     def bias(self, q: Positions, k: Positions) -> Tensor | Table:
         if self.threshold is None:
             like = lifted(self.log_scale)
-            found = lattice(q, k, len(self.grid))
+            found = None if isinstance(q.extent, Tensor) else lattice(q, k, len(self.grid))  # a reach for each grid
             key = ("fire", len(self.grid), like.dtype)
             far, reach = kept(q, k, key, lambda: self._distances(q, k, found, like))  # the same for all blocks
             bias = channels_first(self._network(far, reach))
@@ -104,11 +104,19 @@ class Fire(PositionEncoding):
         if found is not None and found[2] is None:
             far = offsets.square().sum(-1).sqrt()
             reach = far.max()
+        elif isinstance(q.extent, Tensor):
+            far, reach = torch.linalg.vector_norm(offsets, dim=-1), self._diagonals(q)
         else:  # the norm has a gradient at 0, the root has none
             far = torch.linalg.vector_norm(offsets, dim=-1)
             whole = offset_grid(q, k, len(self.grid))
             reach = (whole * numbers(q.spacing, whole.device) if q.spacing else whole).square().sum(-1).sqrt().max()
         return far.to(like.dtype).to(like.device), reach.to(like.dtype).to(like.device)
+
+    def _diagonals(self, at: Positions) -> Tensor:
+        """(B|1, N|1, 1) float64, of the grid that each query is on."""
+        steps = numbers(at.spacing or [1.0] * at.axes, at.coords.device)
+        far: Tensor = torch.linalg.vector_norm((at.sizes(prefix=False) - 1) * steps, dim=-1, keepdim=True)
+        return far
 
     def _network(self, far: Tensor, reach: Tensor) -> Tensor:
         """(...) distances, reach broadcast to them -> (..., H)."""

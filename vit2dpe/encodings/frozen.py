@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, not_ours
+from ..grids import Extent
 from ..positions import Positions
 from ..signal import Bias, Dense, Distance, Signal, Table
 from .base import Overrides, Policy, PositionEncoding, Temperature, overriding
@@ -165,12 +166,20 @@ def _same(a: Positions, b: Positions) -> bool:
     x, y = a.coords, b.coords
     one_kind = x.device == y.device and x.dtype == y.dtype and x.shape == y.shape
     return (
-        a.extent == b.extent
-        and a.span == b.span
+        _equal(a.extent, b.extent)
+        and _equal(a.valid, b.valid)
+        and _equal(a.segment, b.segment)
+        and (a.box, a.spacing) == (b.box, b.spacing)
         and a.prefix == b.prefix
         and one_kind
         and (x is y or torch.equal(x, y))
     )
+
+
+def _equal(a: Extent | None, b: Extent | None) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.device == b.device and torch.equal(a, b))
+    return type(a) is type(b) and bool(a == b)
 
 
 def _settle(term: Bias) -> Bias:

@@ -54,11 +54,12 @@ class Jitter(PositionEncoding):
 
         def moved(where: Positions) -> Positions:
             coords = where.coords + (drawn if where.coords.shape == drawn.shape else draw(where.coords))
-            edges = [size - 0.5 for size in where.span]
+            edges = list[float]() if where.by_sample() else [size - 0.5 for size in where.span]
             if self.bounded:
-                coords = coords.clamp(min=-0.5).minimum(coords.new_tensor(edges))
-            made = Positions(coords, where.extent, where.prefix, spacing=where.spacing)
-            if self.bounded or where.on_grid:  # then nobody need look where they went
+                most = coords.new_tensor(edges) if edges else (where.spans() - 0.5).to(coords.device, coords.dtype)
+                coords = coords.clamp(min=-0.5).minimum(most)
+            made = where.moved(coords)
+            if edges and (self.bounded or where.on_grid):  # then nobody need look where they went
                 far = 0.5 if self.bounded else self.amount
                 made.assume([-far] * where.axes, [edge - 0.5 + far for edge in edges])
             return made

@@ -63,7 +63,7 @@ class LearnedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = fitted(self, channels_first(self.pos_embed[0]), at.extent, self.resize)  # (D, *extent)
+        table = fitted(self, channels_first(self.pos_embed[0]), at.one_extent, self.resize)  # (D, *extent)
         return tokens_at(table, at, self.sample)  # (B|1, N, D)
 
     def extra_repr(self) -> str:

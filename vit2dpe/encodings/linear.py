@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..grids import Span
 from ..positions import Positions
 from ..signal import Rotation
 from .base import Angles, Policy, PositionEncoding, can_interleave
@@ -19,25 +20,28 @@ class LinearAngles(NamedTuple):
 
     Args:
         coords: (B|1, N, d).
-        w: (d, 1|H, Dh/2) radians per patch, in the dtype of `coords`.
+        w: (d, 1|H, Dh/2) radians per patch, in the dtype of `coords`, or those of each token, (d, B|1, N|1, 1|H, Dh/2).
     """
 
     coords: Tensor
     w: Tensor
 
-    def resolve(self, policy: Policy | None, span: tuple[float, ...], prefix: int) -> Tensor | Rotation:
+    def resolve(self, policy: Policy | None, span: Span, prefix: int) -> Tensor | Rotation:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
+        if isinstance(span, Tensor):
+            span = span.to(self.w.device, self.w.dtype)
         w = self.w if policy is None else policy.rescale(self.w, span)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords  # nothing turns at 0
         learned = w.requires_grad and torch.is_grad_enabled() and not coords.requires_grad
-        if learned and can_interleave(w):
+        if learned and w.ndim == 3 and can_interleave(w):
             return Rotation(*_CosSin.apply(coords, w))
         return LinearAngles(coords, w).dense()
 
     def dense(self) -> Tensor:
         """(B|1, 1|H, N, Dh/2)"""
         places = self.coords[:, None, :, :, None].unbind(-2)  # of each axis (B|1, 1, N, 1)
-        w = self.w[:, :, None].unbind(0)  # of each axis (1|H, 1, Dh/2)
+        # Of each axis (1|H, 1, Dh/2), or (B|1, 1|H, N|1, Dh/2).
+        w = (self.w[:, :, None] if self.w.ndim == 3 else self.w.transpose(2, 3)).unbind(0)
         angle = places[0] * w[0]  # a matmul could be autocast, or rounded to TF32
         for place, frequency in zip(places[1:], w[1:], strict=True):
             angle.add_(place * frequency)  # not addcmul, whose one rounding would tell the axes apart
@@ -99,7 +103,7 @@ class DirectionalRoPE(PositionEncoding):
 
     def angle(self, at: Positions) -> Angles:
         w = self.frequencies(at.coords.device)
-        if len(at.extent) != len(w):
+        if at.axes != len(w):
             raise other_axes(at, len(w))
         # The device first: where it has no float64, formulas have their frequencies on the CPU.
         return LinearAngles(at.coords.to(w.device).to(w.dtype), w)

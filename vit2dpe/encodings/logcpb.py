@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown
 from ..positions import Positions, numbers
 from ..signal import Table
-from .base import OnGrid
 from .mlp import PositionLinear, lifted, lifted_mlp, redraw
 from .offsets import all_offsets, kept, lattice
+from .on_grid import OnGrid
 from .tables import channels_first
 
 

@@ -24,14 +24,15 @@ Lattice = tuple[Positions, Positions, Tensor | None]
 
 
 def lattice(q: Positions, k: Positions, axes: int) -> Lattice | None:
-    """Whole places, of queries and keys, whose offsets times a ratio (d,) are those between q and k; None for others.
+    """Whole places, of queries and keys, whose offsets times a ratio (d,) are those between q and k; None for others,
+    also where the ratio is another for each sample.
 
     The ratio is None where it is 1.
     """
     check_extents(q, k, axes)
-    if q.on_integers() and k.on_integers():
+    if q.largest and q.on_integers() and k.on_integers():
         return q, k, None
-    if q.source is None or k.source is None:
+    if q.source is None or k.source is None or q.by_sample():
         return None
     (first, ratio), (second, _) = q.source, k.source
     same = first.extent == second.extent and first.on_integers() and second.on_integers()
@@ -48,9 +49,17 @@ def all_offsets(q: Positions, k: Positions, found: Lattice | None) -> Tensor:
     """(..., d) float64 offsets q - k: of their `lattice` (2 S_1 - 1, ..., 2 S_d - 1, d), else of all pairs
     (B|1, Nq, Nk, d)."""
     if found is None:
-        return torch.stack([offsets(q, k, axis) for axis in range(q.axes)], dim=-1)
+        return torch.stack([of_pairs(q, k, axis) for axis in range(q.axes)], dim=-1)
     along = [x.double() for x in along_axes(*found, q.axes, float64_device(q.coords.device))]
     return torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1)
+
+
+def of_pairs(q: Positions, k: Positions, axis: int) -> Tensor:
+    """(B|1, Nq, Nk) float64 offsets q - k of all pairs along an axis."""
+    if q.source is None or k.source is None or not q.by_sample():
+        return offsets(q, k, axis)
+    (first, ratio), (second, _) = q.source, k.source  # of scaled places in float32 the last digits would be lost
+    return offsets(first, second, axis) * ratio[..., axis, None]
 
 
 def kept(q: Positions, k: Positions, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
@@ -76,13 +85,13 @@ def read_at_offsets(table: Tensor, q: Positions, k: Positions, prefix: Tensor | 
         if ratio is None:
             return Table(table, first, second, prefix)
         for axis, x in enumerate(along_axes(*found, table.ndim - 1, float64_device(q.coords.device))):
-            table = read_along(table, axis, x + (q.extent[axis] - 1), sample)
+            table = read_along(table, axis, x + (q.one_extent[axis] - 1), sample)
         return Table(table, first, second, prefix)
     _check_reach(q, k)
     sizes, dtype = tuple(table.shape[1:]), table.dtype
 
     def made() -> Taps:
-        middle = numbers([size - 1 for size in q.extent], q.coords.device)
+        middle = numbers([size - 1 for size in q.one_extent], q.coords.device)
         return taps(all_offsets(q, k, None) + middle, sizes, sample, dtype)
 
     bias = read(table, kept(q, k, ("pairs", sizes, sample, dtype), made)).transpose(0, 1)  # (B|1, H, Nq, Nk)
@@ -96,7 +105,7 @@ def _check_reach(q: Positions, k: Positions) -> None:
     here, there = q.bounds(), k.bounds()
     if here is None or there is None:
         return
-    for axis, size in enumerate(q.extent):
+    for axis, size in enumerate(q.one_extent):
         low, high = here.least[axis] - there.most[axis], here.most[axis] - there.least[axis]
         if not (low >= -size - 1e-3 and high <= size + 1e-3):
             raise ValueError(

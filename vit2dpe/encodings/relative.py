@@ -91,7 +91,7 @@ class RelativeBias(PositionEncoding):
 
     def bias(self, q: Positions, k: Positions) -> Table | Dense:
         check_extents(q, k, self._learned().ndim - 1)
-        sizes = tuple(2 * size - 1 for size in q.extent)
+        sizes = tuple(2 * size - 1 for size in q.one_extent)
         prefix = None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
         return read_at_offsets(self._resized(sizes).to(self.dtype), q, k, prefix, self.sample)
 

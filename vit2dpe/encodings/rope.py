@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..grids import Span
 from ..positions import Positions, float64_device, numbers
 from .base import Policy
 from .linear import DirectionalRoPE, other_axes
@@ -49,7 +50,7 @@ class AxialAngles(NamedTuple):
 
     Args:
         coords: (B|1, N, d), of any precision.
-        w: (d, K) radians per patch.
+        w: (d, K) radians per patch, or those of each token, (B|1, N|1, d, K).
         interleaved: the pairs of a frequency beside each other, an axis after the other; else those of an axis.
         rest: pairs behind them that stand still.
     """
@@ -59,23 +60,24 @@ class AxialAngles(NamedTuple):
     interleaved: bool = False
     rest: int = 0
 
-    def resolve(self, policy: Policy | None, extent: tuple[float, ...], prefix: int) -> Tensor:
+    def resolve(self, policy: Policy | None, span: Span, prefix: int) -> Tensor:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
         w = self.w
         if policy is not None:
             unit = torch.eye(len(w), dtype=w.dtype, device=w.device)[None]
             rows = AxialAngles(unit, w, self.interleaved, self.rest).dense()[0].transpose(0, 1)  # (d, 1, Dh/2)
-            flat = _rescaled(policy, rows, extent)[0, : w.numel()]
-            w = flat.unflatten(0, w.mT.shape).mT if self.interleaved else flat.unflatten(0, w.shape)
+            flat = _rescaled(policy, rows, span)[..., 0, : w.numel()]
+            w = flat.unflatten(-1, w.mT.shape).mT if self.interleaved else flat.unflatten(-1, w.shape)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
         return AxialAngles(coords, w, self.interleaved, self.rest).dense()
 
     def dense(self) -> Tensor:
         """(B|1, 1, N, Dh/2)"""
+        w = self.w if self.w.ndim == 2 else self.w[:, None]
         if self.interleaved:
-            angle = (self.coords[:, None, :, None] * self.w.mT.contiguous()).flatten(-2)
+            angle = (self.coords[:, None, :, None] * w.mT.contiguous()).flatten(-2)
         else:
-            angle = (self.coords[:, None, :, :, None] * self.w).flatten(-2)
+            angle = (self.coords[:, None, :, :, None] * w).flatten(-2)
         return F.pad(angle, (0, self.rest)) if self.rest else angle
 
 
@@ -85,19 +87,19 @@ class SectionAngles(NamedTuple):
     Args:
         coords: (B|1, N, d), of any precision.
         axis: (1, Dh/2) of each pair, or (H, 1) of each head, int64.
-        w: (1|H, Dh/2) radians per patch, 0 of pairs that stand still.
+        w: (1|H, Dh/2) radians per patch, 0 of pairs that stand still, or those of each token, (B|1, N|1, 1|H, Dh/2).
     """
 
     coords: Tensor
     axis: Tensor
     w: Tensor
 
-    def resolve(self, policy: Policy | None, extent: tuple[float, ...], prefix: int) -> Tensor:
+    def resolve(self, policy: Policy | None, span: Span, prefix: int) -> Tensor:
         """With the frequencies of a policy, behind `prefix` tokens that do not turn; see `Angles`."""
         w = self.w
         if policy is not None:
             axes = torch.arange(self.coords.shape[-1], device=w.device)
-            w = _rescaled(policy, (self.axis == axes[:, None, None]) * w, extent)
+            w = _rescaled(policy, (self.axis == axes[:, None, None]) * w, span)
         coords = F.pad(self.coords, (0, 0, prefix, 0)) if prefix else self.coords
         return SectionAngles(coords, self.axis, w).dense()
 
@@ -105,18 +107,19 @@ class SectionAngles(NamedTuple):
         """(B|1, 1|H, N, Dh/2)"""
         places = self.coords.index_select(-1, self.axis.flatten())  # (B|1, N, Dh/2), or (B|1, N, H)
         of_pairs = places[:, None] if len(self.axis) == 1 else places.mT[..., None]
-        return of_pairs * self.w[:, None]
+        return of_pairs * (self.w[:, None] if self.w.ndim == 2 else self.w.transpose(1, 2))
 
 
-def _rescaled(policy: Policy, rows: Tensor, extent: tuple[float, ...]) -> Tensor:
-    """(1|H, Dh/2) frequencies under a policy, of (d, 1|H, Dh/2) that have one axis each.
+def _rescaled(policy: Policy, rows: Tensor, span: Span) -> Tensor:
+    """(1|H, Dh/2) frequencies under a policy, of (d, 1|H, Dh/2) that have one axis each; (B|1, N|1, 1|H, Dh/2) of spans
+    by sample.
 
     An axis is given as if it were a head, so that its fastest and slowest pairs are its own.
     """
     if rows.shape[1] > 1:
-        return policy.rescale(rows, extent).sum(0)
+        return policy.rescale(rows, span).sum(0)
     each = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)[..., None] * rows  # (d, d, Dh/2)
-    return policy.rescale(each, extent).sum((0, 1))[None]
+    return policy.rescale(each, span).sum((0, -2)).unsqueeze(-2)
 
 
 def angles_of(of: Sections, coords: Tensor) -> AxialAngles | SectionAngles:
@@ -205,7 +208,7 @@ class AlongAxes(DirectionalRoPE):
         return frequencies_of(self.sections, device)
 
     def angle(self, at: Positions) -> AxialAngles | SectionAngles:
-        if len(at.extent) != self.sections.axes:
+        if at.coords.shape[-1] != self.sections.axes:
             raise other_axes(at, self.sections.axes)
         return angles_of(self.sections, at.coords)
 
@@ -284,8 +287,8 @@ def started(at: Positions, start: tuple[float, ...]) -> Positions:
     if not any(start):
         return at
     if len(set(start)) == 1:
-        return Positions(at.coords + start[0], at.extent)
-    if len(at.extent) != len(start):
+        return at.moved(at.coords + start[0])
+    if at.axes != len(start):
         raise other_axes(at, len(start))
     first = numbers(start, at.coords.device)
-    return Positions(at.coords + first.to(at.coords.device, at.coords.dtype), at.extent)
+    return at.moved(at.coords + first.to(at.coords.device, at.coords.dtype))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..positions import Positions, exact, float64_device, numbers
+from ..positions import Positions, exact, float64_device
 from .rope import AlongAxes, AxialAngles, SectionAngles
 from .rotary_options import of_each
 from .sections import Sections
@@ -85,7 +85,7 @@ class CentredRoPE(AlongAxes):
     def angle(self, at: Positions) -> AxialAngles | SectionAngles:
         if at.axes != self.axes:
             raise ValueError(f"this rope was built for {self.axes} axes, the positions have {at.axes}")
-        return super().angle(Positions(_centred(at), at.extent))
+        return super().angle(at.moved(_centred(at)))
 
     def perturb(self, at: Positions) -> Callable[[Positions], Positions] | None:
         if self.rescale == 1 and self.jitter == 1 and self.shift == 0:
@@ -96,15 +96,13 @@ class CentredRoPE(AlongAxes):
         factor = self.jitter ** draw[self.axes : -1] * self.rescale ** draw[-1]
 
         def moved(where: Positions) -> Positions:
-            half = numbers(where.span, where.coords.device) / 2
+            half = where.spans() / 2
             scale, offset = (
                 t.to(where.coords.device, where.coords.dtype) for t in (factor, (factor * shift + 1) * half)
             )
             middle = half.to(where.coords.device, where.coords.dtype)
             # c' = factor (c + shift), written in patches: p + 1/2 = (c + 1) S / 2
-            return Positions(
-                (where.coords + 0.5 - middle) * scale + offset - 0.5, where.extent, where.prefix, spacing=where.spacing
-            )
+            return where.moved((where.coords + 0.5 - middle) * scale + offset - 0.5)
 
         return moved
 
@@ -115,4 +113,4 @@ class CentredRoPE(AlongAxes):
 
 def _centred(at: Positions) -> Tensor:
     coords = exact(at.coords)
-    return 2 * (coords + 0.5) / numbers(at.span, coords.device) - 1
+    return 2 * (coords + 0.5) / at.spans() - 1

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..positions import float64_device, numbers
-from .base import OnGrid
 from .linear import DirectionalRoPE
+from .on_grid import OnGrid
 
 
 class GoldenRoPE(OnGrid, DirectionalRoPE):

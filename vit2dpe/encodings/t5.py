@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..positions import Positions, offsets
+from ..positions import Positions
 from ..signal import Table
 from .base import PositionEncoding
-from .offsets import along_axes, lattice
+from .offsets import along_axes, lattice, of_pairs
 
 
 class T5Bias(PositionEncoding):
@@ -64,7 +64,7 @@ class T5Bias(PositionEncoding):
         axes = self.relative_attention_bias.shape[0]
         found = lattice(q, k, axes)
         if found is None:  # (B|1, Nq, Nk, H) of all pairs
-            pairs = reduce(add, (self._at(axis, offsets(q, k, axis)) for axis in range(axes)))
+            pairs = reduce(add, (self._at(axis, of_pairs(q, k, axis)) for axis in range(axes)))
             return pairs.permute(0, 3, 1, 2)
         tables = []
         for axis, offset in enumerate(along_axes(*found, axes, q.coords.device)):  # q - k, (2 S - 1)

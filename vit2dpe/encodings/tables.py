@@ -141,13 +141,13 @@ def fitted(encoding: PositionEncoding, table: Tensor, sizes: tuple[int, ...], ow
 def check_places(at: Positions) -> Tensor:
     """(B|1, N, d) whole coordinates inside the extent; others are an error wherever they can be looked at."""
     places = at.places()
-    bounds = None if at.on_grid else at.bounds()
+    bounds, sizes = None if at.on_grid else at.bounds(), at.one_extent
     if bounds is not None and (
-        min(bounds.least) < 0 or any(most >= size for most, size in zip(bounds.most, at.extent, strict=True))
+        min(bounds.least) < 0 or any(most >= size for most, size in zip(bounds.most, sizes, strict=True))
     ):
         raise ValueError(
             f"places from {list(map(round, bounds.least))} to {list(map(round, bounds.most))} leave the grid of "
-            f"{at.extent}, which this table covers"
+            f"{sizes}, which this table covers"
         )
     return places
 
@@ -157,22 +157,30 @@ def flat_index(at: Positions) -> Tensor:
     places = check_places(at)
     index = places[..., 0]
     for axis in range(1, at.axes):
-        index = index * at.extent[axis] + places[..., axis]
+        index = index * at.one_extent[axis] + places[..., axis]
     return index
 
 
 def check_extents(q: Positions, k: Positions, axes: int) -> None:
-    """Queries and keys of a bias over offsets live on one grid, of the axes it was built for."""
-    if q.extent != k.extent:
+    """Queries and keys of a bias over offsets live on one grid, of the axes it was built for.
+
+    Extents by sample are not looked at, what is known of the largest is.
+    """
+    if isinstance(q.extent, Tensor) != isinstance(k.extent, Tensor) or q.largest != k.largest:
         raise ValueError(f"queries and keys must live on one grid, got extents {q.extent} and {k.extent}")
     if q.axes != axes:
         raise ValueError(f"this bias was built for {axes} axes, the positions have {q.axes}")
 
 
 def axis_offsets(q: Positions, k: Positions, axes: int, device: torch.device) -> list[Tensor]:
-    """For each axis, the offsets q - k that the extent allows: -(S - 1) to S - 1, int64."""
+    """For each axis, the offsets q - k that the extent, or the largest of them, allows: -(S - 1) to S - 1, int64."""
     check_extents(q, k, axes)
-    return [torch.arange(1 - size, size, device=device) for size in q.extent]
+    if not q.largest:
+        raise ValueError(
+            "a table of offsets is as large as the largest grid, which these places of grids by sample do not name: "
+            "give Positions a box, or make them by Positions.grids"
+        )
+    return [torch.arange(1 - size, size, device=device) for size in q.largest]
 
 
 def viewed(view: Tensor) -> Tensor:
@@ -201,15 +209,15 @@ def looked_up(term: Distance) -> Distance | Table:
     It is computed for each offset then and not for each pair, and what serves tables serves it, in training too.
     """
     q, k = term.q, term.k
-    if not (q.on_grid and k.on_grid and q.extent == k.extent):
+    if not (q.on_grid and k.on_grid and q.largest and q.largest == k.largest):
         return term
-    at, origin = q.memoize(("offsets as places", q.extent), lambda: _as_places(q, k))  # the same for all blocks
+    at, origin = q.memoize(("offsets as places", q.largest), lambda: _as_places(q, k))  # the same for all blocks
     formula = Distance(at, origin, term.slopes, dtype=term.dtype, kind=term.kind, bend=term.bend, rate=term.rate)
     table = formula.dense()[0, :, :, 0]  # (H, Π (2 S - 1))
-    return Table(table.unflatten(1, tuple(2 * size - 1 for size in q.extent)), q, k)
+    return Table(table.unflatten(1, tuple(2 * size - 1 for size in q.largest)), q, k)
 
 
 def _as_places(q: Positions, k: Positions) -> tuple[Positions, Positions]:
     """All offsets of the extent, and what they are measured from."""
     offsets = offset_grid(q, k, q.axes).flatten(0, -2)[None].to(q.coords.device, torch.float32)
-    return Positions(offsets, q.extent), Positions(offsets.new_zeros(1, 1, q.axes), q.extent)
+    return Positions(offsets, q.largest), Positions(offsets.new_zeros(1, 1, q.axes), q.largest)

@@ -59,7 +59,7 @@ class WindowedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        image = tokens_at(fitted(self, channels_first(self.pos_embed[0]), at.extent, "antialias"), at, self.sample)
+        image = tokens_at(fitted(self, channels_first(self.pos_embed[0]), at.one_extent, "antialias"), at, self.sample)
         window = self.pos_embed_window[0]
         if not at.on_integers():
             return image + read_tokens(channels_first(window), at, self.sample, wrap=True)

@@ -31,7 +31,7 @@ def allow(
     """
     if attn_mask is None and not is_causal:
         return signal, None
-    if x.shape[1] != (count := at.prefix + math.prod(at.extent)):
+    if x.shape[1] != (count := at.prefix + math.prod(at.one_extent)):
         raise ConfigError(
             f"attn_mask and is_causal are about all {count} tokens, and {x.shape[1]} are left: patch_drop_rate "
             "(in training) and a token_filter that leaves patches out do not go with them"
@@ -44,7 +44,7 @@ def allow(
 
 def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
     """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
-    return at if spacing is None else Positions.grid(at.extent, at.coords.device, spacing=spacing)
+    return at if spacing is None else Positions.grid(at.one_extent, at.coords.device, spacing=spacing)
 
 
 def given(mask: Mask | None) -> tuple[Mask, ...]:

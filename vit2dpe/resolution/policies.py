@@ -94,20 +94,26 @@ class Interpolate(Scaled):
             raise unknown("align of interpolate", self.align, _SHIFT)
 
     def place(self, at: Positions) -> Positions:
-        if not torch.compiler.is_compiling() and not at.spacing and at.extent == self.train:
+        if not torch.compiler.is_compiling() and not at.spacing and at.is_on(self.train):
             return at
         return at.memoize(self, lambda: self._scaled(at))  # the same object for every block of a forward
 
     def _scaled(self, at: Positions) -> Positions:
         powers = powers_of(self.power, len(self.train))
-        scales = [(t / e) ** p for t, e, p in zip(self.train, at.span, powers, strict=True)]
-        exact, shift = numbers(scales, at.coords.device), _SHIFT[self.align]
+        scales, shift = list[float](), _SHIFT[self.align]
+        if isinstance(at.extent, Tensor):
+            train, power = (numbers(each, at.coords.device) for each in (self.train, powers))
+            exact = (train / at.spans()) ** power  # (B|1, N|1, d)
+        else:
+            scales = [(t / e) ** p for t, e, p in zip(self.train, at.span, powers, strict=True)]
+            exact = numbers(scales, at.coords.device)  # (d,)
         ratio = exact.to(at.coords.device, at.coords.dtype)
-        made = Positions((at.coords + shift) * ratio - shift, self.train, at.prefix)
+        coords = (at.coords + shift) * ratio - shift
+        made = Positions(coords, self.train, at.prefix, valid=at.valid, segment=at.segment)
         object.__setattr__(made, "source", (at.with_prefix(at.prefix), exact))  # a copy of them: no circle
-        if at.on_grid:  # then nobody need look at these
+        if at.on_grid and scales:  # then nobody need look at these
             least = [shift * s - shift for s in scales]
-            made.assume(least, [low + (e - 1) * s for low, e, s in zip(least, at.extent, scales, strict=True)])
+            made.assume(least, [low + (e - 1) * s for low, e, s in zip(least, at.one_extent, scales, strict=True)])
         return made
 
 
@@ -122,21 +128,23 @@ class Subtable(Keep):
     name: str = "subtable"
 
     def place(self, at: Positions) -> Positions:
-        if not torch.compiler.is_compiling() and at.extent == self.train:
+        if not torch.compiler.is_compiling() and at.is_on(self.train):
             return at
         return at.memoize(self, lambda: self._in_the_middle(at))
 
     def _in_the_middle(self, at: Positions) -> Positions:
-        if any(size > most for size, most in zip(at.extent, self.train, strict=True)):
-            table, grid = ("x".join(map(str, extent)) for extent in (self.train, at.extent))
+        if any(size > most for size, most in zip(at.largest, self.train, strict=bool(at.largest))):
+            table, grid = ("x".join(map(str, extent)) for extent in (self.train, at.largest))
             raise ConfigError(
                 f"subtable takes a part of a table of {table} places, and the grid has {grid}: there `resize` or "
                 "`interpolate`, or train on a larger table"
             )
-        first = numbers(middle(at.extent, self.train), at.coords.device)
-        return Positions(
-            at.coords + first.to(at.coords.device, at.coords.dtype), self.train, at.prefix, at.on_grid, at.spacing
-        )
+        if isinstance(at.extent, Tensor):
+            first = ((numbers(self.train, at.coords.device) - at.sizes(prefix=False)) / 2).floor()
+        else:
+            first = numbers(middle(at.extent, self.train), at.coords.device)
+        coords = at.coords + first.to(at.coords.device, at.coords.dtype)
+        return Positions(coords, self.train, at.prefix, at.on_grid, at.spacing, at.valid, at.segment)
 
 
 def middle(extent: Extent, table: Extent) -> list[int]:
@@ -154,7 +162,9 @@ class LogTemperature:
     def __post_init__(self) -> None:
         _check_power("log", self.power)
 
-    def __call__(self, extent: Extent) -> float | Tensor:
+    def __call__(self, extent: Extent | Tensor) -> float | Tensor:
+        if isinstance(extent, Tensor):
+            return (extent.prod(-1).log() / math.log(math.prod(self.train))) ** self.power
         if torch.compiler.is_compiling():
             return (traced(math.prod(extent)).log() / math.log(math.prod(self.train))) ** self.power
         factor: float = (math.log(math.prod(extent)) / math.log(math.prod(self.train))) ** self.power
@@ -171,10 +181,11 @@ class YaRNTemperature:
     def __post_init__(self) -> None:
         _check_power("yarn", self.power)
 
-    def __call__(self, extent: Extent) -> float | Tensor:
-        if torch.compiler.is_compiling():
-            growth = traced(math.prod(extent)) / math.prod(self.train)
-            return (0.1 / len(extent) * growth.clamp(min=1).log() + 1) ** (2 * self.power)
+    def __call__(self, extent: Extent | Tensor) -> float | Tensor:
+        if isinstance(extent, Tensor) or torch.compiler.is_compiling():
+            number = extent.prod(-1) if isinstance(extent, Tensor) else traced(math.prod(extent))
+            growth = number / math.prod(self.train)
+            return (0.1 / len(self.train) * growth.clamp(min=1).log() + 1) ** (2 * self.power)
         s = (math.prod(extent) / math.prod(self.train)) ** (1 / len(extent))
         factor: float = (0.1 * math.log(s) + 1) ** (2 * self.power) if s > 1 else 1.0
         return factor

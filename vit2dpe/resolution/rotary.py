@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..encodings.rope import slowed
 from ..errors import ConfigError
+from ..grids import Span
 from ..positions import numbers
 from .scaled import Scaled, growth_of, is_one, powers_of
 
@@ -27,7 +28,7 @@ class NTK(Scaled):
 
     name: str = "ntk"
 
-    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+    def rescale(self, frequencies: Tensor, extent: Span) -> Tensor:
         grown = self.growth(extent)
         if all(is_one(s) for s in grown):
             return frequencies
@@ -65,7 +66,7 @@ class YaRN(Scaled):
         fast, slow = (32.0, 1.0) if len(self.train) == 1 else (1.0, 0.25)
         return self.beta_fast or fast, self.beta_slow or slow
 
-    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+    def rescale(self, frequencies: Tensor, extent: Span) -> Tensor:
         rows, (fast, slow) = [], self.betas
         for w, s, length in zip(frequencies, self.growth(extent), self.train, strict=True):
             turns = (w.abs() * length / (2 * math.pi)).clamp(min=1e-30)
@@ -103,7 +104,7 @@ class Llama3(Scaled):
         low, high = (1.0, 4.0) if len(self.train) == 1 else (0.25, 1.0)
         return self.low_freq_factor or low, self.high_freq_factor or high
 
-    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+    def rescale(self, frequencies: Tensor, extent: Span) -> Tensor:
         rows, (low, high) = [], self.factors
         for w, s, length in zip(frequencies, self.growth(extent), self.train, strict=True):
             keep = (w.abs() * (length / (2 * math.pi)) - low) / (high - low)
@@ -141,7 +142,7 @@ class LongRoPE(Scaled):
                     f"the rope_parameters in a model's config.json have it; got {given}"
                 )
 
-    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+    def rescale(self, frequencies: Tensor, extent: Span) -> Tensor:
         rows = []
         grown = growth_of(self.train, extent)
         for w, s, power in zip(frequencies, grown, powers_of(self.power, len(self.train)), strict=True):

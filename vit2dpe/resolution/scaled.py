@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError
+from ..grids import Span
 from ..positions import Positions
 
 Extent = tuple[int, ...]
@@ -38,7 +39,7 @@ class Keep:
     def place(self, at: Positions) -> Positions:
         return at
 
-    def rescale(self, frequencies: Tensor, extent: tuple[float, ...]) -> Tensor:
+    def rescale(self, frequencies: Tensor, extent: Span) -> Tensor:
         return frequencies
 
     def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
@@ -63,9 +64,10 @@ class Scaled(Keep):
                 f"0; got {self.power!r}"
             )
 
-    def growth(self, extent: tuple[float, ...]) -> list[float | Tensor]:
-        """s of each axis, that of one that shrank 1."""
-        return [s**p for s, p in zip(growth_of(self.train, extent), powers_of(self.power, len(extent)), strict=True)]
+    def growth(self, extent: Span) -> list[float | Tensor]:
+        """s of each axis, that of one that shrank 1; see `growth_of`."""
+        powers = powers_of(self.power, len(self.train))
+        return [s**p for s, p in zip(growth_of(self.train, extent), powers, strict=True)]
 
 
 def is_power(power: object) -> bool:
@@ -83,7 +85,11 @@ def traced(number: float) -> Tensor:
     return torch.full((), number, dtype=torch.float64)
 
 
-def growth_of(train: Extent, extent: tuple[float, ...]) -> list[float | Tensor]:
+def growth_of(train: Extent, extent: Span) -> list[float | Tensor]:
+    """By how much each axis is longer, at least 1; of extents (B|1, N|1, d) by sample (B|1, N|1, 1, 1), which meet
+    frequencies (1|H, Dh/2)."""
+    if isinstance(extent, Tensor):
+        return [(e / t).clamp(min=1)[..., None, None] for t, e in zip(train, extent.unbind(-1), strict=True)]
     if torch.compiler.is_compiling():
         return [(traced(e) / t).clamp(min=1) for t, e in zip(train, extent, strict=True)]
     return [max(1.0, e / t) for t, e in zip(train, extent, strict=True)]

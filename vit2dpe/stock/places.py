@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..encodings import Dims, PositionEncoding, build
 from ..errors import ConfigError
-from ..positions import Positions, longer
+from ..grids import longer
+from ..positions import Positions
 from ..signal import Signal
 
 
@@ -50,7 +51,7 @@ class InputLayout:
         q, k = self.of(query), self.of(key)
         if len(self.grid) > 1:
             return q, k
-        extent = (longer(q.extent[0], k.extent[0]),)
+        extent = (longer(q.one_extent[0], k.one_extent[0]),)
         q, k = (Positions(at.coords, extent, at.prefix, at.on_grid) for at in (q, k))
         return q, k
 

@@ -94,9 +94,9 @@ def _another_part(table: tuple[int, ...], at: Positions) -> Callable[[Positions]
     """From the middle of a table, where the policy puts places, to a part of it that is drawn for all encodings."""
 
     def draw() -> Tensor:
-        rest = [most - size for size, most in zip(at.extent, table, strict=True)]
+        rest = [most - size for size, most in zip(at.one_extent, table, strict=True)]
         first = [torch.randint(more + 1, (), device=at.coords.device) for more in rest]
-        return torch.stack([f - m for f, m in zip(first, middle(at.extent, table), strict=True)])
+        return torch.stack([f - m for f, m in zip(first, middle(at.one_extent, table), strict=True)])
 
     moved = at.memoize("part of a table", draw)
     return lambda where: Positions(where.coords + moved, where.extent, where.prefix, where.on_grid)

@@ -95,16 +95,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, term: Table, scale: float, factor: f
     """(B, H, Nq, Dv) by the named path; `factor` multiplies the table."""
     table = term.table if factor == 1.0 else term.table * factor
     if path == "learned":
-        out: Tensor = _Learned.apply(q, k, v, table, term.q.extent, term.q.prefix, scale)
+        out: Tensor = _Learned.apply(q, k, v, table, term.q.one_extent, term.q.prefix, scale)
         return out
     if path == "slices":
         dtype = kernel_dtype(q)  # and channels in multiples of 16 bytes
         q, k, padded = (F.pad(x.to(dtype), (0, -x.shape[-1] % 8)) for x in (q, k, v))
-        out = _Slices.apply(q, k, padded, table, term.q.extent, term.q.prefix, scale)
+        out = _Slices.apply(q, k, padded, table, term.q.one_extent, term.q.prefix, scale)
         return out[..., : v.shape[-1]]
     with torch.no_grad():
         if path == "view":
-            return _view(q, k, v, table, term.q.extent, scale)
+            return _view(q, k, v, table, term.q.one_extent, scale)
         return _chunked(q, k, v, Table(table, term.q, term.k, term.prefix), scale)
 
 
@@ -346,6 +346,8 @@ def _fold_columns(runs: Tensor) -> Tensor:
 def _whole_grid(term: Table) -> bool:
     """Queries and keys are all places of one 2-D grid, row by row."""
     at = term.q
-    if at is not term.k or at.axes != 2 or at.coords.shape[:2] != (1, at.extent[0] * at.extent[1]):
+    if isinstance(extent := at.extent, Tensor):
         return False
-    return at.memoize("whole grid", lambda: bool(torch.equal(at.coords, Positions.grid(at.extent).coords)))
+    if at is not term.k or at.axes != 2 or at.coords.shape[:2] != (1, extent[0] * extent[1]):
+        return False
+    return at.memoize("whole grid", lambda: bool(torch.equal(at.coords, Positions.grid(extent).coords)))

@@ -199,5 +199,5 @@ class Swin(TimmSwin):
 
 def to_grid(x: Tensor, at: Positions) -> Tensor:
     """(B, N, D) -> (B, H, W, D)"""
-    grid: Tensor = x.unflatten(1, at.extent)
+    grid: Tensor = x.unflatten(1, at.one_extent)
     return grid

@@ -31,7 +31,8 @@ from ...encodings import (
 from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
-from ...positions import Positions, checkable, is_tracing, longer, readable
+from ...grids import checkable, longer, readable
+from ...positions import Positions, is_tracing
 from ..arguments import check_arguments
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
@@ -326,7 +327,7 @@ class TextModel(nn.Module):
         mask = None if memory.valid is None else masks.present(memory.valid)
         if self.cross_position is None:
             return Memory(memory.tokens, mask)
-        extent = (max(at.extent[0], memory.at.extent[0]),)
+        extent = (max(at.one_extent[0], memory.at.one_extent[0]),)
         q, k = (Positions(side.coords, extent, on_grid=side.on_grid) for side in (at, memory.at))
         return Memory(memory.tokens, mask, materialize_shared_bias(self.cross_position(q, k), memory.tokens))
 
