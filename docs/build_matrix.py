@@ -17,6 +17,7 @@ from vit2dpe.resolution.apply import policies_of
 
 Built = tuple[nn.Module, Callable[[bool], Tensor]]  # the model, and its output; True: at the other size
 IMAGES = torch.linspace(-1, 1, 1152).view(1, 3, 16, 24), torch.linspace(-1, 1, 2304).view(1, 3, 24, 32)
+VIDEOS = torch.linspace(-1, 1, 2304).view(1, 3, 2, 16, 24), torch.linspace(-1, 1, 9216).view(1, 3, 4, 24, 32)
 TOKENS = torch.arange(8)[None], torch.arange(12)[None]
 VECTORS = torch.linspace(-1, 1, 384).view(1, 8, 48), torch.linspace(-1, 1, 576).view(1, 12, 48)
 IMAGE: dict[str, Any] = dict(img_size=(16, 24), patch_size=4, embed_dim=48, depth=2, num_heads=2, num_classes=0)
@@ -68,8 +69,14 @@ def _rotary(word: str) -> Built:
     return model, lambda other: model(VECTORS[other])
 
 
+def _video(word: str) -> Built:
+    model = ViT(word, **IMAGE | dict(img_size=(2, 16, 24), patch_size=(1, 8, 8)))
+    return model, lambda other: model(VIDEOS[other])
+
+
 COLUMNS: dict[str, Callable[[str], Built]] = {
     "ViT": _vit,
+    "3-D": _video,
     "MAE, both halves": _mae,
     "Swin": _swin,
     "TextEncoder": _encoder,
@@ -94,8 +101,9 @@ def matrix() -> str:
 
 Built by `python docs/build_tables.py`: for each cell a micro model is built, run forward and backward at its own
 size, then forward at another one under each of its resolution policies (images of 16x24 and 24x32 pixels, lines of 8
-and 12 tokens). "yes": all of it ran, and what came out, gradients included, is finite. Otherwise it is refused, and the
-reason stands below in the words of the error, "it" being the encoding. The last rows are sums; there are many more.
+and 12 tokens; 3-D: a ViT of videos of 2 and of 4 frames). "yes": all of it ran, and what came out, gradients included,
+is finite. Otherwise it is refused, and the reason stands below in the words of the error, "it" being the encoding. The
+last rows are sums; there are many more.
 
 {chr(10).join(lines)}
 

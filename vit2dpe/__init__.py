@@ -28,6 +28,7 @@ _HOME = {
     "Swin": "models",
     "ViT": "models",
     "MAE": "models",
+    "inflate": "models.inflate",
     "from_timm": "interop.timm.convert",
     "to_timm": "interop.timm.convert",
     "set_policy": "resolution.apply",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .interop.timm.convert import from_timm, to_timm  # noqa: F401
     from .interop.transformers.convert import from_transformers  # noqa: F401
     from .models import MAE, Swin, ViT  # noqa: F401
+    from .models.inflate import inflate  # noqa: F401
     from .models.text.generate import beam_search, generate  # noqa: F401
     from .models.text.heads import TextDecoder, TextEncoder  # noqa: F401
     from .models.text.seq2seq import Seq2Seq  # noqa: F401

@@ -23,6 +23,10 @@ T = TypeVar("T")
 Item: TypeAlias = "str | int | Sequence[int] | None"  # of a list
 
 
+class Blocks(Numbers):
+    """Numbers of blocks: from 0, or from the end from -1."""
+
+
 class Term(NamedTuple):
     """A name with options, such as `rope(base=10)`."""
 
@@ -182,6 +186,14 @@ def parse_numbers(value: str | int | Sequence[int]) -> Numbers:
     return tuple(int(item) for item in items)
 
 
+def parse_block_numbers(value: str | int | Sequence[int]) -> Blocks:
+    """Numbers of blocks: of "0,5,-1", 4 or (0, 5, -1)."""
+    items = [str(item) for item in _items(value)]
+    if not items or not all(item.removeprefix("-").isdecimal() for item in items):
+        raise ConfigError(f"numbers of blocks are written 2,5,8 or 0,-1, got {value!r}")
+    return Blocks(int(item) for item in items)
+
+
 def parse_term(value: str | Term | None) -> Term:
     """The one term of a text; null, as YAML has it, is the word none."""
     terms = [value] if isinstance(value, Term) else read_terms("none" if value is None else str(value))
@@ -203,6 +215,7 @@ _TEXTS: Mapping[object, _Text] = {
     Sizes: _Text(parse_sizes, lambda sizes: ",".join(map(show_size, sizes))),
     Words: _Text(parse_words, ",".join),
     Numbers: _Text(parse_numbers, lambda numbers: ",".join(map(str, numbers))),
+    Blocks: _Text(parse_block_numbers, lambda numbers: ",".join(map(str, numbers))),
     Term: _Text(parse_term, str),
 }
 
@@ -211,7 +224,7 @@ _TEXTS: Mapping[object, _Text] = {
 class Settings:
     """Base of the dataclasses of settings.
 
-    A field whose type is `Size`, `Sizes`, `Words`, `Numbers` or `Term`, or one of them or None, takes text as well:
+    A field whose type is `Size`, `Sizes`, `Words`, `Numbers`, `Blocks` or `Term`, or it or None, takes text as well:
     `size="32x48"` becomes (32, 48) when an instance is made. A number has its range in its type (`vit2dpe/ranges.py`),
     and one outside is refused then. Settings may be nested; every field has a default.
 

@@ -9,8 +9,8 @@ import torch
 from tests.helpers import micro_vit
 from tests.models.test_trace import Masked, masked
 from vit2dpe import Swin, use_policy
+from vit2dpe.attention.windows import _rolled
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.models.swin.windows import _rolled
 from vit2dpe.testing import randomise
 
 # Pooled over patches: at depth 1 a class token, which stands nowhere, sees no bias.

@@ -73,6 +73,22 @@ def window(q: Positions, k: Positions, reach: int | Sequence[int]) -> Tensor:
     return _with_prefix(near, q, k)
 
 
+def same_tile(q: Positions, k: Positions, side: Sequence[int]) -> Tensor:
+    """Keys in the query's own window, where the grid is cut into windows of so many places from its first one.
+
+    Args:
+        q, k: places on one grid, of any number of axes, spacing 1.
+        side: of a window along each axis.
+    """
+    if len(side) != q.axes or min(side) < 1:
+        raise ConfigError(f"windows need a side of at least 1 for each of {q.axes} axes, got {tuple(side)}")
+    near = torch.ones((), dtype=torch.bool, device=q.coords.device)
+    for axis, size in enumerate(side):
+        q_tile, k_tile = (((at.coords[..., axis] + 0.5) / size).floor() for at in (q, k))
+        near = near & (q_tile[..., :, None] == k_tile[..., None, :])
+    return _with_prefix(near, q, k)
+
+
 def present(valid: Tensor) -> Tensor:
     """(B, Nk) True for tokens, False for padding -> (B, 1, 1, Nk)."""
     if valid.dtype != torch.bool or valid.ndim != 2:

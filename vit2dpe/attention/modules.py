@@ -15,6 +15,7 @@ from ..signal import Signal
 from .cache import LayerCache
 from .contract import contract
 from .functional import Mask, attend, merge_heads, rotate_qk, split_heads, without_rotation
+from .tiles import Tiles, attend_in
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -108,10 +109,15 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         signal: Signal = Signal(),  # noqa: B008
-        mask: Mask | None = None,
+        mask: Mask | Tiles | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D). With a cache, keys and values of earlier tokens come before those of x."""
+        """(B, N, D) -> (B, N, D). With a cache, keys and values of earlier tokens come before those of x. Under `Tiles`
+        attention is within windows, and the signal is theirs."""
+        dropout = self.attn_drop if self.training else 0.0
+        if isinstance(mask, Tiles):
+            inside: Tensor = self.proj_drop(self.proj(self.norm(attend_in(mask, self.split, x, dropout))))
+            return inside
         # In eager mode q and k may come rotated already, in place; the signal then has no rotations left for `attend`.
         q, k, v, signal, scale = self.split(x, signal, private=cache is None)
         if cache is not None:
@@ -124,7 +130,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)  # (B, H_kv, Nk, Dh), those of earlier tokens first
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        out = attend(q, k, v, signal, mask, scale, dropout=self.attn_drop if self.training else 0.0)
+        out = attend(q, k, v, signal, mask, scale, dropout=dropout)
         mixed: Tensor = self.proj_drop(self.proj(self.norm(merge_heads(out))))  # (B, N, D)
         return mixed
 

@@ -95,6 +95,11 @@ COMMANDS = {
     "report": Command(
         "one HTML page of one study or several", "cli.report:report", "cli.report:ReportConfig", encodings=False
     ),
+    "info": Command(
+        "what a name of timm, a file, a hub folder or a run holds, and what it can do at another size",
+        "cli.info:info",
+        "cli.info:InfoConfig",
+    ),
     "recipes": Command(
         "list the recipes that --recipe NAME takes, or print one",
         "cli.recipes:recipes",

@@ -13,6 +13,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
         "predict runs/train photos": "the classes of photos, with probabilities",
     },
     "I have a checkpoint: a name of timm, a file, a run": {
+        "info vit_small_patch16_224": "what it is: encoding, grid, policies; nothing is loaded",
         "evaluate --model vit_small_patch16_224 --data photos": "what it loses at other sizes",
         "predict vit_small_patch16_224 photos": "what it makes of photos",
         "tune --init runs/train --root photos --size 96": "its best policy at a size, found without labels",

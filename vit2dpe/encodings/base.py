@@ -27,6 +27,7 @@ from ..grids import Extent, Span
 from ..packed import joined
 from ..positions import Positions, is_tracing
 from ..signal import Bias, Dense, Rotation, Signal
+from .along import Along
 
 
 class Policy(Protocol):
@@ -156,6 +157,7 @@ class PositionEncoding(nn.Module):
     gives: frozenset[str] = frozenset()
     policies: tuple[str, ...] = ("extrapolate",)
     resizes: tuple[str, ...] = ()
+    along: Along | None = None  # the axes that it reads, of an instance; None: all
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,6 +237,8 @@ class PositionEncoding(nn.Module):
 
     def _signal(self, q: Positions, k: Positions) -> Signal:
         same, policy, temperature = q is k, self.policy, self._temperature(k)
+        if self.along is not None:
+            q, k = self.along.places(q), k if same else self.along.places(k)
         moves: list[Callable[[Positions], Positions]] = [] if policy is None else [policy.place]
         if self.training and (perturb := self.perturb(q)) is not None:
             moves.append(perturb)

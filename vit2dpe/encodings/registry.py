@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from importlib.metadata import entry_points
 from operator import add
@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import ConfigError, unknown
 from ..spec import Plain, Term, check_option, parse_terms, read_terms, split_blocks
 from .alibi import Alibi
+from .along import read_axes
 from .base import NoPosition, PositionEncoding
 from .conventions import filled
 from .decomposed import Decomposed
@@ -73,6 +74,7 @@ class Dims:
 class Builder:
     """An encoding's class and the arguments that come from the model; options come from its specification.
 
+    Each has an option more, `axes`: those of the grid that it reads (along.py).
     With `presets` there is an option more, `preset`: the options of a released convention (presets.py).
     """
 
@@ -81,6 +83,11 @@ class Builder:
     presets: bool = False
 
     def __call__(self, dims: Dims, **options: Any) -> PositionEncoding:
+        if "axes" in options:
+            along = read_axes(options.pop("axes"), dims.axes)
+            made = self(replace(dims, grid=along.of(dims.grid)), **options)
+            made.along = along
+            return made
         if self.presets and "preset" in options:
             word, options = filled(options.pop("preset"), options, dims.axes, dims.head_dim)
             return ENCODINGS[word](dims, **options)

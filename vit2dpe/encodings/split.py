@@ -18,13 +18,16 @@ Word = dict[Hashable, Callable[[Dims], PositionEncoding]]  # of each term what b
 
 
 def split_shared_and_per_block(
-    position: Position, dims: Dims, block_position: Position | None = None
+    position: Position,
+    dims: Dims,
+    block_position: Position | None = None,
+    grids: Sequence[tuple[int, ...]] | None = None,
 ) -> tuple[PositionEncoding, list[PositionEncoding | None]]:
     """Split an encoding between a model and its blocks: (shared, one per block).
 
     Terms that are `per_block` are built afresh for every block, the others once for all. `block_position` is an
     encoding that every block owns, whatever it is. An instance is copied, so that models made from one share nothing;
-    what a block owns has its parameters drawn anew.
+    what a block owns has its parameters drawn anew. `grids` are those of the blocks, where they differ.
     """
     words = words_of(position, dims.depth)
     built = build_once(words, dims)
@@ -33,7 +36,7 @@ def split_shared_and_per_block(
     more = [{}] if block_position is None else words_of(block_position, dims.depth)
     blocks: list[PositionEncoding | None] = []
     for index in range(dims.depth):
-        at_block = replace(dims, block=index)
+        at_block = replace(dims, block=index, grid=dims.grid if grids is None else grids[index])
         makes = [*own[index % len(own)], *more[index % len(more)].values()]
         blocks.append(sum_of([make(at_block) for make in makes]) if makes else None)
     return over_blocks([list(word.values()) for word in shared]), blocks

@@ -23,7 +23,7 @@ RANGES: dict[str, object] = {
     "drop_path_rate": Probability,
     "patch_drop_rate": Rate,
 }
-AXES = ("patch_size", "img_size", "mask_unit")  # one number, or (rows, columns); of a ViT one of each axis
+AXES = ("patch_size", "img_size", "mask_unit", "window")  # one number, or (rows, columns); of a ViT one of each axis
 MOST_AXES = 3  # torch has convolutions of lines, images and volumes
 STAGES = ("depths", "num_heads", "mlp_ratio")  # one for each stage, of a Swin
 

@@ -117,6 +117,8 @@ def card(
         },
         usage=usage.format(sides=sides, elsewhere=elsewhere),
     )
+    if getattr(model, "windowing", None) is not None:
+        made["details"]["Windows"] = str(model.windowing)
     if exchange := _exchange(model):
         made["details"][EXCHANGED] = exchange
     if base is not None:

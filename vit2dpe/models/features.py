@@ -7,19 +7,21 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..attention.functional import Causal, Mask
+from ..attention.functional import Causal
 from ..attention.masks import as_torch_takes_it
+from ..encodings import PositionEncoding, terms
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .layers import PatchEmbed, run_block
+from .windowed import View, Windowing, views
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
 
 
 def allow(
     x: Tensor, signal: Signal, at: Positions, attn_mask: Tensor | None, is_causal: bool, heads: int
-) -> tuple[Signal, Mask | None]:
+) -> tuple[Signal, Tensor | Causal | None]:
     """The Signal of the blocks with what a mask adds, and where tokens may attend: boolean, `Causal` (no matrix, where
     there is no other mask), or None.
 
@@ -47,11 +49,6 @@ def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Position
     return at if spacing is None else Positions.grid(at.one_extent, at.coords.device, spacing=spacing)
 
 
-def given(mask: Mask | None) -> tuple[Mask, ...]:
-    """The further argument of a block, if any: blocks of other people need not take a mask."""
-    return () if mask is None else (mask,)
-
-
 class Features(nn.Module):
     """The part of timm's interface of a ViT that reads features."""
 
@@ -62,6 +59,25 @@ class Features(nn.Module):
     num_prefix_tokens: int
     num_heads: int
     grad_checkpointing: bool
+    position: PositionEncoding
+    train_grid: tuple[int, ...]
+    windowing: Windowing | None = None
+
+    def views(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | Causal | None) -> list[View]:
+        """What each block is given beside these: a mask, the windows it attends within, or nothing."""
+        return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
+
+    def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
+        """The extent that an encoding of this model was trained on."""
+        owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
+        if self.windowing is not None and any(encoding in terms(position) for position, _ in owned):
+            return self.windowing.side
+        return self.train_grid
+
+    def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
+        """For the model, and for each block whose encoding is measured by its window: what leads, where, the extent."""
+        owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
+        return [(self.position, self, self.train_grid), *((p, part, self.train_extent(p)) for p, part in owned)]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
@@ -123,9 +139,10 @@ class Features(nn.Module):
         grid = self.patch_embed.grid(*x.shape[2:])
         x, signal, at = self.embed(x)
         signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+        views = self.views(x, signal, at, mask)
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = run_block(block, x, signal, at, *given(mask), index=i, recompute=self.grad_checkpointing)
+            x = run_block(block, x, signal, at, *views[i], index=i, recompute=self.grad_checkpointing)
             if i in take:
                 outputs.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..encodings.tables import resize
 
-CONVS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS: dict[int, Callable[..., Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def resampled(kernel: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -21,12 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.functional import Mask, materialize_shared_bias
 from ..attention.modules import Attention
+from ..attention.tiles import Tiles
 from ..encodings.base import PositionEncoding
 from ..encodings.tables import replace
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .kernels import CONVS, resampled
+from .windowed import own_in_tiles
 
 # Leaves patches out, or puts another token in their place: masked pretraining.
 TokenFilter = Callable[[Tensor, Positions], tuple[Tensor, Positions]]
@@ -282,11 +284,20 @@ class Block(BlockParts):
         **parts: see `BlockParts`.
     """
 
-    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | None = None) -> Tensor:
-        if self.attn.position is not None:
+    def with_own(
+        self, x: Tensor, signal: Signal, at: Positions, mask: Mask | Tiles | None
+    ) -> tuple[Tensor, Signal, Mask | Tiles | None]:
+        """The inputs of attention with what the block's own encoding does."""
+        if self.attn.position is None:
+            return x, signal, mask
+        if isinstance(mask, Tiles):
+            own, mask = own_in_tiles(self.attn.position, mask)
+        else:
             own = self.attn.position(at)
-            x = add_token(x, own)
-            signal = signal.plus(own)
+        return add_token(x, own), signal.plus(own), mask
+
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | Tiles | None = None) -> Tensor:
+        x, signal, mask = self.with_own(x, signal, at, mask)
         x = add_branch(x, self.attn(self.norm1(x), signal, mask), self.ls1, self.drop_path1)
         return add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
 
@@ -294,11 +305,8 @@ class Block(BlockParts):
 class PostNormBlock(Block):
     """The norms after attention and MLP, inside the residual branches, instead of before (Swin V2's order)."""
 
-    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | None = None) -> Tensor:
-        if self.attn.position is not None:
-            own = self.attn.position(at)
-            x = add_token(x, own)
-            signal = signal.plus(own)
+    def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | Tiles | None = None) -> Tensor:
+        x, signal, mask = self.with_own(x, signal, at, mask)
         x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1)
         return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2)
 

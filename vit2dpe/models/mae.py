@@ -29,6 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..encodings import Dims, Position, PositionEncoding, modules_outside_encodings, split_shared_and_per_block
+from ..encodings.along import extent_of
 from ..errors import ConfigError
 from ..positions import Positions
 from .arguments import check_arguments
@@ -102,7 +103,7 @@ class MAE(MaskedModel):
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The grid that a table of either half is learned on: the whole one."""
-        return self.train_grid
+        return extent_of(encoding, self.train_grid)
 
     def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For each half: the encoding that leads it, where its encodings are, the grid they were trained on."""

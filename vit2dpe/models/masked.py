@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encodings import encoding_parameters, named_encodings
+from ..encodings.along import extent_of
 from ..errors import ConfigError
 from .arguments import sides
 from .swin.model import Swin
@@ -99,7 +100,7 @@ class MaskedModel(nn.Module):
         self.encoder.set_input_size(img_size)
         for name, encoding in named_encodings(self).items():
             if not name.startswith("encoder."):
-                encoding.set_grid(self.train_grid)
+                encoding.set_grid(extent_of(encoding, self.train_grid))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.encoder.set_grad_checkpointing(enable)

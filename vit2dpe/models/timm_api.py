@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.prepare import Picture, Prediction
 from ..encodings import PositionEncoding, encoding_parameters, modules_outside_encodings, named_encodings
+from ..encodings.along import extent_of
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..resolution.apply import kept_policy, policies_of, set_policy
@@ -120,7 +121,7 @@ class TimmModel(nn.Module):
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
-        return self.train_grid
+        return extent_of(encoding, self.train_grid)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of tokens, of the encodings' parameters, and of the factors of cosine attention."""

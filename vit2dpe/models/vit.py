@@ -8,6 +8,7 @@ and width that the patch divides is taken at run time, and the class token owns 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Unpack
 
@@ -15,7 +16,6 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..attention.functional import Mask
 from ..encodings import Dims, Position, split_shared_and_per_block
 from ..errors import ArgumentError, ConfigError, unknown
 from ..positions import Positions
@@ -37,6 +37,7 @@ from .layers import (
 )
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
+from .windowed import View, Windowing
 
 Spacing = float | tuple[float, ...] | None
 
@@ -52,6 +53,14 @@ class ViT(TimmViT):
             other sizes against it. Images of any other size run too. (T, H, W) of videos and volumes (B, C, T, H, W),
             (L,) of lines (B, C, L): then `patch_size` names each axis too. See docs/video.md.
         patch_size: P or (rows, columns), or (frames, rows, columns).
+        window, global_blocks: all blocks but these attend within windows of so many tokens, a side or one of each
+            axis, and `global_blocks` to everything; numbers from 0, or negative from the end. Default: no windows. See
+            docs/windows.md.
+        window_kind: "tiles": the grid is cut into windows, and those at the edges hold the tokens that are there.
+            "zeros": they are filled up with tokens of zeros that are attended to, as in ViTDet and SAM. "around": each
+            token attends to the window around it.
+        window_tables: whether encodings that blocks in windows own are measured by the window, as tables of ViTDet and
+            SAM are, instead of the grid.
         dynamic_img_size: whether other sizes than `img_size` are taken at run time. Off, they are refused.
         dynamic_img_pad: fill images up to a multiple of the patch, below and on the right, instead of refusing them.
         global_pool: "token" (the class token), "avg" (mean over patches), "max", "avgmax" (the mean of both), "map"
@@ -108,6 +117,10 @@ class ViT(TimmViT):
         attn_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        window: int | tuple[int, ...] | None = None,
+        global_blocks: Sequence[int] = (),
+        window_kind: str = "tiles",
+        window_tables: bool = False,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = False,
         policy: str | None = None,
@@ -153,8 +166,14 @@ class ViT(TimmViT):
             self.patch_drop = PatchDrop(patch_drop_rate)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+            self.windowing = Windowing.of(
+                window, global_blocks, window_kind, window_tables, depth, len(self.train_grid)
+            )
             dims = Dims(embed_dim, num_heads, self.train_grid, depth=depth)
-            self.position, own = split_shared_and_per_block(position, dims, block_position)
+            grids = None if self.windowing is None else self.windowing.grids(self.train_grid, depth)
+            self.position, own = split_shared_and_per_block(position, dims, block_position, grids)
+            if self.windowing is not None:
+                self.windowing.check(self.position, own)
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.norm_pre = norm(embed_dim) if pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(
@@ -213,12 +232,14 @@ class ViT(TimmViT):
                 where both allow it (timm takes one of them).
         """
         x, signal, at = self.embed(images, token_filter, spacing)
-        mask: tuple[Mask, ...] = ()  # no argument where there is none: blocks of other people need not take one
-        if attn_mask is not None or is_causal:
-            signal, allowed = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
-            mask = () if allowed is None else (allowed,)
+        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
+        if attn_mask is not None or is_causal or self.windowing is not None:
+            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
+            views = self.views(x, signal, at, mask)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, signal, at, *mask, index=i, recompute=self.grad_checkpointing)
+            x = run_block(
+                block, x, signal, at, *(views[i] if views else ()), index=i, recompute=self.grad_checkpointing
+            )
         out: Tensor = self.norm(x)
         return out
 

@@ -212,7 +212,8 @@ def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:
     policies = (*encoding.policies, "subtable") if encoding.resizes else encoding.policies
     able = [p for p in chosen if p.kind in policies and getattr(p, "mode", None) in (None, *encoding.resizes)]
     last = "interpolate" if encoding.resizes else ""
-    return next((p for p in able if p.name != last), able[0] if able else None)
+    found = next((p for p in able if p.name != last), able[0] if able else None)
+    return found if found is None or encoding.along is None else found.on(encoding.along)
 
 
 def _refusal(who: str, chosen: Sequence[Keep], policies: Sequence[str], resizes: Sequence[str]) -> str:

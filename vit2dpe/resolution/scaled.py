@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..encodings.along import Along
 from ..encodings.tables import RESIZES
 from ..errors import ConfigError
 from ..grids import Span
@@ -36,6 +37,10 @@ class Keep:
         """What an encoding declares that can take it."""
         return self.like or self.name
 
+    def on(self, along: Along) -> Keep:
+        """The same for some of the axes."""
+        return replace(self, train=along.of(self.train))
+
     def place(self, at: Positions) -> Positions:
         return at
 
@@ -63,6 +68,9 @@ class Scaled(Keep):
                 f"power of {self.name} must be one number or {len(self.train)}, one of each axis, within {MOST:g} of "
                 f"0; got {self.power!r}"
             )
+
+    def on(self, along: Along) -> Keep:
+        return replace(self, train=along.of(self.train), power=along.of(powers_of(self.power, len(self.train))))
 
     def growth(self, extent: Span) -> list[float | Tensor]:
         """s of each axis, that of one that shrank 1; see `growth_of`."""

@@ -16,7 +16,7 @@ from ..resolution.sweep import MODES
 from ..spec import Numbers, Plain, Size, Sizes, Words, filled, parse_terms, show_size
 from ..training.devices import pick_device, precision
 from ..training.objectives.images import check_augment, started_spec
-from ..training.settings import OptimConfig, check_numbers, model_arguments, of_size, own_options
+from ..training.settings import IN_WINDOWS, OptimConfig, check_numbers, model_arguments, of_size, own_options
 from ..training.starting_model import Start, on_meta
 from ..training.tasks.sequences import SEQUENCES
 from ..training.varied import TRAININGS, augmented, varied_spec, vary
@@ -111,6 +111,7 @@ class Plan:
             return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | options)
         arguments |= dict(img_size=self.train_size, patch_size=config.model.patch, in_chans=channels)
         arguments |= dict(num_classes=classes, global_pool=config.model.pool or "avg")
+        arguments |= model_arguments(config.model, **IN_WINDOWS)
         if config.arch == "vit":
             arguments["class_token"] = config.model.class_token or config.model.pool == "token"
         else:

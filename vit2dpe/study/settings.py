@@ -159,6 +159,7 @@ QUICK: dict[str, Plain] = {
 _OF_IMAGES = (
     "data.name", "data.size", "sizes", "modes", "data.source_size", "data.unreadable", "data.val_fraction",
     "data.cache", "data.workers", "arch", "stages", "window", "model.patch", "model.pool", "model.class_token",
+    "model.window", "model.global_blocks",
     "augment.", "finetune", "data.fit", "data.balanced", "minutes", "per_class",
     "init", "scratch",
 )  # fmt: skip

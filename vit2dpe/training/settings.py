@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 from ..data.settings import AugmentConfig, DataConfig, ViewConfig, count_files, patch_for
 from ..errors import ConfigError, SettingError, unknown
 from ..ranges import Count, Depth, Natural, NotNegative, Positive, Range, Rate, Seed, Share, Threads
-from ..spec import Plain, Settings, Size, changed, filled, flat, plain
+from ..spec import Blocks, Plain, Settings, Size, changed, filled, flat, plain
 
 MANY = 5000  # training images from which on they are no few photos
 MASKED = ("MAE", "SimMIM")  # models of `pretrain`, in a checkpoint
@@ -143,6 +143,8 @@ class ModelConfig(Settings):
         mlp_ratio: hidden channels of the MLP over width.
         pool: avg, token or map.
         class_token: whether there is one; default: with pool token.
+        window: all blocks but `global_blocks` attend within windows of so many tokens a side; 0 or none: no windows.
+        global_blocks: comma-separated numbers of blocks that attend to everything, such as 2,5,8,11; from the end, -1.
         drop_path: stochastic depth rate of the last block.
         jitter: in training every token's place is moved by up to so many patches along each axis (arXiv 2506.03737);
             0: not. Of a table no place leaves the image.
@@ -159,6 +161,8 @@ class ModelConfig(Settings):
     mlp_ratio: Positive | None = None
     pool: str | None = None
     class_token: bool | None = None
+    window: Natural | None = None
+    global_blocks: Blocks | None = None
     drop_path: Rate = 0.0
     jitter: NotNegative = 0.0
     init: str = "default"
@@ -334,6 +338,9 @@ def parts_of(optim: OptimConfig, batch: int) -> int:
     return min(optim.accumulate, batch) if optim.accumulate <= optim.batch_size else optim.accumulate
 
 
+IN_WINDOWS = dict(window="window", global_blocks="global_blocks")  # settings of `ModelConfig`, and arguments of a ViT
+
+
 def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
     """A model's sizes by the names of its constructor's arguments, without those that are None.
 
@@ -343,6 +350,7 @@ def model_arguments(model: Settings, **more: str) -> dict[str, Plain]:
     """
     names = dict(position="position", width="embed_dim", depth="depth", heads="num_heads", mlp_ratio="mlp_ratio") | more
     values = plain(model)
+    values |= {name: list(x) for name in names if isinstance(x := getattr(model, name), Blocks)}
     return {argument: values[name] for name, argument in names.items() if values[name] is not None}
 
 

@@ -14,12 +14,12 @@ import vit2dpe.models  # noqa: F401 - registers the names with timm
 from tests.helpers import randn, shaken, within
 from tests.interop.timm.trajectory import assert_fifty_equal_steps
 from vit2dpe import CheckpointError, ConfigError, Positions, Signal, attend, from_timm, to_timm, use_policy
+from vit2dpe.attention.windows import cut
 from vit2dpe.encodings import NoPosition, RelativeBias
 from vit2dpe.interop.timm.swin import from_timm_swin, to_timm_swin
 from vit2dpe.models import Swin
 from vit2dpe.models.swin.stage import WindowAttention
 from vit2dpe.models.swin.weights import checkpoint_filter_fn
-from vit2dpe.models.swin.windows import cut
 from vit2dpe.signal import Table
 
 MICRO = dict(embed_dim=16, depths=(2, 2, 2), num_heads=(2, 4, 8), num_classes=5)

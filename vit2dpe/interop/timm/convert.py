@@ -37,6 +37,8 @@ from .swin import OWN_WORDS, from_timm_swin, to_timm_swin
 from .weights import create_with
 from .write import native_steps
 
+OWN_ARGUMENTS = ("window", "global_blocks", "window_kind", "window_tables")  # of ours, which timm's models lack
+
 
 def from_timm(
     model: str | nn.Module,
@@ -72,9 +74,9 @@ def from_timm(
             files that timm reads for that name (DINOv2, DINOv3, EVA, BEiT, BEiT-3, DeiT, CLIP, SigLIP, AIMv2, I-JEPA,
             RADIO, Perception Encoder, Swin, MAE's encoder, Google's .npz), or of rope-vit's. A file is read without
             running anything in it.
-        kwargs: for a name: passed to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel
-            of the patches is adapted as timm does; with `num_classes` a head for other classes is drawn anew. Both
-            are logged.
+        kwargs: window, global_blocks, window_kind and window_tables are those of a `ViT`. Of a name, others are passed
+            to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel of the patches is adapted
+            as timm does; with `num_classes` a head for other classes is drawn anew. Both are logged.
 
     Raises:
         ConfigError: for a family or a part that is not covered, or a policy that the encoding cannot take.
@@ -82,6 +84,7 @@ def from_timm(
     """
     if not isinstance(model, str | nn.Module):
         raise ConfigError(f"from_timm takes a name of timm's or a timm model, got {type(model).__name__}")
+    own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     if not isinstance(model, str) and (pretrained or weights is not None or kwargs):
         extra = ", ".join([*["pretrained"] * pretrained, *["weights"] * (weights is not None), *kwargs])
         raise ConfigError(f"{extra} goes with a name, and a {type(model).__name__} was given: it keeps its weights")
@@ -101,6 +104,8 @@ def from_timm(
         # Drawn, or from a file: not the weights that timm names.
         vars(theirs)["pretrained_cfg"] = without_source(pretrained_cfg_of(theirs))
     if isinstance(theirs, SwinTransformer | SwinTransformerV2):
+        if own:
+            raise ConfigError(f"{', '.join(own)} goes with a ViT, and {type(theirs).__name__} has windows of its own")
         if isinstance(position, str):
             position = with_own_options(position, OWN_WORDS.get(type(theirs), position))
         swin = from_timm_swin(theirs, position)
@@ -112,7 +117,7 @@ def from_timm(
     if isinstance(position, str):
         position = with_own_options(position, recipe.position)
     same = position is None or (isinstance(position, str) and names_of(position) == names_of(recipe.position))
-    arguments = recipe.arguments | sizes
+    arguments = recipe.arguments | sizes | own
     _check_size(theirs, arguments)
     built = recipe.position if position is None else position
     like = theirs.get_parameter("patch_embed.proj.weight")
@@ -186,6 +191,11 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
         raise ConfigError(
             f"to_timm takes a ViT or a Swin of ours, got {type(model).__name__}: of a masked autoencoder give its "
             "`encoder`; text models go to torch's own Transformer by to_torch"
+        )
+    if model.windowing is not None:
+        raise ConfigError(
+            "timm has no ViT whose blocks attend within windows but samvit_*, which are not written: keep the model in "
+            "its own names (state_dict)"
         )
     steps = native_steps(model) if model.timm_steps is None else model.timm_steps
     state: State = {n: v.detach() for n, v in model.state_dict().items() if not n.endswith("_extra_state")}

@@ -1,5 +1,5 @@
-"""Models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, SmolLM3,
-T5, DINOv3.
+"""Models of Hugging Face's `transformers` as ours, with their weights: BERT, GPT-2, BLOOM, Llama, SmolLM3, T5; ViT,
+DeiT, DINOv2 and v3, I-JEPA, the images' half of CLIP and SigLIP.
 
 A converter, one file for each family, turns a config and a state dict into one of our models, its arguments and its
 weights. Parts that ours lacks are refused by name, and so is a weight that would be left over. Nothing of
@@ -28,7 +28,10 @@ from .bloom import bloom
 from .dinov3 import dinov3
 from .gpt2 import gpt2
 from .llama import llama
+from .swin import swin
 from .t5 import t5
+from .vit import FAMILIES as VIT_FAMILIES
+from .vit import tower, vit
 from .weights import Config, Converted, OurModel, Weights, interleaved
 
 __all__ = ["FAMILIES", "from_transformers", "interleaved"]
@@ -41,6 +44,9 @@ FAMILIES: dict[str, Callable[[Config, Weights], Converted]] = {
     "llama": llama,
     "smollm3": llama,
     "t5": t5,
+    **dict.fromkeys(VIT_FAMILIES, vit),
+    **dict.fromkeys(("swin", "swinv2"), swin),
+    **dict.fromkeys(("clip", "siglip"), tower),
 }
 
 
@@ -73,7 +79,8 @@ def from_transformers(
 
     Returns:
         a `TextEncoder` (BERT, without its pooler; with pool="" and the masked head where it has one), a `TextDecoder`,
-        a `Seq2Seq`, or a `ViT` without classifier (DINOv3).
+        a `Seq2Seq`; or a `ViT` (see `vit.py`), without classifier where theirs has none; of a DeiT with two heads a
+        `DistilledViT`.
 
     Raises:
         ConfigError: for a family or a setting that is not covered.

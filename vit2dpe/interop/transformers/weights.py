@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError
 from ...models.mae_names import State
 from ...models.spec import Arguments
+from ...models.swin.model import Swin
 from ...models.text.heads import TextDecoder, TextEncoder
 from ...models.text.seq2seq import Seq2Seq
 from ...models.vit import ViT
@@ -17,7 +18,7 @@ from ...models.vit import ViT
 Config = Arguments  # of a model of transformers, as its config.json holds it
 
 
-OurModel = TextEncoder | TextDecoder | Seq2Seq | ViT
+OurModel = TextEncoder | TextDecoder | Seq2Seq | ViT | Swin
 
 
 class Converted(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...attention.functional import FullMask, attend, merge_heads
 from ...attention.modules import Attention
+from ...attention.windows import Size, Windows, cut
 from ...contextual import Contextual
 from ...encodings import Dims, Position, PositionEncoding, build, terms
 from ...encodings.base import overrides
@@ -26,7 +27,6 @@ from ...positions import Positions, is_tracing
 from ...signal import Dense, LowRank, Signal
 from ...spec import join_blocks
 from ..layers import BlockParts, run_block
-from .windows import Size, Windows, cut
 
 Spec = Position | Callable[[Dims], PositionEncoding]
 WindowPositions = dict[tuple[Size, torch.device], Positions]

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from ...attention.windows import Size
 from ...encodings import PositionEncoding
+from ...encodings.along import extent_of
 from ...errors import ConfigError, unknown
 from ..features import take_indices
 from ..timm_api import Groups, ImageSize, TimmModel, pair
 from .stage import SwinStage, WindowPositions
-from .windows import Size
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 PADDINGS = ("mask", "attend", "timm")
@@ -83,7 +84,7 @@ class TimmSwin(TimmModel):
         """The extent that an encoding of this model was trained on."""
         for _, part, extent in self.position_groups():
             if any(module is encoding for module in part.modules()):
-                return extent
+                return extent_of(encoding, extent)
         raise ValueError(f"{type(encoding).__name__} is no encoding of this model")
 
     def set_input_size(

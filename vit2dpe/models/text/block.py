@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...attention.cache import LayerCache
 from ...attention.functional import Mask
 from ...attention.modules import CrossAttention
+from ...attention.tiles import Tiles
 from ...encodings import PositionEncoding
 from ...positions import Positions
 from ...signal import Signal
@@ -80,7 +81,7 @@ class TextBlock(Block):
         x: Tensor,
         signal: Signal,
         at: Positions,
-        mask: Mask | None = None,
+        mask: Mask | Tiles | None = None,
         *,
         keys: Positions | None = None,
         cache: LayerCache | None = None,

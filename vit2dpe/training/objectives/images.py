@@ -31,7 +31,7 @@ from ..log import Row
 from ..optimizer import make_optimizer, make_schedule
 from ..pretrain_settings import PretrainConfig
 from ..session import TrainSession, Where, check_run
-from ..settings import ModelConfig, TrainConfig, drop_last, model_arguments, own_options, resolve, sized
+from ..settings import IN_WINDOWS, ModelConfig, TrainConfig, drop_last, model_arguments, own_options, resolve, sized
 from ..start import describe, has_architecture
 from ..starting_model import ARGUMENTS, Start, on_meta
 from ..tasks.classification import ImageTask
@@ -114,6 +114,8 @@ def started_spec(start: Start, model: ModelConfig, size: Size, channels: int, cl
         return model_spec(model, size, channels, classes)
     given, options = plain(model), _own_options(model)
     changes = {ARGUMENTS[name]: given[name] for name in ARGUMENTS if given[name] not in (None, own.get(name))}
+    windows = {name: model_arguments(model, **IN_WINDOWS).get(name) for name in IN_WINDOWS}
+    changes |= {name: value for name, value in windows.items() if value is not None}
     changes |= dict(drop_path_rate=model.drop_path) | options
     spec = start.changed(model.position, size=size, num_classes=classes, channels=channels, **changes)
     _check_pool(spec.arguments.get("global_pool"), classes)
@@ -220,7 +222,7 @@ def read_images(config: C, session: TrainSession, *, labels: bool = True) -> tup
 
 def model_spec(model: ModelConfig, size: Size, channels: int, classes: int) -> ModelSpec:
     """The model that the settings name, for images of this size, channels and classes."""
-    arguments = model_arguments(model, patch="patch_size", pool="global_pool", class_token="class_token")
+    arguments = model_arguments(model, patch="patch_size", pool="global_pool", class_token="class_token", **IN_WINDOWS)
     arguments |= dict(in_chans=channels, num_classes=classes, drop_path_rate=model.drop_path)
     if model.pool is not None and model.class_token is None:
         arguments["class_token"] = model.pool == "token"

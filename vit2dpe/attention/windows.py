@@ -53,9 +53,11 @@ class Windows(NamedTuple):
             windows: Tensor = cells.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 2)
             return windows
         tokens = x.flatten(1, 2)
-        if self.zero_row:
-            tokens = F.pad(tokens, (0, 0, 0, 1))
-        chosen: Tensor = tokens.flatten(0, 1).index_select(0, self.order).unflatten(0, (-1, math.prod(self.window)))
+        return self.pick(F.pad(tokens, (0, 0, 0, 1)) if self.zero_row else tokens, self.order)
+
+    def pick(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """(B, T, D) -> (W·B, N, D), by the order; with `zero_row` the last token stands where none is."""
+        chosen: Tensor = tokens.flatten(0, 1).index_select(0, order).unflatten(0, (-1, math.prod(self.window)))
         return chosen
 
     def join(self, y: Tensor, images: int) -> Tensor:
