@@ -35,6 +35,7 @@ _HOME = {
     "TextEncoder": "models.text.heads",
     "TextDecoder": "models.text.heads",
     "Seq2Seq": "models.text.seq2seq",
+    "pack": "models.text.ragged",
     "KVCache": "attention.cache",
     "generate": "models.text.generate",
     "beam_search": "models.text.generate",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .models.inflate import inflate  # noqa: F401
     from .models.text.generate import beam_search, generate  # noqa: F401
     from .models.text.heads import TextDecoder, TextEncoder  # noqa: F401
+    from .models.text.ragged import pack  # noqa: F401
     from .models.text.seq2seq import Seq2Seq  # noqa: F401
     from .positions import Positions  # noqa: F401
     from .resolution.apply import set_policy, use_policy  # noqa: F401

@@ -8,6 +8,7 @@ Legend: B rows, N tokens of a row, G segments of a kind, L tokens of each, prefi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -36,6 +37,27 @@ def in_segments(at: Positions, segments: Segments, places: Sequence[Positions]) 
     if tokens != [group.length for group in segments.groups]:
         raise ConfigError(f"segments of {[group.length for group in segments.groups]} tokens, and places of {tokens}")
     return replace(at, row=Row(segments, tuple(places)))
+
+
+def packed_grids(
+    extents: Sequence[Sequence[int]],
+    prefix: int = 0,
+    length: int | None = None,
+    device: torch.device | str | None = None,
+) -> Positions:
+    """Images of any sizes in one row, as `Positions.packed`, with what `attend` takes: `row.segments`.
+
+    Args:
+        extents: of each image how many places there are along each axis.
+        prefix: leading tokens of each image; those of all lead the row.
+        length: how many places the row has, padding among them.
+    """
+    shapes = [tuple(extent) for extent in extents]
+    at = Positions.packed(shapes, length, device).with_prefix(prefix * len(shapes))
+    counts, total = [math.prod(shape) for shape in shapes], at.prefix + at.coords.shape[1]
+    segments = Segments.of(counts, shapes, prefix=prefix, total=total, device=device)
+    places = [Positions.grid(shape, device).with_prefix(prefix) for shape in dict.fromkeys(shapes)]
+    return in_segments(at, segments, places)
 
 
 class Grouped(NamedTuple):

@@ -221,3 +221,8 @@ class Segments(NamedTuple):
                 here = (row[..., None], slice(None), at[:, :, None], at[:, None, :])  # (G, L, L, H)
                 found[here] &= mask.permute(0, 2, 3, 1)
         return found
+
+
+def nested(instead: str) -> ConfigError:
+    """For a nested tensor of torch's, and what to give instead of it."""
+    return ConfigError(f"nested tensors are not taken: {instead}")

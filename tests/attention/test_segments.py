@@ -16,7 +16,7 @@ from vit2dpe import ConfigError, Dims, Positions, Signal, attend, attention_maps
 from vit2dpe.attention import Attention
 from vit2dpe.contextual import Contextual
 from vit2dpe.encodings import ENCODINGS
-from vit2dpe.packed import in_segments
+from vit2dpe.packed import in_segments, packed_grids
 from vit2dpe.segments import Group, Segments
 from vit2dpe.signal import Dense, Distance, LowRank, Rotation, Table
 from vit2dpe.testing import randomise
@@ -26,10 +26,7 @@ SHAPES = [(2, 3), (3, 2), (2, 3), (4, 3), (1, 5), (3, 2)]
 KINDS = [*dict.fromkeys(SHAPES)]
 TOKENS = [PREFIX + rows * columns for rows, columns in SHAPES]
 WORDS = [*ENCODINGS, "relative(prefix=true)", "lookhere+rope_mixed", "alibi(distance=squared)", "sincos+shaw+rope"]
-LAYOUTS = {  # leading tokens in front of each image, or those of all in front of the row, with padding behind
-    "each": Segments.of(TOKENS, SHAPES),
-    "row": Segments.of([n - PREFIX for n in TOKENS], SHAPES, prefix=PREFIX, total=sum(TOKENS) + 4),
-}
+LAYOUTS = ["each", "row"]  # leading tokens in front of each image; those of all in front of the row, padding behind
 
 
 def tokens_of(segments, number, row=0):
@@ -44,10 +41,15 @@ def gradients(total, inputs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("word", WORDS)
 def test_each_image_of_a_row_is_what_it_is_alone(word, layout):
-    segments = LAYOUTS[layout]
-    n, places = segments.numbers.shape[1], [Positions.grid(shape).with_prefix(PREFIX) for shape in KINDS]
+    if layout == "each":
+        n, places = sum(TOKENS), [Positions.grid(shape).with_prefix(PREFIX) for shape in KINDS]
+        at = in_segments(Positions(torch.zeros(1, n, 2), (4, 5)), Segments.of(TOKENS, SHAPES), places)
+    else:
+        n = sum(TOKENS) + 4
+        at = packed_grids(SHAPES, PREFIX, length=n - PREFIX * len(SHAPES))
+    segments = at.row.segments
     encoding = randomise(build(word, Dims(H * DIM, H, (3, 4)))).double().eval()
-    signal = encoding(in_segments(Positions(torch.zeros(1, n, 2), (4, 5)), segments, places))
+    signal = encoding(at)
     q, k, v, weights = randn(4, 1, H, n, DIM, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     learned = [*inputs, *encoding.parameters()]
@@ -65,14 +67,14 @@ def test_each_image_of_a_row_is_what_it_is_alone(word, layout):
     for x, y in zip(gradients(ours, learned), gradients(total, learned), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
     with torch.no_grad():  # in float32, by other kernels
-        narrow = encoding.float()(in_segments(Positions(torch.zeros(1, n, 2), (4, 5)), segments, places))
+        narrow = encoding.float()(at)
         found = attend(*(x.float() for x in inputs), narrow, segments)
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("policy", "temperature"), [("interpolate", "log"), ("ntk", None), ("yarn", "yarn")])
 def test_policies_and_temperatures_go_by_the_grid_of_each_image(policy, temperature):
-    segments, model = LAYOUTS["each"], micro_vit("rope")
+    segments, model = Segments.of(TOKENS, SHAPES), micro_vit("rope")
     encoding = model.position
     n, places = segments.numbers.shape[1], [Positions.grid(shape).with_prefix(PREFIX) for shape in KINDS]
     q, k, v = randn(3, 1, H, n, 48 // H)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
+from ..segments import nested
 from ..signal import Signal
 from .cache import LayerCache
 from .contract import contract
@@ -141,6 +142,8 @@ class Attention(nn.Module):
 
         A scale of None is 1/sqrt(Dh). Without `private` the output of `qkv` is kept as it is.
         """
+        if x.is_nested:
+            raise nested("pad the batch and give a mask, or lay its samples out in a row under `Segments`")
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)

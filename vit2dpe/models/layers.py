@@ -26,6 +26,7 @@ from ..encodings.base import PositionEncoding
 from ..encodings.tables import replace
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from ..segments import nested
 from ..signal import Signal
 from .kernels import CONVS, resampled
 from .windowed import own_in_tiles
@@ -127,6 +128,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width), or all sides, -> tokens (B, N, D) in the weights' dtype, and where they are."""
+        if images.is_nested:
+            raise nested("give images of one size as a tensor (B, C, H, W)")
         size = tuple(images.shape[2:])
         if not self.any_size and size != self.img_size:
             raise ConfigError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..encodings import encoding_parameters, named_encodings
 from ..encodings.along import extent_of
 from ..errors import ConfigError
+from ..segments import nested
 from .arguments import sides
 from .swin.model import Swin
 from .vit import ViT
@@ -49,6 +50,8 @@ class MaskedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
+        if images.is_nested:
+            raise nested("give images of one size as a tensor (B, C, H, W)")
         batch, n = images.shape[0], math.prod(self.mask_grid(*images.shape[2:]))
         if noise is None:
             device = images.device if generator is None else generator.device

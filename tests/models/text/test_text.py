@@ -106,6 +106,7 @@ def test_a_packed_batch_is_the_padded_one(word, kind):
     packed = model.forward_features(tokens, segments=segments)[0]
     padded, valid = pad(texts)
     close(packed, model.forward_features(padded, valid)[valid])
+    close(packed, model.forward_features(tokens, segments=segments.numbers)[0])  # by a mask of all pairs
 
 
 @each_encoding

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import masks
@@ -32,11 +31,16 @@ from ...encodings.base import terms
 from ...encodings.find import named_encodings
 from ...errors import ConfigError
 from ...grids import checkable, longer, readable
+from ...packed import in_segments
 from ...positions import Positions, is_tracing
+from ...segments import Segments, nested
 from ..arguments import check_arguments
 from ..layers import block_inputs, norm_factory, run_block
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
+from .ragged import lines, packed_places, too_long
+from .ragged import pack as pack
+from .ragged import pad as pad
 from .word_scale import read_scale, scale_words
 
 
@@ -59,7 +63,7 @@ class SequenceOptions(TypedDict, total=False):
     """Further arguments of `TextModel.forward_features`; see there."""
 
     types: Tensor | None
-    segments: Tensor | None
+    segments: Tensor | Segments | None
     cache: KVCache | None
     memory: Encoded | None
     length: int | None
@@ -180,7 +184,7 @@ class TextModel(nn.Module):
         valid: Tensor | None = None,
         *,
         types: Tensor | None = None,
-        segments: Tensor | None = None,
+        segments: Tensor | Segments | None = None,
         cache: KVCache | None = None,
         memory: Encoded | None = None,
         length: int | None = None,
@@ -190,8 +194,9 @@ class TextModel(nn.Module):
         Args:
             valid: (B, N), False for padding, which nothing attends to.
             types: (B, N) kinds of segments; default 0.
-            segments: (B|1, N) document numbers of a packed batch (see `pack`): places begin anew at each document, and
-                attention stays within it.
+            segments: of a packed batch, made by `pack`: places begin anew at each document, and attention stays within
+                it. Or document numbers (B|1, N): the same by a mask of all pairs, which any model that is compiled or
+                exported makes too, one graph for all.
             cache: keys and values of earlier tokens; those of these tokens are appended.
             memory: an encoder's output, for cross-attention.
             length: the extent of the line, where that is longer than the context and N (or, packed, than the context):
@@ -202,9 +207,11 @@ class TextModel(nn.Module):
                 beyond the context, padded, where the answer depends on the length of the line (see `one_line`).
         """
         if tokens.is_nested:
-            raise ConfigError("nested tensors are not taken: pad the batch and give `valid`, or join it with `pack`")
+            raise nested("pad the batch and give `valid`, or join it with `pack`")
         if segments is not None and (cache is not None or valid is not None):
             raise ConfigError("a packed batch has neither padding nor a cache: give `segments` alone")
+        if isinstance(segments, Segments) and _is_traced(tokens):
+            segments = segments.numbers  # one graph for all
         at = self.positions(tokens, valid, segments, cache, length)
         keys, present = at, valid
         if cache is not None:
@@ -227,7 +234,7 @@ class TextModel(nn.Module):
         self,
         tokens: Tensor,
         valid: Tensor | None = None,
-        segments: Tensor | None = None,
+        segments: Tensor | Segments | None = None,
         cache: KVCache | None = None,
         length: int | None = None,
     ) -> Positions:
@@ -235,15 +242,12 @@ class TextModel(nn.Module):
         n, device = tokens.shape[1], tokens.device
         if segments is not None:
             line = max(self.context, length or 0)
-            step = torch.arange(n, device=device)
-            first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-            begin = torch.where(first, step, 0).cummax(dim=1).values  # (B|1, N) where each document begins
-            places = step - begin
+            places = packed_places(segments.numbers if isinstance(segments, Segments) else segments)
+            if isinstance(segments, Segments):
+                by_kind = lines(segments, line)
+                return in_segments(Positions(places.float()[..., None], (line,), on_grid=True), segments, by_kind)
             if checkable(places) and places.numel() and int(places.max()) >= line:
-                longest = int(places.max()) + 1
-                raise ConfigError(
-                    f"a packed document has {longest} tokens, the line {line}: name the longest with length="
-                )
+                raise too_long(int(places.max()) + 1, line)
             known = checkable(places) or not readable(places) or n <= line
             return Positions(places.float()[..., None], (line,), on_grid=known)
         line = longer(max(self.context, length or 0), n if cache is None else cache.length)
@@ -300,8 +304,14 @@ class TextModel(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _mask(self, at: Positions, keys: Positions, present: Tensor | None, segments: Tensor | None) -> Mask | None:
+    def _mask(
+        self, at: Positions, keys: Positions, present: Tensor | None, segments: Tensor | Segments | None
+    ) -> Mask | None:
         """Where tokens at `at` may attend among those at `keys`, which are themselves or end with them."""
+        if isinstance(segments, Segments):
+            reach, by_kind = self.window, () if at.row is None else at.row.places
+            near = () if reach is None else tuple([masks.window(one, one, reach) for one in by_kind])
+            return segments.under(self.causal, near)
         if self.causal and keys is at and self.window is None and present is None and segments is None:
             return Causal(at)
         newest = keys is not at and at.coords.shape[1] == 1  # one new token: all others are before it
@@ -350,25 +360,6 @@ def _check_shared_keys(encodings: list[PositionEncoding | None], heads: int, kv_
                 f"the {heads} heads of {type(encoding).__name__} turn differently and cannot share {kv_heads} heads of "
                 "keys, which a decoder keeps turned: give kv_heads as many as num_heads, or another encoding"
             )
-
-
-def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A ragged batch as one row without padding: token ids (1, ΣN) and `segments` (1, ΣN) for `forward_features`."""
-    if not sequences or any(s.ndim != 1 for s in sequences):
-        raise ConfigError("pack takes a list of at least one sequence of token ids, each (N,)")
-    numbers = [torch.full_like(s, i) for i, s in enumerate(sequences)]
-    return torch.cat(sequences)[None], torch.cat(numbers)[None]
-
-
-def pad(sequences: list[Tensor], value: int = 0, left: bool = False) -> tuple[Tensor, Tensor]:
-    """A ragged batch as a padded one: token ids (B, N) and `valid` (B, N)."""
-    longest = max((len(s) for s in sequences), default=0)
-    ids, valid = [], []
-    for s in sequences:
-        sides = (longest - len(s), 0) if left else (0, longest - len(s))
-        ids.append(F.pad(s, sides, value=value))
-        valid.append(F.pad(torch.ones_like(s, dtype=torch.bool), sides, value=False))
-    return torch.stack(ids), torch.stack(valid)
 
 
 def _cross_position(spec: str | None, cross: bool, dims: Dims) -> PositionEncoding | None:
