@@ -20,7 +20,7 @@ from scipy.stats import t as student
 
 from benchmarks import gpu_speed, real_weights
 from benchmarks.table import markdown
-from recipes.claims import claims, half_interval, half_of_deviation
+from recipes.claims import Difference, claims, half_interval, half_of_deviation, paired, verdict
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
 from vit2dpe.study.rows import Row, read_rows
@@ -69,6 +69,8 @@ def table(folder: Path) -> str:
         return _tune_table(folder)
     if (folder / "swap.csv").is_file():
         return _swap_table(folder)
+    if (folder / "frames.csv").is_file():
+        return _frames_table(folder)
     rows = read_rows(folder / "results.csv")
     return f"{_seeds_of(rows, folder)}\n\n{report.table(rows, spread=half_interval)}"
 
@@ -131,6 +133,48 @@ def _against_table(folder: Path) -> str:
         return "\n".join([*lines, "", f"{said}; one seed each gives no interval."])
     mean, half = difference(a, b)
     return "\n".join([*lines, "", f"{said}, 95% interval {mean - half:+.2f} to {mean + half:+.2f} over the seeds."])
+
+
+def _frames_table(folder: Path) -> str:
+    """A line for each encoding and policy of frames.csv, and the judgement on the claims of `video_frames.py`."""
+    with (folder / "frames.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    at: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        at.setdefault((row["encoding"], row["policy"], int(row["frames"])), {})[row["seed"]] = float(row["top1"])
+    first, *more = frames = sorted({number for _, _, number in at})
+    lines = [
+        f"| encoding | policy | {' | '.join(f'{n} frames' for n in frames)} |",
+        "|---|---|" + "---:|" * len(frames),
+    ]
+    for word, policy in dict.fromkeys((word, policy) for word, policy, _ in at):
+        cells = [_told(list(at[word, policy, number].values()), ".1f") for number in frames]
+        lines.append(f"| `{word}` | {policy} | {' | '.join(cells)} |")
+
+    def less(what: str, number: int, a: tuple[str, str], b: tuple[str, str]) -> Difference:
+        return paired(what, number / first, at[(*a, number)], at[(*b, number)])
+
+    default = {word: policy for word, policy, _ in reversed(at)}
+    blind = [
+        Difference(f"60% − `{word}`", 1, [60 - x for x in at[word, default[word], first].values()])
+        for word in ("none", "alibi")
+    ]
+    table = ("learned", default["learned"])
+    claims = [
+        blind,
+        [less("`t5` − `learned`", more[-1], ("t5", default["t5"]), table)],
+        [less("`rope` interpolated − extrapolated", more[-1], ("rope", "interpolate"), ("rope", "extrapolate"))],
+    ]
+    judged = []
+    for number, differences in enumerate(claims, 1):
+        told = "; ".join(f"{one.what}: {_told(one.by_seed, '+.1f')}" for one in differences)
+        judged.append(f"- Claim {number}: {verdict(differences)} ({told}).")
+    seeds, n = len({row["seed"] for row in rows}), int(rows[0]["n"])
+    error = 100 * math.sqrt(0.25 / n)
+    head = (
+        f"Top-1 in percent of {n:,} test videos (standard error at most {error:.1f}), {seeds} seeds; mean ± half of a "
+    )
+    return "\n".join([head + "95% t-interval.", "", *lines, "", *judged])
 
 
 def _tune_table(folder: Path) -> str:

@@ -86,7 +86,7 @@ class Values:
         return max(ran, key=lambda word: statistics.mean(self.of(word, multiple).values()), default="")
 
 
-def _paired(what: str, multiple: float, more: dict[int, float], less: dict[int, float]) -> Difference:
+def paired(what: str, multiple: float, more: dict[int, float], less: dict[int, float]) -> Difference:
     return Difference(what, multiple, [more[seed] - less[seed] for seed in sorted(more.keys() & less.keys())])
 
 
@@ -97,7 +97,7 @@ def biases_rotary_tables(values: Values) -> tuple[list[Difference], list[str]]:
         for multiple in (2.0, 3.0):
             a, b = values.best(above, multiple), values.best(below, multiple)
             what = f"{above} (`{a}`) − {below} (`{b}`)"
-            found.append(_paired(what, multiple, values.of(a, multiple), values.of(b, multiple)))
+            found.append(paired(what, multiple, values.of(a, multiple), values.of(b, multiple)))
     return found, [word for family in FAMILIES.values() for word in family if word not in values.default]
 
 
@@ -105,7 +105,7 @@ def mixed_keeps_as_much(values: Values) -> tuple[list[Difference], list[str]]:
     """Claim 2: `rope_mixed` keeps at least as much as `rope` at every size beyond training, both extrapolating."""
     sizes = sorted({key[3] for key in values.at if key[3] > 1})
     both = [[values.of(word, size, "extrapolate") for word in ("rope_mixed", "rope")] for size in sizes]
-    found = [_paired("`rope_mixed` − `rope`", size, *pair) for size, pair in zip(sizes, both, strict=True)]
+    found = [paired("`rope_mixed` − `rope`", size, *pair) for size, pair in zip(sizes, both, strict=True)]
     return found, [word for word in ("rope", "rope_mixed") if word not in values.default]
 
 
@@ -146,7 +146,7 @@ def more_than_rotations(values: Values) -> tuple[list[Difference], list[str]]:
     """Claim 2: jitter lifts a table more than a rotation."""
     what = "(`learned, jitter` − `learned`) − (`rope, jitter` − `rope`)"
     of = [[_jittered(values, word, multiple) for word in ("learned", "rope")] for multiple in (2.0, 3.0)]
-    found = [_paired(what, multiple, *pair) for multiple, pair in zip((2.0, 3.0), of, strict=True)]
+    found = [paired(what, multiple, *pair) for multiple, pair in zip((2.0, 3.0), of, strict=True)]
     return found, [*_lifts("learned", values)[1], *_lifts("rope", values)[1]]
 
 
@@ -169,7 +169,7 @@ def parts_serve_canvases(values: Values) -> tuple[list[Difference], list[str]]:
     """Claim 5: parts of a table at scale 1 keep more of a larger canvas than a table that is read between entries."""
     canvas, word = Values(values.rows, "canvas"), "learned, subtable"
     found = [
-        _paired(
+        paired(
             f"`{word}` − `learned`, canvas",
             multiple,
             canvas.of(word, multiple, "subtable"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,27 @@ def test_the_quick_one_runs(tmp_path, capsys):
     assert main(["train", "--config", str(RECIPES / "digits_quick.yaml"), "--smoke", "--run.out", str(out)]) == 0
     assert (out / "summary.md").is_file()
     assert "next     vit2dpe train" in capsys.readouterr().out
+
+
+def test_which_digit_came_first(tmp_path):
+    """Videos are a pure function of their key, of another length the same; what is measured is not measured again."""
+    recipe = runpy.run_path(str(RECIPES / "video_frames.py"), run_name="recipe")
+    short, long = (recipe["videos"]("test", 5, frames, 0) for frames in (8, 32))
+    assert torch.equal(short[1], long[1])
+    assert all(torch.equal(a, b) for a, b in zip(short, recipe["videos"]("test", 5, 8, 0), strict=True))
+    apart = short[0] - long[0][:, :, ::4]
+    assert apart.std() < 2 * recipe["NOISE"], "the same digits at the same parts of the video, but for the noise"
+    pairs = long[0].unflatten(2, (16, 2)).diff(dim=3)
+    assert pairs.abs().max() < 8 * recipe["NOISE"], "digits change between tubelets"
+    words = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "--n", "20", "--encodings"]
+    recipe["main"]([*words, "learned"])
+    before = (tmp_path / "frames.csv").read_text()
+    recipe["main"]([*words, "learned,none"])
+    rows = read_table(tmp_path / "frames.csv")
+    assert (tmp_path / "frames.csv").read_text().startswith(before)
+    assert [(row["encoding"], row["policy"]) for row in rows[::3]] == [
+        ("learned", "resize"),
+        ("learned", "interpolate"),
+        ("none", "extrapolate"),
+    ]
+    assert {row["frames"] for row in rows} == {8, 16, 32}

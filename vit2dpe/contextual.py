@@ -15,6 +15,7 @@ Legend: B batch, H heads, Nq, Nk tokens, Dh head width, E vectors of a table, S_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ from torch import Tensor
 from .errors import ConfigError
 from .positions import Positions
 from .signal import Table
+
+# For each table the vectors that pairs read, entries and weights (B|1, Nq, Nk) to be added up, None for 1; or weights
+# of all vectors (B|1, Nq, Nk, E).
+Pairs = Sequence[Sequence[tuple[Tensor, Tensor | None]] | Tensor]
+ReadPairs = Callable[[Positions, Positions], Pairs]
 
 
 class Contextual(NamedTuple):
@@ -38,6 +44,7 @@ class Contextual(NamedTuple):
         heads: H.
         scale: of these products alone.
         of_keys: contracted with keys instead of queries.
+        read: instead of entries, for grids of several sizes, what each pair reads, from places of queries and keys.
     """
 
     vectors: tuple[Tensor, ...]
@@ -47,6 +54,7 @@ class Contextual(NamedTuple):
     heads: int
     scale: float = 1.0
     of_keys: bool = False
+    read: ReadPairs | None = None
 
     def dense(self) -> Tensor:
         raise ConfigError(
@@ -70,7 +78,7 @@ class Contextual(NamedTuple):
         x = x[:, :, at.prefix :]
         tables = [(a if self.scale == 1.0 else a * self.scale).to(x.dtype) for a in self.vectors]
         products = [x @ a[0].t() if a.shape[0] == 1 else torch.einsum("bhnd,hed->bhne", x, a) for a in tables]
-        return Products(tuple(products), self.entries, self.q, self.k, self.of_keys)
+        return Products(tuple(products), self.entries, self.q, self.k, self.of_keys, self.read)
 
 
 class Products(NamedTuple):
@@ -81,9 +89,36 @@ class Products(NamedTuple):
     q: Positions
     k: Positions
     of_keys: bool = False
+    read: ReadPairs | None = None
 
     def dense(self) -> Tensor:
         """(B, H, Nq, Nk)"""
+        found = self._of_offsets() if self.read is None else self._of_pairs(self.read(self.q, self.k))
+        prefix = (self.k.prefix, 0, self.q.prefix, 0)
+        return F.pad(found, prefix) if any(prefix) else found
+
+    def _of_pairs(self, pairs: Pairs) -> Tensor:
+        total: Tensor | None = None
+        for products, read in zip(self.products, pairs, strict=True):
+            x = products.to(torch.promote_types(products.dtype, torch.float32))
+            if isinstance(read, Tensor):
+                part = torch.einsum("bhje,bije->bhij" if self.of_keys else "bhie,bije->bhij", x, read.to(x))
+                total = part if total is None else total + part
+                continue
+            for entries, weights in read:
+                index = (entries.mT if self.of_keys else entries).to(x.device)
+                part = x.gather(-1, index[:, None].expand(*x.shape[:2], -1, -1))
+                part = part.mT if self.of_keys else part
+                part = part if weights is None else part * weights.to(x)[:, None]
+                total = part if total is None else total + part
+        return self._checked(total).to(self.products[0].dtype)
+
+    def _checked(self, total: Tensor | None) -> Tensor:
+        if total is None:
+            raise ValueError("a contextual bias needs at least one table")
+        return total
+
+    def _of_offsets(self) -> Tensor:
         by_axis = len(self.products) > 1
         other = self.q if self.of_keys else self.k
         rows = by_axis and other.whole  # a line of places stands for all that share it
@@ -97,12 +132,8 @@ class Products(NamedTuple):
             if rows:
                 part = part[(..., *[None] * axis, slice(None), *[None] * (other.axes - axis - 1))]
             total = part if total is None else total + part
-        if total is None:
-            raise ValueError("a contextual bias needs at least one table")
-        total = total.flatten(3)
-        total = total.transpose(-1, -2) if self.of_keys else total
-        prefix = (self.k.prefix, 0, self.q.prefix, 0)
-        return F.pad(total, prefix) if any(prefix) else total
+        total = self._checked(total).flatten(3)
+        return total.transpose(-1, -2) if self.of_keys else total
 
 
 def _placed(at: Positions, axis: int | None, line: bool) -> Positions:

@@ -112,6 +112,7 @@ def test_a_policy_goes_over():
         ),
         (lambda: inflate(inflate(ViT("none", **IMAGE))), "of a ViT of images"),
         (lambda: inflate(ViT("none", **IMAGE), kernel="center"), "did you mean 'centre'"),
+        (lambda: inflate(ViT("none", window=2, **IMAGE)), "a model without windows"),
         (lambda: inflate(ViT("none", **IMAGE), frames=7), "multiple of tubelet, got 7 and 2"),
         (lambda: inflate(ViT("rope/none", **IMAGE)), "inflate it with time=None"),
         (lambda: build("rope(axes=3)", Dims(48, 3, (2, 3, 4))), "axes names axes of the grid, from 0 to 2.*got 3"),

@@ -220,6 +220,7 @@ def test_evaluate_writes_it_down(tmp_path):
     assert "spacing" not in (tmp_path / "None" / "results.csv").read_text()
     with pytest.raises(ConfigError, match=r"spacing.*above 0.*-1"):
         EvaluateConfig.of(spacing=-1)
-    learned = EvaluateConfig.of(**given | dict(model=name.replace("sincos", "learned")), device="cpu", spacing=0.5)
+    given |= dict(model=name.replace("sincos", "learned"), device="cpu", spacing=0.5, out=str(tmp_path / "learned"))
     with pytest.raises(ConfigError, match="does not take 64x64 images: a table lies on the grid"):
-        evaluate_model(learned)
+        evaluate_model(EvaluateConfig.of(**given | dict(policies="interpolate,resize")))
+    assert evaluate_model(EvaluateConfig.of(**given | dict(policies="interpolate")))[0].policy == "interpolate"

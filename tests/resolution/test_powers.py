@@ -158,3 +158,10 @@ def test_compiled_models_follow_powers(word, policy):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=2e-5)
+
+
+def test_a_table_of_dino_has_its_gradient_where_an_axis_keeps_its_size():
+    """Resizing is linear; torch's backward copies such an axis, which the forward moves by 0.1 patch."""
+    table = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: RESIZES["dino"](t, (4, 13)), table)
+    assert torch.autograd.gradcheck(lambda t: RESIZES["dino"](t, (5, 6)), table)

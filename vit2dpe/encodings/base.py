@@ -36,6 +36,8 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
+    def __hash__(self) -> int: ...
+
     def place(self, at: Positions) -> Positions:
         """The places that the encoding is evaluated at instead of `at`."""
         ...
@@ -47,6 +49,10 @@ class Policy(Protocol):
 
     def resize(self, table: Tensor, sizes: tuple[int, ...], own: str, axis: int) -> Tensor:
         """A table (C, *old) at other sizes; see `tables.fitted`."""
+        ...
+
+    def resized_to(self, grid: Tensor, old: tuple[int, ...], own: str, axis: int) -> tuple[str, Tensor]:
+        """How, and to what sizes, it would be resized for grids of sizes (..., d); see `mixed.fit_of`."""
         ...
 
 

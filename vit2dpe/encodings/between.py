@@ -37,16 +37,18 @@ def check_sample(name: str, sample: str) -> str:
     return sample
 
 
-def neighbours(x: Tensor, size: int, sample: str, wrap: bool = False) -> Taps:
+def neighbours(x: Tensor, size: int | None, sample: str, wrap: bool = False) -> Taps:
     """Of coordinates x (...) along an axis of so many entries; beyond the ends the last one, or with `wrap` the first
-    again."""
+    again. Without a size the neighbours may lie beyond."""
     low = x.floor()
     t, first = x - low, low.long()
     if sample == "bilinear":
         start, weights = 0, [1 - t, t]
     else:
         start, weights = -1, [_cubic_far(1 + t), _cubic_near(t), _cubic_near(1 - t), _cubic_far(2 - t)]
-    indices = (first + start + i for i in range(len(weights)))
+    indices = [first + start + i for i in range(len(weights))]
+    if size is None:
+        return list(zip(indices, weights, strict=True))
     return [(i.remainder(size) if wrap else i.clamp(0, size - 1), w) for i, w in zip(indices, weights, strict=True)]
 
 
@@ -63,7 +65,11 @@ def taps(x: Tensor, sizes: tuple[int, ...], sample: str, dtype: torch.dtype, wra
 
     They depend on places and sizes alone, and serve every table of these.
     """
-    along = [neighbours(x[..., axis], size, sample, wrap) for axis, size in enumerate(sizes)]
+    return joined([neighbours(x[..., axis], size, sample, wrap) for axis, size in enumerate(sizes)], sizes, dtype)
+
+
+def joined(along: list[Taps], sizes: tuple[int, ...], dtype: torch.dtype) -> Taps:
+    """The neighbours in a table of these sizes that is flat, of those along each axis."""
     later = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     found = []
     for corner in product(*along):

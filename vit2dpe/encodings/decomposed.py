@@ -26,6 +26,7 @@ from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
+from .mixed_pairs import resized_for_pairs
 from .tables import axis_offsets, fitted, replace, viewed
 
 NAMES = ("rel_pos_t", "rel_pos_h", "rel_pos_w")
@@ -66,6 +67,9 @@ class Decomposed(PositionEncoding):
             nn.init.trunc_normal_(table, std=0.02)
 
     def bias(self, q: Positions, k: Positions) -> Contextual:
+        if isinstance(q.extent, Tensor):
+            tables = tuple(viewed(table.to(self.dtype)[None]) for table in self.tables())  # (1, T, Dh)
+            return Contextual(tables, (), q, k, self.heads, read=resized_for_pairs(self.policy, tables))
         offsets = axis_offsets(q, k, self.axes, q.coords.device)
         vectors = [
             viewed(self._resized(axis, 2 * size - 1).to(self.dtype)[None]) for axis, size in enumerate(q.one_extent)

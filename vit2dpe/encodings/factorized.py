@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..positions import Positions, exact
 from .base import PositionEncoding
 from .between import check_inside, check_sample, read, taps
+from .mixed import tokens_by_sample
 from .mlp import lifted
 from .tables import check_places, fitted, replace
 
@@ -57,9 +58,11 @@ class Factorized(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
-        lines = [
-            fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.one_extent)
-        ]  # (D, S)
+        if isinstance(at.extent, Tensor):
+            along = [(axis, table.t()) for axis, table in enumerate(self.tables)]
+            own = [tokens_by_sample(self.policy, t, at, "bilinear", self.sample, axis) for axis, t in along]
+            return torch.stack(own).sum(0)
+        lines = [fitted(self, self.tables[a].t(), (size,), "bilinear", a) for a, size in enumerate(at.extent)]  # (D, S)
         if at.on_integers():
             places = check_places(at)
             rows = [line.t()[places[..., axis]] for axis, line in enumerate(lines)]

@@ -27,6 +27,7 @@ from ..contextual import Contextual
 from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
+from .mixed_pairs import entries_of_pairs
 from .tables import axis_offsets, flat_entries, viewed
 
 
@@ -63,10 +64,15 @@ class IRPE(PositionEncoding):
         nn.init.trunc_normal_(self.lookup_table_weight, std=0.02)
 
     def bias(self, q: Positions, k: Positions) -> Contextual:
-        offsets, side = axis_offsets(q, k, self.axes, q.coords.device), self._side()
-        entries = flat_entries([self.bucket(offset) for offset in offsets], [side] * self.axes)
+        sides = [self._side()] * self.axes
         vectors = viewed(self.lookup_table_weight.to(self.dtype).transpose(1, 2))  # (1, E, Dh)
-        return Contextual((vectors,), (entries,), q, k, self.heads, 1 / math.sqrt(vectors.shape[-1]))
+        scale = 1 / math.sqrt(vectors.shape[-1])
+        if isinstance(q.extent, Tensor):
+            read = entries_of_pairs(("irpe", self.ratio), self.bucket, sides)
+            return Contextual((vectors,), (), q, k, self.heads, scale, read=read)
+        offsets = axis_offsets(q, k, self.axes, q.coords.device)
+        entries = flat_entries([self.bucket(offset) for offset in offsets], sides)
+        return Contextual((vectors,), (entries,), q, k, self.heads, scale)
 
     def bucket(self, offset: Tensor) -> Tensor:
         """0 to 2 b, of query minus key along an axis, whole numbers."""

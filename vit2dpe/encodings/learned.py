@@ -21,6 +21,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from .base import PositionEncoding
 from .between import check_sample, tokens_at
+from .mixed import tokens_by_sample
 from .tables import channels_first, fitted, replace
 
 MODES = ("antialias", "plain", "dino")
@@ -63,8 +64,10 @@ class LearnedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        table = fitted(self, channels_first(self.pos_embed[0]), at.one_extent, self.resize)  # (D, *extent)
-        return tokens_at(table, at, self.sample)  # (B|1, N, D)
+        table = channels_first(self.pos_embed[0])  # (D, S_1, ..., S_d)
+        if isinstance(at.extent, Tensor):
+            return tokens_by_sample(self.policy, table, at, self.resize, self.sample)
+        return tokens_at(fitted(self, table, at.extent, self.resize), at, self.sample)  # (B|1, N, D)
 
     def extra_repr(self) -> str:
         return f"dim={self.pos_embed.shape[-1]}, grid={tuple(self.pos_embed.shape[1:-1])}, resize={self.resize!r}"

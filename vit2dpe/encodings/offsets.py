@@ -87,7 +87,7 @@ def read_at_offsets(table: Tensor, q: Positions, k: Positions, prefix: Tensor | 
         for axis, x in enumerate(along_axes(*found, table.ndim - 1, float64_device(q.coords.device))):
             table = read_along(table, axis, x + (q.one_extent[axis] - 1), sample)
         return Table(table, first, second, prefix)
-    _check_reach(q, k)
+    check_reach(q, k)
     sizes, dtype = tuple(table.shape[1:]), table.dtype
 
     def made() -> Taps:
@@ -95,17 +95,17 @@ def read_at_offsets(table: Tensor, q: Positions, k: Positions, prefix: Tensor | 
         return taps(all_offsets(q, k, None) + middle, sizes, sample, dtype)
 
     bias = read(table, kept(q, k, ("pairs", sizes, sample, dtype), made)).transpose(0, 1)  # (B|1, H, Nq, Nk)
-    return Dense(_with_prefix(bias, q.prefix, k.prefix, prefix))
+    return Dense(with_prefix(bias, q.prefix, k.prefix, prefix))
 
 
-def _check_reach(q: Positions, k: Positions) -> None:
+def check_reach(q: Positions, k: Positions) -> None:
     """Refuse offsets more than a patch beyond the table: both places may be half a patch outside."""
     refuse_spacing(q)
     refuse_spacing(k)
     here, there = q.bounds(), k.bounds()
-    if here is None or there is None:
+    if here is None or there is None or not q.largest:
         return
-    for axis, size in enumerate(q.one_extent):
+    for axis, size in enumerate(q.largest):
         low, high = here.least[axis] - there.most[axis], here.most[axis] - there.least[axis]
         if not (low >= -size - 1e-3 and high <= size + 1e-3):
             raise ValueError(
@@ -114,7 +114,7 @@ def _check_reach(q: Positions, k: Positions) -> None:
             )
 
 
-def _with_prefix(bias: Tensor, p: int, r: int, prefix: Tensor | None) -> Tensor:
+def with_prefix(bias: Tensor, p: int, r: int, prefix: Tensor | None) -> Tensor:
     """(B|1, H, P + Nq, R + Nk): in front of places what pairs with prefix tokens get."""
     if prefix is None:
         return F.pad(bias, (r, 0, p, 0)) if p or r else bias

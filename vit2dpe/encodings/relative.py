@@ -34,7 +34,8 @@ from ..positions import Positions
 from ..signal import Dense, Table
 from .base import PositionEncoding
 from .between import check_sample
-from .offsets import read_at_offsets
+from .mixed_offsets import resized_by_sample, scaled_by_sample
+from .offsets import read_at_offsets, with_prefix
 from .tables import check_extents, fitted, replace
 
 
@@ -91,9 +92,26 @@ class RelativeBias(PositionEncoding):
 
     def bias(self, q: Positions, k: Positions) -> Table | Dense:
         check_extents(q, k, self._learned().ndim - 1)
-        sizes = tuple(2 * size - 1 for size in q.one_extent)
-        prefix = None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
-        return read_at_offsets(self._resized(sizes).to(self.dtype), q, k, prefix, self.sample)
+        if isinstance(q.extent, Tensor):
+            return self._by_sample(q, k)
+        sizes = tuple(2 * size - 1 for size in q.extent)
+        table = self._resized(sizes).to(self.dtype)
+        scaled = scaled_by_sample(table, q, k, self.sample)
+        if scaled is not None:
+            return Dense(with_prefix(scaled, q.prefix, k.prefix, self._of_prefix()))
+        return read_at_offsets(table, q, k, self._of_prefix(), self.sample)
+
+    def _by_sample(self, q: Positions, k: Positions) -> Dense:
+        mirrored = self.attention_biases is not None
+        table = (_mirrored(self._learned()) if mirrored else self._learned()).to(self.dtype)
+        bias = resized_by_sample(self.policy, table, q, k, self._own(), self.sample, mirrored)
+        return Dense(with_prefix(bias, q.prefix, k.prefix, self._of_prefix()))
+
+    def _of_prefix(self) -> Tensor | None:
+        return None if self.prefix_bias is None else self.prefix_bias.to(self.dtype)
+
+    def _own(self) -> str:
+        return "geometric" if self.resize == "geometric" else "plain"
 
     def _learned(self) -> Tensor:
         found = self.relative_position_bias_table if self.attention_biases is None else self.attention_biases
@@ -103,7 +121,7 @@ class RelativeBias(PositionEncoding):
 
     def _resized(self, sizes: tuple[int, ...]) -> Tensor:
         """(H, *sizes) over offsets of either sign."""
-        own = "geometric" if self.resize == "geometric" else "plain"
+        own = self._own()
         if self.attention_biases is None:
             return fitted(self, self._learned(), sizes, own)
         return _mirrored(_half(fitted(self, _mirrored(self._learned()), sizes, own)))

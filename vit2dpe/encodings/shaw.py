@@ -36,6 +36,7 @@ from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Bias
 from .base import PositionEncoding
+from .mixed_pairs import entries_of_pairs
 from .tables import axis_offsets, flat_entries, viewed
 
 SIDES = ("q", "qk")
@@ -77,11 +78,13 @@ class Shaw(PositionEncoding):
 
     def bias(self, q: Positions, k: Positions) -> Contextual:
         both, width = self.relative_query is not None, self.relative_key.shape[-1]
-        sizes = self.relative_key.shape[both:-1]
-        offsets = axis_offsets(q, k, len(sizes), q.coords.device)
-        along = [(-offset).clamp(-self.clip, self.clip) + self.clip for offset in offsets]
+        vectors, sizes = self._vectors(self.relative_key), self.relative_key.shape[both:-1]
         scale = 1 / math.sqrt(3 * width if both else width)
-        return Contextual((self._vectors(self.relative_key),), (flat_entries(along, sizes),), q, k, self.heads, scale)
+        if isinstance(q.extent, Tensor):
+            read = entries_of_pairs(("shaw", self.clip), self._clipped, sizes)
+            return Contextual((vectors,), (), q, k, self.heads, scale, read=read)
+        along = [self._clipped(offset) for offset in axis_offsets(q, k, len(sizes), q.coords.device)]
+        return Contextual((vectors,), (flat_entries(along, sizes),), q, k, self.heads, scale)
 
     def _bias(self, q: Positions, k: Positions) -> tuple[Bias, ...]:
         term = self.bias(q, k)
@@ -93,6 +96,9 @@ class Shaw(PositionEncoding):
         """(1|H, E, Dh)"""
         flat = table.to(self.dtype).flatten(0 if self.relative_query is None else 1, -2)
         return viewed(flat[None] if self.relative_query is None else flat)
+
+    def _clipped(self, offset: Tensor) -> Tensor:
+        return (-offset).clamp(-self.clip, self.clip) + self.clip
 
     def extra_repr(self) -> str:
         axes, width = self.relative_key.ndim - 1 - (self.sides == "qk"), self.relative_key.shape[-1]

@@ -51,7 +51,10 @@ def resize(
         moved = wide.transpose(axis, -1)  # (..., old): the last axis, because with one of 1 torch resizes wrongly
         image = moved.reshape(1, 1, -1, moved.shape[-1])
         if offset:
-            image = F.interpolate(image, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
+            scaled = partial(F.interpolate, scale_factor=(1.0, (size + offset) / image.shape[-1]), mode=mode)
+            # torch's backward is a copy where sizes are equal, whatever the factor.
+            copied = size == image.shape[-1] and image.requires_grad and torch.is_grad_enabled()
+            image = image @ scaled(torch.eye(size).to(image)[None, None]) if copied else scaled(image)
         else:
             image = _resize_last(image, size, mode, antialias)
         wide = image.reshape(*moved.shape[:-1], size).transpose(axis, -1)

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..positions import Positions
 from .base import PositionEncoding
 from .between import check_sample, read_tokens, tokens_at
+from .mixed import tokens_by_sample
 from .tables import channels_first, fitted, replace
 
 
@@ -59,7 +60,11 @@ class WindowedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the tables have {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
-        image = tokens_at(fitted(self, channels_first(self.pos_embed[0]), at.one_extent, "antialias"), at, self.sample)
+        table = channels_first(self.pos_embed[0])
+        if isinstance(at.extent, Tensor):
+            image = tokens_by_sample(self.policy, table, at, "antialias", self.sample)
+        else:
+            image = tokens_at(fitted(self, table, at.extent, "antialias"), at, self.sample)
         window = self.pos_embed_window[0]
         if not at.on_integers():
             return image + read_tokens(channels_first(window), at, self.sample, wrap=True)

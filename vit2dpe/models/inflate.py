@@ -68,6 +68,8 @@ def inflate(
     """
     if not isinstance(model, ViT) or len(model.train_grid) != 2:
         raise ConfigError(f"inflate makes a video model of a ViT of images, got a {type(model).__name__}")
+    if model.windowing is not None:
+        raise ConfigError("inflate takes a model without windows: a window of a video has frames too, build it anew")
     if kernel not in KERNELS:
         raise unknown("kernel of inflate", kernel, KERNELS)
     if tubelet < 1 or frames < tubelet or frames % tubelet:

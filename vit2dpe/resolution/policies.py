@@ -72,6 +72,17 @@ class Resize(Scaled):
             table = table.index_select(dim, index.clamp(0, old - 1))
         return table
 
+    def resized_to(self, grid: Tensor, old: Extent, own: str, axis: int) -> tuple[str, Tensor]:
+        how, powers = self.mode or own, powers_of(self.power, len(self.train))[axis : axis + len(old)]
+        if all(power == 1 for power in powers):
+            return how, grid
+        sizes = []
+        for new, count, power in zip(grid.unbind(-1), old, powers, strict=True):
+            half = (new - count * (new / count) ** power) / 2 - 0.5
+            nearest = new - 2 * (half - 1e-9).ceil()  # a half that is one by rounding alone is not rounded up
+            sizes.append(nearest.maximum(2 - new % 2))
+        return how, torch.stack(sizes, dim=-1)
+
 
 _SHIFT = {"half_pixel": 0.5, "corner": 0.0, "one": 1.0}
 
@@ -133,7 +144,12 @@ class Subtable(Keep):
         return at.memoize(self, lambda: self._in_the_middle(at))
 
     def _in_the_middle(self, at: Positions) -> Positions:
-        if any(size > most for size, most in zip(at.largest, self.train, strict=bool(at.largest))):
+        if not at.largest:
+            raise ConfigError(
+                "subtable takes a part of a table, and how large these grids by sample are is not known: give "
+                "Positions a box, or make them by Positions.grids"
+            )
+        if any(size > most for size, most in zip(at.largest, self.train, strict=True)):
             table, grid = ("x".join(map(str, extent)) for extent in (self.train, at.largest))
             raise ConfigError(
                 f"subtable takes a part of a table of {table} places, and the grid has {grid}: there `resize` or "

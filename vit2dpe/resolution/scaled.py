@@ -50,6 +50,10 @@ class Keep:
     def resize(self, table: Tensor, sizes: Extent, own: str, axis: int) -> Tensor:
         return RESIZES[own](table, sizes)
 
+    def resized_to(self, grid: Tensor, old: Extent, own: str, axis: int) -> tuple[str, Tensor]:
+        """The way, and the sizes, in which a table of the sizes `old` serves grids of sizes (..., d), float64."""
+        return own, grid
+
 
 @dataclass(frozen=True)
 class Scaled(Keep):

@@ -10,7 +10,9 @@ import difflib
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -20,11 +22,13 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from ..data.datasets import SOURCES, write_unreadable
+from ..encodings import named_encodings
 from ..errors import ConfigError
 from ..files import write_atomically
 from ..interop.timm.named import REFUSALS, is_hub_folder, split_name
 from ..models.predict import hub_names
 from ..models.timm_api import every_policy
+from ..resolution.apply import use_policy
 from ..resolution.sweep import MODES, spacing_of, sweep, train_size_of
 from ..spec import Size, join_blocks
 from ..training.by_class import CLASSES, balanced_accuracy, markdown, rows_of, write_classes
@@ -58,7 +62,7 @@ def evaluate_model(config: EvaluateConfig, command: str = "") -> list[Row]:
     modes = known("mode", config.modes, MODES)
     policies = every_policy(model) if "all" in config.policies else config.policies
     crop = subject.crop if config.crop is None else config.crop
-    check_sizes(model, len(subject.mean), sizes, config.spacing)
+    check_sizes(model, len(subject.mean), sizes, config.spacing, policies)
 
     height, width = (round(max(side) / crop) for side in zip(train_size, *sizes, strict=True))
     data, total = load_test_images(config, subject, (height, width))
@@ -170,13 +174,20 @@ def _timm_model(config: EvaluateConfig) -> tuple[str, nn.Module]:
     return name, model
 
 
-def check_sizes(model: nn.Module, channels: int, sizes: Sequence[Size], spacing: float | None = None) -> None:
-    """Every size once, on one blank image, before hours are spent on the first of them."""
+def check_sizes(
+    model: nn.Module,
+    channels: int,
+    sizes: Sequence[Size],
+    spacing: float | None = None,
+    policies: Sequence[str] = ("default",),
+) -> None:
+    """Every size once under each policy, on one blank image, before hours are spent on the first of them."""
     more = spacing_of(model, spacing)
     device = next(model.parameters()).device
-    for height, width in sizes:
-        try:
-            with torch.inference_mode():
+    for policy, (height, width) in product(policies if named_encodings(model) else ("default",), sizes):
+        context = nullcontext() if policy == "default" else use_policy(model, policy)
+        with torch.inference_mode(), context:
+            try:
                 model(torch.zeros(1, channels, height, width, device=device), **more)
-        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error
+            except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+                raise ConfigError(f"{type(model).__name__} does not take {height}x{width} images: {error}") from error

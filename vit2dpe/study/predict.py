@@ -167,8 +167,8 @@ def _of_images(config: PredictConfig, name: str) -> Answer:
     own = train_size_of(model)
     size, about = config.size or own, vars(model).get("about") or {}
     prepare = prepared(about, size, own, subject.mean, subject.std, subject.crop, fit)
-    check_sizes(model, len(subject.mean), [size], config.spacing)
     _set_policy(model, config.policy)
+    check_sizes(model, len(subject.mean), [size], config.spacing)
     classes = subject.classes if subject.strict else class_names(model)
     return lambda files: _list(predict(model, files, config.top, prepare, classes, config.batch_size, config.spacing))
 
