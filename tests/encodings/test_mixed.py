@@ -125,6 +125,18 @@ def test_no_size_is_looked_at(word):
             assert {name: x.shape for name, x in found.items()} == expected
 
 
+@pytest.mark.parametrize("word", ["learned", "windowed", "factorized", "relative"])
+def test_between_whole_places_each_resized_table_is_read(word):
+    """As jitter leaves places: of each sample at those of its own grid."""
+    encoding, at = Model(word, torch.float64).position, Positions.grids(MIXED)
+    torch.manual_seed(3)
+    moved = at.moved(at.coords + torch.rand_like(at.coords) - 0.5)
+    for i, (one, size) in enumerate(zip(parts(encoding(moved), at, MIXED), MIXED, strict=True)):
+        coords = moved.coords[i : i + 1, : size[0] * size[1]]
+        for name, tensor in tensors(encoding(Positions(coords, size))).items():
+            torch.testing.assert_close(one[name], tensor[0], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("word", ["learned+windowed+factorized", "relative", "decomposed+irpe"])
 def test_a_device_without_float64_has_the_same(word):
     encoding = Model(word, torch.float32).position
