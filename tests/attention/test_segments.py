@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers import micro_vit, randn
 from vit2dpe import ConfigError, Dims, Positions, Signal, attend, attention_maps, build, explain, use_policy
 from vit2dpe.attention import Attention
+from vit2dpe.attention.kernels import varlen
 from vit2dpe.contextual import Contextual
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.packed import in_segments, packed_grids
@@ -259,6 +260,55 @@ def test_no_forward_reads_a_device():
             layer = Attention(H * DIM, H)
             out = layer(torch.empty(1, 11, H * DIM), encoding(at), segments.under(causal=True))
             assert (out.device.type, tuple(out.shape)) == ("cuda", (1, 11, H * DIM))
+
+
+def by_hand(q, k, v, begins, ends, longest, most, *, scale, window_size):
+    """What torch documents of `varlen_attn`."""
+    assert torch.equal(begins, ends)
+    assert longest == most == int(begins.diff().max())
+    rows = zip(*(x.split(begins.diff().tolist()) for x in (q, k, v)), strict=True)
+    found = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in part), scale=scale, is_causal=window_size == (-1, 0)
+        ).transpose(0, 1)
+        for part in rows
+    ]
+    return torch.cat(found)
+
+
+@pytest.mark.skipif(not varlen.HERE, reason="torch has no varlen_attn of this kind")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_for_all_lengths_is_what_kinds_are(causal, monkeypatch):
+    """Called as it is documented, for what it takes alone; and on CUDA tensors without numbers."""
+    calls = []
+
+    def counted(*args, **more):
+        calls.append(more)
+        return by_hand(*args, **more)
+
+    encoding = build("rope", Dims(H * DIM, H, (8,)))
+    lengths = [[3, 5, 3], [4, 1, 4]]
+    segments = Segments.of(lengths, total=13).under(causal)
+    q, k, v = randn(3, 2, H, 13, DIM).bfloat16()
+    signal = encoding(Positions.sequence(13, length=16))._replace(temperature=1.5)
+    expected = attend(q, k, v, signal, segments)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
+    monkeypatch.setattr(varlen, "DEVICES", ("cpu",))
+    torch.testing.assert_close(attend(q, k, v, signal, segments), expected, rtol=0, atol=2e-2)
+    assert len(calls) == 1
+    bias = Signal(bias=(Dense(torch.zeros(1, H, 13, 13)),))
+    attend(q, k, v, bias, segments)
+    attend(q, k, v, signal, segments, dropout=0.1)
+    attend(q.float(), k.float(), v.float(), signal, segments)
+    attend(q, k, v, signal, segments.under(causal, [None] * len(segments.groups)))
+    assert len(calls) == 1
+    monkeypatch.undo()
+    with FakeTensorMode(), torch.device("cuda"):
+        shapes = Segments(*(torch.empty(2, 13, dtype=torch.int64), segments.groups, None, None), torch.empty(7).int())
+        q = torch.empty(2, H, 13, DIM, dtype=torch.bfloat16, requires_grad=True)
+        out = attend(q, q, q, mask=shapes.under(causal))
+        assert (out.device.type, out.dtype, tuple(out.shape)) == ("cuda", torch.bfloat16, (2, H, 13, DIM))
+        assert out.requires_grad
 
 
 def test_maps_and_explanations_of_a_row():

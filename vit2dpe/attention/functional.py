@@ -22,7 +22,7 @@ from ..segments import Segments
 from ..signal import Bias, Dense, Distance, LowRank, Rotation, Signal, Table
 from .contract import contract
 from .dispatch import allowed_kernels, select_bias, select_mask, select_segments
-from .kernels import Selection, flex, kernel_dtype, rotary, table, trains
+from .kernels import Selection, flex, kernel_dtype, rotary, table, trains, varlen
 from .masks import Causal as Causal
 from .masks import FullMask as FullMask
 from .segments import attend as attend_segments
@@ -159,6 +159,10 @@ def attend(
         return _attend(q, k, v, signal, mask, scale, dropout)
     if observer is not None:
         observer.selected("mask", select_segments(mask))
+    if varlen.serves(q, v, signal, mask, dropout, why_plain(q)):
+        q, k, signal = rotate_qk(q, k, signal)
+        factor = (q.shape[-1] ** -0.5 if scale is None else scale) * (signal.temperature or 1.0)
+        return varlen.attend(q, k, v, mask, float(factor))
     return attend_segments(_attend, q, k, v, signal, mask, scale, dropout)
 
 
