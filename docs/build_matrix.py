@@ -30,6 +30,11 @@ def _vit(word: str) -> Built:
     return model, lambda other: model(IMAGES[other])
 
 
+def _mixed(word: str) -> Built:
+    model = ViT(word, **IMAGE)
+    return model, lambda other: model([*IMAGES[other], IMAGES[not other][0]])
+
+
 def _mae(word: str) -> Built:
     small = dict(decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2)
     model = MAE(ViT(word, **IMAGE), decoder_position=word, **small)
@@ -76,6 +81,7 @@ def _video(word: str) -> Built:
 
 COLUMNS: dict[str, Callable[[str], Built]] = {
     "ViT": _vit,
+    "mixed sizes": _mixed,
     "3-D": _video,
     "MAE, both halves": _mae,
     "Swin": _swin,

@@ -16,7 +16,7 @@ import torch
 from vit2dpe import ConfigError
 from vit2dpe.interop.timm.read import FAMILIES, read
 
-MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
+MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos", "naflexvit")
 PAGE = Path(__file__).parent / "timm.md"
 BEGIN, END = "<!-- built by docs/build_timm.py -->\n", "<!-- end -->\n"
 

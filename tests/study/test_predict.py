@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.helpers import shaken
 from vit2dpe import ConfigError, DataError, load_run
 from vit2dpe.cli import main
+from vit2dpe.data.native import native_size
 from vit2dpe.data.tokenizers import Characters
 from vit2dpe.models.spec import ModelSpec
 from vit2dpe.study import EvaluateConfig, evaluate_model, read_predictions
@@ -115,6 +116,44 @@ def test_top_1_is_the_number_of_evaluate(tmp_path: Path, images: Path, fit: str)
     assert row.top1 == pytest.approx(100 * sum(right) / len(files))
     certain = [dict(zip(*one, strict=True))[file.parent.name] for one, file in zip(found, files, strict=True)]
     assert row.loss == pytest.approx(-np.mean(np.log(certain)), rel=1e-5)
+
+
+def test_native_pictures_are_what_each_is_at_its_own_size(
+    run: Path, images: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Several in one batch; 20 patches are as many as the model's own size has."""
+    model, files = load_run(run), files_of(images)
+    found = model.predict(files, fit="native")
+    for path, answer in zip(files, found, strict=True):
+        rgb = Image.open(path).convert("RGB")
+        height, width = native_size((rgb.height, rgb.width), (8, 8), 20)
+        resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+        with torch.inference_mode():
+            expected = model((pixels - mean) / std).double().softmax(-1)[0].sort(descending=True)
+        torch.testing.assert_close(torch.tensor(answer.probabilities), expected.values.float(), atol=1e-6, rtol=1e-5)
+    out = tmp_path / "native.csv"
+    assert main(["predict", str(run), str(images), "--fit", "native", "--max-tokens", "20", "--out", str(out)]) in (
+        0,
+        None,
+    )
+    probabilities = [row.prediction.probabilities for row in read_predictions(out)]
+    torch.testing.assert_close(torch.tensor(probabilities), torch.tensor([a.probabilities for a in found]))
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(max_tokens=9), "max_tokens 9 is of fit='native'"),
+        (dict(fit="native", size=(16, 16)), "leave size and spacing out"),
+        (dict(fit="natve"), "unknown fit 'natve'; did you mean 'native'"),
+    ],
+)
+def test_native_goes_with_nothing_that_names_a_size(run: Path, given: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_run(run).predict(np.zeros((8, 8, 3), np.uint8), **given)
 
 
 @pytest.mark.parametrize("size", ["16", "48x64"])

@@ -72,18 +72,30 @@ class Preparation:
 
     def pixels(self, image: Picture) -> Tensor:
         """One image before it is normalized, uint8 (1, C, height, width)."""
-        if len(self.mean) not in (1, 3):
-            raise ConfigError(f"the model takes images of {len(self.mean)} channels; pictures have 1 or 3")
         size = self.source or (round(self.size[0] / self.crop), round(self.size[1] / self.crop))
-        try:
-            if isinstance(image, str | os.PathLike):
-                rgb, _ = decode(Path(image), size, self.fit)
-            else:
-                rgb, _ = as_rgb(image if isinstance(image, Image.Image) else _opened(image), size, self.fit)
-        except Unreadable as error:  # its own message says how a data set does without the image
-            raise DataError(f"cannot read the image {image}: {error.reason}") from error
+        rgb = rgb_of(image, len(self.mean), size, self.fit)
         grey = rgb if len(self.mean) == 3 else np.asarray(Image.fromarray(rgb).convert("L"))[..., None]
         return torch.from_numpy(grey.transpose(2, 0, 1).copy())[None]
+
+
+def rgb_of(image: Picture, channels: int, size: Size | None = None, fit: str = "crop") -> np.ndarray:
+    """uint8 (height, width, 3) of any picture, see `decode.decode`.
+
+    Args:
+        channels: of the model's images.
+
+    Raises:
+        DataError: for a file that cannot be read.
+        ConfigError: for what is no image, and for a model of other than 1 or 3 channels.
+    """
+    if channels not in (1, 3):
+        raise ConfigError(f"the model takes images of {channels} channels; pictures have 1 or 3")
+    try:
+        if isinstance(image, str | os.PathLike):
+            return decode(Path(image), size, fit)[0]
+        return as_rgb(image if isinstance(image, Image.Image) else _opened(image), size, fit)[0]
+    except Unreadable as error:  # its own message says how a data set does without the image
+        raise DataError(f"cannot read the image {image}: {error.reason}") from error
 
 
 def _opened(image: np.ndarray | Tensor) -> Image.Image:

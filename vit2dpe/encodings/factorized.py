@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..positions import Positions, exact
+from .aspect import squared
 from .base import PositionEncoding
 from .between import check_inside, check_sample, read, taps
 from .mixed import tokens_by_sample
@@ -30,6 +31,7 @@ class Factorized(PositionEncoding):
     Args:
         dim: width D.
         grid: the sizes (S_1, ..., S_d) it is learned on.
+        keep_aspect: another extent gets the first rows and columns of a square, see `aspect.py`.
         sample: how they are read at fractional places: "bilinear", of one axis linear, or "bicubic".
     """
 
@@ -37,9 +39,9 @@ class Factorized(PositionEncoding):
     policies = ("resize", "interpolate")
     resizes = ("bilinear", "plain", "antialias")
 
-    def __init__(self, dim: int, grid: Sequence[int], *, sample: str = "bilinear") -> None:
+    def __init__(self, dim: int, grid: Sequence[int], *, keep_aspect: bool = False, sample: str = "bilinear") -> None:
         super().__init__()
-        self.sample = check_sample("factorized", sample)
+        self.keep_aspect, self.sample = keep_aspect, check_sample("factorized", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"factorized needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.tables = nn.ParameterList(torch.empty(size, dim) for size in grid)
@@ -58,6 +60,8 @@ class Factorized(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != len(self.tables):
             raise ValueError(f"there are tables for {len(self.tables)} axes, the positions have {at.axes}")
+        if self.keep_aspect:
+            at = squared(at)
         if isinstance(at.extent, Tensor):
             along = [(axis, table.t()) for axis, table in enumerate(self.tables)]
             own = [tokens_by_sample(self.policy, t, at, "bilinear", self.sample, axis) for axis, t in along]

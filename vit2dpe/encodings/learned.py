@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown
 from ..positions import Positions
+from .aspect import squared
 from .base import PositionEncoding
 from .between import check_sample, tokens_at
 from .mixed import tokens_by_sample
 from .tables import channels_first, fitted, replace
 
-MODES = ("antialias", "plain", "dino")
+MODES = ("antialias", "plain", "dino", "bilinear", "smooth", "corners")
 
 
 class LearnedTable(PositionEncoding):
@@ -35,19 +36,29 @@ class LearnedTable(PositionEncoding):
         grid: the sizes (S_1, ..., S_d) it is learned on.
         resize: how the table meets another extent: "antialias" (bicubic with antialias, timm), "plain" (bicubic
             without, MAE, rope-vit, transformers), or "dino" (plain, by a scale factor with 0.1 patch added to each
-            side, as DINO's and the first DINOv2 weights were used).
+            side, as DINO's and the first DINOv2 weights were used); bilinear: "smooth" (with antialias, SigLIP 2),
+            "bilinear" (without, RADIO), or "corners" (without, the outermost places fixed, RADIO v3).
+        keep_aspect: another extent gets the first rows and columns of a square table, see `aspect.py`.
         sample: how it is read at fractional places: "bilinear" or "bicubic".
     """
 
     gives = frozenset({"token"})
     policies = ("resize", "interpolate")
-    resizes = (*MODES, "bilinear")
+    resizes = ("antialias", "plain", "dino", "bilinear")
 
-    def __init__(self, dim: int, grid: Sequence[int], *, resize: str = "antialias", sample: str = "bilinear") -> None:
+    def __init__(
+        self,
+        dim: int,
+        grid: Sequence[int],
+        *,
+        resize: str = "antialias",
+        keep_aspect: bool = False,
+        sample: str = "bilinear",
+    ) -> None:
         super().__init__()
         if resize not in MODES:
             raise unknown("resize of learned", resize, MODES)
-        self.resize, self.sample = resize, check_sample("learned", sample)
+        self.resize, self.keep_aspect, self.sample = resize, keep_aspect, check_sample("learned", sample)
         if not grid or any(size < 1 for size in grid):
             raise ConfigError(f"learned needs the sizes of its grid, each at least 1, got {tuple(grid)}")
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, dim))
@@ -64,6 +75,8 @@ class LearnedTable(PositionEncoding):
     def token(self, at: Positions) -> Tensor:
         if at.axes != self.pos_embed.ndim - 2:
             raise ValueError(f"the table has {self.pos_embed.ndim - 2} axes, the positions {at.axes}")
+        if self.keep_aspect:
+            at = squared(at, tuple(self.pos_embed.shape[1:-1]))
         table = channels_first(self.pos_embed[0])  # (D, S_1, ..., S_d)
         if isinstance(at.extent, Tensor):
             return tokens_by_sample(self.policy, table, at, self.resize, self.sample)

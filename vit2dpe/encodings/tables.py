@@ -31,14 +31,21 @@ def replace(parameter: Tensor, value: Tensor) -> None:
 
 
 def resize(
-    table: Tensor, sizes: tuple[int, ...], *, mode: str = "bicubic", antialias: bool = True, offset: float = 0.0
+    table: Tensor,
+    sizes: tuple[int, ...],
+    *,
+    mode: str = "bicubic",
+    antialias: bool = True,
+    offset: float = 0.0,
+    corners: bool = False,
 ) -> Tensor:
     """Resize the last d dimensions of `table` (C, *old) to `sizes`, in float32 at least.
 
     Both bicubic and bilinear kernels are products of kernels along the axes, so the axes are done one after the other:
     the same for a line, an image and a volume. An axis that keeps its size keeps its bits. `size=` is given, not a
     scale factor, whose rounding is off by one at some sizes; but with an `offset` the samples are those of the factor
-    (size + offset) / old, which is how DINO's tables were resized. While compiling no axis is skipped: resizing to the
+    (size + offset) / old, which is how DINO's tables were resized. With `corners` the outermost places, not the outer
+    edges, stay where they are (`align_corners`). While compiling no axis is skipped: resizing to the
     same size changes no bit, and a branch on the size would be a graph for each.
     """
     if (offset or not torch.compiler.is_compiling()) and tuple(table.shape[1:]) == tuple(sizes):
@@ -56,7 +63,7 @@ def resize(
             copied = size == image.shape[-1] and image.requires_grad and torch.is_grad_enabled()
             image = image @ scaled(torch.eye(size).to(image)[None, None]) if copied else scaled(image)
         else:
-            image = _resize_last(image, size, mode, antialias)
+            image = _resize_last(image, size, mode, antialias, corners)
         wide = image.reshape(*moved.shape[:-1], size).transpose(axis, -1)
     return wide.to(dtype)
 
@@ -65,7 +72,7 @@ def resize(
 _EXPORTS_ARE_KNOWN = torch.__version__ >= "2.11"
 
 
-def _resize_last(image: Tensor, size: int, mode: str, antialias: bool) -> Tensor:
+def _resize_last(image: Tensor, size: int, mode: str, antialias: bool, corners: bool) -> Tensor:
     """`F.interpolate` of the last axis.
 
     torch cannot compile the backward pass of bicubic with antialias to a size that is free. Gradients then flow through
@@ -77,7 +84,7 @@ def _resize_last(image: Tensor, size: int, mode: str, antialias: bool) -> Tensor
     else:
         compiled = torch.compiler.is_dynamo_compiling()
     if not (compiled and torch.is_grad_enabled() and image.requires_grad and antialias and mode == "bicubic"):
-        return F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=False)
+        return F.interpolate(image, (image.shape[-2], size), mode=mode, antialias=antialias, align_corners=corners)
     with torch.autocast(image.device.type, enabled=False):
         one = torch.eye(old, dtype=image.dtype, device=image.device)[None, None]
         return image @ F.interpolate(one, (old, size), mode=mode, antialias=antialias, align_corners=False)
@@ -125,6 +132,8 @@ RESIZES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "antialias": resize,
     "plain": partial(resize, antialias=False),
     "bilinear": partial(resize, mode="bilinear", antialias=False),
+    "smooth": partial(resize, mode="bilinear"),
+    "corners": partial(resize, mode="bilinear", antialias=False, corners=True),
     "dino": partial(resize, antialias=False, offset=0.1),
     "geometric": resize_geometric,
 }

@@ -9,6 +9,7 @@ from .deit import DistilledViT
 from .features import allow, spaced
 from .layers import PatchDrop, PatchEmbed, add_token, block_inputs, signal_of_block
 from .mae import MAE
+from .mixed import drop_patches
 from .swin.model import Swin, to_grid
 from .swin.stage import SwinStage
 from .vit import ViT
@@ -23,6 +24,7 @@ for _function in (
     allow,
     spaced,
     add_token,
+    drop_patches,
     signal_of_block,
     block_inputs,
     to_grid,

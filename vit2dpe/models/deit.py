@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..encodings import Position
 from ..errors import ConfigError
+from .mixed import Tokens, leading
 from .vit import ViT
 
 
@@ -42,11 +43,12 @@ class DistilledViT(ViT):
         return super().prefix_tokens() | {"dist_token": self.dist_token}
 
     def forward_head(  # type: ignore[override]  # as in timm: both logits in distilled training
-        self, x: Tensor, pre_logits: bool = False
+        self, x: Tokens, pre_logits: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 2 + N, D) -> (B, classes); the mean of both tokens with `pre_logits`."""
-        first: Tensor = self.head_drop(x[:, 0])
-        second: Tensor = self.head_drop(x[:, 1])
+        tokens = leading(x, 2)
+        first: Tensor = self.head_drop(tokens[:, 0])
+        second: Tensor = self.head_drop(tokens[:, 1])
         if pre_logits:
             return (first + second) / 2
         first, second = self.head(first), self.head_dist(second)

@@ -7,37 +7,51 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..attention.masks import as_torch_takes_it
+from ..attention.functional import FullMask, Mask
+from ..attention.masks import as_torch_takes_it, both, together
 from ..encodings import PositionEncoding, terms
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
 from .layers import PatchEmbed, run_block
+from .mixed import Images, Packed, Padded, Tokens, by_size, given_back, in_order, mapped, read
 from .windowed import View, Windowing, views
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]  # patches, or (patches, prefix)
+OfImages = list[list[Tensor]] | list[tuple[list[Tensor], list[Tensor]]]  # the same, of each image of a list
+Outputs = list[Tensor] | list[list[Tensor]]
 
 
 def allow(
     x: Tensor, signal: Signal, at: Positions, attn_mask: Tensor | None, is_causal: bool, heads: int
-) -> tuple[Signal, Tensor | None]:
-    """The Signal of the blocks with what a mask adds, and where tokens may attend, boolean or None.
+) -> tuple[Signal, Mask | None]:
+    """The Signal of the blocks with what a mask adds, and where tokens may attend, None: everywhere.
 
-    See `attention.masks.as_torch_takes_it`.
+    Of a padded batch to what is valid; of a packed row within the own image. See `attention.masks.as_torch_takes_it`.
 
     Raises:
-        ConfigError: if patches were left out: a mask of all tokens does not say which of them may attend.
+        ConfigError: if patches were left out: a mask of all tokens does not say which of them may attend; and for a
+            matrix beside a packed row.
         ValueError: for a mask of another shape or kind.
     """
+    if at.row is not None:
+        if attn_mask is not None:
+            raise ConfigError(
+                "attn_mask is about the tokens of one grid, and a list of images has several: give a padded batch "
+                "(vit2dpe.models.mixed.pad) with a mask of (B, 1, N, N)"
+            )
+        return signal, at.row.segments.under(causal=is_causal)
+    held = together(at)
     if attn_mask is None and not is_causal:
-        return signal, None
-    if x.shape[1] != (count := at.prefix + math.prod(at.one_extent)):
+        # Every query has a leading token to attend to; without one, an image of no patch has nothing.
+        return signal, FullMask(held) if held is not None and at.prefix else held
+    if held is None and x.shape[1] != (count := at.prefix + math.prod(at.one_extent)):
         raise ConfigError(
             f"attn_mask and is_causal are about all {count} tokens, and {x.shape[1]} are left: patch_drop_rate "
             "(in training) and a token_filter that leaves patches out do not go with them"
         )
     allowed, added = as_torch_takes_it(attn_mask, is_causal, x, heads)
-    return signal.plus(added), allowed
+    return signal.plus(added), both(allowed, held)
 
 
 def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
@@ -59,8 +73,16 @@ class Features(nn.Module):
     train_grid: tuple[int, ...]
     windowing: Windowing | None = None
 
-    def views(self, x: Tensor, signal: Signal, at: Positions, mask: Tensor | None) -> list[View]:
-        """What each block is given beside these: a mask, the windows it attends within, or nothing."""
+    def views(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | None) -> list[View]:
+        """What each block is given beside these: a mask, the windows it attends within, or nothing.
+
+        Raises:
+            ConfigError: for windows in a batch of images of different sizes.
+        """
+        if self.windowing is None:
+            return [() if mask is None else (mask,)] * len(self.blocks)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ConfigError("blocks in windows take images of one size at a time: call the model for each size")
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
@@ -75,13 +97,13 @@ class Features(nn.Module):
         owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
         return [(self.position, self, self.train_grid), *((p, part, self.train_extent(p)) for p, part in owned)]
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Signal, Positions]:
+    def embed(self, images: Images) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""
         raise TypeError(f"{type(self).__name__} must define embed")
 
     def forward_intermediates(
         self,
-        x: Tensor,
+        x: Images,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -91,11 +113,17 @@ class Features(nn.Module):
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Intermediates | tuple[Tensor, Intermediates] | dict[str, Tensor | list[Tensor]]:
+    ) -> (
+        Intermediates
+        | OfImages
+        | tuple[Tokens, Intermediates | OfImages]
+        | dict[str, Tokens | list[Tensor] | list[list[Tensor]]]
+    ):
         """Outputs of chosen blocks beside the final features.
 
         Args:
-            x: images (B, C, H, W), or videos (B, C, T, H, W).
+            x: images (B, C, H, W), or videos (B, C, T, H, W); or of different sizes, see `mixed.py`: a list gives of
+                each block a list of what each image gives; a padded batch "NLC" alone, and `patch_valid` in the dict.
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
             return_prefix_tokens: give prefix tokens too, as pairs (patches, prefix).
             norm: put the final norm on each of them.
@@ -110,30 +138,38 @@ class Features(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NLC"))
-        x, patches, prefix = self._outputs(x, indices, norm, stop_early, output_fmt == "NCHW", attn_mask, is_causal)
+        last, patches, prefix = self._outputs(x, indices, norm, stop_early, output_fmt == "NCHW", attn_mask, is_causal)
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
+            result: dict[str, Tokens | list[Tensor] | list[list[Tensor]]] = {"image_intermediates": patches}
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
-            return result if intermediates_only else result | {"image_features": self.norm(x)}
-        listed: Intermediates = list(zip(patches, prefix, strict=True)) if with_prefix else patches
-        return listed if intermediates_only else (self.norm(x), listed)
+            if isinstance(last, dict):
+                result["patch_valid"], last = last["patch_valid"], last["patches"]
+            return result if intermediates_only else result | {"image_features": mapped(self.norm, last)}
+        listed = _pairs(patches, prefix) if with_prefix else patches
+        return listed if intermediates_only else (mapped(self.norm, last), listed)
 
     def _outputs(
         self,
-        x: Tensor,
+        images: Images,
         indices: int | Sequence[int] | None,
         norm: bool,
         stop_early: bool,
         reshape: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tokens, Outputs, Outputs]:
         """The output of the last block that ran; patches and leading tokens of the chosen ones."""
         take, last = take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.grid(*x.shape[2:])
-        x, signal, at = self.embed(x)
+        batch = read(images, self.patch_embed)
+        if reshape and isinstance(batch, Padded):
+            raise ConfigError(
+                "a padded batch has no one grid: output_fmt='NLC' (reshape=False) gives (B, N, D) and patch_valid; a "
+                "list of images gives (D, rows, columns) of each"
+            )
+        grid = () if isinstance(batch, Padded | Packed) else self.patch_embed.grid(*batch.shape[2:])
+        x, signal, at = self.embed(batch)
         signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
         views = self.views(x, signal, at, mask)
         outputs: list[Tensor] = []
@@ -141,22 +177,39 @@ class Features(nn.Module):
             x = run_block(block, x, signal, at, *views[i], index=i, recompute=self.grad_checkpointing)
             if i in take:
                 outputs.append(self.norm(x) if norm else x)
+        if isinstance(batch, Packed):
+            return given_back(batch, x, at), *self._of_images(outputs, batch, at, reshape)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if reshape:
             patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]  # (B, D, *grid)
-        return x, patches, prefix
+        return given_back(batch, x, at) if isinstance(batch, Padded) else x, patches, prefix
+
+    def _of_images(
+        self, outputs: list[Tensor], batch: Packed, at: Positions, reshape: bool
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Patches and leading tokens of each block and image of a packed row."""
+        p, patches, prefix = self.num_prefix_tokens, list[list[Tensor]](), list[list[Tensor]]()
+        for row in outputs:
+            parts = by_size(row, at)
+            prefix.append(in_order([y[:, :p] for y in parts], batch.order))
+            rest = [y[:, p:] for y in parts]
+            if reshape:
+                grids = [self.patch_embed.grid(*x.shape[2:]) for x in batch.images]
+                rest = [y.transpose(1, 2).unflatten(2, g).contiguous() for y, g in zip(rest, grids, strict=True)]
+            patches.append(in_order(rest, batch.order))
+        return patches, prefix
 
     def get_intermediate_layers(
         self,
-        x: Tensor,
+        x: Images,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         attn_mask: Tensor | None = None,
         return_class_token: bool = False,
-    ) -> Intermediates:
+    ) -> Intermediates | OfImages:
         """Outputs of chosen blocks, by the name and arguments of DINO; `forward_intermediates` gives more.
 
         Args:
@@ -173,9 +226,19 @@ class Features(nn.Module):
             )
         _, patches, prefix = self._outputs(x, n, norm, True, reshape, attn_mask, False)
         if return_class_token:
-            prefix = [tokens[:, 0] for tokens in prefix]
+            prefix = [_first(tokens) for tokens in prefix]  # type: ignore[assignment]
         pairs = return_class_token or (return_prefix_tokens and self.num_prefix_tokens > 0)
-        return list(zip(patches, prefix, strict=True)) if pairs else patches
+        return _pairs(patches, prefix) if pairs else patches
+
+
+def _first(prefix: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """The class token (B, D), or of each image (D,)."""
+    return [tokens[0] for tokens in prefix] if isinstance(prefix, list) else prefix[:, 0]
+
+
+def _pairs(patches: Outputs, prefix: Outputs) -> Intermediates | OfImages:
+    found: Intermediates | OfImages = list(zip(patches, prefix, strict=True))  # type: ignore[assignment]
+    return found
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:

@@ -128,6 +128,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
         """(B, C, height, width), or all sides, -> tokens (B, N, D) in the weights' dtype, and where they are."""
+        if isinstance(images, list | tuple | dict):  # whatever its annotation promises
+            raise ConfigError(f"one tensor (B, C, H, W) is taken here, got {type(images).__name__}; a ViT takes lists")
         if images.is_nested:
             raise nested("give images of one size as a tensor (B, C, H, W)")
         size = tuple(images.shape[2:])

@@ -22,7 +22,9 @@ Legend: B batch, C channels, N patches, K kept, P prefix tokens, D widths, (p, q
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import overload
 
 import torch
 from einops import rearrange
@@ -33,10 +35,12 @@ from ..encodings.along import extent_of
 from ..errors import ConfigError
 from ..positions import Positions
 from .arguments import check_arguments
-from .layers import Block, block_inputs, keep_tokens, run_block
+from .layers import Block, TokenFilter, block_inputs, keep_tokens, run_block
 from .mae_names import State
 from .mae_weights import from_original
 from .masked import MaskedModel, keep_count
+from .mixed import Images, Mixed, Packed, read, whole
+from .mixed_mae import Halves, of_sizes
 from .unwrap import Rest
 from .vit import Spacing, ViT
 from .weights import resize_tables
@@ -113,6 +117,7 @@ class MAE(MaskedModel):
             (self.decoder_position, decoder, self.train_grid),
         ]
 
+    @overload
     def forward(
         self,
         images: Tensor,
@@ -120,11 +125,29 @@ class MAE(MaskedModel):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         spacing: Spacing = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        images: Mixed,
+        mask_ratio: float = 0.75,
+        noise: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        spacing: Spacing = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
+    def forward(
+        self,
+        images: Images,
+        mask_ratio: float = 0.75,
+        noise: Tensor | Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        spacing: Spacing = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss of predicting hidden patches.
 
         Args:
-            images: (B, C, H, W), or (B, C, T, H, W), sides multiples of the patch.
+            images: (B, C, H, W), or (B, C, T, H, W), sides multiples of the patch; or of different sizes, see
+                `mixed.py`: noise, prediction and mask are then lists, of each (N_i,), (N_i, p q C) and (N_i,).
             mask_ratio: the part that is hidden, above 0 and below 1; at least one patch is kept and one hidden.
             noise: (B, N), the patches with the smallest values are kept; default: uniform, from `generator`. Of tubes
                 (B, rows x columns).
@@ -136,6 +159,12 @@ class MAE(MaskedModel):
             prediction: (B, N, p q C), of every patch; normalised with `norm_pix`.
             mask: (B, N), 0 kept, 1 hidden.
         """
+        if not isinstance(images, Tensor):
+            batch = whole(read(images, self.encoder.patch_embed), self.encoder.patch_embed.patch_size)
+            own = None if noise is None else [*noise]
+            return of_sizes(self._halves(mask_ratio, generator, spacing), batch, own)
+        if not isinstance(noise, Tensor | None):
+            raise ConfigError(f"noise of images of one size is one tensor (B, N), got {type(noise).__name__}")
         keep, mask = self.choose(images, mask_ratio, noise, generator)
         kept = partial(keep_tokens, index=keep)
         latent = self.encoder.forward_features(images, token_filter=kept, spacing=spacing)
@@ -163,16 +192,42 @@ class MAE(MaskedModel):
 
     def decode(self, latent: Tensor, keep: Tensor, images: Tensor, spacing: Spacing = None) -> Tensor:
         """Encoder outputs (B, P + K, D) of the patches at `keep` -> prediction (B, N, p q C) of all of `images`."""
+        tokens = self._decoded(*self._filled(latent, keep, images, spacing))  # (B, P + N, p q C)
+        return tokens[:, self.encoder.num_prefix_tokens :]
+
+    def _filled(self, latent: Tensor, keep: Tensor, images: Tensor, spacing: Spacing) -> tuple[Tensor, Positions]:
+        """Tokens of the decoder (B, P + N, D), the mask token where nothing was kept, and where they are."""
         prefix, extent = self.encoder.num_prefix_tokens, self.encoder.patch_embed.grid(*images.shape[2:])
         x = self.decoder_embed(latent).to(self.mask_token.dtype)  # (B, P + K, D)
         tokens = self.mask_token.expand(x.shape[0], math.prod(extent), -1)  # (B, N, D)
         tokens = tokens.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, prefix:])
         at = Positions.grid(extent, images.device, spacing=spacing).with_prefix(prefix)
-        x, signal = block_inputs(torch.cat([x[:, :prefix], tokens], dim=1), self.decoder_position(at))
+        return torch.cat([x[:, :prefix], tokens], dim=1), at
+
+    def _decoded(self, x: Tensor, at: Positions) -> Tensor:
+        """Tokens (B, P + N, D), or a row of those of several sizes -> (B, P + N, p q C)."""
+        x, signal = block_inputs(x, self.decoder_position(at))
+        mask = () if at.row is None else (at.row.segments,)
         for i, block in enumerate(self.decoder_blocks):
-            x = run_block(block, x, signal, at, index=i, recompute=self.grad_checkpointing)
-        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))  # (B, P + N, p q C)
-        return pixels[:, prefix:]
+            x = run_block(block, x, signal, at, *mask, index=i, recompute=self.grad_checkpointing)
+        pixels: Tensor = self.decoder_pred(self.decoder_norm(x))
+        return pixels
+
+    def _halves(self, ratio: float, generator: torch.Generator | None, spacing: Spacing) -> Halves:
+        """What `of_sizes` runs."""
+
+        def encode(images: Packed, kept: TokenFilter) -> list[Tensor]:
+            latent = self.encoder.forward_features(images, token_filter=kept, spacing=spacing)
+            return latent if isinstance(latent, list) else [*latent]
+
+        return Halves(
+            choose=lambda images, noise: self.choose(images, ratio, noise, generator),
+            encode=encode,
+            fill=partial(self._filled, spacing=spacing),
+            decode=self._decoded,
+            target=self.target,
+            prefix=self.encoder.num_prefix_tokens,
+        )
 
     def target(self, images: Tensor) -> Tensor:
         """(B, N, p q C) float32 pixels that the prediction is compared with."""

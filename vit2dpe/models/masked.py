@@ -50,6 +50,7 @@ class MaskedModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Indices of the kept units, (B, K) in the order of their noise, and the mask (B, N), 0 kept, 1 hidden."""
+        only_one_size(images)
         if images.is_nested:
             raise nested("give images of one size as a tensor (B, C, H, W)")
         batch, n = images.shape[0], math.prod(self.mask_grid(*images.shape[2:]))
@@ -85,6 +86,7 @@ class MaskedModel(nn.Module):
         With `norm_pix` it is brought back with the mean and variance of the very patch that was hidden: such a picture
         contains more than the model predicts, and must be labelled so.
         """
+        only_one_size(images)
         _, prediction, mask = self(images, self.mask_ratio if mask_ratio is None else mask_ratio, noise, generator)
         painted, hidden = self.picture(prediction.float(), mask, images)
         return Reconstruction(images, painted, torch.where(hidden, painted, images.float()), hidden)
@@ -112,6 +114,15 @@ class MaskedModel(nn.Module):
         """Full names of tokens, tables and frequencies."""
         encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return {"mask_token"} | encoding_parameters(self) | encoder
+
+
+def only_one_size(images: Tensor) -> None:
+    """Refuse what is no tensor (B, C, H, W), whatever its annotation promises."""
+    if isinstance(images, list | tuple | dict):
+        raise ConfigError(
+            "images of different sizes in one batch are for ViT, and for MAE but its pictures: give one tensor "
+            f"(B, C, H, W) here, got {type(images).__name__}"
+        )
 
 
 def keep_count(n: int, ratio: float) -> int:

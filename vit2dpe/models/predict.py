@@ -9,10 +9,12 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from ..data.native import NativePreparation
 from ..data.prepare import NATIVE, Picture, Prediction, Preparation, pictures, ranked
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 from ..modes import evaluating
 from ..spec import Size
+from .features import Features
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -21,7 +23,7 @@ def predict(
     model: nn.Module,
     images: Picture | Sequence[Picture],
     k: int,
-    prepare: Preparation,
+    prepare: Preparation | NativePreparation,
     classes: Sequence[str] | None,
     batch_size: int = 64,
     spacing: float | None = None,
@@ -36,10 +38,38 @@ def predict(
     found: list[Prediction] = []
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(several), batch_size):
-            given = prepare(several[start : start + batch_size]).to(device)
+            made = prepare(several[start : start + batch_size])
+            given = made.to(device) if isinstance(made, torch.Tensor) else [one.to(device) for one in made]
             logits = (model(given) if spacing is None else model(given, spacing=spacing)).float()
             found += ranked(logits, classes, k)
     return found if isinstance(images, list | tuple) else found[0]
+
+
+def preparation_for(
+    model: nn.Module, size: Size | None, fit: str | None, max_tokens: int | None, spacing: float | None
+) -> Preparation | NativePreparation:
+    """What `TimmModel.predict` does to pictures, from its arguments."""
+    if fit not in (None, "native"):
+        raise unknown("fit", fit, ("native",))
+    if fit is None and max_tokens is not None:
+        raise ConfigError(f"max_tokens {max_tokens} is of fit='native', images at their own aspect ratio: give both")
+    if fit is not None and not (size is None and spacing is None):
+        raise ConfigError("fit='native' gives each image a size of its own: leave size and spacing out")
+    return preparation_of(model, size) if fit is None else native_preparation(model, max_tokens)
+
+
+def native_preparation(model: nn.Module, max_tokens: int | None = None) -> NativePreparation:
+    """As `preparation_of`, of images that keep their aspect ratio, in at most so many patches; default: the model's.
+
+    Raises:
+        ConfigError: for a model that takes images of one size at a time.
+    """
+    if not isinstance(model, Features):
+        raise ConfigError(f"images of different sizes in one batch are for a ViT of ours, got {type(model).__name__}")
+    mean_std = preparation_of(model)
+    p, q = model.patch_embed.patch_size
+    tokens = model.patch_embed.num_patches if max_tokens is None else max_tokens
+    return NativePreparation((p, q), tokens, mean_std.mean, mean_std.std)
 
 
 def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:

@@ -28,7 +28,7 @@ from ..spec import Size
 from .arguments import sides
 from .features import Features, take_indices
 from .layers import PatchEmbed
-from .predict import class_names, predict, preparation_of
+from .predict import class_names, predict, preparation_for
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")
 ImageSize = int | Sequence[int]  # a side, or (height, width); of other axes one of each
@@ -89,6 +89,8 @@ class TimmModel(nn.Module):
         size: Size | None = None,
         batch_size: int = 64,
         spacing: float | None = None,
+        fit: str | None = None,
+        max_tokens: int | None = None,
     ) -> Prediction | list[Prediction]:
         """The k likeliest classes of an image, by name, and their probabilities; of several images a list of them.
 
@@ -100,12 +102,15 @@ class TimmModel(nn.Module):
             size: (H, W) that the model gets; default its own. What encodings do at another one is `use_policy`'s.
             batch_size: images at a time.
             spacing: the size of a pixel in the world over that of training, of images at `size`; of a ViT.
+            fit: "native": each keeps its aspect ratio and has at most `max_tokens` patches, by default as many as an
+                image of the model's own size; of a ViT.
 
         Raises:
             DataError: for a file that cannot be read.
             ConfigError: for what is no image, and for a model without classes.
         """
-        return predict(self, images, k, preparation_of(self, size), class_names(self), batch_size, spacing)
+        prepare = preparation_for(self, size, fit, max_tokens, spacing)
+        return predict(self, images, k, prepare, class_names(self), batch_size, spacing)
 
     def positions(
         self, height: ImageSize, width: int | None = None, device: torch.device | str | None = None

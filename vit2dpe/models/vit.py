@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Unpack
+from typing import Unpack, overload
 
 import torch
+import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
@@ -34,6 +35,19 @@ from .layers import (
     block_inputs,
     norm_factory,
     run_block,
+)
+from .mixed import (
+    Images,
+    Packed,
+    Padded,
+    Tokens,
+    attention_pooled,
+    drop_patches,
+    embed_patches,
+    given_back,
+    laid_out,
+    pooled,
+    read,
 )
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
@@ -214,6 +228,7 @@ class ViT(TimmViT):
 
     save_card = save_card
 
+    @overload
     def forward_features(
         self,
         images: Tensor,
@@ -221,8 +236,28 @@ class ViT(TimmViT):
         is_causal: bool = False,
         token_filter: TokenFilter | None = None,
         spacing: Spacing = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+    @overload
+    def forward_features(
+        self,
+        images: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        token_filter: TokenFilter | None = None,
+        spacing: Spacing = None,
+    ) -> Tokens: ...
+    def forward_features(
+        self,
+        images: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        token_filter: TokenFilter | None = None,
+        spacing: Spacing = None,
+    ) -> Tokens:
         """(B, C, H, W) -> (B, prefix + N, D), normalised where the norm comes before pooling; see `embed`.
+
+        Of images of different sizes, see `mixed.py`: a list of them gives a list of (prefix + N_i, D); a padded batch
+        a dict as timm's NaFlexViT, `patches` (B, prefix + N, D) and `patch_valid` (B, N). `forward_head` takes either.
 
         Args:
             attn_mask: which tokens may attend to which, leading ones included: (N, N) or (B|1, H|1, N|1, N), boolean
@@ -231,9 +266,12 @@ class ViT(TimmViT):
             is_causal: tokens attend to those before them, leading tokens first, then row by row; together with a mask,
                 where both allow it (timm takes one of them).
         """
-        x, signal, at = self.embed(images, token_filter, spacing)
+        batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
+        if isinstance(batch, Padded) and batch.attn_mask is not None:
+            attn_mask = batch.attn_mask
+        x, signal, at = self.embed(batch, token_filter, spacing)
         views: list[View] = []  # no argument where there is none: blocks of other people need not take one
-        if attn_mask is not None or is_causal or self.windowing is not None:
+        if attn_mask is not None or is_causal or self.windowing is not None or not isinstance(batch, Tensor):
             signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
             views = self.views(x, signal, at, mask)
         for i, block in enumerate(self.blocks):
@@ -241,31 +279,59 @@ class ViT(TimmViT):
                 block, x, signal, at, *(views[i] if views else ()), index=i, recompute=self.grad_checkpointing
             )
         out: Tensor = self.norm(x)
-        return out
+        return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
 
     def embed(
-        self, images: Tensor, token_filter: TokenFilter | None = None, spacing: Spacing = None
+        self, images: Images, token_filter: TokenFilter | None = None, spacing: Spacing = None
     ) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are.
 
         `token_filter` is applied to patches and their places first (masked pretraining), instead of `patch_drop`.
         `spacing` is the size of a pixel in the world over that of training, see `Positions.grid`.
         """
-        x, at = self.patch_embed(images)  # (B, N, D)
-        at = at if spacing is None else spaced(at, spacing)  # a leaf of torch.fx, whose graphs have a spacing
-        x, at = (token_filter or self.patch_drop)(x, at)
-        x, at = self._prepend(x), at.with_prefix(self.num_prefix_tokens)  # (B, prefix + N, D)
+        batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
+        if isinstance(batch, Packed):  # (1, all tokens of all images, D)
+            x, at = laid_out([self._tokens(one, token_filter, spacing) for one in batch.images])
+        else:
+            x, at = self._tokens(batch, token_filter, spacing)  # (B, prefix + N, D)
         x, signal = block_inputs(x, self.position(at))  # geometry becomes tensors, once
         return self.norm_pre(self.pos_drop(x)), signal, at
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, prefix + N, D) -> (B, classes); the features before the classifier with `pre_logits`."""
-        x = self.head_drop(self.fc_norm(self.pool(x)))
-        return x if pre_logits else self.head(x)
+    def _tokens(
+        self, images: Tensor | Padded, token_filter: TokenFilter | None, spacing: Spacing
+    ) -> tuple[Tensor, Positions]:
+        """Patches behind leading tokens, (B, prefix + N, D), and where they are."""
+        if isinstance(images, Padded):
+            x, at = embed_patches(self.patch_embed, images)
+        else:
+            x, at = self.patch_embed(images)  # (B, N, D)
+        at = at if spacing is None else spaced(at, spacing)  # a leaf of torch.fx, whose graphs have a spacing
+        if token_filter is not None or not isinstance(images, Padded):
+            x, at = (token_filter or self.patch_drop)(x, at)
+        else:
+            x, at = drop_patches(self.patch_drop, x, at)
+        at = at.with_prefix(self.num_prefix_tokens)
+        return self._prepend(x), at
+
+    def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gives -> (B, classes); the features before the classifier with `pre_logits`."""
+        if isinstance(x, dict):
+            found = self.pool(x["patches"], valid=x["patch_valid"])
+        elif isinstance(x, list):
+            if self.global_pool == "":
+                raise ConfigError(
+                    "without pooling (global_pool='') images of different sizes have tokens of different numbers: "
+                    "forward_features gives those of each, and a padded batch runs"
+                )
+            found = torch.cat([self.pool(one[None]) for one in x])
+        else:
+            found = self.pool(x)
+        out: Tensor = self.head_drop(self.fc_norm(found))
+        return out if pre_logits else self.head(out)
 
     def forward(
         self,
-        images: Tensor,
+        images: Images,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         spacing: Spacing = None,
@@ -273,6 +339,8 @@ class ViT(TimmViT):
         """(B, C, H, W) -> (B, classes); masks as in `forward_features`.
 
         Args:
+            images: or images of different sizes: a list of (C, H_i, W_i), timm's NaFlex batch, a padded batch, see
+                `mixed.py`. Each gives what it gives alone.
             spacing: the size of a pixel in the world over that of training, one number or (rows, columns): 0.5 for
                 images of 0.5 m a pixel where the model was trained at 1 m. Tokens then stand where they are in the
                 world of training. Default 1.
@@ -282,8 +350,12 @@ class ViT(TimmViT):
         """
         return self.forward_head(self.forward_features(images, attn_mask, is_causal, spacing=spacing))
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """(B, prefix + N, D) -> (B, D), or as it is with ""; `pool_type` is another pooling without parameters."""
+    def pool(self, x: Tensor, pool_type: str | None = None, valid: Tensor | None = None) -> Tensor:
+        """(B, prefix + N, D) -> (B, D), or as it is with ""; `pool_type` is another pooling without parameters.
+
+        Args:
+            valid: (B, N) bool, which patches are one, in a padded batch.
+        """
         kind = self.global_pool if pool_type is None or self.attn_pool is not None else pool_type
         if pool_type is not None and (kind not in POOLS or (kind == "map" and self.attn_pool is None)):
             raise unknown("pool_type", kind, [name for name in POOLS if name != "map"])
@@ -291,7 +363,11 @@ class ViT(TimmViT):
             return x[:, 0]
         if kind == "":
             return x
-        x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+        prefix = self.num_prefix_tokens
+        x = x if self.pool_include_prefix else x[:, prefix:]
+        if valid is not None:
+            own = F.pad(valid, (prefix, 0), value=True) if self.pool_include_prefix else valid
+            return pooled(x, kind, own) if self.attn_pool is None else attention_pooled(self.attn_pool, x, own)
         if kind == "max":
             return x.amax(dim=1)
         if kind == "avgmax":

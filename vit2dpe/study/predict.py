@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,15 @@ from torch import nn
 
 from ..data.decode import check_fit
 from ..data.folders import files_below, other_files
-from ..data.prepare import Prediction
+from ..data.native import NativePreparation
+from ..data.prepare import Prediction, Preparation
 from ..data.sources import UNREADABLE
 from ..data.text import decode_utf8
 from ..encodings import named_encodings
 from ..errors import ConfigError, DataError, unknown
 from ..files import write_atomically
 from ..interop.timm.named import is_hub_folder
-from ..models.predict import class_names, predict, prepared
+from ..models.predict import class_names, predict, preparation_for, prepared
 from ..models.text.heads import TextEncoder
 from ..resolution.apply import set_policy
 from ..resolution.sweep import train_size_of
@@ -59,7 +61,7 @@ def predict_files(config: PredictConfig, command: str = "") -> list[Predicted]:
         )
     if config.unreadable not in UNREADABLE:
         raise unknown("unreadable", config.unreadable, UNREADABLE)
-    if config.fit is not None:
+    if config.fit not in (None, "native"):
         check_fit(config.fit)
     name, *places = config.inputs
     if _is_of_text(Path(name)):
@@ -161,12 +163,16 @@ def _readable(batch: list[str], answer: Answer, wrong: dict[str, DataError]) -> 
 
 
 def _of_images(config: PredictConfig, name: str) -> Answer:
-    fit = config.fit or fit_of_run(name) or "crop"
     subject = load_subject(EvaluateConfig(model=name, checkpoint=config.checkpoint, device=config.device))
     model = subject.model.to(pick_device(config.device)).eval()
     own = train_size_of(model)
     size, about = config.size or own, vars(model).get("about") or {}
-    prepare = prepared(about, size, own, subject.mean, subject.std, subject.crop, fit)
+    if config.fit == "native" or config.max_tokens is not None:
+        native = preparation_for(model, config.size, config.fit, config.max_tokens, config.spacing)
+        prepare: Preparation | NativePreparation = replace(native, mean=subject.mean, std=subject.std)
+    else:
+        fit = config.fit or fit_of_run(name) or "crop"
+        prepare = prepared(about, size, own, subject.mean, subject.std, subject.crop, fit)
     _set_policy(model, config.policy)
     check_sizes(model, len(subject.mean), [size], config.spacing)
     classes = subject.classes if subject.strict else class_names(model)
@@ -189,7 +195,7 @@ def _is_of_text(folder: Path) -> bool:
 
 
 def _of_text(config: PredictConfig, name: str) -> Answer:
-    for setting in ("size", "fit", "checkpoint", "spacing"):
+    for setting in ("size", "fit", "checkpoint", "spacing", "max_tokens"):
         if getattr(config, setting) is not None:
             raise ConfigError(f"{name} is a run of text, which has no use for {setting}: leave it out")
     model = load_run(name, pick_device(config.device))

@@ -271,11 +271,13 @@ class PredictConfig(Settings):
         size: that images are brought to, 48 or 48x64 (height x width); default the model's own.
         policy: what encodings do at another size: interpolate, ntk, ...
         spacing: the size of a pixel in the world over that of training, of images at `size`; default 1.
-        fit: how images are brought to one size: crop, pad or squash; default that of a run, or crop.
+        fit: how images are brought to one size: crop, pad or squash; default that of a run, or crop. Or native: each
+            keeps its aspect ratio, in at most `max_tokens` patches; of a ViT.
         checkpoint: weights for a timm name, instead of its pretrained ones.
         unreadable: error, or skip: what cannot be read is left out, counted and named.
         batch_size: images or lines at a time.
         device: auto, cpu, cuda, cuda:1, mps.
+        max_tokens: with fit native, the most patches of an image; default: those of the model's own size.
     """
 
     inputs: Words = field(default=(), metadata={"positional": True})
@@ -289,6 +291,7 @@ class PredictConfig(Settings):
     unreadable: str = "error"
     batch_size: Count = 64
     device: str = "auto"
+    max_tokens: Count | None = None
 
 
 @dataclass(frozen=True)

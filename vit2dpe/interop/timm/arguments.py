@@ -10,6 +10,7 @@ from typing import TypeAlias
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, RmsNorm, SwiGLU
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlock
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
@@ -27,29 +28,44 @@ def arguments_of(theirs: TheirViT) -> Arguments:
     Raises:
         ConfigError: for a part that is not covered, by name.
     """
-    _refuse(theirs)
-    block, dim = theirs.blocks[0], theirs.embed_dim
-    attn, mlp, norm = block.attn, block.mlp, block.norm1
-    hidden = (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
     embed = theirs.patch_embed
+    parts = parts_of(theirs, type(embed).__name__ == "PatchEmbed")
     padded: bool = getattr(embed, "dynamic_img_pad", False)
     # timm's tables are those of the whole patches of its size, in a model that pads too.
     whole = tuple(n * p for n, p in zip(embed.grid_size, embed.patch_size, strict=True))
-    arguments: Arguments = dict(
+    return parts | dict(
         img_size=whole if padded else tuple(embed.img_size),
         patch_size=tuple(embed.patch_size),
         in_chans=embed.proj.in_channels,
         dynamic_img_pad=padded,
+        class_token=theirs.cls_token is not None,
+        reg_tokens=0 if getattr(theirs, "reg_token", None) is None else theirs.reg_token.shape[1],
+        embed_norm=not _is_identity(embed, "norm"),
+        pos_drop_rate=theirs.pos_drop.p if hasattr(theirs, "pos_drop") else 0.0,
+    )
+
+
+def parts_of(theirs: TheirViT | NaFlexVit, embeds: bool = True) -> Arguments:
+    """Those of all but the embedding of patches, leading tokens and places.
+
+    Args:
+        embeds: whether its embedding of patches is one that ours can have.
+
+    Raises:
+        ConfigError: for a part that is not covered, by name.
+    """
+    _refuse(theirs, embeds)
+    block, dim = theirs.blocks[0], theirs.embed_dim
+    attn, mlp, norm = block.attn, block.mlp, block.norm1
+    hidden = (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
+    arguments: Arguments = dict(
         num_classes=theirs.num_classes,
         global_pool=theirs.global_pool,
         embed_dim=dim,
         depth=len(theirs.blocks),
         num_heads=attn.num_heads,
-        class_token=theirs.cls_token is not None,
-        reg_tokens=0 if getattr(theirs, "reg_token", None) is None else theirs.reg_token.shape[1],
         norm_layer=_NORMS[type(norm).__name__],
         norm_eps=norm.eps,
-        embed_norm=not _is_identity(embed, "norm"),
         pre_norm=not _is_identity(theirs, "norm_pre"),
         post_norm="Post" in type(block).__name__,
         final_norm=not (_is_identity(theirs, "norm") and _is_identity(theirs, "fc_norm")),
@@ -64,7 +80,6 @@ def arguments_of(theirs: TheirViT) -> Arguments:
         scale_mlp_norm=not _is_identity(mlp, "norm"),
         init_values=1.0 if hasattr(getattr(block, "ls1", None), "gamma") or _gamma(block) else None,
         drop_rate=theirs.head_drop.p,
-        pos_drop_rate=theirs.pos_drop.p if hasattr(theirs, "pos_drop") else 0.0,
         patch_drop_rate=getattr(getattr(theirs, "patch_drop", None), "prob", 0.0),
         attn_drop_rate=attn.attn_drop.p,
         proj_drop_rate=attn.proj_drop.p,
@@ -84,16 +99,16 @@ _NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}
 _ACTS = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
 
 
-def _refuse(theirs: TheirViT) -> None:
+def _refuse(theirs: TheirViT | NaFlexVit, embeds: bool) -> None:
     """Refuse parts that a model of ours cannot have: those of another kind first, then what is inside the others."""
     block = theirs.blocks[0]
     kinds = {type(part).__name__ for part in theirs.blocks}
     if len(kinds) > 1 or not hasattr(block, "attn") or not hasattr(block, "mlp"):
         raise ConfigError(f"blocks of another kind ({', '.join(sorted(kinds))}), which are not covered")
-    attn, mlp, embed = block.attn, block.mlp, theirs.patch_embed
+    attn, mlp = block.attn, block.mlp
     _raise(
         {
-            "a patch embedding that is not one convolution": type(embed).__name__ != "PatchEmbed",
+            "a patch embedding that is not one convolution": not embeds,
             f"blocks of another kind ({type(block).__name__})": type(block).__name__ not in _BLOCKS,
             f"attention of another kind ({type(attn).__name__})": type(attn).__name__ not in _ATTENTIONS,
             f"an MLP of another kind ({type(mlp).__name__})": _mlp(mlp) == "",

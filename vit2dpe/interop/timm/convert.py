@@ -72,8 +72,8 @@ def from_timm(
         temperature: with a policy, see `set_policy`.
         weights: for a name: a checkpoint to load, a path or a state_dict, in timm's names or in those of the original
             files that timm reads for that name (DINOv2, DINOv3, EVA, BEiT, BEiT-3, DeiT, CLIP, SigLIP, AIMv2, I-JEPA,
-            RADIO, Perception Encoder, Swin, MAE's encoder, Google's .npz), or of rope-vit's. A file is read without
-            running anything in it.
+            RADIO, Perception Encoder, Swin, NaFlexViT, MAE's encoder, Google's .npz), or of rope-vit's. A file is read
+            without running anything in it.
         kwargs: window, global_blocks, window_kind and window_tables are those of a `ViT`. Of a name, others are passed
             to `timm.create_model`. Of `weights` of other channels than `in_chans` the kernel of the patches is adapted
             as timm does; with `num_classes` a head for other classes is drawn anew. Both are logged.
@@ -120,7 +120,7 @@ def from_timm(
     arguments = recipe.arguments | sizes | own
     _check_size(theirs, arguments)
     built = recipe.position if position is None else position
-    like = theirs.get_parameter("patch_embed.proj.weight")
+    like = theirs.get_parameter("embeds.proj.weight" if hasattr(theirs, "embeds") else "patch_embed.proj.weight")
     with torch.device("meta") if like.is_meta else nullcontext():
         ours = recipe.model(built, **arguments)
     complete = _load(ours, theirs, recipe, position)

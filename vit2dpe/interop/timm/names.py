@@ -22,6 +22,7 @@ MODULES = (
     "eva",
     "beit",
     "vision_transformer_relpos",
+    "naflexvit",
     "swin_transformer",
     "swin_transformer_v2",
 )

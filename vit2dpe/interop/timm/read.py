@@ -14,6 +14,7 @@ from timm.layers import RotaryEmbeddingMixed
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
@@ -23,9 +24,9 @@ from ...models.deit import DistilledViT
 from ...models.spec import Arguments
 from ...models.timm_api import Step, pretrained_cfg_of
 from ...models.vit import ViT
-from .arguments import arguments_of, tokens_of
+from .arguments import arguments_of, parts_of, tokens_of
 from .names import nearest
-from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder, columns_first, halves
+from .steps import BiasTable, Embeds, FlatTable, Frequencies, Fuse, Rename, Reorder, columns_first, halves
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,76 @@ def eva(theirs: Eva) -> Recipe:
     return Recipe(ViT, spec, arguments, tuple(steps), grid, policy)
 
 
-def _rotary(theirs: Eva, grid: tuple[int, int], width: int) -> tuple[str, tuple[int, ...] | None, str | None]:
+def naflexvit(theirs: NaFlexVit) -> Recipe:
+    """`NaFlexVit`: timm's own, SigLIP 2's, RADIO's, and what `use_naflex=True` makes of ViT and Eva."""
+    embeds = theirs.embeds
+    if not embeds.channels_last:
+        raise ConfigError("patches whose channels come first are not covered")
+    patch, grid = tuple(embeds.patch_size), embeds.pos_embed_grid_size
+    if grid is None:  # without a table no size is its own
+        size = pretrained_cfg_of(theirs).get("input_size", (3, 224, 224))[1:]
+        grid = (max(1, size[0] // patch[0]), max(1, size[1] // patch[1]))
+    grid = (grid[0], grid[1])
+    arguments = parts_of(theirs) | dict(
+        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        patch_size=patch,
+        in_chans=theirs.in_chans,
+        dynamic_img_pad=embeds.dynamic_img_pad,
+        class_token=embeds.cls_token is not None,
+        reg_tokens=embeds.num_reg_tokens,
+        embed_norm=not isinstance(embeds.norm, nn.Identity),
+        pos_drop_rate=embeds.pos_drop.p,
+    )
+    width = theirs.embed_dim // arguments["num_heads"]
+    spec, order, policy = ("none", None, None) if theirs.rope is None else _rotary(theirs, grid, width)
+    steps: list[Step] = []
+    if hasattr(theirs.blocks[0], "gamma_1"):  # of Eva's blocks
+        steps += [Rename("gamma_1", "ls1.gamma"), Rename("gamma_2", "ls2.gamma")]
+    if theirs.blocks[0].attn.qkv is None:
+        steps.append(Fuse())
+    if order is not None:
+        steps.append(Reorder(arguments["num_heads"], order))
+    shared = spec != "none" and not isinstance(theirs.rope, RotaryEmbeddingMixed)
+    linear = patch if embeds.is_linear else ()
+    steps.append(Embeds(linear, "position.terms.0" if shared else "position"))
+    if embeds.pos_embed_type != "none":
+        table = _table(embeds)
+        spec = table if spec == "none" else f"{table}+{spec}"
+    if isinstance(theirs.rope, RotaryEmbeddingMixed):
+        steps.append(Frequencies(xy=theirs.rope.grid_indexing == "xy"))
+    return Recipe(ViT, spec, arguments, tuple(steps), grid, policy)
+
+
+# How timm resizes a table: mode, antialias, align_corners; and ours of the same numbers.
+_RESIZES = {
+    ("bicubic", True, False): "antialias",
+    ("bicubic", False, False): "plain",
+    ("bilinear", True, False): "smooth",
+    ("bilinear", False, False): "bilinear",
+    ("bilinear", False, True): "corners",
+}
+
+
+def _table(embeds: NaFlexEmbeds) -> str:
+    """The spec of a table of NaFlexViT's."""
+    options = ["keep_aspect=true"] if embeds.pos_embed_ar_preserving else []
+    if embeds.pos_embed_type == "factorized":
+        return f"factorized({', '.join(options)})" if options else "factorized"
+    how = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners)
+    if how not in _RESIZES:
+        raise ConfigError("a table resized by {} (antialias {}, align_corners {}) is not covered".format(*how))
+    if embeds.pos_embed_use_grid_sample and embeds.pos_embed_antialias:
+        raise ConfigError(
+            "a table that is sampled for NaFlex batches and resized with antialias for images, two functions, is not "
+            "covered; pos_embed_antialias=False makes them one"
+        )
+    options = [f"resize={_RESIZES[how]}", *options] if how != ("bicubic", True, False) else options
+    return f"learned({', '.join(options)})" if options else "learned"
+
+
+def _rotary(
+    theirs: Eva | NaFlexVit, grid: tuple[int, int], width: int
+) -> tuple[str, tuple[int, ...] | None, str | None]:
     """The spec of a rotary encoding, the order of channels that makes it ours, and its policy."""
     rope, kind = theirs.rope, type(theirs.rope).__name__
     xy = rope.grid_indexing == "xy"
@@ -169,6 +239,7 @@ FAMILIES: dict[str, Callable[[nn.Module], Recipe]] = {
     "Eva": eva,
     "Beit": beit,
     "VisionTransformerRelPos": relpos,
+    "NaFlexVit": naflexvit,
 }
 
 

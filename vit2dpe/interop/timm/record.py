@@ -28,13 +28,13 @@ from ...models.timm_api import PretrainedCfg, Step, pair, pretrained_cfg_of
 from ...models.vit import ViT
 from ...resolution.apply import restore_policy
 from ...spec import Plain
-from .steps import BiasTable, FlatTable, Frequencies, Fuse, Rename, Reorder
+from .steps import BiasTable, Embeds, FlatTable, Frequencies, Fuse, Rename, Reorder
 
 NAME = "vit2dpe_from_timm"
 Model: TypeAlias = ViT | Swin
 KINDS: dict[str, Callable[..., Model]] = {"ViT": ViT, "DistilledViT": DistilledViT, "Swin": Swin}
 STEPS: dict[str, Callable[..., Step]] = {
-    kind.__name__: kind for kind in (Rename, Fuse, Reorder, FlatTable, Frequencies, BiasTable)
+    kind.__name__: kind for kind in (Rename, Fuse, Reorder, FlatTable, Frequencies, BiasTable, Embeds)
 }
 CLASSIFIERS: dict[str, str | tuple[str, ...]] = {
     "ViT": "head",

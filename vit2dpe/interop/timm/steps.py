@@ -145,6 +145,47 @@ class FlatTable:
 
 
 @dataclass(frozen=True)
+class Embeds:
+    """NaFlexViT's `embeds.*` <-> `patch_embed.*`, leading tokens, and the tables of `owner`.
+
+    Its linear map of flat patches (D, p q C) is the convolution (D, C, p, q).
+
+    Args:
+        patch: (p, q); () where it is a convolution there too.
+        owner: "position", or "position.terms.0" beside a rotation.
+    """
+
+    patch: tuple[int, ...]
+    owner: str
+
+    def _names(self) -> dict[str, str]:
+        tables = {"pos_embed": "pos_embed", "pos_embed_y": "tables.0", "pos_embed_x": "tables.1"}
+        parts = ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
+        return (
+            {f"embeds.{token}": token for token in ("cls_token", "reg_token")}
+            | {f"embeds.{theirs}": f"{self.owner}.{ours}" for theirs, ours in tables.items()}
+            | {f"embeds.{part}": f"patch_embed.{part}" for part in parts}
+        )
+
+    def into(self, state: State) -> None:
+        for theirs, ours in self._names().items():
+            if theirs in state:
+                value = state.pop(theirs)
+                state[ours] = value[0] if ".tables." in ours else value
+        if self.patch:
+            kernel = state["patch_embed.proj.weight"].unflatten(1, (*self.patch, -1))
+            state["patch_embed.proj.weight"] = kernel.movedim(-1, 1).contiguous()
+
+    def back(self, state: State) -> None:
+        if self.patch:
+            state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].movedim(1, -1).flatten(1)
+        for theirs, ours in self._names().items():
+            if ours in state:
+                value = state.pop(ours)
+                state[theirs] = value[None] if ".tables." in ours else value
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The token terms of encodings as a flat `pos_embed` (1, rows + h w, D): the way out alone.
 
