@@ -11,7 +11,10 @@ from vit2dpe.testing import randomise, tensors
 
 SIZES = [(4, 6), (1, 1), (2, 3), (5, 6), (4, 13), (12, 2), (9, 17)]  # of a table of 4x6: a third to three times
 GRID, MIXED = (3, 4), [(3, 4), (2, 7), (8, 3), (1, 2), (6, 8)]
-TOKENS = ("learned", "learned(resize=plain)", "learned(resize=dino)", "windowed(window=2)", "factorized")
+TOKENS = (
+    *(f"learned(resize={mode})" for mode in ("antialias", "plain", "dino", "smooth", "corners")),
+    *("learned(keep_aspect=true)", "windowed(window=2)", "factorized"),
+)
 BIASES = ("relative", "relative(resize=geometric)", "relative(prefix=true)", "relative(symmetric=true)")
 CONTEXTUAL = ("shaw(clip=3)", "irpe", "decomposed")
 
