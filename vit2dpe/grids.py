@@ -50,7 +50,9 @@ class Places(NamedTuple):
         if length is not None and length < total:
             raise ValueError(f"length must be at least {total}, the places of these grids, got {length}")
         rest = 0 if length is None else length - total
-        image = torch.arange(len(sizes)).repeat_interleave(torch.tensor([*counts[:-1], counts[-1] + rest]))
+        image = torch.arange(len(sizes)).repeat_interleave(
+            torch.tensor([*counts[:-1], counts[-1] + rest]), output_size=total + rest
+        )
         first = torch.tensor([0, *counts[:-1]]).cumsum(0)
         step, segment = (torch.arange(total + rest) - first[image]).to(device), image.to(device)[None]
         extent = torch.tensor(sizes).to(device)  # (S, d)

@@ -250,7 +250,8 @@ class Signal(NamedTuple):
         token: (B|1, N, D), added to tokens.
         q_rotation, k_rotation: turn each pair of channels of queries and keys.
         bias: terms added to the logits.
-        temperature: factor on q·k and on the bias, not on a mask; a 0-d tensor where a graph is traced for all sizes.
+        temperature: factor on q·k and on the bias, not on a mask; a 0-d tensor where a graph is traced for all sizes,
+            (B|1, 1, N|1, 1) where samples, or the images that tokens of a row belong to, have sizes of their own.
         blocks, order: what blocks have beside that, where they follow different words (`encodings.cycle`): block i of
             a model has blocks[order[i mod len(order)]].
     """

@@ -227,7 +227,7 @@ def _attend(
             out = table.attend(q, k, v, term, float(factor), float(temperature), selection.path)
             return out if out.shape[-1] == width else out[..., :width]
     if isinstance(factor, Tensor) or isinstance(temperature, Tensor):  # the kernel takes a number
-        q, factor = q * factor, 1.0
+        q, factor = (q * factor).to(q.dtype), 1.0  # one of each sample or token could widen it
     added = merge_bias(terms, mask, temperature, kernel_dtype(q) if terms else q.dtype)  # (B|1, H|1, Nq, Nk)
     causal = order is not None
     if observer is not None:
@@ -266,7 +266,7 @@ def _append_channels(
     fk = torch.cat([term.fk.expand(*k.shape[:2], -1, -1) for term in products], dim=-1).to(k.dtype)
     if q.device.type == "cuda" and (odd := (fq.shape[-1] + q.shape[-1]) % 8):  # others lose the fused kernel
         fq, fk = F.pad(fq, (0, 8 - odd)), F.pad(fk, (0, 8 - odd))
-    q, k = torch.cat([fq * temperature, q * scale], dim=-1), torch.cat([fk, k], dim=-1)
+    q, k = torch.cat([fq * temperature, q * scale], dim=-1).to(q.dtype), torch.cat([fk, k], dim=-1)
     return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])) if k.shape[-1] > v.shape[-1] else v
 
 

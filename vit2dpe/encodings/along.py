@@ -34,10 +34,11 @@ class Along:
 
     def _places(self, at: Positions) -> Positions:
         coords = torch.stack([at.coords[..., axis] for axis in self.axes], dim=-1)
+        spacing = at.spacing and self.of(at.spacing)
         if isinstance(at.extent, Tensor):
             extent = torch.stack([at.extent[..., axis] for axis in self.axes], dim=-1)
-            return replace(at, coords=coords, extent=extent, box=at.box and self.of(at.box))
-        return replace(at, coords=coords, extent=self.of(at.extent), spacing=at.spacing and self.of(at.spacing))
+            return replace(at, coords=coords, extent=extent, spacing=spacing, box=at.box and self.of(at.box))
+        return replace(at, coords=coords, extent=self.of(at.extent), spacing=spacing)
 
     def of(self, sizes: tuple[T, ...]) -> tuple[T, ...]:
         """What belongs to these axes of one thing for each axis."""

@@ -281,7 +281,7 @@ class PositionEncoding(nn.Module):
         if isinstance(angle, Tensor):
             resolved: Tensor | Rotation = F.pad(angle, (0, 0, at.prefix, 0))
         else:
-            one = at.span if at.spacing else at.extent
+            one = at.span if at.spacing and not at.by_sample() else at.extent
             span = at.spans(prefix=True) if isinstance(one, Tensor) else one
             resolved = angle.resolve(policy, span, at.prefix)
         return rotation_of(resolved, self.dtype, at.coords.device)

@@ -54,7 +54,7 @@ class Jitter(PositionEncoding):
 
         def moved(where: Positions) -> Positions:
             coords = where.coords + (drawn if where.coords.shape == drawn.shape else draw(where.coords))
-            edges = list[float]() if where.by_sample() else [size - 0.5 for size in where.span]
+            edges: list[float] = [] if where.by_sample() else [size - 0.5 for size in where.span]
             if self.bounded:
                 most = coords.new_tensor(edges) if edges else (where.spans() - 0.5).to(coords.device, coords.dtype)
                 coords = coords.clamp(min=-0.5).minimum(most)

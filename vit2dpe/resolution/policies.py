@@ -111,7 +111,8 @@ class Interpolate(Scaled):
 
     def _scaled(self, at: Positions) -> Positions:
         powers = powers_of(self.power, len(self.train))
-        scales, shift = list[float](), _SHIFT[self.align]
+        shift = _SHIFT[self.align]
+        scales: list[float] = []
         if isinstance(at.extent, Tensor):
             train, power = (numbers(each, at.coords.device) for each in (self.train, powers))
             exact = (train / at.spans()) ** power  # (B|1, N|1, d)

@@ -58,12 +58,15 @@ def score_mod(signal: Signal) -> ScoreMod:
         ConfigError: for a bias term of an author's own kind.
         ValueError: as the matrix of the bias would: fractional places under a table, offsets that leave it.
     """
-    pairs, temperature = [_pair(term) for term in signal.bias], signal.temperature
+    pairs, factor = [_pair(term) for term in signal.bias], signal.temperature
+    temperature = _of_query(factor) if isinstance(factor, Tensor) else factor
 
     def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         for pair in pairs:
             score = score + pair(b, h, i, j)
-        return score if temperature is None else score * temperature
+        if temperature is None:
+            return score
+        return score * (temperature if isinstance(temperature, float | int) else temperature(b, h, i, j))
 
     return modified
 
@@ -101,9 +104,17 @@ def _pair(term: Bias) -> Pair:
 
 
 def _entry(matrix: Tensor) -> Pair:
-    """Of a matrix (B|1, H|1, Nq, Nk)."""
-    samples, heads = (size > 1 for size in matrix.shape[:2])
-    return lambda b, h, i, j: matrix[b if samples else 0, h if heads else 0, i, j]
+    """Of a matrix (B|1, H|1, 1|Nq, Nk)."""
+    samples, heads, queries = (size > 1 for size in matrix.shape[:3])
+    return lambda b, h, i, j: matrix[b if samples else 0, h if heads else 0, i if queries else 0, j]
+
+
+def _of_query(factor: Tensor) -> Pair:
+    """Of a temperature, 0-d or (B|1, 1, N|1, 1)."""
+    if factor.ndim == 0:
+        return lambda b, h, i, j: factor
+    samples, queries = factor.shape[0] > 1, factor.shape[2] > 1
+    return lambda b, h, i, j: factor[b if samples else 0, 0, i if queries else 0, 0]
 
 
 def _table(term: Table) -> Pair:
@@ -275,7 +286,8 @@ def attend(
     if causal:
         modified = _where(modified, lambda b, h, i, j: i >= j)
     kinds = tuple(type(term).__name__ for term in signal.bias)
-    program = kinds, mask is None, causal, temperature is None, dtype, q.shape[-1], v.shape[-1], torch.is_grad_enabled()
+    kind = None if temperature is None else temperature.ndim
+    program = kinds, mask is None, causal, kind, dtype, q.shape[-1], v.shape[-1], torch.is_grad_enabled()
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling() or not trains(q, k, v):
         return run(program, q, k, v, modified, scale)
