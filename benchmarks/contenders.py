@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from benchmarks import hf, rotation, x_transformers
 from benchmarks.ways import blocks
-from vit2dpe.encodings import PositionEncoding, Sum
+from vit2dpe.encodings import PositionEncoding, Sum, named_encodings
 from vit2dpe.errors import ConfigError
 from vit2dpe.interop.timm.convert import from_timm
 from vit2dpe.models import Swin
 from vit2dpe.models.swin.stage import in_full
+from vit2dpe.signal import Dense, Signal
 from vit2dpe.spec import Plain, parse_terms
 
 LEVELS = ("op", "table", "attention", "block", "encoder")
-TORCHVISION = "torchvision_swin_t"
+TORCHVISION, OWN = "torchvision_swin_t", "vit2dpe_"
 WHOLE = {name: package for package in (hf, x_transformers) for name in package.NAMES}  # at level encoder alone
 
 
@@ -33,6 +34,7 @@ def contenders(
 ) -> dict[str, nn.Module]:  # fmt: skip
     """{"peer", "ours", "limit"} of a model, `name` or `name(argument=value)`, on a device; a table has no limit.
 
+    Of one of ours, `vit2dpe_small_patch16_224(position=lookhere)`, the peer is the same with its biases as matrices.
     `fused=true` among the arguments sends all attention of timm's through the fused kernel (TIMM_FUSED_ATTN=2).
 
     Raises:
@@ -43,6 +45,10 @@ def contenders(
         if level != "encoder":
             raise ConfigError(f"{name} is measured as a whole, got level={level}")
         return placed(WHOLE[name].contenders(name, options, size, depth), device)
+    if name.startswith(OWN):
+        if level != "encoder":
+            raise ConfigError(f"{name} is measured as a whole, got level={level}")
+        return placed(_own(name, options, size, depth), device)
     if name in rotation.PACKAGES and (level != "op" or options):
         raise ConfigError(f"{name} has no models and no arguments, it is measured at level=op alone; got level={level}")
     peer = _peer(rotation.ROPE, {}, size, depth) if name in rotation.PACKAGES else _peer(name, options, size, depth)
@@ -118,6 +124,21 @@ def _peer(name: str, options: dict[str, Plain], size: tuple[int, int], depth: in
         if fused and hasattr(module, "fused_attn"):
             module.fused_attn = True
     return model
+
+
+def _own(name: str, options: dict[str, Plain], size: tuple[int, int], depth: int | None) -> dict[str, nn.Module]:
+    """A model of ours, for encodings that no peer has; in place of a peer the same one, its biases as matrices."""
+    peer, ours = (_peer(name, dict(options), size, depth) for _ in range(2))  # of one seed
+    limit = _peer(name, options | dict(position="none"), size, depth)
+    limit.load_state_dict({key: value for key, value in ours.state_dict().items() if key in limit.state_dict()})
+    for encoding in named_encodings(peer).values():
+        encoding.register_forward_hook(_as_matrices)
+    return {"peer": peer, "ours": ours, "limit": limit}
+
+
+def _as_matrices(encoding: nn.Module, at: tuple[object, ...], signal: Signal) -> Signal:
+    """A forward hook."""
+    return signal.with_bias(tuple(Dense(term.dense()) for term in signal.bias))
 
 
 def _ours(peer: nn.Module, size: tuple[int, int], position: str | None) -> nn.Module:

@@ -19,6 +19,7 @@ from benchmarks.table import Row, markdown
 
 S, B = "vit_small_patch16", "vit_base_patch16"
 SWIN = "swin_tiny_patch4_window7_224"
+OWN = "vit2dpe_small_patch16_224"
 TABLE = "(rel_pos_type=bias)"
 
 
@@ -52,6 +53,7 @@ PLAN = {
         level="op", precision="bfloat16", depth=2,
     ),
     "attention": _config(f"{S}_rope_224,{S}_rope_mixed_224,{SWIN}", 64, level="attention,block"),
+    "biases_s_1024": _config(f"{OWN}(position=alibi),{OWN}(position=lookhere)", 8, "1024"),  # against matrices
 }  # fmt: skip
 _MICRO = "(embed_dim=48, num_heads=3, patch_size=8)"
 SMALL = {

@@ -48,6 +48,7 @@ class BenchConfig(Settings):
     Args:
         models: comma-separated: timm names that from_timm reads, with arguments where they need some, as in
             vit_relpos_small_patch16_224(rel_pos_type=bias) or swin_tiny_patch4_window7_224(fused=true);
+            a model of ours, vit2dpe_small_patch16_224(position=lookhere), against itself with its biases as matrices;
             torchvision_swin_t, transformers_vitmae, transformers_dinov3, x_transformers_vit, x_transformers_text (with
             alibi_pos_bias=true or rel_pos_bias=true instead of a rotation); at level op rotary_embedding_torch and
             x_transformers too, and on a GPU liger_kernel and flash_attn.

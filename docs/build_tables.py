@@ -95,7 +95,8 @@ makes its own.
 *`vit2dpe show all --grid 9x14`: similarity of token vectors, mean cosine of rotations, bias per head, seen from the
 circled place. `vit2dpe show --run RUN` draws those of a trained model.*
 
-Sums are written `sincos+rope`, options `rope(base=10)`, words by block `rope/rope/rope/none`
+Sums are written `sincos+rope`, options `rope(base=10)`, of some axes of a grid alone `rope(axes=(1, 2))`
+([videos](video.md#an-encoding-for-space-another-one-for-time)), words by block `rope/rope/rope/none`
 ([concepts](concepts.md#signal-what-attention-does-about-it)), released conventions of rotary `rope(preset=flux)`
 ([who rotates how](presets.md)). A new one: [adding-an-encoding.md](adding-an-encoding.md).
 

@@ -14,14 +14,13 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from scipy.stats import t as student
 
 from benchmarks import gpu_speed, real_weights
 from benchmarks.table import markdown
+from recipes.claims import Difference, claims, half_interval, half_of_deviation, paired, verdict
 from vit2dpe.spec import split_words
 from vit2dpe.study import report
 from vit2dpe.study.rows import Row, read_rows
@@ -37,16 +36,6 @@ ALL = (
     "none,learned,windowed,sincos,factorized,fourier,relative,logcpb,t5,alibi,lookhere,fire,rope,rope_mixed,"
     "rope_golden,rope_dinov3"
 )
-
-
-def half_interval(values: list[float]) -> float:
-    """Half of the 95% t-interval of the mean of these seeds."""
-    return half_of_deviation(statistics.stdev(values), len(values))
-
-
-def half_of_deviation(deviation: float, n: int) -> float:
-    """The same, from the standard deviation of n seeds."""
-    return float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def page(text: str, results: Path = RESULTS) -> str:
@@ -163,7 +152,7 @@ def _frames_table(folder: Path) -> str:
         lines.append(f"| `{word}` | {policy} | {' | '.join(cells)} |")
 
     def less(what: str, number: int, a: tuple[str, str], b: tuple[str, str]) -> Difference:
-        return _paired(what, number / first, at[(*a, number)], at[(*b, number)])
+        return paired(what, number / first, at[(*a, number)], at[(*b, number)])
 
     default = {word: policy for word, policy, _ in reversed(at)}
     blind = [
@@ -244,126 +233,6 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float]:
 def _told(values: list[float], form: str) -> str:
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {format(half_interval(values), form.lstrip('+'))}" if len(values) > 1 else mean
-
-
-# The claims of RESULTS.md, in the words of that page, as differences that each of them says are not below zero.
-
-FAMILIES = {
-    "distance biases": ("alibi", "lookhere", "fire"),
-    "rotary": ("rope", "rope_mixed", "rope_golden"),
-    "tables": ("learned", "windowed", "factorized", "relative"),
-}
-
-
-class Difference(NamedTuple):
-    """What is compared, at which multiple of the training side, and by how much it differs with each seed."""
-
-    what: str
-    multiple: float
-    by_seed: list[float]
-
-    def interval(self) -> tuple[float, float] | None:
-        """95%, over seeds; None with one seed."""
-        if len(self.by_seed) < 2:
-            return None
-        mean, half = statistics.mean(self.by_seed), half_interval(self.by_seed)
-        return mean - half, mean + half
-
-
-def verdict(differences: list[Difference], missing: Iterable[str] = ()) -> str:
-    """The rule: a claim is confirmed when no interval reaches below zero, refuted when one lies wholly below zero."""
-    intervals = [difference.interval() for difference in differences]
-    known = [interval for interval in intervals if interval is not None]
-    if missing := sorted(set(missing)):
-        return f"undecided: {', '.join(f'`{word}`' for word in missing)} not finished"
-    if len(known) < len(intervals) or not known:
-        return "undecided: fewer than two seeds give no interval"
-    if any(high < 0 for _, high in known):
-        return "refuted"
-    return "confirmed" if all(low >= 0 for low, _ in known) else "undecided: an interval holds zero"
-
-
-class Values:
-    """Accuracies of a study by encoding, policy, temperature, multiple of the training side and seed (mode `scale`)."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.default: dict[str, str] = {}
-        self.at: dict[tuple[str, str, str, float], dict[int, float]] = {}
-        for row in rows:
-            if row.mode != "scale":
-                continue
-            self.default.setdefault(row.encoding, row.policy)
-            multiple = math.sqrt(row.height * row.width / (row.train_height * row.train_width))
-            key = (row.encoding, row.policy, row.temperature, round(multiple, 2))
-            self.at.setdefault(key, {})[int(row.seed or 0)] = row.value
-
-    def of(self, word: str, multiple: float, policy: str = "") -> dict[int, float]:
-        return self.at.get((word, policy or self.default.get(word, ""), "none", multiple), {})
-
-    def best(self, family: str, multiple: float) -> str:
-        """The member with the highest mean over seeds."""
-        ran = [word for word in FAMILIES[family] if self.of(word, multiple)]
-        return max(ran, key=lambda word: statistics.mean(self.of(word, multiple).values()), default="")
-
-
-def _paired(what: str, multiple: float, more: dict[int, float], less: dict[int, float]) -> Difference:
-    return Difference(what, multiple, [more[seed] - less[seed] for seed in sorted(more.keys() & less.keys())])
-
-
-def biases_rotary_tables(values: Values) -> tuple[list[Difference], list[str]]:
-    """Claim 1: at 2x and 3x distance biases keep more than rotary encodings, and those more than tables."""
-    found = []
-    for above, below in (("distance biases", "rotary"), ("rotary", "tables")):
-        for multiple in (2.0, 3.0):
-            a, b = values.best(above, multiple), values.best(below, multiple)
-            what = f"{above} (`{a}`) − {below} (`{b}`)"
-            found.append(_paired(what, multiple, values.of(a, multiple), values.of(b, multiple)))
-    return found, [word for family in FAMILIES.values() for word in family if word not in values.default]
-
-
-def mixed_keeps_as_much(values: Values) -> tuple[list[Difference], list[str]]:
-    """Claim 2: `rope_mixed` keeps at least as much as `rope` at every size beyond training, both extrapolating."""
-    sizes = sorted({key[3] for key in values.at if key[3] > 1})
-    both = [[values.of(word, size, "extrapolate") for word in ("rope_mixed", "rope")] for size in sizes]
-    found = [_paired("`rope_mixed` − `rope`", size, *pair) for size, pair in zip(sizes, both, strict=True)]
-    return found, [word for word in ("rope", "rope_mixed") if word not in values.default]
-
-
-def temperature_helps(values: Values) -> tuple[list[Difference], list[str]]:
-    """Claim 3: at 3x and 4x the mean over encodings and policies is higher with the length temperature."""
-    found = []
-    for multiple in (3.0, 4.0):
-        pairs = [
-            (by_seed, values.at[word, policy, "none", multiple])
-            for (word, policy, temperature, m), by_seed in values.at.items()
-            if temperature == "log" and m == multiple and (word, policy, "none", multiple) in values.at
-        ]
-        seeds = set.intersection(*({*a} & {*b} for a, b in pairs)) if pairs else set()
-        by_seed = [statistics.mean(a[seed] - b[seed] for a, b in pairs) for seed in sorted(seeds)]
-        found.append(Difference(f"with − without, mean of {len(pairs)}", multiple, by_seed))
-    return found, []
-
-
-CLAIMS = (biases_rotary_tables, mixed_keeps_as_much, temperature_helps)
-
-
-def claims(folder: Path) -> str:
-    """The verdict on each claim and the differences it rests on."""
-    values = Values(read_rows(folder / "results.csv"))
-    said, lines = (
-        [],
-        ["| claim | difference in points | at | mean | 95% interval | seeds |", "|---|---|---|---:|---:|---:|"],
-    )
-    for number, claim in enumerate(CLAIMS, 1):
-        differences, missing = claim(values)
-        said.append(f"- Claim {number} is **{verdict(differences, missing).replace(':', '**:', 1)}")
-        said[-1] += "." if "**:" in said[-1] else "**."
-        for one in differences:
-            mean = f"{statistics.mean(one.by_seed):+.1f}" if one.by_seed else ""
-            interval = one.interval()
-            span = f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else ""
-            lines.append(f"| {number} | {one.what} | {one.multiple:g}x | {mean} | {span} | {len(one.by_seed)} |")
-    return "\n".join([*said, "", *lines])
 
 
 def draw(results: Path = RESULTS, path: Path = PICTURE) -> None:

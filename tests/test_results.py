@@ -1,5 +1,6 @@
 """RESULTS.md and the README's picture are what the committed csv files give, and the verdicts follow their rule."""
 
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from recipes import claims
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.study.rows import Row, to_csv
 
@@ -41,7 +43,7 @@ AS_CLAIMED = dict(alibi=50, lookhere=52, fire=51, rope=40, rope_mixed=43, rope_g
 
 
 def verdicts(folder: Path) -> list[str]:
-    return [line.split("**")[1] for line in BUILD["claims"](folder).splitlines() if line.startswith("- Claim")]
+    return [line.split("**")[1] for line in claims.claims(folder).splitlines() if line.startswith("- Claim")]
 
 
 def test_the_page_is_what_the_csv_files_give():
@@ -136,14 +138,14 @@ def test_verdicts(tmp_path):
     assert verdicts(study(tmp_path / "c", AS_CLAIMED | dict(rope_mixed=40.1), heat=1.0))[1] == "undecided"
     assert verdicts(study(tmp_path / "d", AS_CLAIMED, seeds=1, heat=1.0)) == ["undecided"] * 3
     without = {word: value for word, value in AS_CLAIMED.items() if word != "rope_mixed"}
-    said = BUILD["claims"](study(tmp_path / "e", without, heat=1.0))
+    said = claims.claims(study(tmp_path / "e", without, heat=1.0))
     assert "Claim 1 is **undecided**: `rope_mixed` not finished." in said
     assert "Claim 3 is **confirmed**." in said
 
 
 def test_the_rule_of_a_verdict():
     """Every difference counts, and one that cannot be judged leaves the claim undecided."""
-    verdict, one = BUILD["verdict"], BUILD["Difference"]
+    verdict, one = claims.verdict, claims.Difference
     above, below, around = [1.0, 1.2, 1.1], [-1.0, -1.2, -1.1], [-1.0, 1.0, 0.1]
 
     def judged(*differences):
@@ -155,8 +157,44 @@ def test_the_rule_of_a_verdict():
     assert judged(above, [1.0]) == judged(above, []) == judged() == "undecided"
 
 
+def places(folder: Path, lift: dict[str, float], part: float = 0.0) -> Path:
+    """A synthetic study of places: `lift` is what jitter gives each encoding beyond the training size."""
+    rows, ways = [], [(word, way) for word in lift for way in ("plain", "jitter")]
+    for word, training in [*ways, ("learned", "subtable")]:
+        for mode, side, seed in itertools.product(("scale", "canvas"), (16, 24, 32, 48), range(4)):
+            part_of, top1 = training == "subtable", 50.0 + 5 * seed
+            if part_of and side > 32:
+                continue  # above its table
+            top1 += NOISE[seed] * (training != "plain") + part * (part_of and mode == "canvas")
+            top1 += lift[word] * (training == "jitter" and side > 16)
+            at = dict(mode=mode, seed=seed, train_height=16, train_width=16, height=side, width=side)
+            policy = "subtable" if part_of else "interpolate"
+            rows.append(Row(encoding=word, training=training, policy=policy, **at, top1=top1, n=360, value=top1))
+    folder.mkdir(parents=True)
+    (folder / "results.csv").write_text(to_csv(rows))
+    (folder / "env.json").write_text(json.dumps({"config": {"encodings": ",".join(lift)}}))
+    return folder
+
+
+def test_claims_about_places_are_of_differences_seed_by_seed(tmp_path):
+    name = "study_places_digits"
+    true = places(tmp_path / "a" / name, dict(learned=8.0, relative=2.0, rope=1.0), part=3.0)
+    assert verdicts(true) == ["confirmed"] * 5
+    lines = claims.claims(true).splitlines()
+    assert "| 1 | `learned, jitter` − `learned` | 2x | +8.0 | +7.5 to +8.6 | 4 |" in lines
+    assert "| 2 | (`learned, jitter` − `learned`) − (`rope, jitter` − `rope`) | 3x | +7.0 | +7.0 to +7.0 | 4 |" in lines
+    assert "| 3 | `rope, jitter` − `rope` + 1 | 1x | +1.1 | +0.5 to +1.6 | 4 |" in lines
+    assert [line.split("|")[3].strip() for line in lines if line.startswith("| 5")] == ["1.5x", "2x"]
+    false = places(tmp_path / "b" / name, dict(learned=-2.0, relative=0.0, rope=1.0), part=-1.0)
+    assert verdicts(false) == ["refuted", "refuted", "confirmed", "undecided", "refuted"]
+    said = claims.claims(places(tmp_path / "c" / name, dict(learned=8.0, rope=1.0)))
+    assert "Claim 4 is **undecided**: `relative`, `relative, jitter` not finished." in said
+    (line,) = (line for line in BUILD["table"](true).splitlines() if line.startswith("| canvas | learned, subtable"))
+    assert line.endswith("| - |"), "a table has no larger size of its own"
+
+
 def test_claims_are_of_sizes_beyond_training(tmp_path):
-    lines = BUILD["claims"](study(tmp_path, AS_CLAIMED)).splitlines()
+    lines = claims.claims(study(tmp_path, AS_CLAIMED)).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     at = {number: [cell[2] for cell in cells if cell[0] == number] for number in "123"}
     assert at == {"1": ["2x", "3x", "2x", "3x"], "2": ["2x", "3x", "4x"], "3": ["3x", "4x"]}
@@ -166,4 +204,4 @@ def test_claims_are_of_sizes_beyond_training(tmp_path):
 @pytest.mark.parametrize("policies", [["extrapolate", "interpolate"], ["interpolate", "extrapolate"]])
 def test_a_family_is_judged_by_its_default_policy(tmp_path, policies):
     folder = study(tmp_path, AS_CLAIMED, alibi=policies)  # 50 by the first and 70 by the second; lookhere has 52
-    assert "distance biases (`lookhere`)" in BUILD["claims"](folder)
+    assert "distance biases (`lookhere`)" in claims.claims(folder)

@@ -11,9 +11,12 @@ import torch
 
 from benchmarks import contenders, gpu_checks, gpu_speed
 from benchmarks.resumable import Rows
-from benchmarks.run import plan
+from benchmarks.run import bench, plan
 from benchmarks.table import markdown
+from vit2dpe import ConfigError, Positions
 from vit2dpe.attention.kernels import rotary
+from vit2dpe.encodings import encodings_of
+from vit2dpe.signal import Dense, Distance
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,6 +149,19 @@ def test_speed_is_that_of_the_bench_and_what_is_open_stays_marked(tmp_path):
     told = gpu_speed.table(tmp_path / "none")
     assert told.startswith("0 of ")
     assert told.count("open: not measured yet") == sum(len(plan(config)) for config in gpu_speed.PLAN.values())
+
+
+@pytest.mark.parametrize("position", ["alibi", "lookhere"])
+def test_a_model_of_ours_is_compared_with_its_biases_as_matrices(position, tmp_path):
+    word = f"vit2dpe_tiny_patch16_224(position={position}, embed_dim=48, num_heads=3, patch_size=8)"
+    models = contenders.contenders(word, (16, 24), 2, depth=2)
+    signals = [encodings_of(models[kind])[0](Positions.grid((2, 3))) for kind in ("peer", "ours")]
+    assert [{type(term) for term in signal.bias} for signal in signals] == [{Dense}, {Distance}]
+    config = gpu_speed._config(word, 2, "16x24", "training", depth=2, repeats=2, device="cpu", out=str(tmp_path / "a"))
+    (row,) = bench(config)
+    assert len(row["peer_ours"]) == len(row["ours_limit"]) == 3
+    with pytest.raises(ConfigError, match="measured as a whole, got level=block"):
+        contenders.contenders(word, (16, 24), 2, level="block")
 
 
 def test_what_gpus_are_wanted_for_is_planned():

@@ -21,7 +21,7 @@ from vit2dpe.attention.contract import contract
 from vit2dpe.contextual import Contextual
 from vit2dpe.encodings import IRPE, Decomposed, Shaw
 from vit2dpe.encodings.makers import makers
-from vit2dpe.testing import randomise
+from vit2dpe.testing import check_encoding, randomise
 
 HEADS, WIDTH = 3, 8
 close = within(1e-5, of_the_largest=True)
@@ -147,6 +147,47 @@ def test_debertas_two_products(buckets):
     close((one + two)[0], expected)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_debertas_attention_is_shaw_of_both_sides(share):
+    """Outputs and gradients of the whole attention with its weights, far beyond the clip."""
+    torch.manual_seed(0)
+    relative = dict(relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=4, share_att_key=share)
+    config = DebertaV2Config(hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, position_buckets=-1, **relative)
+    theirs, n = randomise(DisentangledSelfAttention(config)).eval(), 11
+    span, x = theirs.pos_ebd_size, randn(2, n, HEADS * WIDTH)
+    embeddings = randn(2 * span, HEADS * WIDTH, seed=3)
+    mask = torch.ones(2, 1, n, n)
+    expected, _ = theirs(x, mask, rel_embeddings=embeddings)
+
+    layer = Attention(HEADS * WIDTH, HEADS, scale=(3 * WIDTH) ** -0.5)
+    encoding = build(f"shaw(sides=qk, clip={span})", Dims(HEADS * WIDTH, HEADS, (n,)))
+    assert isinstance(encoding, Shaw)
+    keys, queries = (theirs.key_proj, theirs.query_proj) if share else (theirs.pos_key_proj, theirs.pos_query_proj)
+    row = (torch.arange(span, -span - 1, -1) + span).clamp(max=2 * span - 1)  # of i - j, where ours has j - i
+    with torch.no_grad():
+        for name, part in dict(relative_key=keys, relative_query=queries).items():
+            getattr(encoding, name).copy_(part(embeddings)[row].unflatten(-1, (HEADS, WIDTH)).transpose(0, 1))
+        parts = (theirs.query_proj, theirs.key_proj, theirs.value_proj)
+        layer.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+        layer.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+        layer.proj.weight.copy_(torch.eye(HEADS * WIDTH))
+        layer.proj.bias.zero_()
+    close(layer(x, encoding(Positions.sequence(n))), expected)
+    assert (layer(x, Shaw(WIDTH, HEADS, axes=1)(Positions.sequence(n))) - expected).abs().max() > 0.1
+    if not share:
+        for out in (expected, layer(x, encoding(Positions.sequence(n)))):
+            out.sin().sum().backward()
+        close(layer.qkv.weight.grad, torch.cat([part.weight.grad for part in parts]))
+        near = encoding.relative_query.grad.transpose(0, 1).flatten(1)  # (2 K + 1, H Dh)
+        per_row = torch.zeros(2 * span, HEADS * WIDTH).index_add(0, row, near)
+        close(theirs.pos_query_proj.weight.grad, per_row.mT @ embeddings)
+
+
+@pytest.mark.parametrize("sides", ["q", "qk"])
+def test_sides_keep_the_contract(sides):
+    check_encoding(lambda d: Shaw(d.head_dim, d.heads, axes=d.axes, clip=2, sides=sides), axes=(2,))
+
+
 @pytest.mark.parametrize("word", ["shaw", "irpe", "decomposed"])
 def test_what_has_no_gradient_claims_none(word):
     """torch's FlopCounterMode, which follows modules, counts a forward without gradients."""
@@ -158,6 +199,8 @@ def test_what_has_no_gradient_claims_none(word):
 
 def test_values_that_cannot_be_are_refused():
     dims = Dims(24, 3, (3, 5))
+    with pytest.raises(ConfigError, match=r"unknown sides of shaw .kq.*qk"):
+        build("shaw(sides=kq)", dims)
     for word, came in (("shaw(clip=0)", "clip of at least 1.*clip=0"), ("irpe(ratio=0.4)", "0.5 <= ratio.*0.4")):
         with pytest.raises(ConfigError, match=came):
             build(word, dims)

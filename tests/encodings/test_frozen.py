@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -173,3 +174,17 @@ def test_on_cuda_a_forward_reads_two_flags(word):
                     assert reads.total() == places + (word != "rope"), recorded.traffic.report(word)
                     assert recorded.traffic.stalls == reads.total()
     assert kernels < plain
+
+
+@torch.no_grad()
+def test_a_model_is_pickled_and_copied_inside():
+    """Hooks come along and keep nothing; the original goes on."""
+    model, x = micro("relative"), randn(1, 3, 16, 24)
+    with frozen(model):
+        wanted = model(x)
+        for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert torch.equal(other(x), wanted)
+            next(other.position.parameters(), next(other.blocks[0].attn.position.parameters())).add_(1.0)
+            assert not torch.equal(other(x), wanted), "the copy keeps nothing"
+        assert torch.equal(model(x), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)

@@ -11,7 +11,10 @@ from vit2dpe.testing import randomise, tensors
 
 SIZES = [(4, 6), (1, 1), (2, 3), (5, 6), (4, 13), (12, 2), (9, 17)]  # of a table of 4x6: a third to three times
 GRID, MIXED = (3, 4), [(3, 4), (2, 7), (8, 3), (1, 2), (6, 8)]
-TOKENS = ("learned", "learned(resize=plain)", "learned(resize=dino)", "windowed(window=2)", "factorized")
+TOKENS = (
+    *(f"learned(resize={mode})" for mode in ("antialias", "plain", "dino", "smooth", "corners")),
+    *("learned(keep_aspect=true)", "windowed(window=2)", "factorized"),
+)
 BIASES = ("relative", "relative(resize=geometric)", "relative(prefix=true)", "relative(symmetric=true)")
 CONTEXTUAL = ("shaw(clip=3)", "irpe", "decomposed")
 
@@ -123,6 +126,18 @@ def test_no_size_is_looked_at(word):
             with use_policy(model.to("meta"), policy):
                 found = tensors(model.position(Positions(coords, extent, on_grid=True, box=box)))
             assert {name: x.shape for name, x in found.items()} == expected
+
+
+@pytest.mark.parametrize("word", ["learned", "windowed", "factorized", "relative"])
+def test_between_whole_places_each_resized_table_is_read(word):
+    """As jitter leaves places: of each sample at those of its own grid."""
+    encoding, at = Model(word, torch.float64).position, Positions.grids(MIXED)
+    torch.manual_seed(3)
+    moved = at.moved(at.coords + torch.rand_like(at.coords) - 0.5)
+    for i, (one, size) in enumerate(zip(parts(encoding(moved), at, MIXED), MIXED, strict=True)):
+        coords = moved.coords[i : i + 1, : size[0] * size[1]]
+        for name, tensor in tensors(encoding(Positions(coords, size))).items():
+            torch.testing.assert_close(one[name], tensor[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("word", ["learned+windowed+factorized", "relative", "decomposed+irpe"])

@@ -210,6 +210,22 @@ def test_partial_is_the_partial_rotary_factor(factor):
     torch.testing.assert_close(w, torch.nn.functional.pad(theirs, (0, 16 - len(theirs))), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["own", "whole", "head"])
+def test_factors_divide_the_pairs_of_a_bank(kind):
+    """As transformers has it of a line; of several axes those of each bank, and of each head."""
+    theirs = init("longrope", 32, short_factor=[1.0 + i for i in range(16)], long_factor=[1.0] * 16, factor=2.0,
+                  original_max_position_embeddings=64)  # fmt: skip
+    word = f"rope(factors={tuple(1.0 + i for i in range(16))})"
+    torch.testing.assert_close(w_of(build(word, Dims(64, 2, (7,))))[0, 0], theirs, rtol=1e-6, atol=0)
+    pairs, more = {"own": (4, ""), "whole": (8, ", bank=whole"), "head": (8, ", order=head")}[kind]
+    factors = torch.arange(1.0, pairs + 1, dtype=torch.float64)
+    plain, slow = (
+        build(f"rope(base=50{each}{more})", Dims(32, 2, (3, 5))).frequencies(torch.device("cpu"))
+        for each in ("", f", factors={tuple(factors.tolist())}")
+    )
+    torch.testing.assert_close(slow * factors.repeat(8 // pairs), plain, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("zeros", [4, 12])
 def test_zeros_are_the_proportional_kind(zeros):
     """The bank is that of the whole head, and its last frequencies are 0."""
@@ -421,6 +437,9 @@ ALONE = [
     (lambda: build("rope(start=(1.0, 2.0, 3.0))", Dims(24, 2, (3, 5))), "a finite start, one number or 2"),
     (lambda: build("rope(llama3=(8, 4, 1, 8192))", Dims(24, 2, (7,))), "low factor below the high one"),
     (lambda: build("rope(llama3=(8, 1, 4))", Dims(24, 2, (7,))), r"original_max_position_embeddings.*got \(8, 1, 4\)"),
+    (lambda: build("rope(factors=(1, 2))", Dims(24, 2, (7,))), "one for each pair of a bank of 6; got 2"),
+    (lambda: build("rope(factors=(1, 2, 0))", Dims(12, 2, (7,))), "factors are numbers above 0"),
+    (lambda: build("rope(sections=(1, 2), factors=(1,))", Dims(12, 2, (3, 5))), "of a bank of 1 and 2; got 1"),
     (lambda: LongRoPE((8,)), r"needs long_factor=\(1.0, 1.05, ...\).*rope_parameters.*got None"),
     (lambda: LongRoPE((8,), long_factor=(1.0, 0.0)), "a factor above 0"),
     (lambda: LongRoPE((8,), long_factor=(1.0, 2.0)).rescale(torch.ones(1, 1, 6), (16,)), "each of 6 pairs .* got 2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models._features_fx import create_feature_extractor
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -98,6 +99,37 @@ def test_every_path_of_attention_obeys_a_mask(position):
         close(model.forward_features(other + 1, is_causal=True)[:, 0], first)
         both = model.forward_features(X, mask, is_causal=True)
         close(both, model.forward_features(X, mask & torch.ones(7, 7).tril().bool()))
+
+
+@pytest.mark.parametrize("position", ["rope", "relative", "none"])
+@torch.no_grad()
+def test_causality_alone_is_torchs_and_makes_no_matrix(position, monkeypatch):
+    """Logits and gradients are those of the matrix; without biases the kernel gets `is_causal` and no mask."""
+    model, seen = shaken(ViT(position, **SIZES, class_token=True)), []
+    matrix = torch.ones(7, 7, dtype=torch.bool).tril()
+    found = []
+    for arguments in (
+        dict(is_causal=True),
+        dict(attn_mask=matrix),
+        dict(attn_mask=torch.ones_like(matrix), is_causal=True),
+    ):
+        with torch.enable_grad():
+            x = X.clone().requires_grad_()
+            out = model(x, **arguments)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), [x, model.blocks[0].attn.qkv.weight])))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            close(a, b)
+    original = F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, is_causal=False, **more):
+        seen.append((attn_mask is None, is_causal))
+        return original(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model(X, is_causal=True)
+    assert all(one == ((True, True) if position != "relative" else (False, False)) for one in seen)
+    assert seen or position == "relative", "a table has a kernel of its own"
 
 
 @torch.no_grad()

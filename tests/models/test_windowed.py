@@ -103,6 +103,8 @@ def test_masks_of_a_user_and_patches_that_are_left_out_go_together_with_windows(
     for i, block in enumerate(model.blocks):
         x = run_block(block, x, signal, at, allowed & near if i in (0, 2) else allowed, index=i)
     exact(model.forward_features(images, attn_mask=allowed), model.norm(x))
+    order = torch.ones(46, 46, dtype=torch.bool).tril()
+    exact(model.forward_features(images, is_causal=True), model.forward_features(images, attn_mask=order))
     kept = torch.stack([torch.randperm(45)[:20].sort().values for _ in range(2)])
     drop = lambda x, at: (x.gather(1, kept[..., None].expand(-1, -1, 48)), at.take(kept))  # noqa: E731
     x, signal, at = model.embed(images, drop)

@@ -10,13 +10,17 @@ from tests.training.interrupted import Killed, after_updates, die
 from tests.training.test_train import MICRO, at
 from vit2dpe import ConfigError, Positions, load_run
 from vit2dpe.encodings import encodings_of
+from vit2dpe.models.predict import preparation_of
 from vit2dpe.models.spec import ModelSpec
+from vit2dpe.resolution.sweep import table_size_of, train_size_of
 from vit2dpe.study import study
+from vit2dpe.study.evaluate import evaluate_model
 from vit2dpe.study.plan import check as check_study
 from vit2dpe.study.rows import read_rows, to_csv
-from vit2dpe.study.settings import StudyConfig
+from vit2dpe.study.settings import EvaluateConfig, StudyConfig
 from vit2dpe.training.engine import Trainer
 from vit2dpe.training.objectives.images import check, train
+from vit2dpe.training.start import describe
 from vit2dpe.training.varied import augmented, varied_spec, vary
 
 TINY = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
@@ -39,6 +43,20 @@ def test_a_training_goes_on_to_the_same_bits(position, training, tmp_path):
     assert weights[0] == weights[1], "draws are keyed"
     model = load_run(whole)
     assert model.train_grid == ((4, 6) if training == "subtable" else (2, 3))
+
+
+def test_a_run_of_parts_has_the_size_it_was_trained_at(tmp_path):
+    """Tables are of 4x6 patches, images were of 2x3."""
+    run = train(at(check(trained("learned", "subtable")), tmp_path / "run"))
+    size = check(trained("learned", "plain")).data.size
+    model = load_run(run)
+    assert table_size_of(model) == (2 * size[0], 2 * size[1])
+    assert train_size_of(model) == preparation_of(model).size == describe(str(run)).size == size
+    out = evaluate_model(
+        EvaluateConfig(model=str(run), data="digits", limit=20, policies=("default",), out=str(tmp_path / "e"))
+    )
+    assert [(row.train_size, row.size) for row in out] == [(size, size)]
+    assert train_size_of(load_run(train(at(check(trained("learned", "plain")), tmp_path / "plain")))) == size
 
 
 def test_the_sizes_of_multisize_are_whole_patches():
@@ -105,11 +123,27 @@ def test_a_study_of_trainings_has_a_column_and_a_line_for_each(tmp_path):
     assert {row.label for row in rows} == {"learned", "learned, multisize", "learned, subtable"}
     found = {(row.policy, row.size) for row in rows if row.training == "subtable"}
     assert found == {("subtable", (16, 16)), ("resize", (16, 16)), ("resize", (40, 40))}, "40 is above twice 16"
+    (cell,) = (tmp_path / "s" / "cells").glob("learned-subtable-*")
+    assert train_size_of(load_run(cell)) == (16, 16)
     cells = sorted(path.name.partition("-seed")[0] for path in (tmp_path / "s" / "cells").iterdir())
     expected = ["learned", "learned-jitter", "learned-multisize", "learned-subtable", "relative", "relative-jitter"]
     assert cells == expected
-    assert "learned, multisize" in (tmp_path / "s" / "summary.md").read_text()
+    summary = (tmp_path / "s" / "summary.md").read_text()
+    assert "| scale | learned, multisize |" in summary
+    (line,) = (line for line in summary.splitlines() if "| learned, subtable | subtable |" in line)
+    assert line.endswith("| - |"), "40 is above its table"
     plain = [row for row in rows if row.training == "plain"]
     assert "training" not in to_csv(plain).splitlines()[0], "absent means plain"
     (tmp_path / "old.csv").write_text(to_csv(plain))
     assert [row.training for row in read_rows(tmp_path / "old.csv")] == ["plain"] * len(plain)
+
+
+def test_a_study_leaves_out_what_only_some_encodings_can_be_trained_with(tmp_path, capsys):
+    micro = dict(sizes="16", modes="scale", policies="default", width=16, depth=1, heads=2, smoke=True, device="cpu")
+    study(StudyConfig.of(**micro, encodings="learned,rope", training="plain,subtable", out=str(tmp_path)))
+    labels = [row.label for row in read_rows(tmp_path / "results.csv")]
+    assert labels == ["learned", "learned, subtable", "rope"]
+    said = capsys.readouterr().out
+    assert "note: left out: rope, subtable: AxialRoPE cannot subtable" in said
+    look = said.partition("look     vit2dpe show ")[2].split()[:2]
+    assert sorted(look) == ["learned", "rope"], "encodings, each once"

@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
         A scale of None is 1/sqrt(Dh). Without `private` the output of `qkv` is kept as it is.
         """
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:  # no proxy of torch.fx
             raise nested("pad the batch and give a mask, or lay its samples out in a row under `Segments`")
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:

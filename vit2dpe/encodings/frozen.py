@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,20 +72,17 @@ class Frozen:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within it, `forward` follows the forwards of the model."""
 
-        def begin(*_: object) -> None:
-            if not torch.compiler.is_compiling():
-                self.forward.compared = False
-
-        def end(*_: object) -> None:
-            if not torch.compiler.is_compiling():
-                self.forward.compared = None
-
+        begin, end = partial(_follow, self, False), partial(_follow, self, None)
         hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def __reduce__(self) -> tuple[type[Frozen], tuple[tuple[()]]]:
+        """A model that is pickled or copied inside of the context has its hooks, and nothing that was kept."""
+        return Frozen, ((),)
 
     def check(self, encoding: PositionEncoding) -> None:
         """Refuse parameters that have changed."""
@@ -115,6 +113,12 @@ class Frozen:
         if found is None:
             self.places.append(found := at)
         return found
+
+
+def _follow(kept: Frozen, compared: bool | None, *_: object) -> None:
+    """Around a forward of the model: a hook."""
+    if not torch.compiler.is_compiling():
+        kept.forward.compared = compared
 
 
 class SignalCache:

@@ -41,7 +41,8 @@ from ..grids import Span
 from ..positions import Positions, float64_device, numbers
 from .base import Policy
 from .linear import DirectionalRoPE, other_axes
-from .sections import Sections, of_each
+from .rotary_options import of_each
+from .sections import Sections
 
 
 class AxialAngles(NamedTuple):
@@ -156,7 +157,7 @@ def _bank(of: Sections, axis: int, device: torch.device) -> Tensor:
     if of.llama3 is not None:
         factor, low, high, length = of.llama3
         bank = slowed(bank, factor, (bank * (length / (2 * math.pi)) - low) / (high - low))
-    return bank
+    return bank if of.factors is None else bank / numbers(of.factors, bank.device)
 
 
 def _axis_of(of: Sections, device: torch.device) -> Tensor:
@@ -239,6 +240,8 @@ class AxialRoPE(AlongAxes):
         llama3: (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), by which Llama 3.1's
             frequencies are slowed at every length, as its training left them; the policy `llama3` does so beyond a
             length.
+        factors: for each pair of a bank what divides its frequency, at every length, as YaRN and LongRoPE leave a
+            trained model; `from_transformers` writes them.
 
     Raises:
         ConfigError: for sections that a head has no room for, and numbers out of their ranges.
@@ -259,10 +262,12 @@ class AxialRoPE(AlongAxes):
         order: str = "axis",
         bank: str = "own",
         llama3: tuple[float, ...] | None = None,
+        factors: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         self.base = (10_000.0 if axes == 1 else 100.0) if base is None else base
-        self.sections = Sections(head_dim, axes, self.base, step, heads, sections, partial, zeros, order, bank, llama3)
+        pairs = (heads, sections, partial, zeros, order, bank)
+        self.sections = Sections(head_dim, axes, self.base, step, *pairs, llama3, factors)
         self.start = of_each(start, axes, "a finite start", math.isfinite)
 
     @property

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..positions import Positions, exact, float64_device
 from .rope import AlongAxes, AxialAngles, SectionAngles
-from .sections import Sections, of_each
+from .rotary_options import of_each
+from .sections import Sections
 
 
 class CentredRoPE(AlongAxes):

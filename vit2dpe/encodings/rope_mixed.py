@@ -19,7 +19,8 @@ from ..positions import Positions, float64_device
 from .base import Angles
 from .linear import DirectionalRoPE
 from .rope import frequencies_of, started
-from .sections import Sections, of_each
+from .rotary_options import of_each
+from .sections import Sections
 
 
 class MixedRoPE(DirectionalRoPE):

@@ -13,14 +13,12 @@ Sources: diffusers `transformer_flux.py`; transformers `modeling_qwen2_vl.py`, `
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 
 from ..errors import ConfigError, unknown
+from .rotary_options import Each, check_slowing, of_each
 
 ORDERS, BANKS = ("axis", "interleaved", "head"), ("own", "whole")
-Each = float | tuple[float, ...]  # one number, or one of each axis
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Sections:
     order: str = "axis"
     bank: str = "own"
     llama3: tuple[float, ...] | None = None
+    factors: tuple[float, ...] | None = None
     pairs: int = field(init=False, repr=False)  # of a head
     turning: int = field(init=False, repr=False)  # of these, what `partial` leaves
     shares: tuple[int, ...] = field(init=False, repr=False)  # of each axis: pairs, or heads
@@ -62,14 +61,11 @@ class Sections:
         for name, value in found.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "shares", _shares(self))
-        longest = min(k for k in self.shares if k) if self.bank == "own" and self.order != "head" else self.turning
-        if not 0 <= self.zeros < longest:
-            raise ConfigError(f"zeros are pairs of a bank of {longest}, from 0 to {longest - 1}; got {self.zeros}")
-        if self.llama3 is not None and not _scales(self.llama3):
-            raise ConfigError(
-                "llama3 is (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), all above 0, "
-                f"the low factor below the high one; got {self.llama3}"
-            )
+        counts = {*self.shares} - {0} if self.bank == "own" and self.order != "head" else {self.turning}
+        if not 0 <= self.zeros < min(counts):
+            most = min(counts)
+            raise ConfigError(f"zeros are pairs of a bank of {most}, from 0 to {most - 1}; got {self.zeros}")
+        check_slowing(self.llama3, self.factors, counts)
 
     def __str__(self) -> str:
         """The sizes, the base, and the options that are not the default."""
@@ -79,7 +75,7 @@ class Sections:
     @property
     def even(self) -> bool:
         """Whether every axis has one bank of as many pairs, one behind the other, and none stands still."""
-        plain = self.order == "axis" and self.bank == "own" and not self.zeros and not self.llama3
+        plain = self.order == "axis" and self.bank == "own" and not (self.zeros or self.llama3 or self.factors)
         alike = len(set(self.shares)) == len(set(self.bases)) == len(set(self.steps)) == 1
         return plain and alike and sum(self.shares) == self.pairs
 
@@ -124,18 +120,3 @@ def _shares(of: Sections) -> tuple[int, ...]:
             "these leave is the first one's. Write these, or order='axis'"
         )
     return tuple(shares)
-
-
-def of_each(given: Each, axes: int, what: str, fits: Callable[[float], bool]) -> tuple[float, ...]:
-    """One number of each axis."""
-    each = given if isinstance(given, tuple) else (given,) * axes
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in each)
-    if len(each) != axes or not numbers or not all(map(fits, each)):
-        raise ConfigError(f"a rotary encoding needs {what}, one number or {axes}, one of each axis; got {given}")
-    return each
-
-
-def _scales(llama3: tuple[float, ...]) -> bool:
-    if len(llama3) != 4 or not all(isinstance(x, int | float) and x > 0 for x in llama3):
-        return False
-    return llama3[1] < llama3[2]

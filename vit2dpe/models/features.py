@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..attention.functional import FullMask, Mask
+from ..attention.functional import Causal, FullMask, Mask
 from ..attention.masks import as_torch_takes_it, both, together
 from ..encodings import PositionEncoding, terms
 from ..errors import ConfigError, unknown
@@ -28,6 +28,8 @@ def allow(
     x: Tensor, signal: Signal, at: Positions, attn_mask: Tensor | None, is_causal: bool, heads: int
 ) -> tuple[Signal, Mask | None]:
     """The Signal of the blocks with what a mask adds, and where tokens may attend, None: everywhere.
+
+    Causality without any other mask is `Causal`, no matrix.
 
     Of a padded batch to what is valid; of a packed row within the own image. See `attention.masks.as_torch_takes_it`.
 
@@ -52,6 +54,8 @@ def allow(
             f"attn_mask and is_causal are about all {count} tokens, and {x.shape[1]} are left: patch_drop_rate "
             "(in training) and a token_filter that leaves patches out do not go with them"
         )
+    if attn_mask is None and held is None:
+        return signal, Causal(at)
     allowed, added = as_torch_takes_it(attn_mask, is_causal, x, heads)
     return signal.plus(added), both(allowed, held)
 
@@ -90,7 +94,7 @@ class Features(nn.Module):
         """
         if self.windowing is None:
             return [() if mask is None else (mask,)] * len(self.blocks)
-        if mask is not None and not isinstance(mask, Tensor):
+        if mask is not None and not isinstance(mask, Tensor | Causal):
             raise ConfigError("blocks in windows take images of one size at a time: call the model for each size")
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
 

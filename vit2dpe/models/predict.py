@@ -13,6 +13,7 @@ from ..data.native import NativePreparation
 from ..data.prepare import NATIVE, Picture, Prediction, Preparation, pictures, ranked
 from ..errors import ConfigError, unknown
 from ..modes import evaluating
+from ..resolution.sweep import part_size_of
 from ..spec import Size
 from .features import Features
 
@@ -74,7 +75,7 @@ def native_preparation(model: nn.Module, max_tokens: int | None = None) -> Nativ
 
 def preparation_of(model: nn.Module, size: Size | None = None) -> Preparation:
     """How images are prepared for a model: by a run's record (`about`), or by timm's (`pretrained_cfg`)."""
-    own_size: tuple[int, ...] = model.patch_embed.img_size  # type: ignore[union-attr, assignment]
+    own_size: tuple[int, ...] = part_size_of(model) or model.patch_embed.img_size  # type: ignore[union-attr, assignment]
     if len(own_size) != 2:
         raise ConfigError(f"pictures have two axes, and this model takes {'x'.join(map(str, own_size))}: call it")
     height, width = own_size

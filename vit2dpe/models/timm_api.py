@@ -23,7 +23,7 @@ from ..encodings import PositionEncoding, encoding_parameters, modules_outside_e
 from ..encodings.along import extent_of
 from ..errors import ConfigError, unknown
 from ..positions import Positions
-from ..resolution.apply import policies_of, set_policy
+from ..resolution.apply import kept_policy, policies_of, set_policy
 from ..spec import Size
 from .arguments import sides
 from .features import Features, take_indices
@@ -351,6 +351,8 @@ class TimmViT(Features, TimmModel):
 
 def recorded_policies(model: nn.Module) -> list[tuple[str, str | None]]:
     """What `set_policy` made a model's own, in order: policy of the encodings, and temperature."""
+    if (kept := kept_policy(model)) is not None:
+        return [kept]
     arguments = get_model_args(model)
     if "record" in arguments:
         kept = arguments["record"]["policies"]

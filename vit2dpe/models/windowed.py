@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import masks
-from ..attention.functional import FullMask, Mask
+from ..attention.functional import Causal, FullMask, Mask
 from ..attention.tiles import Near, Tiles
 from ..attention.windows import Size, cut
 from ..contextual import Contextual
@@ -149,7 +149,7 @@ def views(
     x: Tensor,
     signal: Signal,
     at: Positions,
-    mask: Tensor | None,
+    mask: Tensor | Causal | None,
 ) -> list[View]:
     """What each block is given beside tokens, Signal and places: a mask, `Tiles`, or nothing.
 
@@ -179,7 +179,8 @@ def views(
         raise ConfigError("windows of a grid that has a spacing, and of which patches were left out, are not known")
     on = Positions.grid(at.one_extent, at.coords.device).with_prefix(at.prefix) if at.spacing else at
     near = _mask(windowing, on)
-    inside = _given(FullMask(near) if mask is None else masks.both(near, mask))
+    given = mask.matrix() if isinstance(mask, Causal) else mask
+    inside = _given(FullMask(near) if given is None else masks.both(near, given))
     return [inside if i in windowing.blocks else _given(mask) for i in range(blocks)]
 
 

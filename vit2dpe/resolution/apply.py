@@ -193,6 +193,17 @@ def restore_policy(model: nn.Module, policy: str, extents: Sequence[Extent], tem
             own = [(measured.get(id(lead), extent), extent) for lead, _, extent in position_groups(owner)]
             usual = all(tuple(extent) == tuple(trained) for extent, trained in own)
             keep(policy, temperature, [extent for extent, _ in own], usual, inside <= mine)
+    if getattr(model, "record_policy", None) is None:  # of text, or one that holds an encoder: no argument names it
+        usual = all(tuple(extent) == tuple(trained) for (_, _, trained), extent in zip(groups, extents, strict=True))
+        before, whole = kept_policy(model), {id(encoding) for encoding in encodings_of(model)} <= mine
+        word = policy if whole or before is None else f"{policy}+{before[0]}"
+        vars(model)["kept_policy"] = (word, temperature) if usual else None
+
+
+def kept_policy(model: nn.Module) -> tuple[str, str | None] | None:
+    """What `set_policy` made the own policy of a model without a record: the policy, and the temperature."""
+    kept: tuple[str, str | None] | None = vars(model).get("kept_policy")
+    return kept
 
 
 def _taken(encoding: PositionEncoding, chosen: Sequence[Keep]) -> Keep | None:

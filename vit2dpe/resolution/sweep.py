@@ -6,7 +6,7 @@ How a policy is put on a model is in `apply.py`, the policies themselves are in 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -188,8 +188,29 @@ def fit_size(images: Tensor, size: Size, mode: str, train_size: Size, crop: floa
     return images
 
 
-def train_size_of(model: nn.Module) -> Size:
-    """The size in pixels a model was trained at: ours remember it, timm's say it in their config."""
+def train_size_of(model: nn.Module, about: Mapping[str, object] | None = None) -> Size:
+    """The size in pixels a model was trained at: ours remember it, timm's say it in their config.
+
+    Args:
+        about: as for `part_size_of`.
+    """
+    return part_size_of(model, about) or table_size_of(model)
+
+
+def part_size_of(model: nn.Module, about: Mapping[str, object] | None = None) -> Size | None:
+    """The size in pixels of a model that was trained on parts of tables (policy `subtable`), which its grid is not.
+
+    Args:
+        about: its record, which has this size; default the one that `load_run` leaves on the model.
+    """
+    record = vars(model).get("about") if about is None else about
+    sides = record.get("train_size") if isinstance(record, Mapping) else None
+    parts = any(getattr(one.own_policy, "name", "") == "subtable" for one in named_encodings(model).values())
+    return (int(sides[0]), int(sides[1])) if parts and isinstance(sides, list) and len(sides) == 2 else None
+
+
+def table_size_of(model: nn.Module) -> Size:
+    """The size in pixels of the grid of a model, the one its tables have."""
     if hasattr(model, "train_grid") and hasattr(model, "patch_embed"):
         grid: tuple[int, ...] = model.train_grid  # type: ignore[assignment]
         patch: tuple[int, ...] = model.patch_embed.patch_size  # type: ignore[union-attr, assignment]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..data.datasets import check_data
@@ -47,6 +47,7 @@ class Plan:
         encodings, depths: each encoding is trained at each depth; a swin has its stages instead.
         train_size, sizes: (height, width) in pixels; of text and sequences (1, tokens).
         start: the weights that trainings start from.
+        left_out: encodings and the trainings that they cannot have, with the reason; others can.
     """
 
     config: StudyConfig
@@ -55,6 +56,7 @@ class Plan:
     train_size: Size
     sizes: Sizes
     start: Start | None = None
+    left_out: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def trials(self) -> list[Trial]:
@@ -62,7 +64,8 @@ class Plan:
         encoding from scratch."""
         seeds, start = range(self.config.seeds), "" if self.start is None else WEIGHTS
         ways = self.config.training
-        one = [(encoding, depth, start, way) for depth in self.depths for encoding in self.encodings for way in ways]
+        pairs = [(encoding, way) for encoding in self.encodings for way in ways if (encoding, way) not in self.left_out]
+        one = [(encoding, depth, start, way) for depth in self.depths for encoding, way in pairs]
         if self.start is not None and self.config.scratch and kept(self.start) in self.encodings:
             one.append((kept(self.start), self.depths[0], SCRATCH, "plain"))
         return [Trial(encoding, depth, seed, how, way) for seed in seeds for encoding, depth, how, way in one]
@@ -173,6 +176,7 @@ def check(config: StudyConfig, start: Start | None = None) -> Plan:
         able = tuple(word for word in encodings if _able(replace(plan, encodings=(word,)), word == kept(start)))
         plan = replace(plan, config=replace(config, encodings=able), encodings=able)
     else:
+        plan = replace(plan, left_out=_left_out(plan))
         _build(plan)
     return plan
 
@@ -202,6 +206,22 @@ def _build(plan: Plan) -> None:
                 model.patch_embed.grid(*size)
         elif plan.start is not None and plan.config.finetune:
             raise ConfigError(f"finetune is of a ViT or a Swin of ours; {plan.config.init} is a {type(model).__name__}")
+
+
+def _left_out(plan: Plan) -> dict[tuple[str, str], str]:
+    """The encodings that cannot be trained in a way in which another one of the plan can, with the reason."""
+    found: dict[tuple[str, str], str] = {}
+    for way in plan.config.training:
+        refused: dict[tuple[str, str], str] = {}
+        for encoding in plan.encodings if way != "plain" else ():
+            try:
+                of_way = replace(plan.config, training=(way,), scratch=False)
+                _build(replace(plan, config=of_way, encodings=(encoding,), depths=plan.depths[:1]))
+            except ConfigError as error:
+                refused[encoding, way] = str(error)
+        if len(refused) < len(plan.encodings):
+            found |= refused
+    return found
 
 
 def _able(plan: Plan, required: bool) -> bool:

@@ -125,9 +125,9 @@ class Report:
         if depths_of(self.rows):
             print(f"cells    {self.cells}")
         grid = "14x14" if metric_of(self.rows).over == "image size" else "64"
-        print(
-            f"look     vit2dpe show {' '.join(shlex.quote(encoding) for encoding in best(self.rows)[:2])} --grid {grid}"
-        )
+        word = {row.subject: row.encoding for row in self.rows}
+        first = list(dict.fromkeys(word[subject] for subject in best(self.rows)))[:2]
+        print(f"look     vit2dpe show {' '.join(map(shlex.quote, first))} --grid {grid}")
         return self.picture
 
     def _draw(self, status: str) -> None:

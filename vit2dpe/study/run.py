@@ -48,6 +48,8 @@ def study(config: StudyConfig, command: str = "") -> Path:
     if config.task in TASKS:
         check_task(config)
     plan = settle(config)
+    for reason in plan.left_out.values():
+        print(f"note: left out: {reason}")
     config, device = plan.config, pick_device(plan.config.run.device)
     measure = prepare(plan)
     out, digest = own_folder(measure)

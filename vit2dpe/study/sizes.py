@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.datasets import Images, load_fitted
 from ..models.spec import ModelSpec
 from ..resolution.apply import policies_of
-from ..resolution.sweep import MODES, sweep, train_size_of
+from ..resolution.sweep import MODES, sweep, table_size_of
 from ..spec import Plain, Size
 from ..training.by_class import rows_of, write_classes
 from ..training.devices import pick_device
@@ -66,7 +66,7 @@ class OverSizes(Measure):
             classes=len(data.classes),
             channels=len(data.mean),
             facts=facts,
-            about=data.about,
+            about=data.about | dict(train_size=list(plan.train_size)),
             unreadable=data.unreadable,
         )
 
@@ -112,7 +112,7 @@ class OverSizes(Measure):
         plan = self.plan
         policies, rows = policies_for(plan, model), list[tuple[Row, Right]]()
         if trial.training == "subtable":  # what such a model does by itself, up to the size of its table
-            high, wide = train_size_of(model)
+            high, wide = table_size_of(model)
             within = [(height, width) for height, width in plan.sizes if height <= high and width <= wide]
             rows = self._sweep(model, trial, within, ["subtable"])
             policies = [policy for policy in policies if policy not in ("default", "subtable")]

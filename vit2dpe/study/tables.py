@@ -102,7 +102,8 @@ def size_of_training(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def table(rows: Sequence[Row], spread: Callable[[list[float]], float] = statistics.stdev) -> str:
-    """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds.
+    """Markdown: the metric over size, a line for each mode, encoding and policy; mean ± `spread` of several seeds,
+    "-" where nothing was measured: a table that `subtable` trained has no larger size of its own.
 
     Where a study has several depths a table of depth and encoding at the training size stands before it. Sequences of
     one length: over depth alone, a line for each encoding and policy.
@@ -162,6 +163,6 @@ def _markdown(words: list[str], numbers: list[str], lines: list[list[str]]) -> l
 
 def _mean(values: list[float], spread: Callable[[list[float]], float]) -> str:
     if not values:
-        return ""
+        return "-"
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {spread(values):.1f}" if len(values) > 1 else mean

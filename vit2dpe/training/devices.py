@@ -17,6 +17,19 @@ FILL = "fill_uninitialized_memory"
 
 
 @contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes with so many CPU threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """The same bits each time, on a GPU too: deterministic algorithms, no attention of cuDNN, no choice by timing.
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.spec import ModelSpec
 from ..seeding import derive_seed
-from .devices import pick_device, precision
+from .devices import pick_device, precision, threads
 from .distributed import World, local_device, process_group
 from .freezing import frozen_parameters
 from .initial_weights import Loaded, load_weights
@@ -107,11 +107,13 @@ def check_run(config: Trainable) -> None:
 
 @contextmanager
 def train_session(config: Trainable, command: str) -> Iterator[TrainSession]:
-    """Join the processes, lock the run folder, and print what should be known before anything is read."""
+    """Join the processes, lock the run folder, and print what should be known before anything is read.
+
+    Inside, torch has `run.threads` threads; afterwards as many as before.
+    """
     device = pick_device(local_device(config.run.device))
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     with (
+        threads(config.run.threads),
         process_group(device, None, config.run.wait_minutes, compiled=bool(config.run.compile)) as world,
         run_folder(config.run.out, resume=config.resume, world=world) as folder,
     ):

@@ -186,7 +186,7 @@ def _start(
         source=text,
         spec=spec,
         position=position,
-        size=train_size_of(model),
+        size=train_size_of(model, about),
         patch=patch,
         channels=int(getattr(model, "in_chans", None) or 3),
         mean=numbers("mean"),

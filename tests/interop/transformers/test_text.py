@@ -170,13 +170,11 @@ def test_smollm3_turns_in_three_layers_of_four():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 def test_llama_at_four_times_its_length(kind):
-    """Theirs scales at all lengths; ours by the extent of the line, which `length` names."""
+    """Theirs scales at all lengths; ours, read as it was before, by the extent of the line, which `length` names."""
     rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 20}
     rope |= dict(beta_fast=3.0, beta_slow=0.5, truncate=False) if kind == "yarn" else {}
     config = LlamaConfig(**(LLAMA | dict(max_position_embeddings=80)), rope_parameters=rope)
     reference = theirs(LlamaForCausalLM, config)
-    with pytest.raises(ConfigError, match=rf"scales its frequencies .{kind}"):
-        from_transformers(reference)
     ours = from_transformers(reference, plain_rope=True)
     if kind == "linear":
         ours.train_grid = (20,)

@@ -16,9 +16,11 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file
 
+from ...encodings import encodings_of
 from ...errors import CheckpointError, ConfigError, unknown
 from ...models.mae_names import State
 from ...models.spec import Arguments
+from ...resolution.apply import set_policy
 from ..own_encoding import own_weights, with_own_options
 from ..shards import index_of, read_shards
 from .bert import bert
@@ -71,9 +73,9 @@ def from_transformers(
         position: another encoding, of both stacks of a T5; default: its own, so that outputs are equal. A word that
             names the model's own encoding, alone or in a sum, keeps its weights and options too, but for the options
             that it names: "rope" has a Llama's own base, "learned+rope" a GPT-2's table and a rotation.
-        plain_rope: load a Llama whose config scales its frequencies at the length before scaling; run it under
-            `use_policy(model, "yarn", temperature="yarn")` or whichever policy it was scaled by. Not needed for
-            llama3, which is an option of `rope`, and the same at every length.
+        plain_rope: load a Llama whose config scales its frequencies as it was before, to run it under
+            `use_policy(model, "yarn", temperature="yarn")` or another policy. Not needed for linear, llama3 and yarn,
+            which are options of `rope`, nor for longrope, which becomes the model's own policy (rope_scaling.py).
 
     Returns:
         a `TextEncoder` (BERT, without its pooler; with pool="" and the masked head where it has one), a `TextDecoder`,
@@ -106,6 +108,8 @@ def from_transformers(
     wrong = [name for name in missing if position is None or "position." not in name] + list(unexpected)
     if wrong:
         raise CheckpointError(f"weights without a counterpart: {', '.join(wrong[:5])}")
+    if converted.policy is not None and any("yarn" in encoding.policies for encoding in encodings_of(model)):
+        set_policy(model, converted.policy)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ConfigError
 from ...models.text.heads import TextDecoder
+from .rope_scaling import rope_of
 from .weights import Config, Converted, Weights, demand, interleaved, with_head
 
 # Maps of a block that change their names alone: ours -> theirs.
@@ -19,27 +20,15 @@ MAPS = {
     "mlp.fc2": "mlp.down_proj",
 }
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def llama(config: Config, w: Weights) -> Converted:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     kv_heads, bias = config.get("num_key_value_heads") or heads, bool(config.get("attention_bias"))
     demand(config, hidden_act="silu", mlp_bias=bias, head_dim=width // heads, use_sliding_window=False)
-    older = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}  # transformers 4
-    rope = config.get("rope_parameters") or older
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaled, position = kind != "default", f"rope(base={float(rope['rope_theta'])})"
-    if kind == "llama3" and not config["plain_rope"]:
-        if missing := [name for name in LLAMA3 if rope.get(name) is None]:
-            raise ConfigError(f"this Llama scales its frequencies by llama3, and its config lacks {', '.join(missing)}")
-        numbers = tuple(float(rope[name]) for name in LLAMA3)
-        scaled, position = False, f"rope(base={float(rope['rope_theta'])}, llama3={numbers})"
-    if scaled and not config["plain_rope"]:
-        raise ConfigError(
-            f"this {config['model_type']} scales its frequencies ({kind}); load it with plain_rope=True and run it "
-            "under use_policy, which scales them at evaluation"
-        )
+    rope, turns = rope_of(config, width // heads), config.get("no_rope_layers") or [1]
+    if rope.logits != 1 and not all(turns):
+        raise ConfigError(f"this {config['model_type']} scales the logits of those layers alone that turn: not covered")
     w.without("model.").drop("rotary_emb.inv_freq")
     embedding = w.take("embed_tokens.weight")
     state = {"embed.weight": embedding, **w.linear("norm", "norm", bias=False)}
@@ -52,13 +41,12 @@ def llama(config: Config, w: Weights) -> Converted:
         state |= w.linears(ours, theirs, NORMS, bias=False)
     head = w.head("lm_head.weight", embedding)
     w.finish()
-    before = rope.get("original_max_position_embeddings") if scaled else None
     return Converted(
         TextDecoder,
         dict(
-            position=_words(position, config.get("no_rope_layers") or [1]),
+            position=_words(rope.word, turns),
             vocab_size=config["vocab_size"],
-            context=before or config["max_position_embeddings"],
+            context=rope.context or config["max_position_embeddings"],
             embed_dim=width,
             depth=config["num_hidden_layers"],
             num_heads=heads,
@@ -69,8 +57,10 @@ def llama(config: Config, w: Weights) -> Converted:
             mlp="swiglu",
             bias=bias,
             tied=head is None,
+            **({} if rope.logits == 1 else dict(scale=rope.logits * (width // heads) ** -0.5)),
         ),
         with_head(state, head),
+        rope.policy,
     )
 
 

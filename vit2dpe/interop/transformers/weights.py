@@ -22,11 +22,12 @@ OurModel = TextEncoder | TextDecoder | Seq2Seq | ViT | Swin
 
 
 class Converted(NamedTuple):
-    """One of our models, the arguments it is built with, and its weights."""
+    """One of our models, the arguments it is built with, its weights, and its own policy beyond its context."""
 
     model: type[OurModel]
     arguments: Arguments
     state: State
+    policy: str | None = None
 
 
 class Weights:
