@@ -4,7 +4,7 @@
 
 Queries, keys and values are projected and turned on the whole grid, so that pairs with leading tokens, which do not
 turn, are those of full attention; then they are cut. A leading token stands among the keys of every window, and its own
-query reads all keys. Memory and time grow with tokens x window. (docs/decisions/0025)
+query reads all keys. Memory and time grow with tokens x window. (docs/decisions/0029)
 
 Legend: B images, P leading tokens, N tokens of the grid, W windows, n tokens of one, H heads, Dh head width.
 """

@@ -4,7 +4,7 @@ A block in windows gives what the block gives under a mask, `attention.masks.sam
 whole grid, leading tokens attend to everything and everything to them, and a window that is not full holds the tokens
 that are there. Where every window would be the whole grid, the block is the plain one. A complete grid is cut
 (`attention.tiles`); where patches were left out, or a mask is given, or the grid has other than two axes, the mask
-itself is used. (docs/decisions/0025)
+itself is used. (docs/decisions/0029)
 
 Sources: ViTDet, arXiv 2203.16527; SAM, arXiv 2304.02643 (timm, `vision_transformer_sam.py`); RADIO, arXiv 2412.07679;
 neighbourhoods: NATTEN, arXiv 2204.07143. How ours differs: ViTDet and SAM fill the grid up with tokens of zeros, after
