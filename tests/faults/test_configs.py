@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit2dpe import Dims, Positions, Swin, ViT, build
 from vit2dpe.cli import main
 from vit2dpe.errors import ConfigError
+from vit2dpe.models.layers import PatchEmbed
 from vit2dpe.models.mae import keep_count
-from vit2dpe.models.patches import PatchEmbed
 from vit2dpe.spec import parse_size
 
 fault = pytest.mark.fault

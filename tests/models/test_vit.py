@@ -15,7 +15,8 @@ import vit2dpe.models  # noqa: F401 - registers the names with timm
 from tests.helpers import randn, shaken, within
 from vit2dpe import ENCODINGS, ConfigError, Dims, PositionEncoding, Positions, ViT, build
 from vit2dpe.encodings import MixedRoPE, RelativeBias, SinCos
-from vit2dpe.models.layers import LayerScale, add_branch
+from vit2dpe.models.layers import add_branch
+from vit2dpe.models.parts import LayerScale
 
 SIZES = [(224, 224), (224, 320), (96, 160)]
 MICRO = dict(img_size=(8, 12), patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=8)

@@ -7,10 +7,9 @@ from ..encodings import PositionEncoding
 from . import registry
 from .deit import DistilledViT
 from .features import allow, spaced
-from .layers import PatchDrop, add_token, block_inputs, signal_of_block
+from .layers import PatchDrop, PatchEmbed, add_token, block_inputs, signal_of_block
 from .mae import MAE
 from .mixed import drop_patches
-from .patches import PatchEmbed
 from .swin.model import Swin, to_grid
 from .swin.stage import SwinStage
 from .vit import ViT

@@ -13,9 +13,8 @@ from ..encodings import PositionEncoding, terms
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import run_block
+from .layers import PatchEmbed, run_block
 from .mixed import Images, Packed, Padded, Tokens, by_size, given_back, in_order, mapped, read
-from .patches import PatchEmbed
 from .strided import read_between
 from .windowed import View, Windowing, views
 

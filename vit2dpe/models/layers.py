@@ -1,33 +1,172 @@
-"""Patch dropout, the transformer block and its parts. The rest is `timm.layers`.
+"""Patch embedding, patch dropout, and the transformer block, whose parts are made in `parts.py`. The rest is
+`timm.layers`.
 
 Legend: B batch, C channels, D width, N tokens, p patch side.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, SwiGLU, SwiGLUPacked
-from timm.layers import LayerScale as ScaleOnly
-from timm.layers.activations import QuickGELU
+import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.functional import Mask, materialize_shared_bias
-from ..attention.modules import Attention
 from ..attention.tiles import Tiles
-from ..encodings.base import PositionEncoding
-from ..errors import ConfigError, unknown
+from ..encodings.tables import replace
+from ..errors import ConfigError
 from ..positions import Positions
+from ..segments import nested
 from ..signal import Signal
+from .kernels import CONVS, resampled
+from .parts import BlockParts, LayerScale
+from .strided import check_stride, strided_grid, strided_places
 from .windowed import own_in_tiles
 
 # Leaves patches out, or puts another token in their place: masked pretraining.
 TokenFilter = Callable[[Tensor, Positions], tuple[Tensor, Positions]]
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map; timm's names (`proj`). Of images, or of any axes (`CONVS`):
+    tubes of a video (frames before rows before columns: ViViT, arXiv 2103.15691), pieces of a line.
+
+    Args:
+        patch: (rows, columns) of a patch in pixels, or its sides along all axes.
+        in_chans: C.
+        dim: D.
+        img_size: (height, width) that is expected where `any_size` is off, or all sides.
+        bias: whether the map has a bias.
+        norm: factory `width -> norm layer` of a norm after the map.
+        any_size: whether images of other sizes are taken.
+        pad: fill images up to a multiple of the patch with zeros, below and on the right.
+        stride: from patch to patch; default: the patch (`strided.py`).
+    """
+
+    def __init__(
+        self,
+        patch: tuple[int, ...],
+        in_chans: int,
+        dim: int,
+        *,
+        img_size: tuple[int, ...],
+        bias: bool = True,
+        norm: Callable[[int], nn.Module] | None = None,
+        any_size: bool = True,
+        pad: bool = False,
+        stride: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.img_size, self.any_size, self.pad = patch, img_size, any_size, pad
+        self.stride = stride  # None: the patch, also where that changes
+        if stride is not None:
+            check_stride(stride, patch)
+        self.proj = CONVS[len(patch)](in_chans, dim, kernel_size=patch, stride=stride or patch, bias=bias)
+        self.norm = nn.Identity() if norm is None else norm(dim)
+
+    def grid(self, *size: int) -> tuple[int, ...]:
+        """Patches along each axis of an image of this height and width, or of these sides.
+
+        Raises:
+            ConfigError: if the size is not one this model takes.
+        """
+        if len(size) != len(self.patch_size):
+            raise ConfigError(f"an input has the {len(self.patch_size)} axes of a patch, got sides {size}")
+        if self.stride is not None:
+            return strided_grid(size, self.patch_size, self.stride, self.pad)
+        return self.patches(*size)
+
+    def patches(self, *size: int) -> tuple[int, ...]:
+        """`grid` without a stride: the grid of training, in which places are measured."""
+        each = list(zip(size, self.patch_size, strict=True))
+        if self.pad:
+            return tuple((side + p - 1) // p for side, p in each)  # no negative number, which ONNX divides otherwise
+        if any(side < p or side % p for side, p in each):
+            patch, came, near = (
+                "x".join(map(str, sides))
+                for sides in (self.patch_size, size, (max(1, round(side / p)) * p for side, p in each))
+            )
+            raise ConfigError(f"the image must be a multiple of the patch {patch}: got {came}; nearest: {near}")
+        return tuple(side // p for side, p in each)
+
+    # timm's names.
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """Patches along each axis at the model's own size."""
+        return self.grid(*self.img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid_size)
+
+    @property
+    def strict_img_size(self) -> bool:
+        """Whether other sizes than `img_size` are refused."""
+        return not self.any_size
+
+    @strict_img_size.setter
+    def strict_img_size(self, strict: bool) -> None:
+        self.any_size = not strict
+
+    @property
+    def dynamic_img_pad(self) -> bool:
+        """Whether images are filled up to a multiple of the patch."""
+        return self.pad
+
+    def dynamic_feat_size(self, img_size: tuple[int, ...]) -> tuple[int, ...]:
+        """`grid` of a size (height, width)."""
+        return self.grid(*img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, ...]:
+        """Pixels a token covers along the axes, or the larger of both."""
+        step = self.stride or self.patch_size
+        return max(step) if as_scalar else step
+
+    def places(self, extent: tuple[int, ...], device: torch.device | str | None = None) -> Positions:
+        """Where the patches of a grid are."""
+        if self.stride is None:
+            return Positions.grid(extent, device)
+        return strided_places(extent, self.patch_size, self.stride, device)
+
+    def resample(self, patch: tuple[int, ...]) -> None:
+        """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
+        with torch.no_grad():
+            kernel = resampled(self.proj.weight, patch)
+        replace(self.proj.weight, kernel)
+        if self.stride is not None:
+            check_stride(self.stride, patch)
+        self.proj.kernel_size = self.patch_size = patch
+        self.proj.stride = self.stride or patch
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Positions]:
+        """(B, C, height, width), or all sides, -> tokens (B, N, D) in the weights' dtype, and where they are."""
+        if isinstance(images, list | tuple | dict):  # whatever its annotation promises
+            raise ConfigError(f"one tensor (B, C, H, W) is taken here, got {type(images).__name__}; a ViT takes lists")
+        if images.is_nested:
+            raise nested("give images of one size as a tensor (B, C, H, W)")
+        size = tuple(images.shape[2:])
+        if not self.any_size and size != self.img_size:
+            raise ConfigError(
+                f"this model takes {self.img_size} images only, got {size}; dynamic_img_size=True or "
+                "set_input_size change that"
+            )
+        extent = self.grid(*size)
+        if self.pad:
+            steps = self.stride or self.patch_size
+            each = zip(extent, steps, self.patch_size, size, strict=True)
+            lacking = [(n - 1) * step + p - side for n, step, p, side in each]
+            images = F.pad(images, [x for side in reversed(lacking) for x in (0, side)])
+        tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
+        # The residual stream keeps the precision of the weights under autocast, with any encoding.
+        return tokens.to(self.proj.weight.dtype), self.places(extent, images.device)
 
 
 class PatchDrop(nn.Module):
@@ -56,112 +195,11 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
-class LayerScale(ScaleOnly):  # type: ignore[misc]  # timm's types are not read, so its classes are Any
-    """γ · x for a factor γ (D,) of each channel (arXiv 2103.17239), and y + γ · x in one operation.
-
-    `add_branch` uses the sum where no path is dropped; a forward hook then receives the sum.
-    """
-
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        out: Tensor = super().forward(x) if onto is None else torch.addcmul(onto, x, self.gamma)
-        return out
-
-
 def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
     """x + drop_path(scale(branch)): the end of a residual branch."""
     idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
     out: Tensor = scale(branch, onto=x) if isinstance(scale, LayerScale) and idle else x + drop_path(scale(branch))
     return out
-
-
-class BlockArguments(TypedDict, total=False):
-    """Arguments of `Block` that models pass through, under timm's names."""
-
-    mlp_ratio: float
-    mlp_layer: str
-    act_layer: str
-    qkv_bias: bool | str
-    qk_norm: bool
-    proj_bias: bool
-    scale_attn_norm: bool
-    scale_mlp_norm: bool
-    init_values: float | None
-
-
-class BlockParts(nn.Module):
-    """The parts of a transformer block under timm's names (`norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`).
-
-    An encoding of the block's own lives in `attn.position`. `Block` and its variants put the parts together.
-
-    Args:
-        dim, heads: width D and number of heads H.
-        mlp_ratio: hidden width of the MLP over D.
-        mlp_layer: "mlp" (fc1, act, fc2), "swiglu" (silu(fc1_g) · fc1_x, fc2) or "swiglu_packed" (one fc1 for both); or
-            a factory, called as (D, hidden, bias=, drop=).
-        act_layer: "gelu", "gelu_tanh" or "quick_gelu" (x σ(1.702 x)), of "mlp".
-        norm_layer, norm_eps: "layernorm" or "rmsnorm", and its epsilon; or a factory
-            `width -> norm layer`.
-        qkv_bias, qk_norm, proj_bias, kv_heads, qk, scale: see `Attention`; `proj_bias` is the MLP's too.
-        scale_attn_norm, scale_mlp_norm: a norm inside attention and MLP, before their last map (EVA-02, BEiT-3).
-        position: an encoding of the block's own.
-        init_values: initial value of LayerScale; None: no LayerScale.
-        attn_drop, proj_drop, drop_path: rates in training.
-    """
-
-    attention: type[Attention] = Attention
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        mlp_ratio: float = 4.0,
-        mlp_layer: str | Callable[..., nn.Module] = "mlp",
-        act_layer: str = "gelu",
-        norm_layer: str | Callable[[int], nn.Module] = "layernorm",
-        norm_eps: float = 1e-6,
-        qkv_bias: bool | str = True,
-        qk_norm: bool = False,
-        proj_bias: bool = True,
-        scale_attn_norm: bool = False,
-        scale_mlp_norm: bool = False,
-        kv_heads: int | None = None,
-        qk: str = "dot",
-        scale: float | None = None,
-        position: PositionEncoding | None = None,
-        init_values: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        norm = norm_layer if callable(norm_layer) else norm_factory(norm_layer, norm_eps)
-        self.norm1 = norm(dim)
-        self.attn = self.attention(
-            dim,
-            heads,
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            scale_norm=scale_attn_norm,
-            proj_bias=proj_bias,
-            norm=norm,
-            position=position,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            kv_heads=kv_heads,
-            qk=qk,
-            scale=scale,
-        )
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm(dim)
-        inner_norm = dict(norm_layer=norm) if scale_mlp_norm else {}
-        if int(dim * mlp_ratio) < 1:
-            raise ConfigError(f"mlp_ratio must leave hidden channels: got {mlp_ratio} of {dim}")
-        make_mlp = mlp_layer if callable(mlp_layer) else mlp_factory(mlp_layer, act_layer)
-        self.mlp = make_mlp(dim, int(dim * mlp_ratio), bias=proj_bias, drop=proj_drop, **inner_norm)
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
 
 class Block(BlockParts):
@@ -197,48 +235,6 @@ class PostNormBlock(Block):
         x, signal, mask = self.with_own(x, signal, at, mask)
         x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1)
         return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2)
-
-
-NORMS: dict[str, Callable[..., nn.Module]] = {  # arXiv 1607.06450, 1910.07467; each by a short name too
-    "layernorm": nn.LayerNorm,
-    "rmsnorm": nn.RMSNorm,
-    "layer": nn.LayerNorm,
-    "rms": nn.RMSNorm,
-}
-ACTS: dict[str, Callable[..., nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-}
-MLPS: dict[str, Callable[..., nn.Module]] = {  # the gated ones: arXiv 2002.05202
-    "mlp": Mlp,
-    "swiglu": SwiGLU,
-    "swiglu_packed": SwiGLUPacked,
-    "geglu": partial(SwiGLU, act_layer=nn.GELU),
-    "geglu_tanh": partial(SwiGLU, act_layer=ACTS["gelu_tanh"]),
-}
-
-
-def norm_factory(name: str, eps: float) -> Callable[[int], nn.Module]:
-    """Returns a factory `width -> norm layer`."""
-    if name not in NORMS:
-        raise unknown("norm_layer", name, NORMS)
-    return partial(NORMS[name], eps=eps)
-
-
-def mlp_factory(name: str, act: str = "gelu") -> Callable[..., nn.Module]:
-    """Returns a factory `(width, hidden width, bias=, drop=) -> MLP`; the gated ones have their own activation.
-
-    The name of an activation is the plain MLP with it.
-    """
-    if name in ACTS:
-        name, act = "mlp", name
-    if name not in MLPS:
-        raise unknown("mlp_layer", name, [*MLPS, *ACTS])
-    if act not in ACTS:
-        raise unknown("act_layer", act, ACTS)
-    return partial(Mlp, act_layer=ACTS[act]) if name == "mlp" else MLPS[name]
 
 
 def run_block(

@@ -31,8 +31,7 @@ from ..grids import readable
 from ..packed import in_segments
 from ..positions import Positions, exact
 from ..segments import Segments
-from .layers import PatchDrop, keep_tokens
-from .patches import PatchEmbed
+from .layers import PatchDrop, PatchEmbed, keep_tokens
 
 
 class Sized(Protocol):

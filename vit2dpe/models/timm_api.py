@@ -27,7 +27,7 @@ from ..resolution.apply import kept_policy, policies_of, set_policy
 from ..spec import Size
 from .arguments import sides
 from .features import Features, take_indices
-from .patches import PatchEmbed
+from .layers import PatchEmbed
 from .predict import class_names, predict, preparation_for
 
 POOLS = ("token", "avg", "max", "avgmax", "map", "")

@@ -24,17 +24,7 @@ from ..signal import Signal
 from .arguments import axes_of, check_arguments, sides
 from .card import save_card
 from .features import allow, spaced
-from .layers import (
-    ACTS,
-    Block,
-    BlockArguments,
-    PatchDrop,
-    PostNormBlock,
-    TokenFilter,
-    block_inputs,
-    norm_factory,
-    run_block,
-)
+from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs, run_block
 from .mixed import (
     Images,
     Packed,
@@ -48,7 +38,7 @@ from .mixed import (
     pooled,
     read,
 )
-from .patches import PatchEmbed
+from .parts import ACTS, BlockArguments, norm_factory
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
 from .windowed import View, Windowing

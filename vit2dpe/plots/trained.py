@@ -15,7 +15,7 @@ from torch import nn
 
 from ..encodings import ENCODINGS, Builder, Cycle, PositionEncoding, named_encodings, terms
 from ..errors import ConfigError, unknown
-from ..models.patches import PatchEmbed
+from ..models.layers import PatchEmbed
 from ..models.swin.stage import SwinStage
 from ..resolution.apply import position_groups, use_policy
 from .encodings import Panel, figure_of, panels_of

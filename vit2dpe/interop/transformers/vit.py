@@ -16,8 +16,8 @@ import torch
 
 from ...errors import ConfigError
 from ...models.deit import DistilledViT
-from ...models.layers import ACTS
 from ...models.mae_names import State
+from ...models.parts import ACTS
 from ...models.timm_api import pair
 from ...models.vit import ViT
 from ..timm.arguments import exact_ratio

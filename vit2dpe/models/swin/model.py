@@ -30,8 +30,7 @@ from ...errors import ConfigError
 from ...positions import Positions
 from ..arguments import check_arguments
 from ..card import save_card
-from ..layers import TokenFilter, add_token
-from ..patches import PatchEmbed
+from ..layers import PatchEmbed, TokenFilter, add_token
 from ..timm_api import FeatureInfo, pair
 from .stage import Spec, SwinStage, WindowPositions, tokens_of
 from .timm_api import TimmSwin, WindowSize, check_pool, per_stage

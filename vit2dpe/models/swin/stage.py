@@ -26,7 +26,8 @@ from ...errors import ConfigError
 from ...positions import Positions, is_tracing
 from ...signal import Dense, LowRank, Signal
 from ...spec import join_blocks
-from ..layers import BlockParts, run_block
+from ..layers import run_block
+from ..parts import BlockParts
 
 Spec = Position | Callable[[Dims], PositionEncoding]
 WindowPositions = dict[tuple[Size, torch.device], Positions]

@@ -17,7 +17,8 @@ from ...attention.tiles import Tiles
 from ...encodings import PositionEncoding
 from ...positions import Positions
 from ...signal import Signal
-from ..layers import Block, add_token, mlp_factory, norm_factory
+from ..layers import Block, add_token
+from ..parts import mlp_factory, norm_factory
 
 
 class Memory(NamedTuple):

@@ -22,7 +22,7 @@ from ...encodings import Position
 from ...errors import ConfigError, DataError, unknown
 from ...modes import evaluating
 from ..arguments import check_arguments
-from ..layers import norm_factory
+from ..parts import norm_factory
 from .model import Encoded, SequenceOptions, TextModel, pad
 
 POOLS = ("cls", "mean", "max", "")

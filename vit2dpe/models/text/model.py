@@ -35,7 +35,8 @@ from ...packed import in_segments
 from ...positions import Positions, is_tracing
 from ...segments import Segments, nested
 from ..arguments import check_arguments
-from ..layers import block_inputs, norm_factory, run_block
+from ..layers import block_inputs, run_block
+from ..parts import norm_factory
 from ..unwrap import unwrap_names
 from .block import Memory, TextBlock, signal_of
 from .ragged import lines, packed_places, too_long
