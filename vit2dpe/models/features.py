@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attention.functional import Causal, FullMask, Mask
 from ..attention.masks import as_torch_takes_it, both, together
 from ..encodings import PositionEncoding, terms
+from ..encodings.along import extent_of
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
@@ -101,8 +102,8 @@ class Features(nn.Module):
         """The extent that an encoding of this model was trained on."""
         owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
         if self.windowing is not None and any(encoding in terms(position) for position, _ in owned):
-            return self.windowing.side
-        return self.train_grid
+            return extent_of(encoding, self.windowing.side)
+        return extent_of(encoding, self.train_grid)
 
     def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For the model, and for each block whose encoding is measured by its window: what leads, where, the extent."""

@@ -111,7 +111,7 @@ class Plan:
             return ModelSpec("TextEncoder", arguments | dict(pool="", num_classes=classes) | options)
         arguments |= dict(img_size=self.train_size, patch_size=config.model.patch, in_chans=channels)
         arguments |= dict(num_classes=classes, global_pool=config.model.pool or "avg")
-        arguments |= model_arguments(config.model, **IN_WINDOWS)
+        arguments |= model_arguments(sizes, **IN_WINDOWS)
         if config.arch == "vit":
             arguments["class_token"] = config.model.class_token or config.model.pool == "token"
         else:
