@@ -10,8 +10,9 @@ Legend: B rows, N tokens of a row, G segments of a kind, L tokens of each.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,11 +69,15 @@ class Segments(NamedTuple):
             total: N; what is behind the last segment of a row is padding. Default: the longest row.
 
         Raises:
-            ConfigError: without a segment, for an empty one, and a row longer than `total`.
+            ConfigError: without a segment, for an empty one, what is no number, and a row longer than `total`.
         """
-        several = [list(row) for row in lengths if not isinstance(row, int)]
-        rows = several if len(several) == len(lengths) else [[x for x in lengths if isinstance(x, int)]]
-        if not any(rows) or min(x + prefix for row in rows for x in row) < 1:
+        several = [row for row in lengths if isinstance(row, Iterable) and getattr(row, "ndim", 1)]
+        try:
+            each = cast("Sequence[Iterable[int]]", several if len(several) == len(lengths) else [lengths])
+            rows = [[operator.index(x) for x in row] for row in each]
+        except TypeError:
+            raise ConfigError(f"lengths are whole numbers, or a list of these for each row: got {lengths}") from None
+        if not rows or not all(rows) or min(x + prefix for row in rows for x in row) < 1:
             raise ConfigError(f"a row has at least one segment, and this at least one token: got lengths {lengths}")
         longest = max(sum(row) + prefix * len(row) for row in rows)
         n = longest if total is None else total

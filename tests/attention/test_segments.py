@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -156,6 +157,10 @@ def test_what_segments_are_made_of():
     assert Segments.of([2, 2, 3]).order is None  # nothing is moved
     assert Segments.of([4, 4], ["tall", "wide"]).groups == (Group(1, 4), Group(1, 4))
     several = Segments.of([[1, 2], [3]])
+    for lengths in (np.array([2, 3]), torch.tensor([2, 3]), [*np.array([2, 3])]):
+        assert torch.equal(Segments.of(lengths).numbers, Segments.of([2, 3]).numbers)
+    for rows in ([np.array([1, 2]), np.array([3])], [torch.tensor([1, 2]), torch.tensor([3])]):
+        assert torch.equal(Segments.of(rows).numbers, several.numbers)
     assert several.numbers.tolist() == [[0, 1, 1], [0, 0, 0]]
     again = Segments.read(torch.tensor([[7, 7, -5, 2, 7]]))  # tokens of a segment may lie apart
     assert again.groups == (Group(1, 3), Group(1, 1))
@@ -171,8 +176,11 @@ def test_what_segments_are_made_of():
 
 
 def test_what_cannot_be_is_refused():
-    for lengths in ([], [[]], [0, 2]):
+    for lengths in ([], [[]], [0, 2], [[3], []]):
         with pytest.raises(ConfigError, match="at least one"):
+            Segments.of(lengths)
+    for lengths in ([3, [4]], [2.5], ["3"]):
+        with pytest.raises(ConfigError, match="lengths are whole numbers, or a list of these for each row"):
             Segments.of(lengths)
     with pytest.raises(ConfigError, match="have 5 tokens, and the row 4"):
         Segments.of([2, 3], total=4)

@@ -270,6 +270,21 @@ def test_what_is_built_on_a_vit_takes_them_too():
         torch.testing.assert_close(model(came), alone(model, odd), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("more", [{}, dict(class_token=False, global_pool="avg"), dict(window_kind="around")])
+@torch.no_grad()
+def test_blocks_in_windows_take_a_padded_batch(more):
+    model, batch = vit("relative", window=(3, 5), global_blocks=(1,), **more).double(), images()
+    for form in ("naflex", "padded"):
+        torch.testing.assert_close(model(forms(batch)[form]), alone(model, batch), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_lines_of_different_lengths():
+    model = vit("rope", img_size=(24,), patch_size=(4,), in_chans=1)
+    lines = [torch.randn(1, 24), torch.randn(1, 36)]
+    torch.testing.assert_close(model(lines), alone(model, lines), rtol=0, atol=1e-5)
+
+
 X = torch.zeros(1, 3, 16, 24)
 SWIN = dict(img_size=16, patch_size=2, embed_dim=24, depths=(1,), num_heads=(2,), window_size=2)
 
@@ -278,12 +293,16 @@ SWIN = dict(img_size=16, patch_size=2, embed_dim=24, depths=(1,), num_heads=(2,)
     ("given", "why"),
     [
         ([], "one tensor .C, H, W. for each, got an empty list"),
-        ([torch.zeros(16, 24)], r"one tensor .C, H, W. for each, got \(16, 24\)"),
+        ([torch.zeros(24)], r"one tensor .C, H, W. for each, got \(24,\)"),
+        ([torch.zeros(16, 24)], r"the 2 axes of a patch, got sides \(24,\)"),
         ([torch.zeros(3, 15, 24)], "multiple of the patch 4x4: got 15x24"),
         (dict(images=X), "patches, patch_coord and patch_valid .timm's NaFlex., or pixel_values"),
         (dict(patches=torch.zeros(1, 6, 47), patch_coord=torch.zeros(1, 6, 2)), r"are .B, N, 48. = rows x columns"),
         (dict(patches=torch.zeros(1, 6, 8, 8, 3), patch_coord=torch.zeros(1, 6, 2)), r"patches of \(4, 4\), got \(8"),
+        (pad([X[0]], 4) | dict(patch_valid=torch.ones(1, 5)), r"patch_valid is \(B, N\) = \(1, 24\), got \(1, 5\)"),
         (dict(pixel_values=X, pixel_mask=torch.ones(1, 16, 20)), "pixel_mask .B, H, W., got"),
+        (dict(pixel_values=X, pixel_mask=torch.ones(1, 16, 24).tril(12)), "the first rows and columns of each image"),
+        (dict(pixel_values=X, pixel_mask=torch.ones(1, 16, 24).index_fill(2, torch.arange(8), 0)), "the first rows"),
         (ImageList(X, [(20, 24)]), "has a size .H, W. within it"),
         ("photo.jpg", "a list of .C, H, W., timm's NaFlex batch or a padded one, got str"),
         (3, "a list of .C, H, W., timm's NaFlex batch or a padded one, got int"),
@@ -301,9 +320,10 @@ def test_where_one_size_is_needed_others_are_refused():
         with pytest.raises(ConfigError, match=why):
             fixed(forms(batch)[form])
     windows = vit(window=2, global_blocks=(1,))
-    for form in ("naflex", "list"):
-        with pytest.raises(ConfigError, match="blocks in windows take images of one size"):
-            windows(forms(batch)[form])
+    with pytest.raises(ConfigError, match="blocks in windows take no list of images of different sizes: give a padded"):
+        windows(batch)
+    with pytest.raises(ConfigError, match=r"spacing goes with a tensor \(B, C, H, W\) or a list"):
+        vit()(forms(batch)["naflex"], spacing=0.5)
     swin = Swin("relative", **SWIN)
     simmim = SimMIM(vit(num_classes=0), mask_unit=8)
     mae = MAE(vit(num_classes=0), decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3)
@@ -316,6 +336,8 @@ def test_where_one_size_is_needed_others_are_refused():
         mae(cut)
     with pytest.raises(ConfigError, match="one tensor for each of 4 images, got 1"):
         mae(batch, noise=[torch.rand(24)])
+    with pytest.raises(ConfigError, match=r"one value for each patch \(N_i,\), got \[\(3,\), \(18,\)\]"):
+        mae([batch[1], batch[3]], noise=[torch.rand(18), torch.rand(3)])
     with pytest.raises(ConfigError, match=r"one tensor \(B, N\), got list"):
         mae(batch[0][None], noise=[torch.rand(24)])
 
@@ -325,6 +347,9 @@ def test_pad_refuses_what_it_would_cut():
         pad(images(), 4, 20)
     with pytest.raises(ConfigError, match="multiple of the patch 16x16"):
         pad(images(), 16)
+    for wrong, came in (([], "an empty list"), ([torch.zeros(3, 4, 16, 24)], r"\(3, 4, 16, 24\)")):
+        with pytest.raises(ConfigError, match=rf"at least one; got {came}"):
+            pad(wrong, 4)
 
 
 FILLED = ["learned", "relative", "rope", "shaw", "t5"]

@@ -55,6 +55,11 @@ def test_powers_of_a_temperature():
     assert LogTemperature(TRAIN, -1)(LARGE) == pytest.approx(1 / log, rel=1e-12)
     assert YaRNTemperature(TRAIN, 0.5)(LARGE) == pytest.approx(YaRNTemperature(TRAIN)(LARGE) ** 0.5, rel=1e-12)
     assert LogTemperature(TRAIN, 3)(TRAIN) == 1
+    assert LogTemperature(TRAIN, 2)((1, 1)) == 0
+    with pytest.raises(ConfigError, match="a grid of training of one place has 0"):
+        LogTemperature((1, 1))
+    with pytest.raises(ConfigError, match="divides by ln N, and one place has 0"):
+        LogTemperature(TRAIN, -1)((1, 1))
 
 
 @pytest.mark.parametrize("word", ["learned", "factorized", "windowed", "relative"])

@@ -78,9 +78,15 @@ def _check_all(left: int, count: int) -> None:
 
 
 def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
-    """All places of the grid, of patches of another size in the world; see `Positions.grid`."""
+    """All places of the grid, of patches of another size in the world; see `Positions.grid`.
+
+    Raises:
+        ConfigError: for a padded batch.
+    """
     if spacing is None:
         return at
+    if at.valid is not None:
+        raise ConfigError("spacing goes with a tensor (B, C, H, W) or a list of images, not with a padded batch")
     made = Positions.grid(at.one_extent, at.coords.device, spacing=spacing)
     if not at.spacing:
         return made
@@ -107,12 +113,17 @@ class Features(nn.Module):
         """What each block is given beside these: a mask, the windows it attends within, or nothing.
 
         Raises:
-            ConfigError: for windows in a batch of images of different sizes.
+            ConfigError: for windows in a list of images of different sizes.
         """
         if self.windowing is None:
             return [() if mask is None else (mask,)] * len(self.blocks)
+        if isinstance(mask, FullMask):  # within windows a query of padding has nothing to attend to
+            mask = mask.mask
         if mask is not None and not isinstance(mask, Tensor | Causal):
-            raise ConfigError("blocks in windows take images of one size at a time: call the model for each size")
+            raise ConfigError(
+                "blocks in windows take no list of images of different sizes: give a padded batch "
+                "(vit2dpe.models.mixed.pad), or call the model for each size"
+            )
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
 
     def run_blocks(

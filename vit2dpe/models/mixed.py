@@ -103,12 +103,13 @@ def read(images: Images, embed: PatchEmbed) -> Tensor | Padded | Packed:
 
 
 def pack(images: Sequence[Tensor]) -> Packed:
-    """Images (C, H_i, W_i) by size, to be run as one row of tokens; a list that a model is given becomes this.
+    """Images (C, H_i, W_i), videos (C, T_i, H_i, W_i) or lines (C, L_i) by size, to be run as one row of tokens; a list
+    that a model is given becomes this.
 
     Raises:
         ConfigError: for an empty list, and what is no image.
     """
-    wrong = next((x for x in images if not isinstance(x, Tensor) or x.ndim < 3), None)
+    wrong = next((x for x in images if not isinstance(x, Tensor) or x.ndim < 2), None)
     if wrong is not None or not images:
         came = "an empty list" if wrong is None else tuple(getattr(wrong, "shape", (type(wrong).__name__,)))
         raise ConfigError(f"a list of images has one tensor (C, H, W) for each, got {came}")
@@ -127,8 +128,16 @@ def pad(images: Sequence[Tensor], patch: int | tuple[int, int], length: int | No
         length: N; default: the patches of the largest image.
 
     Raises:
-        ConfigError: for a side that the patch does not divide, and a length that an image exceeds.
+        ConfigError: for no image, what is none, a side that the patch does not divide, and a length that an image
+            exceeds.
     """
+    wrong = next((x for x in images if x.ndim != 3), None)
+    if wrong is not None or not images:
+        came = "an empty list" if wrong is None else tuple(wrong.shape)
+        raise ConfigError(
+            f"a padded batch is one of images (C, H, W), at least one; got {came}: models take a list of"
+            " videos or lines as it is"
+        )
     p, q = (patch, patch) if isinstance(patch, int) else patch
     grids = [(x.shape[-2] // p, x.shape[-1] // q) for x in images]
     for x, (h, w) in zip(images, grids, strict=True):
@@ -172,6 +181,8 @@ def _of_patches(images: Mapping[str, Tensor], embed: PatchEmbed) -> Padded:
             f"{tuple(patches.shape)} and {tuple(coord.shape)}"
         )
     valid = images.get("patch_valid", patches.new_ones(patches.shape[:2], dtype=torch.bool))
+    if valid.shape != patches.shape[:2]:
+        raise ConfigError(f"patch_valid is (B, N) = {tuple(patches.shape[:2])}, got {tuple(valid.shape)}")
     return Padded(patches, coord.long(), valid.bool(), images.get("attn_mask"))
 
 
@@ -185,6 +196,11 @@ def _of_pixels(images: Mapping[str, Tensor], embed: PatchEmbed) -> Padded:
     sizes = torch.stack([mask.bool().any(-1).sum(-1), mask.bool().any(-2).sum(-1)], dim=-1)  # (B, 2)
     if readable(sizes):
         _check_sizes(sizes.cpu(), pixels, embed)
+        if not torch.equal(_corner(sizes, pixels), mask.bool()):
+            raise ConfigError(
+                "pixel_mask is 1 at the first rows and columns of each image and 0 on its right and below, and this "
+                "one has others: give images of other places as timm's NaFlex batch (vit2dpe.models.mixed.pad)"
+            )
     return _cut(pixels, sizes, embed)
 
 
@@ -195,15 +211,19 @@ def _check_sizes(sizes: Tensor, pixels: Tensor, embed: PatchEmbed) -> None:
         embed.grid(height, width)
 
 
+def _corner(sizes: Tensor, pixels: Tensor) -> Tensor:
+    """(B, H, W): the first rows and columns of each image, sizes (B, 2)."""
+    rows, columns = (torch.arange(side, device=sizes.device) for side in pixels.shape[-2:])
+    return (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
+
+
 def _cut(pixels: Tensor, sizes: Tensor, embed: PatchEmbed) -> Padded:
     """Images (B, C, H, W), of which the first rows and columns are theirs, sizes (B, 2), as patches."""
     patch = torch.tensor(embed.patch_size, device=sizes.device)
     p, q = embed.patch_size
     below, right = -pixels.shape[-2] % p, -pixels.shape[-1] % q
     if embed.pad:  # a patch across the border is filled up with zeros, whatever the batch is filled up with
-        rows, columns = (torch.arange(side, device=sizes.device) for side in pixels.shape[-2:])
-        own = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])  # (B, H, W)
-        pixels = pixels.masked_fill(~own[:, None], 0.0)
+        pixels = pixels.masked_fill(~_corner(sizes, pixels)[:, None], 0.0)
     pixels = F.pad(pixels, (0, right, 0, below))
     patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
     at = Positions.grid((pixels.shape[-2] // p, pixels.shape[-1] // q), pixels.device)

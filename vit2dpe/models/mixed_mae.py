@@ -49,15 +49,17 @@ def of_sizes(
         noise: of each image (N_i,).
 
     Raises:
-        ConfigError: for noise of another number of images.
+        ConfigError: for noise of another number of images, or of patches of one.
     """
     if noise is not None and len(noise) != len(images.order):
         raise ConfigError(f"noise has one tensor for each of {len(images.order)} images, got {len(noise)}")
     of_images = None if noise is None else iter([noise[i] for i in images.order])
     chosen = []
     for one in images.images:
-        own = None if of_images is None else torch.stack([next(of_images) for _ in one])
-        chosen.append(parts.choose(one, own))
+        given = None if of_images is None else [next(of_images) for _ in one]
+        if given is not None and len(shapes := {tuple(x.shape) for x in given}) > 1:
+            raise ConfigError(f"noise of images of one size has one value for each patch (N_i,), got {sorted(shapes)}")
+        chosen.append(parts.choose(one, None if given is None else torch.stack(given)))
     keeps = iter([keep for keep, _ in chosen])  # the filter is called for each size in turn
 
     def kept(x: Tensor, at: Positions) -> tuple[Tensor, Positions]:

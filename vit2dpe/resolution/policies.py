@@ -171,19 +171,28 @@ def middle(extent: Extent, table: Extent) -> list[int]:
 
 @dataclass(frozen=True)
 class LogTemperature:
-    """(ln N / ln N_train) ^ power."""
+    """(ln N / ln N_train) ^ power.
+
+    Raises:
+        ConfigError: for a grid of training of one place, whose logarithm is 0; and at such a grid, where known, for a
+            power below 0.
+    """
 
     train: Extent
     power: float = 1.0
 
     def __post_init__(self) -> None:
         _check_power("log", self.power)
+        if math.prod(self.train) == 1:
+            raise ConfigError("the temperature log divides by ln N_train, and a grid of training of one place has 0")
 
     def __call__(self, extent: Extent | Tensor) -> float | Tensor:
         if isinstance(extent, Tensor):
             return (extent.prod(-1).log() / math.log(math.prod(self.train))) ** self.power
         if torch.compiler.is_compiling():
             return (traced(math.prod(extent)).log() / math.log(math.prod(self.train))) ** self.power
+        if self.power < 0 and math.prod(extent) == 1:
+            raise ConfigError(f"the temperature log(power={self.power:g}) divides by ln N, and one place has 0")
         factor: float = (math.log(math.prod(extent)) / math.log(math.prod(self.train))) ** self.power
         return factor
 
