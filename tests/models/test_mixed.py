@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from vit2dpe import ENCODINGS, MAE, ConfigError, Swin, ViT, use_policy
 from vit2dpe.models.deit import DistilledViT
-from vit2dpe.models.mixed import pack, pad
+from vit2dpe.models.mixed import pack, pad, pooled
 from vit2dpe.models.simmim import SimMIM
 from vit2dpe.resolution.apply import policies_of
 
@@ -164,6 +164,19 @@ def test_masks_of_timms_beside_a_batch():
     torch.testing.assert_close(model(given["naflex"] | dict(attn_mask=mask)), expected, rtol=0, atol=1e-10)
     with pytest.raises(ConfigError, match="a list of images has several"):
         model(batch, attn_mask=mask)
+    beside, within = (
+        model.forward_intermediates(came, output_fmt="NLC", attn_mask=other)
+        for came, other in ((given["naflex"], mask), (given["naflex"] | dict(attn_mask=mask), None))
+    )
+    assert torch.equal(within[0]["patches"], beside[0]["patches"])
+    assert torch.equal(within[1][0], beside[1][0])
+    mae = MAE(vit(num_classes=0), decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3).double()
+    with pytest.raises(ConfigError, match="patches are hidden: leave it out"):
+        mae(given["naflex"] | dict(attn_mask=mask))
+    dropping = vit(patch_drop_rate=0.3).double().train()
+    for came in (batch[0][None], batch, given["naflex"], given["naflex"] | dict(attn_mask=mask)):
+        with pytest.raises(ConfigError, match=r"patch_drop_rate \(in training\) and a token_filter"):
+            dropping(came, is_causal=True)
 
 
 @pytest.mark.parametrize("form", ["list", "naflex"])
@@ -312,3 +325,43 @@ def test_pad_refuses_what_it_would_cut():
         pad(images(), 4, 20)
     with pytest.raises(ConfigError, match="multiple of the patch 16x16"):
         pad(images(), 16)
+
+
+FILLED = ["learned", "relative", "rope", "shaw", "t5"]
+
+
+@pytest.mark.parametrize("word", FILLED)
+@torch.no_grad()
+def test_what_fills_a_batch_up_may_be_anything_anywhere(word):
+    """A canvas larger than the largest image, coordinates outside of every grid, values that are no numbers."""
+    model, batch = vit(word, global_pool="avg").double(), images()
+    nan, expected = float("nan"), alone(model, batch)
+    pixels, mask = filled([*batch, torch.zeros(3, 32, 40, dtype=torch.float64)], nan)
+    given = [dict(pixel_values=pixels[:4], pixel_mask=mask[:4]), ImageList(pixels[:4], [x.shape[1:] for x in batch])]
+    for outside in (-1, 50):
+        naflex = pad(batch, 4, 40)
+        naflex["patches"][~naflex["patch_valid"]] = nan
+        naflex["patch_coord"][~naflex["patch_valid"]] = outside
+        given.append(naflex)
+    for came in given:
+        torch.testing.assert_close(model(came), expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_stochastic_depth_drops_branches_of_each_image():
+    """Of two branches of the last block each image keeps its own: all four outcomes, in a list as in a padded batch."""
+    model, (one, other) = vit(drop_path_rate=0.5).train(), images(torch.float32)[:2]
+    batch = [one, other, one] * 40
+
+    def outcomes(logits):
+        return len(((logits[:, None] - logits).abs().amax(-1) < 1e-4).unique(dim=0))
+
+    packed, padded = model(batch), model(pad(batch, 4))
+    for i in (0, 1):
+        assert outcomes(packed[i::3]) == outcomes(torch.cat([packed[i::3], padded[i::3]])) == 4
+
+
+def test_pooling_of_halves_does_not_overflow():
+    x = torch.full((1, 3000, 4), 40.0, dtype=torch.float16)
+    for kind in ("avg", "avgmax"):
+        assert torch.equal(pooled(x, kind, torch.ones(1, 3000, dtype=torch.bool)), x[:, 0])

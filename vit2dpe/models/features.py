@@ -25,13 +25,22 @@ Outputs = list[Tensor] | list[list[Tensor]]
 
 
 def allow(
-    x: Tensor, signal: Signal, at: Positions, attn_mask: Tensor | None, is_causal: bool, heads: int
+    x: Tensor,
+    signal: Signal,
+    at: Positions,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    heads: int,
+    patches: int | None = None,
 ) -> tuple[Signal, Mask | None]:
     """The Signal of the blocks with what a mask adds, and where tokens may attend, None: everywhere.
 
     Causality without any other mask is `Causal`, no matrix.
 
     Of a padded batch to what is valid; of a packed row within the own image. See `attention.masks.as_torch_takes_it`.
+
+    Args:
+        patches: N of a padded batch as it came.
 
     Raises:
         ConfigError: if patches were left out: a mask of all tokens does not say which of them may attend; and for a
@@ -44,20 +53,28 @@ def allow(
                 "attn_mask is about the tokens of one grid, and a list of images has several: give a padded batch "
                 "(vit2dpe.models.mixed.pad) with a mask of (B, 1, N, N)"
             )
+        if is_causal:
+            for place in at.row.places:
+                _check_all(place.prefix + place.coords.shape[1], place.prefix + math.prod(place.one_extent))
         return signal, at.row.segments.under(causal=is_causal)
     held = together(at)
     if attn_mask is None and not is_causal:
         # Every query has a leading token to attend to; without one, an image of no patch has nothing.
         return signal, FullMask(held) if held is not None and at.prefix else held
-    if held is None and x.shape[1] != (count := at.prefix + math.prod(at.one_extent)):
-        raise ConfigError(
-            f"attn_mask and is_causal are about all {count} tokens, and {x.shape[1]} are left: patch_drop_rate "
-            "(in training) and a token_filter that leaves patches out do not go with them"
-        )
+    if held is None or patches is not None:
+        _check_all(x.shape[1], at.prefix + (math.prod(at.one_extent) if patches is None else patches))
     if attn_mask is None and held is None:
         return signal, Causal(at)
     allowed, added = as_torch_takes_it(attn_mask, is_causal, x, heads)
     return signal.plus(added), both(allowed, held)
+
+
+def _check_all(left: int, count: int) -> None:
+    if left != count:
+        raise ConfigError(
+            f"attn_mask and is_causal are about all {count} tokens, and {left} are left: patch_drop_rate "
+            "(in training) and a token_filter that leaves patches out do not go with them"
+        )
 
 
 def spaced(at: Positions, spacing: float | tuple[float, ...] | None) -> Positions:
@@ -97,6 +114,39 @@ class Features(nn.Module):
         if mask is not None and not isinstance(mask, Tensor | Causal):
             raise ConfigError("blocks in windows take images of one size at a time: call the model for each size")
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
+
+    def run_blocks(
+        self,
+        batch: Tensor | Padded | Packed,
+        x: Tensor,
+        signal: Signal,
+        at: Positions,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        take: Sequence[int] = (),
+        last: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of the last block, and of those to take.
+
+        Args:
+            batch: as it came; its own mask is taken in place of `attn_mask`.
+            x, signal, at: what `embed` gives of it.
+            last: run no block after this one.
+        """
+        if isinstance(batch, Padded) and batch.attn_mask is not None:
+            attn_mask = batch.attn_mask
+        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
+        if attn_mask is not None or is_causal or self.windowing is not None or not isinstance(batch, Tensor):
+            count = batch.patches.shape[1] if isinstance(batch, Padded) else None
+            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, count)
+            views = self.views(x, signal, at, mask)
+        outputs: list[Tensor] = []
+        for i, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
+            view = views[i] if views else ()
+            x = run_block(block, x, signal, at, *view, index=i, recompute=self.grad_checkpointing)
+            if i in take:
+                outputs.append(x)
+        return x, outputs
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
@@ -190,13 +240,8 @@ class Features(nn.Module):
             )
         grid = () if isinstance(batch, Padded | Packed) else self.patch_embed.grid(*batch.shape[2:])
         x, signal, at = self.embed(batch)
-        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
-        views = self.views(x, signal, at, mask)
-        outputs: list[Tensor] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = run_block(block, x, signal, at, *views[i], index=i, recompute=self.grad_checkpointing)
-            if i in take:
-                outputs.append(self.norm(x) if norm else x)
+        x, outputs = self.run_blocks(batch, x, signal, at, attn_mask, is_causal, take, last if stop_early else None)
+        outputs = [self.norm(y) for y in outputs] if norm else outputs
         if isinstance(batch, Packed):
             return given_back(batch, x, at), *self._of_images(outputs, batch, at, reshape)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]

@@ -195,9 +195,16 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), at.take(index)
 
 
-def add_branch(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
-    """x + drop_path(scale(branch)): the end of a residual branch."""
+def add_branch(
+    x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module, at: Positions | None = None
+) -> Tensor:
+    """x + drop_path(scale(branch)): the end of a residual branch; of a packed row drawn for each of its segments."""
     idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
+    if at is not None and at.row is not None and not idle and isinstance(drop_path, DropPath):
+        segments = at.row.segments.of_rows(x.shape[0])
+        drawn = [drop_path(x.new_ones(size, 1, 1)).expand(-1, length, -1) for size, length in segments.groups]
+        kept = segments.join(drawn, x.new_ones(1, 1)).unflatten(0, segments.numbers.shape)  # (B, N, 1)
+        return x + scale(branch) * kept
     out: Tensor = scale(branch, onto=x) if isinstance(scale, LayerScale) and idle else x + drop_path(scale(branch))
     return out
 
@@ -224,8 +231,8 @@ class Block(BlockParts):
 
     def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | Tiles | None = None) -> Tensor:
         x, signal, mask = self.with_own(x, signal, at, mask)
-        x = add_branch(x, self.attn(self.norm1(x), signal, mask), self.ls1, self.drop_path1)
-        return add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+        x = add_branch(x, self.attn(self.norm1(x), signal, mask), self.ls1, self.drop_path1, at)
+        return add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2, at)
 
 
 class PostNormBlock(Block):
@@ -233,8 +240,8 @@ class PostNormBlock(Block):
 
     def forward(self, x: Tensor, signal: Signal, at: Positions, mask: Mask | Tiles | None = None) -> Tensor:
         x, signal, mask = self.with_own(x, signal, at, mask)
-        x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1)
-        return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2)
+        x = add_branch(x, self.norm1(self.attn(x, signal, mask)), self.ls1, self.drop_path1, at)
+        return add_branch(x, self.norm2(self.mlp(x)), self.ls2, self.drop_path2, at)
 
 
 def run_block(

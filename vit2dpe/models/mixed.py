@@ -219,12 +219,14 @@ def embed_patches(embed: PatchEmbed, batch: Padded) -> tuple[Tensor, Positions]:
             "a padded batch is of patches beside each other, of images of any size: this model's overlap, or it takes "
             f"{embed.img_size} only (dynamic_img_size)"
         )
+    # What a batch is filled up with may be anything, NaN among it, and may lie anywhere.
+    patches, coord = (x.masked_fill(~batch.valid[..., None], 0) for x in (batch.patches, batch.coord))
     kernel = embed.proj.weight.movedim(1, -1).flatten(1)  # (D, p q C)
-    tokens = embed.norm(F.linear(batch.patches, kernel, embed.proj.bias))
-    extent = (batch.coord + 1).masked_fill(~batch.valid[..., None], 1).amax(1)  # (B, 2)
+    tokens = embed.norm(F.linear(patches, kernel, embed.proj.bias))
+    extent = (coord + 1).amax(1)  # (B, 2)
     largest = tuple(extent.amax(0).tolist()) if readable(extent) else ()
-    coords = batch.coord.to(torch.float32)
-    return tokens.to(kernel.dtype), Positions(coords, extent, on_grid=True, valid=batch.valid, box=largest)
+    at = Positions(coord.to(torch.float32), extent, on_grid=True, valid=batch.valid, box=largest)
+    return tokens.to(kernel.dtype), at
 
 
 def drop_patches(drop: PatchDrop, x: Tensor, at: Positions) -> tuple[Tensor, Positions]:
@@ -290,7 +292,8 @@ def pooled(x: Tensor, kind: str, valid: Tensor) -> Tensor:
     own = valid[..., None]
     if kind == "max":
         return x.masked_fill(~own, float("-inf")).amax(dim=1)
-    mean = x.masked_fill(~own, 0.0).sum(dim=1) / own.sum(dim=1).clamp(min=1)
+    total = x.masked_fill(~own, 0.0).sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = (total / own.sum(dim=1).clamp(min=1)).to(x.dtype)
     return mean if kind == "avg" else (x.masked_fill(~own, float("-inf")).amax(dim=1) + mean) / 2
 
 
@@ -312,12 +315,14 @@ def whole(batch: Tensor | Padded | Packed, patch: tuple[int, ...]) -> Packed:
     """A batch of any kind as images by size.
 
     Raises:
-        ConfigError: for an image of which patches are missing.
+        ConfigError: for an image of which patches are missing, and a mask of its tokens.
     """
     if isinstance(batch, Packed):
         return batch
     if isinstance(batch, Tensor):
         return Packed((batch,), tuple(range(len(batch))))
+    if batch.attn_mask is not None:
+        raise ConfigError("attn_mask is about all tokens of a batch, and here patches are hidden: leave it out")
     images = []
     for patches, coord, valid in zip(batch.patches, batch.coord, batch.valid, strict=True):
         patches, coord = patches[valid], coord[valid]

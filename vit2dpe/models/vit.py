@@ -23,8 +23,8 @@ from ..positions import Positions
 from ..signal import Signal
 from .arguments import axes_of, check_arguments, sides
 from .card import save_card
-from .features import allow, spaced
-from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs, run_block
+from .features import spaced
+from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs
 from .mixed import (
     Images,
     Packed,
@@ -41,7 +41,7 @@ from .mixed import (
 from .parts import ACTS, BlockArguments, norm_factory
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
-from .windowed import View, Windowing
+from .windowed import Windowing
 
 Spacing = float | tuple[float, ...] | None
 
@@ -267,17 +267,8 @@ class ViT(TimmViT):
                 where both allow it (timm takes one of them).
         """
         batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
-        if isinstance(batch, Padded) and batch.attn_mask is not None:
-            attn_mask = batch.attn_mask
         x, signal, at = self.embed(batch, token_filter, spacing)
-        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
-        if attn_mask is not None or is_causal or self.windowing is not None or not isinstance(batch, Tensor):
-            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads)
-            views = self.views(x, signal, at, mask)
-        for i, block in enumerate(self.blocks):
-            x = run_block(
-                block, x, signal, at, *(views[i] if views else ()), index=i, recompute=self.grad_checkpointing
-            )
+        x, _ = self.run_blocks(batch, x, signal, at, attn_mask, is_causal)
         out: Tensor = self.norm(x)
         return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
 
