@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from vit2dpe import ConfigError, Swin, ViT, build, inflate, set_policy, use_policy
-from vit2dpe.encodings import ENCODINGS, Dims, LearnedTable
+from vit2dpe.encodings import ENCODINGS, Dims, LearnedTable, named_encodings
 from vit2dpe.encodings.along import Along
 from vit2dpe.models.inflate import word_of_video
 from vit2dpe.positions import Positions
+from vit2dpe.resolution.policies import LogTemperature
 from vit2dpe.testing import tensors
 from vit2dpe.training import load_run, save_model
 
@@ -39,7 +40,10 @@ def test_a_still_video_gives_the_logits_of_its_image(word):
         torch.testing.assert_close(video(still(frames)), model(X), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("time", ["learned", "rope", "t5", "relative", "learned(axes=(0, 1, 2))", "factorized+rope"])
+BEGIN_AT_NOTHING = ["learned", "t5", "relative", "decomposed", "shaw(sides=qk)", "irpe", "learned(axes=(0, 1, 2))"]
+
+
+@pytest.mark.parametrize("time", [*BEGIN_AT_NOTHING, "rope", "factorized+rope"])
 def test_the_middle_frame_of_a_tubelet_and_a_time_that_begins_at_nothing(time):
     model = trained("learned+rope", reg_tokens=1)
     video = inflate(model, frames=9, tubelet=3, kernel="centre", time=time)
@@ -54,7 +58,7 @@ def test_the_middle_frame_of_a_tubelet_and_a_time_that_begins_at_nothing(time):
         new = [p for p in video.parameters() if p.ndim and not p.any()]
         assert bool(new) is (time != "rope")
         for parameter in new:
-            parameter += torch.randn_like(parameter)
+            parameter += 10 * torch.randn_like(parameter)
     assert (video(moving) - video(moving[:, :, order])).abs().max() > 1e-3
 
 
@@ -103,6 +107,20 @@ def test_a_policy_goes_over():
         assert (video(large[:, :, None].expand(-1, -1, 2, -1, -1)) - wanted).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("word", ["none", "rope", "learned+rope"])
+def test_a_temperature_is_that_of_the_sum(word):
+    """Whether the encoding of images stays by itself, or is joined by that of time."""
+    model = ViT(word, **IMAGE)
+    if word == "none":
+        model.position.own_temperature = LogTemperature((2, 3))
+    else:
+        set_policy(model, "interpolate", temperature="log")
+    video = inflate(model, frames=4, time="learned")
+    assert video.position.own_temperature == LogTemperature((2, 2, 3))
+    assert [one for one in named_encodings(video).values() if one.own_temperature] == [video.position]
+    assert model.position.own_temperature == LogTemperature((2, 3))
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -113,6 +131,10 @@ def test_a_policy_goes_over():
         (lambda: inflate(inflate(ViT("none", **IMAGE))), "of a ViT of images"),
         (lambda: inflate(ViT("none", **IMAGE), kernel="center"), "did you mean 'centre'"),
         (lambda: inflate(ViT("none", window=2, **IMAGE)), "a model without windows"),
+        (lambda: inflate(ViT("none", patch_stride=4, **IMAGE)), "patches that do not overlap"),
+        (lambda: inflate(ViT("none", **IMAGE), time="rope/none"), "time is one word for all blocks.*got 'rope/none'"),
+        (lambda: inflate(ViT("none", **IMAGE), time=3), "time is one word for all blocks.*got 3"),
+        (lambda: word_of_video("rope", "rope/none"), "time is one word for all blocks"),
         (lambda: inflate(ViT("none", **IMAGE), frames=7), "multiple of tubelet, got 7 and 2"),
         (lambda: inflate(ViT("rope/none", **IMAGE)), "inflate it with time=None"),
         (lambda: build("rope(axes=3)", Dims(48, 3, (2, 3, 4))), "axes names axes of the grid, from 0 to 2.*got 3"),

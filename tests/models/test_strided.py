@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +11,8 @@ from timm.models import save_for_hf
 import vit2dpe
 from tests.helpers import randn, shaken, within
 from vit2dpe import MAE, ConfigError, ViT
-from vit2dpe.encodings import ENCODINGS
+from vit2dpe.encodings import ENCODINGS, encodings_of
+from vit2dpe.models.predict import preparation_for
 from vit2dpe.positions import Positions
 from vit2dpe.resolution.apply import policies_of
 
@@ -32,7 +34,10 @@ def test_centres_are_where_they_are_in_the_image():
     assert at.span == pytest.approx((4, 5))  # what it covers, in patches
 
 
-@pytest.mark.parametrize("word", [word for word in ENCODINGS if word not in (*WHOLE, "fire")])
+AXES = "learned(axes=0)+learned(axes=1)"
+
+
+@pytest.mark.parametrize("word", [*(word for word in ENCODINGS if word not in (*WHOLE, "fire")), AXES])
 @torch.no_grad()
 def test_patches_of_training_get_what_they_got(word):
     """Every second patch along each axis is one of training: its tokens, rotations and biases are the same.
@@ -96,6 +101,41 @@ def vit2dpe_half(model: ViT, images: torch.Tensor) -> torch.Tensor:
     for block in model.blocks:
         x = block(x, signal, at)
     return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("word", ["learned", "relative", AXES])
+@torch.no_grad()
+def test_another_size_for_good_is_what_tables_are_read_by(word):
+    model, images = vit(word, patch_stride=4), randn(1, 3, 40, 24)
+    for size in ((40, 24), (24, 24), (40, 24)):
+        model.set_input_size(size)
+    fresh = vit(word, patch_stride=4, img_size=(40, 24))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), fresh(images))
+    vit2dpe.set_policy(model, "interpolate(power=0.5)")
+    model.set_input_size((24, 40))
+    assert all(one.own_policy.power in (0.5, (0.5,)) for one in encodings_of(model))
+
+
+def test_a_patch_below_the_stride_leaves_the_model_as_it_was():
+    model = vit("learned", patch_stride=4)
+    before = model.patch_embed.proj.weight.clone()
+    with pytest.raises(ConfigError, match="at most patch_size"):
+        model.set_input_size(patch_size=2)
+    assert torch.equal(model.patch_embed.proj.weight, before)
+    assert model.train_grid == (3, 5)
+
+
+@torch.no_grad()
+def test_pictures_at_their_own_aspect_ratio_are_as_large_as_those_of_training():
+    sizes = []
+    for model in (vit("rope"), vit("rope", patch_stride=4)):
+        prepare = preparation_for(model, None, "native", None, None)
+        sizes.append([x.shape for x in prepare([np.zeros((60, 90, 3), np.uint8)])])
+    assert sizes[0] == sizes[1]
+    assert len(model.predict([np.zeros((60, 90, 3), np.uint8)], k=1, fit="native")) == 1
+    with pytest.raises(ConfigError, match=r"max_tokens.*patch_stride"):
+        model.predict([np.zeros((60, 90, 3), np.uint8)], k=1, fit="native", max_tokens=15)
 
 
 @torch.no_grad()

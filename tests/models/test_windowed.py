@@ -16,6 +16,7 @@ from vit2dpe.attention.functional import FullMask
 from vit2dpe.encodings import ENCODINGS
 from vit2dpe.models.card import card
 from vit2dpe.models.layers import run_block
+from vit2dpe.models.mixed import pad
 from vit2dpe.positions import Positions
 from vit2dpe.resolution.apply import policies_of, position_groups
 
@@ -288,13 +289,60 @@ def test_weights_of_a_plain_vit_go_into_windows(tmp_path):
         (dict(window=-1), "at least 0"),
         (dict(window_kind="zeros"), "AxialRoPE needs one"),
         (dict(window_tables=True, block_position="sincos"), "SinCos is not relative"),
+        (dict(global_blocks=1), r"0 to 2 .*got 1"),
+        (dict(position="relative", window_tables=True, patch_stride=4), "RelativeBias.*leave patch_stride out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        vit("rope", **arguments)
+        vit(**dict(position="rope") | arguments)
 
 
 def test_tables_of_the_window_refuse_masks():
     with pytest.raises(ConfigError, match="leave one of them out"):
         vit("relative", window_tables=True)(randn(1, 3, 40, 72), is_causal=True)
+
+
+def test_tokens_of_zeros_stand_in_no_mask():
+    model, images, kept = (
+        vit("relative", window_kind="zeros", class_token=False, global_pool="avg"),
+        randn(1, 3, 40, 72),
+        torch.arange(45)[None],
+    )
+    batch = pad(list(images), 8)
+    for refused in (
+        lambda: model(images, is_causal=True),
+        lambda: model(images, attn_mask=torch.ones(45, 45, dtype=torch.bool)),
+        lambda: model.forward_features(images, token_filter=lambda x, at: (x, at.take(kept))),
+        lambda: model(batch),
+    ):
+        with pytest.raises(ConfigError, match="'zeros' fills windows up"):
+            refused()
+    full = randn(1, 3, 48, 64)  # nothing is filled up: 6 x 8 tokens
+    everything = torch.ones(48, 48, dtype=torch.bool)
+    close(model(full, attn_mask=everything), model(full))
+
+
+@pytest.mark.parametrize("word", ["relative(prefix=true)+t5", "relative(shared=true,prefix=true)/alibi"])
+@torch.no_grad()
+def test_leading_queries_keep_their_biases_between_places(word):
+    model = vit(word, patch_stride=4, reg_tokens=1).double()
+    images = randn(1, 3, 40, 72).double()
+    on_grid = Positions.grid((9, 17)).with_prefix(2)
+    exact(model.forward_features(images), under_masks(model, images, masks.same_tile(on_grid, on_grid, (3, 4))))
+
+
+@torch.no_grad()
+def test_tables_of_some_axes_of_the_window_take_policies():
+    model, images = vit("relative(axes=1)", window_tables=True), randn(1, 3, 64, 104)
+    with vit2dpe.use_policy(model, "interpolate"):
+        inside = model.blocks[0].attn.position
+        assert inside.policy.train == (4,)
+        assert model.blocks[1].attn.position.policy.train == (9,)
+        assert model(images).isfinite().all()
+
+
+def test_a_grid_smaller_than_windows_that_are_filled_up():
+    with pytest.raises(ConfigError, match=r"windows of 3x4.*grid of 2x9.*RelativeBias"):
+        vit("relative", window_kind="zeros")(randn(1, 3, 16, 72))
+    assert vit("alibi", window_kind="zeros")(randn(1, 3, 16, 72)).isfinite().all()

@@ -169,12 +169,14 @@ class Features(nn.Module):
     def position_groups(self) -> list[tuple[PositionEncoding, nn.Module, tuple[int, ...]]]:
         """For the model, and for each block whose encoding is measured by its window: what leads, where, the extent."""
         owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
-        return [(self.position, self, self.train_grid), *((p, part, self.train_extent(p)) for p, part in owned)]
+        side = self.train_grid if self.windowing is None else self.windowing.side  # of all axes
+        return [(self.position, self, self.train_grid), *((p, part, side) for p, part in owned)]
 
     def read_between(self) -> None:
         """With a stride below the patch, tables are read at the centres of patches instead of being resized."""
         if self.patch_embed.stride is not None:
-            read_between(self, self.train_grid)
+            owned = [] if self.windowing is None else self.windowing.owned(self.blocks)
+            read_between(self, self.train_extent, [term for position, _ in owned for term in terms(position)])
 
     def embed(self, images: Images) -> tuple[Tensor, Signal, Positions]:
         """Tokens at the input of the first block, the shared Signal, and where the tokens are."""

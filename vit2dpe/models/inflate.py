@@ -23,12 +23,15 @@ import torch
 from torch import nn
 
 from ..encodings import (
+    IRPE,
     Cycle,
+    Decomposed,
     Dims,
     Factorized,
     LearnedTable,
     PositionEncoding,
     RelativeBias,
+    Shaw,
     T5Bias,
     WindowedTable,
     named_encodings,
@@ -44,7 +47,10 @@ from .layers import Block
 from .vit import ViT
 
 KERNELS = ("mean", "centre")
-TABLES = (LearnedTable, WindowedTable, Factorized, RelativeBias, T5Bias)  # 0 of them is no effect, and learns
+TABLES = (  # 0 of them is no effect, and learns
+    *(LearnedTable, WindowedTable, Factorized, RelativeBias, T5Bias),
+    *(Decomposed, Shaw, IRPE),
+)
 
 
 @torch.no_grad()
@@ -60,16 +66,18 @@ def inflate(
         kernel: "mean" or "centre"; see above.
         time: an encoding of time beside those that the model has, a word such as "learned", "rope", "t5" or
             "learned(axes=(0, 1, 2))" for one of all places; None: frames have no order. Tables begin at zero; rotations
-            begin at the identity, at the first tubelet.
+            begin at the identity, at the first tubelet; other formulas (`alibi`, `fire`, ...) act from the start.
 
     Raises:
-        ConfigError: for a model that is no ViT of images, frames that tubelets do not fill, and a `time` beside words
-            by block.
+        ConfigError: for a model that is no ViT of images, or has windows or patches that overlap, frames that tubelets
+            do not fill, a `time` of several words or no word, and one beside words by block.
     """
     if not isinstance(model, ViT) or len(model.train_grid) != 2:
         raise ConfigError(f"inflate makes a video model of a ViT of images, got a {type(model).__name__}")
     if model.windowing is not None:
         raise ConfigError("inflate takes a model without windows: a window of a video has frames too, build it anew")
+    if model.patch_embed.stride is not None:
+        raise ConfigError("inflate takes a model of patches that do not overlap: build it without patch_stride first")
     if kernel not in KERNELS:
         raise unknown("kernel of inflate", kernel, KERNELS)
     if tubelet < 1 or frames < tubelet or frames % tubelet:
@@ -135,8 +143,10 @@ def _shifted(term: Term) -> Term:
 
 def _of_time(time: str) -> list[Term]:
     """The terms of a word, those that name no axes of time alone."""
-    (terms,) = parse_blocks(time)
-    return [Term(name, {"axes": 0, **options}) for name, options in terms]
+    words = parse_blocks(time) if isinstance(time, str) else []
+    if len(words) != 1:
+        raise ConfigError(f"time is one word for all blocks, such as 'learned' or 'rope', or None; got {time!r}")
+    return [Term(name, {"axes": 0, **options}) for name, options in words[0]]
 
 
 def _add(video: ViT, time: str) -> None:
@@ -157,4 +167,8 @@ def _add(video: ViT, time: str) -> None:
 
 
 def _sum(old: nn.Module | None, new: PositionEncoding) -> PositionEncoding:
-    return old + new if isinstance(old, PositionEncoding) and old.gives else new
+    if not isinstance(old, PositionEncoding):
+        return new
+    made = old + new if old.gives else new
+    made.own_temperature, old.own_temperature = old.own_temperature, None  # it is of what leads
+    return made

@@ -138,11 +138,11 @@ class PatchEmbed(nn.Module):
 
     def resample(self, patch: tuple[int, ...]) -> None:
         """Another patch: its kernel is made by the pseudo-inverse of resizing images (FlexiViT, arXiv 2212.08013)."""
+        if self.stride is not None:
+            check_stride(self.stride, patch)
         with torch.no_grad():
             kernel = resampled(self.proj.weight, patch)
         replace(self.proj.weight, kernel)
-        if self.stride is not None:
-            check_stride(self.stride, patch)
         self.proj.kernel_size = self.patch_size = patch
         self.proj.stride = self.stride or patch
 

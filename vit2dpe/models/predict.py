@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,14 +63,22 @@ def preparation_for(
 def native_preparation(model: nn.Module, max_tokens: int | None = None) -> NativePreparation:
     """As `preparation_of`, of images that keep their aspect ratio, in at most so many patches; default: the model's.
 
+    Patches beside each other, as of training, also where a model's overlap.
+
     Raises:
-        ConfigError: for a model that takes images of one size at a time.
+        ConfigError: for a model that takes images of one size at a time; for `max_tokens` of patches that overlap.
     """
     if not isinstance(model, Features):
         raise ConfigError(f"images of different sizes in one batch are for a ViT of ours, got {type(model).__name__}")
+    embed = model.patch_embed
+    if max_tokens is not None and embed.stride is not None:
+        raise ConfigError(
+            f"max_tokens {max_tokens} counts patches beside each other, and those of this model overlap (patch_stride "
+            f"{embed.stride}): leave it out, and images are as large as those of training"
+        )
     mean_std = preparation_of(model)
-    p, q = model.patch_embed.patch_size
-    tokens = model.patch_embed.num_patches if max_tokens is None else max_tokens
+    p, q = embed.patch_size
+    tokens = math.prod(embed.patches(*embed.img_size)) if max_tokens is None else max_tokens
     return NativePreparation((p, q), tokens, mean_std.mean, mean_std.std)
 
 

@@ -14,10 +14,13 @@ Legend: S side of the image, p of a patch, s stride, n patches along an axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
-from ..encodings import encodings_of
+from ..encodings import PositionEncoding, encodings_of
 from ..errors import ConfigError
 from ..positions import Positions, exact, numbers
 from ..resolution.policies import Interpolate
@@ -60,9 +63,31 @@ def strided_places(extent: Sides, patch: Sides, stride: Sides, device: torch.dev
     return Positions(coords, at.one_extent, spacing=spacing)
 
 
-def read_between(model: nn.Module, extent: Sides) -> None:
-    """Have tables that would be resized read between their entries instead, measured from the grid of training."""
+@dataclass(frozen=True)
+class Between(Interpolate):
+    """`interpolate` where nobody chose a policy; measured anew where the grid of training changes."""
+
+
+def read_between(
+    model: nn.Module, extent: Callable[[PositionEncoding], Sides], inside: list[PositionEncoding] | None = None
+) -> None:
+    """Have tables that would be resized read between their entries instead, measured from the grid of training.
+
+    Args:
+        extent: the extent that an encoding was trained on.
+        inside: encodings that are measured by a window.
+
+    Raises:
+        ConfigError: for a table of a window, whose entries are those of its tokens.
+    """
     for encoding in encodings_of(model):
         own = encoding.own_policy
-        if encoding.resizes and "interpolate" in encoding.policies and (own is None or own.name == "resize"):
-            encoding.own_policy = Interpolate(extent)
+        resized = own is None or own.name == "resize" or isinstance(own, Between)
+        if not (encoding.resizes and "interpolate" in encoding.policies and resized):
+            continue
+        if any(encoding is one for one in inside or ()):
+            raise ConfigError(
+                f"window_tables measures {type(encoding).__name__} by the window, and patches at a stride below "
+                "patch_size stand between its entries: leave patch_stride out, or window_tables"
+            )
+        encoding.own_policy = Between(extent(encoding))

@@ -4,7 +4,7 @@ A block in windows gives what the block gives under a mask, `attention.masks.sam
 whole grid, leading tokens attend to everything and everything to them, and a window that is not full holds the tokens
 that are there. Where every window would be the whole grid, the block is the plain one. A complete grid is cut
 (`attention.tiles`); where patches were left out, or a mask is given, or the grid has other than two axes, the mask
-itself is used. (docs/decisions/0029)
+itself is used, which tokens of zeros are not in: they are refused there. (docs/decisions/0029)
 
 Sources: ViTDet, arXiv 2203.16527; SAM, arXiv 2304.02643 (timm, `vision_transformer_sam.py`); RADIO, arXiv 2412.07679;
 neighbourhoods: NATTEN, arXiv 2204.07143. How ours differs: ViTDet and SAM fill the grid up with tokens of zeros, after
@@ -28,10 +28,10 @@ from ..attention.functional import Causal, FullMask, Mask
 from ..attention.tiles import Near, Tiles
 from ..attention.windows import Size, cut
 from ..contextual import Contextual
-from ..encodings import PositionEncoding, terms
+from ..encodings import PositionEncoding, encodings_of, terms
 from ..errors import ConfigError, unknown
 from ..positions import Positions, is_tracing, numbers
-from ..signal import Bias, Signal, Table
+from ..signal import Signal
 
 KINDS = ("tiles", "zeros", "around")
 View = tuple[()] | tuple[Mask | Tiles]  # the further argument of a block, if any: those of other people take none
@@ -88,10 +88,10 @@ class Windowing(NamedTuple):
             raise ConfigError(
                 "window_tables goes with windows that the grid is cut into, not with window_kind 'around'"
             )
-        if not all(isinstance(i, int) and -depth <= i < depth for i in global_blocks):
+        if isinstance(global_blocks, int) or not all(isinstance(i, int) and -depth <= i < depth for i in global_blocks):
             raise ConfigError(
-                f"global_blocks are numbers of blocks, 0 to {depth - 1} or from the end -{depth} to -1: "
-                f"got {tuple(global_blocks)}"
+                f"global_blocks are the numbers of several blocks, 0 to {depth - 1} or from the end -{depth} to -1, "
+                f"such as (0,): got {global_blocks!r}"
             )
         inside = frozenset(range(depth)) - {i % depth for i in global_blocks}
         return cls(side, inside, kind, tables)
@@ -160,8 +160,9 @@ def views(
         mask: of all blocks.
 
     Raises:
-        ConfigError: where encodings are measured by a window and only a mask could serve; and for a grid of a spacing
-            of which patches were left out.
+        ConfigError: where only a mask could serve, and encodings are measured by a window, or windows are filled up;
+            for a grid of a spacing of which patches were left out; and for tables that places outside of a small grid
+            are not in.
     """
     if windowing is None or not windowing.blocks or windowing.covers(at):
         return [_given(mask)] * blocks
@@ -175,6 +176,12 @@ def views(
             "window_tables measures what blocks own by the window, and with attn_mask, is_causal or patches that are "
             "left out attention is under a mask on the whole grid: leave one of them out"
         )
+    if windowing.kind == "zeros" and (at.by_sample() or _filled(at.one_extent, windowing.side)):
+        raise ConfigError(
+            "window_kind='zeros' fills windows up with tokens that no mask has, and with attn_mask, is_causal, patches "
+            "that are left out or images of several sizes attention is under a mask: leave one of them out, or give a "
+            f"grid that windows of {_spell(windowing.side)} divide"
+        )
     if at.spacing and not complete:
         raise ConfigError("windows of a grid that has a spacing, and of which patches were left out, are not known")
     on = Positions.grid(at.one_extent, at.coords.device).with_prefix(at.prefix) if at.spacing else at
@@ -182,6 +189,11 @@ def views(
     given = mask.matrix() if isinstance(mask, Causal) else mask
     inside = _given(FullMask(near) if given is None else masks.both(near, given))
     return [inside if i in windowing.blocks else _given(mask) for i in range(blocks)]
+
+
+def _filled(grid: tuple[int, ...], window: tuple[int, ...]) -> bool:
+    """Whether windows hold more places than the grid."""
+    return any(size % side for size, side in zip(grid, window, strict=True))
 
 
 def _spell(side: tuple[int, ...]) -> str:
@@ -232,30 +244,50 @@ def with_encoding(tiles: Tiles, position: PositionEncoding, whole: Signal | None
     Args:
         whole: what it gives for the whole grid, of whose biases nothing is used; None: it gives biases alone.
     """
-    near = Signal()
+    near = lead = Signal()
     if "bias" in position.gives:
         relative = all(term.relative for term in terms(position) if "bias" in term.gives)
+        _check_reach(tiles, position)
         key = ("tile", tiles.windows.window, relative, tiles.side)
         near = position(*tiles.at.memoize(key, lambda: _places(tiles, relative)))
-    return tiles.plus(_joined(tiles, near if whole is None else whole, near))
+        lead = _lead(tiles, position)
+    return tiles.plus(_joined(near if whole is None else whole, near, lead))
 
 
-def _joined(tiles: Tiles, whole: Signal, near: Signal) -> Signal:
-    """Rotations and temperature of one, biases of the other, looked up; so too for the parts of blocks."""
-    bias = tuple(term if isinstance(term, Contextual) else Near(term.dense(), _lead(tiles, term)) for term in near.bias)
-    parts = [_joined(tiles, of_whole, of_near) for of_whole, of_near in zip(whole.blocks, near.blocks, strict=False)]
-    if not near.blocks:
-        parts = [_joined(tiles, of_whole, Signal()) for of_whole in whole.blocks]
+def _joined(whole: Signal, near: Signal, lead: Signal) -> Signal:
+    """Rotations and temperature of the first, biases of the others, looked up; so too for the parts of blocks."""
+    pairs = zip(near.bias, lead.bias or [None] * len(near.bias), strict=True)
+    bias = tuple(
+        term if isinstance(term, Contextual) else Near(term.dense(), None if first is None else first.dense())
+        for term, first in pairs
+    )
+    parts = [
+        _joined(one, near.blocks[i] if near.blocks else Signal(), lead.blocks[i] if lead.blocks else Signal())
+        for i, one in enumerate(whole.blocks)
+    ]
     turned = Signal(None, whole.q_rotation, whole.k_rotation, bias, whole.temperature)
     return turned.with_blocks(tuple(parts), whole.order)
 
 
-def _lead(tiles: Tiles, term: Bias) -> Tensor | None:
-    """(1, H, P, P + N) what leading queries get, where it is not zero: of `relative(prefix=true)`."""
-    if not isinstance(term, Table) or term.prefix is None or not tiles.at.prefix:
-        return None
-    nowhere = Positions(tiles.at.coords[:, :0], tiles.at.extent, tiles.at.prefix, on_grid=tiles.at.on_grid)
-    return Table(term.table, nowhere, tiles.at, term.prefix).dense()
+def _lead(tiles: Tiles, position: PositionEncoding) -> Signal:
+    """What leading queries get, biases (1, H, P, P + N), where it is not zero: of `relative(prefix=true)`."""
+    if not tiles.at.prefix or all(getattr(part, "prefix_bias", None) is None for part in position.modules()):
+        return Signal()
+    at = tiles.at if tiles.side is None else _measured(tiles.at, tiles.side)
+    return position(Positions(at.coords[:, :0], at.extent, at.prefix, at.on_grid, at.spacing), at)
+
+
+def _check_reach(tiles: Tiles, position: PositionEncoding) -> None:
+    """Refuse tables over the offsets of a grid that is smaller than a window that is filled up."""
+    grid, side = tiles.at.one_extent, tiles.windows.window
+    if not tiles.windows.zero_row or tiles.side is not None or all(s <= n for s, n in zip(side, grid, strict=True)):
+        return
+    for part in encodings_of(position):
+        if "bias" in part.gives and part.resizes and (part.policy is None or part.policy.name == "resize"):
+            raise ConfigError(
+                f"window_kind='zeros' fills windows of {_spell(side)} up beyond the grid of {_spell(grid)}, where the "
+                f"table of {type(part).__name__} ends: take smaller windows, 'tiles', or window_tables=True"
+            )
 
 
 def _places(tiles: Tiles, relative: bool) -> tuple[Positions, Positions]:
