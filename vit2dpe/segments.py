@@ -71,7 +71,7 @@ class Segments(NamedTuple):
         Raises:
             ConfigError: without a segment, for an empty one, what is no number, and a row longer than `total`.
         """
-        several = [row for row in lengths if isinstance(row, Iterable) and getattr(row, "ndim", 1)]
+        several = [row for row in lengths if isinstance(row, Iterable) and getattr(row, "ndim", True)]
         try:
             each = cast("Sequence[Iterable[int]]", several if len(several) == len(lengths) else [lengths])
             rows = [[operator.index(x) for x in row] for row in each]
