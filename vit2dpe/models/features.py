@@ -14,7 +14,7 @@ from ..encodings.along import extent_of
 from ..errors import ConfigError, unknown
 from ..positions import Positions
 from ..signal import Signal
-from .layers import PatchEmbed, run_block
+from .layers import PatchEmbed, run_blocks
 from .mixed import Images, Packed, Padded, Tokens, by_size, given_back, in_order, mapped, read
 from .strided import read_between
 from .windowed import View, Windowing, views
@@ -126,7 +126,7 @@ class Features(nn.Module):
             )
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
 
-    def run_blocks(
+    def seen(
         self,
         batch: Tensor | Padded | Packed,
         x: Tensor,
@@ -134,30 +134,20 @@ class Features(nn.Module):
         at: Positions,
         attn_mask: Tensor | None,
         is_causal: bool,
-        take: Sequence[int] = (),
-        last: int | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output of the last block, and of those to take.
+    ) -> tuple[Signal, list[View]]:
+        """The Signal of the blocks, and what each is given beside it: masks and windows; [] where all tokens see all.
 
         Args:
             batch: as it came; its own mask is taken in place of `attn_mask`.
             x, signal, at: what `embed` gives of it.
-            last: run no block after this one.
         """
         if isinstance(batch, Padded) and batch.attn_mask is not None:
             attn_mask = batch.attn_mask
-        views: list[View] = []  # no argument where there is none: blocks of other people need not take one
-        if attn_mask is not None or is_causal or self.windowing is not None or not isinstance(batch, Tensor):
-            count = batch.patches.shape[1] if isinstance(batch, Padded) else None
-            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, count)
-            views = self.views(x, signal, at, mask)
-        outputs: list[Tensor] = []
-        for i, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
-            view = views[i] if views else ()
-            x = run_block(block, x, signal, at, *view, index=i, recompute=self.grad_checkpointing)
-            if i in take:
-                outputs.append(x)
-        return x, outputs
+        if attn_mask is None and not is_causal and self.windowing is None and isinstance(batch, Tensor):
+            return signal, []  # no argument where there is none: blocks of other people need not take one
+        count = batch.patches.shape[1] if isinstance(batch, Padded) else None
+        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, count)
+        return signal, self.views(x, signal, at, mask)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
@@ -251,7 +241,9 @@ class Features(nn.Module):
             )
         grid = () if isinstance(batch, Padded | Packed) else self.patch_embed.grid(*batch.shape[2:])
         x, signal, at = self.embed(batch)
-        x, outputs = self.run_blocks(batch, x, signal, at, attn_mask, is_causal, take, last if stop_early else None)
+        signal, views = self.seen(batch, x, signal, at, attn_mask, is_causal)
+        blocks, outputs = self.blocks[: last + 1] if stop_early else self.blocks, list[Tensor]()
+        x = run_blocks(blocks, x, signal, at, views, take, outputs, recompute=self.grad_checkpointing)
         outputs = [self.norm(y) for y in outputs] if norm else outputs
         if isinstance(batch, Packed):
             return given_back(batch, x, at), *self._of_images(outputs, batch, at, reshape)

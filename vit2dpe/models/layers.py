@@ -7,7 +7,7 @@ Legend: B batch, C channels, D width, N tokens, p patch side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -204,7 +204,8 @@ def add_branch(
         segments = at.row.segments.of_rows(x.shape[0])
         drawn = [drop_path(x.new_ones(size, 1, 1)).expand(-1, length, -1) for size, length in segments.groups]
         kept = segments.join(drawn, x.new_ones(1, 1)).unflatten(0, segments.numbers.shape)  # (B, N, 1)
-        return x + scale(branch) * kept
+        dropped: Tensor = x + scale(branch) * kept
+        return dropped
     out: Tensor = scale(branch, onto=x) if isinstance(scale, LayerScale) and idle else x + drop_path(scale(branch))
     return out
 
@@ -264,6 +265,29 @@ def run_block(
     again = block if torch.compiler.is_compiling() else partial(copy_context().run, block)
     out: Tensor = checkpoint(again, x, signal, at, *args, use_reentrant=False, **kwargs)
     return out
+
+
+def run_blocks(
+    blocks: Iterable[Callable[..., Tensor]],
+    x: Tensor,
+    signal: Signal,
+    at: Positions,
+    views: Sequence[Iterable[object]] = (),
+    take: Sequence[int] = (),
+    outputs: list[Tensor] | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """The output of the last block.
+
+    Args:
+        views: further arguments of each block; without any, all have none.
+        take, outputs: the outputs of these blocks are appended to the list.
+    """
+    for i, block in enumerate(blocks):
+        x = run_block(block, x, signal, at, *(views[i] if views else ()), index=i, recompute=recompute)
+        if outputs is not None and i in take:
+            outputs.append(x)
+    return x
 
 
 def signal_of_block(signal: Signal, index: int) -> Signal:

@@ -24,7 +24,7 @@ from ..signal import Signal
 from .arguments import axes_of, check_arguments, sides
 from .card import save_card
 from .features import spaced
-from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs
+from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs, run_blocks
 from .mixed import (
     Images,
     Packed,
@@ -41,7 +41,7 @@ from .mixed import (
 from .parts import ACTS, BlockArguments, norm_factory
 from .timm_api import POOLS, FeatureInfo, TimmViT, check_pool
 from .weights import convert_state_dict
-from .windowed import Windowing
+from .windowed import View, Windowing
 
 Spacing = float | tuple[float, ...] | None
 
@@ -268,7 +268,10 @@ class ViT(TimmViT):
         """
         batch = images if isinstance(images, Tensor) else read(images, self.patch_embed)
         x, signal, at = self.embed(batch, token_filter, spacing)
-        x, _ = self.run_blocks(batch, x, signal, at, attn_mask, is_causal)
+        views: list[View] = []
+        if not isinstance(batch, Tensor) or attn_mask is not None or is_causal or self.windowing is not None:
+            signal, views = self.seen(batch, x, signal, at, attn_mask, is_causal)
+        x = run_blocks(self.blocks, x, signal, at, views, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
 

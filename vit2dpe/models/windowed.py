@@ -274,7 +274,8 @@ def _lead(tiles: Tiles, position: PositionEncoding) -> Signal:
     if not tiles.at.prefix or all(getattr(part, "prefix_bias", None) is None for part in position.modules()):
         return Signal()
     at = tiles.at if tiles.side is None else _measured(tiles.at, tiles.side)
-    return position(Positions(at.coords[:, :0], at.extent, at.prefix, at.on_grid, at.spacing), at)
+    lead: Signal = position(Positions(at.coords[:, :0], at.extent, at.prefix, at.on_grid, at.spacing), at)
+    return lead
 
 
 def _check_reach(tiles: Tiles, position: PositionEncoding) -> None:
