@@ -31,7 +31,7 @@ def allow(
     attn_mask: Tensor | None,
     is_causal: bool,
     heads: int,
-    patches: int | None = None,
+    batch: Tensor | Padded | Packed,
 ) -> tuple[Signal, Mask | None]:
     """The Signal of the blocks with what a mask adds, and where tokens may attend, None: everywhere.
 
@@ -40,7 +40,7 @@ def allow(
     Of a padded batch to what is valid; of a packed row within the own image. See `attention.masks.as_torch_takes_it`.
 
     Args:
-        patches: N of a padded batch as it came.
+        batch: what the tokens were made of; a padded one may have a mask of its own, which is taken for `attn_mask`.
 
     Raises:
         ConfigError: if patches were left out: a mask of all tokens does not say which of them may attend; and for a
@@ -57,6 +57,9 @@ def allow(
             for place in at.row.places:
                 _check_all(place.prefix + place.coords.shape[1], place.prefix + math.prod(place.one_extent))
         return signal, at.row.segments.under(causal=is_causal)
+    patches = batch.patches.shape[1] if isinstance(batch, Padded) else None
+    if isinstance(batch, Padded) and batch.attn_mask is not None:
+        attn_mask = batch.attn_mask
     held = together(at)
     if attn_mask is None and not is_causal:
         # Every query has a leading token to attend to; without one, an image of no patch has nothing.
@@ -125,29 +128,6 @@ class Features(nn.Module):
                 "(vit2dpe.models.mixed.pad), or call the model for each size"
             )
         return views(self.windowing, len(self.blocks), self.position, x, signal, at, mask)
-
-    def seen(
-        self,
-        batch: Tensor | Padded | Packed,
-        x: Tensor,
-        signal: Signal,
-        at: Positions,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-    ) -> tuple[Signal, list[View]]:
-        """The Signal of the blocks, and what each is given beside it: masks and windows; [] where all tokens see all.
-
-        Args:
-            batch: as it came; its own mask is taken in place of `attn_mask`.
-            x, signal, at: what `embed` gives of it.
-        """
-        if isinstance(batch, Padded) and batch.attn_mask is not None:
-            attn_mask = batch.attn_mask
-        if attn_mask is None and not is_causal and self.windowing is None and isinstance(batch, Tensor):
-            return signal, []  # no argument where there is none: blocks of other people need not take one
-        count = batch.patches.shape[1] if isinstance(batch, Padded) else None
-        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, count)
-        return signal, self.views(x, signal, at, mask)
 
     def train_extent(self, encoding: PositionEncoding) -> tuple[int, ...]:
         """The extent that an encoding of this model was trained on."""
@@ -241,7 +221,8 @@ class Features(nn.Module):
             )
         grid = () if isinstance(batch, Padded | Packed) else self.patch_embed.grid(*batch.shape[2:])
         x, signal, at = self.embed(batch)
-        signal, views = self.seen(batch, x, signal, at, attn_mask, is_causal)
+        signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, batch)
+        views = self.views(x, signal, at, mask)
         blocks, outputs = self.blocks[: last + 1] if stop_early else self.blocks, list[Tensor]()
         x = run_blocks(blocks, x, signal, at, views, take, outputs, recompute=self.grad_checkpointing)
         outputs = [self.norm(y) for y in outputs] if norm else outputs

@@ -23,7 +23,7 @@ from ..positions import Positions
 from ..signal import Signal
 from .arguments import axes_of, check_arguments, sides
 from .card import save_card
-from .features import spaced
+from .features import allow, spaced
 from .layers import Block, PatchDrop, PatchEmbed, PostNormBlock, TokenFilter, block_inputs, run_blocks
 from .mixed import (
     Images,
@@ -270,7 +270,9 @@ class ViT(TimmViT):
         x, signal, at = self.embed(batch, token_filter, spacing)
         views: list[View] = []
         if not isinstance(batch, Tensor) or attn_mask is not None or is_causal or self.windowing is not None:
-            signal, views = self.seen(batch, x, signal, at, attn_mask, is_causal)
+            # From this file, in which torch.fx takes it for a leaf.
+            signal, mask = allow(x, signal, at, attn_mask, is_causal, self.num_heads, batch)
+            views = self.views(x, signal, at, mask)
         x = run_blocks(self.blocks, x, signal, at, views, recompute=self.grad_checkpointing)
         out: Tensor = self.norm(x)
         return given_back(batch, out, at) if isinstance(batch, Padded | Packed) else out
