@@ -198,16 +198,24 @@ def keep_tokens(x: Tensor, at: Positions, index: Tensor) -> tuple[Tensor, Positi
 def add_branch(
     x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module, at: Positions | None = None
 ) -> Tensor:
-    """x + drop_path(scale(branch)): the end of a residual branch; of a packed row drawn for each of its segments."""
+    """x + drop_path(scale(branch)): the end of a residual branch."""
     idle = isinstance(drop_path, nn.Identity) or (type(drop_path) is DropPath and not drop_path.training)
-    if at is not None and at.row is not None and not idle and isinstance(drop_path, DropPath):
-        segments = at.row.segments.of_rows(x.shape[0])
-        drawn = [drop_path(x.new_ones(size, 1, 1)).expand(-1, length, -1) for size, length in segments.groups]
-        kept = segments.join(drawn, x.new_ones(1, 1)).unflatten(0, segments.numbers.shape)  # (B, N, 1)
-        dropped: Tensor = x + scale(branch) * kept
-        return dropped
-    out: Tensor = scale(branch, onto=x) if isinstance(scale, LayerScale) and idle else x + drop_path(scale(branch))
-    return out
+    if isinstance(scale, LayerScale) and idle:
+        out: Tensor = scale(branch, onto=x)
+        return out
+    return x + (scale(branch) if idle else drop_branch(scale(branch), drop_path, at))
+
+
+def drop_branch(branch: Tensor, drop_path: nn.Module, at: Positions | None) -> Tensor:
+    """drop_path(branch); of a packed row drawn for each of its segments."""
+    if at is None or at.row is None or not isinstance(drop_path, DropPath) or not drop_path.training:
+        whole: Tensor = drop_path(branch)
+        return whole
+    segments = at.row.segments.of_rows(branch.shape[0])
+    drawn = [drop_path(branch.new_ones(size, 1, 1)).expand(-1, length, -1) for size, length in segments.groups]
+    kept: Tensor = segments.join(drawn, branch.new_ones(1, 1)).unflatten(0, segments.numbers.shape)  # (B, N, 1)
+    dropped: Tensor = branch * kept
+    return dropped
 
 
 class Block(BlockParts):

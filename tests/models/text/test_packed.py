@@ -39,6 +39,16 @@ def test_a_text_in_a_row_is_what_it_is_alone(word, kind, window):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, dict(post_norm=True)])
+def test_stochastic_depth_drops_branches_of_each_text(options):
+    """Equal texts in a row: of the two branches of the last block each has its own, and no other outcome is there."""
+    model, text = drawn(TextEncoder, "rope", drop_path_rate=0.5, **options).train(), ids(4, seed=1)
+    tokens, segments = vit2dpe.pack([text] * 60)
+    out = model.forward_features(tokens, segments=segments)[0].unflatten(0, (60, 4))
+    assert len(((out[:, None] - out).abs().amax((-1, -2)) < 1e-4).unique(dim=0)) == 4
+
+
 def test_several_rows_padding_checkpoints_and_policies():
     """Rows of different texts with padding behind them; blocks that are computed again; one line for all."""
     model = drawn(TextDecoder, "rope+alibi+learned", context=6).train()

@@ -17,7 +17,7 @@ from ...models.mae_names import State
 from ...models.swin.model import Swin
 from ...models.timm_api import pair
 from .vit import BLOCK
-from .weights import Config, Converted, Weights, demand
+from .weights import Config, Converted, Weights, demand, renamed
 
 _BLOCK = BLOCK | {
     r"attention\.self\.([qkv])(?:uery|ey|alue)": r"\1",
@@ -90,12 +90,9 @@ def swin(config: Config, w: Weights) -> Converted:
 
 
 def _ours(name: str) -> str:
-    owner, last = re.fullmatch(r"(.*?)(|\.weight|\.bias)", name).groups()  # type: ignore[union-attr]
-    if merge := re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", owner):
-        return f"layers.{int(merge[1]) + 1}.downsample.{merge[2]}{last}"
-    block = re.fullmatch(r"(layers\.\d+\.blocks\.\d+)\.(.+)", owner)
-    names, part = (_BLOCK, block[2]) if block else (_REST, owner)
-    for theirs, ours in names.items():
-        if found := re.fullmatch(theirs, part):
-            return (f"{block[1]}." if block else "") + found.expand(ours) + last
-    return name
+    if merge := re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name):
+        return f"layers.{int(merge[1]) + 1}.downsample.{merge[2]}"
+    if block := re.fullmatch(r"(layers\.\d+\.blocks\.\d+)\.(.+)", name):
+        part = renamed(block[2], _BLOCK)
+        return name if part is None else f"{block[1]}.{part}"
+    return renamed(name, _REST) or name

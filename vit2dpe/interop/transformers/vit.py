@@ -22,7 +22,7 @@ from ...models.timm_api import pair
 from ...models.vit import ViT
 from ..timm.arguments import exact_ratio
 from ..timm.steps import BiasTable
-from .weights import Config, Converted, Weights, demand
+from .weights import Config, Converted, Weights, demand, renamed
 
 # Theirs -> ours: the part of a block, or the whole name, without .weight and .bias.
 BLOCK = {
@@ -172,10 +172,8 @@ def _state(w: Weights, depth: int, tokens: list[str], grid: list[int], gated: bo
 
 def _ours(name: str) -> str:
     """A name of theirs in our spelling; one that is not known stays, and is refused in the end."""
-    owner, last = re.fullmatch(r"(.*?)(|\.weight|\.bias)", name).groups()  # type: ignore[union-attr]
-    block = re.fullmatch(r"(?:encoder\.)?layers?\.(\d+)\.(.+)", owner)
-    names, part = (BLOCK, block[2]) if block else (REST, owner)
-    for theirs, ours in names.items():
-        if found := re.fullmatch(theirs, part):
-            return (f"blocks.{block[1]}." if block else "") + found.expand(ours) + (last if ours != "table" else "")
-    return name
+    if block := re.fullmatch(r"(?:encoder\.)?layers?\.(\d+)\.(.+)", name):
+        part = renamed(block[2], BLOCK)
+        return name if part is None else f"blocks.{block[1]}.{part}"
+    found = renamed(name, REST) or name
+    return "table" if found == "table.weight" else found

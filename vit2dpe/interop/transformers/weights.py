@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -75,6 +77,19 @@ class Weights:
     def finish(self) -> None:
         if self.left:
             raise CheckpointError(f"weights that ours has no place for: {', '.join(list(self.left)[:5])}")
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str | None:
+    """A name of theirs in our spelling, by the first pattern that fits it whole; None where none does.
+
+    Args:
+        names: patterns of theirs, without the ending .weight or .bias -> ours.
+    """
+    ending = next((end for end in (".weight", ".bias") if name.endswith(end)), "")
+    for theirs, ours in names.items():
+        if found := re.fullmatch(theirs, name.removesuffix(ending)):
+            return found.expand(ours) + ending
+    return None
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,7 @@ from ...attention.tiles import Tiles
 from ...encodings import PositionEncoding
 from ...positions import Positions
 from ...signal import Signal
-from ..layers import Block, add_token
+from ..layers import Block, add_token, drop_branch
 from ..parts import mlp_factory, norm_factory
 
 
@@ -97,16 +97,19 @@ class TextBlock(Block):
         if self.attn.position is not None:
             own = signal_of(self.attn.position, at, keys)
             x, signal = add_token(x, own), signal.plus(own)
-        x = self._sum(x, self.norm1, self.drop_path1, lambda y: self.ls1(self.attn(y, signal, mask, cache)))
+        x = self._sum(x, self.norm1, self.drop_path1, at, lambda y: self.ls1(self.attn(y, signal, mask, cache)))
         if self.cross is not None and self.norm_cross is not None and memory is not None:
             read = self.cross
-            x = self._sum(
-                x, self.norm_cross, self.drop_path1, lambda y: read(y, memory.tokens, memory.signal, memory.mask, cache)
-            )
-        return self._sum(x, self.norm2, self.drop_path2, lambda y: self.ls2(self.mlp(y)))
+            seen = (memory.tokens, memory.signal, memory.mask, cache)
+            x = self._sum(x, self.norm_cross, self.drop_path1, at, lambda y: read(y, *seen))
+        return self._sum(x, self.norm2, self.drop_path2, at, lambda y: self.ls2(self.mlp(y)))
 
-    def _sum(self, x: Tensor, norm: nn.Module, drop_path: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        out: Tensor = norm(x + drop_path(branch(x))) if self.post_norm else x + drop_path(branch(norm(x)))
+    def _sum(
+        self, x: Tensor, norm: nn.Module, drop_path: nn.Module, at: Positions, branch: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        if not self.post_norm:
+            return x + drop_branch(branch(norm(x)), drop_path, at)
+        out: Tensor = norm(x + drop_branch(branch(x), drop_path, at))
         return out
 
 
