@@ -120,6 +120,13 @@ def test_on_any_number_of_axes(word, grid, sizes):
         compare(encoding_of(word, policy, "log", grid), sizes)
 
 
+@pytest.mark.parametrize(
+    "word", ["learned(axes=(1,2))+learned(axes=0)", "rope(axes=(2,0))+t5(axes=1)", "relative(axes=(0,2))+fire(axes=1)"]
+)
+def test_words_of_some_axes(word):
+    compare(encoding_of(word, None, "log", (2, 3, 2)), [(3, 2, 2), (2, 4, 3)])
+
+
 def test_blocks_of_different_words():
     shared, _ = split_shared_and_per_block("rope/none/alibi", Dims(HEADS * DIM, HEADS, GRID, depth=3))
     shared.own_temperature = _temperature("log", GRID)

@@ -10,7 +10,7 @@ from vit2dpe.encodings import ENCODINGS, Dims, LearnedTable, named_encodings
 from vit2dpe.encodings.along import Along
 from vit2dpe.models.inflate import word_of_video
 from vit2dpe.positions import Positions
-from vit2dpe.resolution.policies import LogTemperature
+from vit2dpe.resolution.policies import POLICIES, LogTemperature
 from vit2dpe.testing import tensors
 from vit2dpe.training import load_run, save_model
 
@@ -160,6 +160,24 @@ def test_an_encoding_of_some_axes_is_that_of_the_smaller_grid(word):
     index = (at.coords[0, :, 2] * 3 + at.coords[0, :, 0]).long()
     wanted = tensors(some(flat.take(index)))
     for name, value in tensors(there(at)).items():
+        torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("word", "policy"),
+    [("rope", "yarn"), ("alibi", "interpolate"), ("rope_dinov3", "interpolate"), ("learned", "interpolate")],
+)
+def test_a_spacing_of_each_axis_goes_with_the_axes(word, policy):
+    """Columns and time of a volume are as far apart as they are on a grid of their own."""
+    some, there = build(word, Dims(48, 2, (5, 3))).eval(), build(f"{word}(axes=(2, 0))", Dims(48, 2, (3, 4, 5))).eval()
+    there.load_state_dict(some.state_dict())
+    some.own_policy = there.own_policy = POLICIES[policy]((5, 3))
+    at = Positions.grid((3, 4, 5), spacing=(0.5, 2.0, 0.25))
+    flat = Positions.grid((5, 3), spacing=(0.25, 0.5))
+    index = torch.arange(3)[:, None] + 3 * torch.arange(5)  # of the places whose row is the first
+    wanted = tensors(some(flat.take(index.flatten())))
+    found = tensors(there(at.take((torch.arange(3)[:, None] * 20 + torch.arange(5)).flatten())))
+    for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=0)
 
 
