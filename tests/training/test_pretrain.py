@@ -147,8 +147,10 @@ def test_what_cannot_work_is_refused_before_anything(changes, reason, tmp_path):
 
 
 def test_simmim_leaves_the_same_folder_and_goes_on(tmp_path):
-    told = config(tmp_path / "run", objective="simmim", mask_unit=8)
+    told, before = config(tmp_path / "run", objective="simmim", mask_unit=8), torch.get_num_threads()
+    told = replace(told, run=replace(told.run, threads=before + 1))
     folder = pretrain(replace(told, optim=replace(told.optim, epochs=1, warmup_epochs=0)))
+    assert torch.get_num_threads() == before
     assert isinstance(load_run(folder), SimMIM)
     assert (folder / "reconstructions.png").is_file()
     assert len(read_csv(probe(ProbeConfig(run=str(folder), k=3, device="cpu")))) == 2
@@ -206,7 +208,9 @@ def test_loading_names_what_was_taken(run):
 
 
 def test_the_probe_writes_its_table(run, capsys):
-    table = read_csv(probe(ProbeConfig(run=str(run), k=5, device="cpu")))
+    before = torch.get_num_threads()
+    table = read_csv(probe(ProbeConfig(run=str(run), k=5, device="cpu", threads=before + 1)))
+    assert torch.get_num_threads() == before
     assert [(row["method"], row["pool"], row["n_train"], row["n_test"]) for row in table] == [
         ("linear", "avg", "64", "20"),
         ("knn", "avg", "64", "20"),

@@ -28,7 +28,7 @@ from ..errors import ConfigError, unknown
 from ..files import write_atomically
 from ..seeding import generator
 from ..training.checkpoint import Meta, load_run
-from ..training.devices import pick_device
+from ..training.devices import pick_device, threads
 from .settings import ProbeConfig
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -76,10 +76,12 @@ def probe(config: ProbeConfig, command: str = "vit2dpe probe") -> Path:
         raise ConfigError("say which run: vit2dpe probe --run runs/pretrain")
     if config.pool not in (None, "avg", "token", "both"):
         raise unknown("pool", str(config.pool), ("avg", "token", "both"))
-    folder = Path(config.run).expanduser()
+    with threads(config.threads):
+        return _probe(config, Path(config.run).expanduser())
+
+
+def _probe(config: ProbeConfig, folder: Path) -> Path:
     device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     run = load_run(folder, device, which=config.which)
     about: Meta = vars(run)["about"]
     if lacking := [name for name in ("data", "mean", "std", "train_size") if name not in about]:
